@@ -1,0 +1,47 @@
+"""lit-merge: models are fine-tuned to be merged, and merged.
+
+Names are loaded when they are first used: importing :mod:`lit_merge`, :mod:`lit_merge.vectors` or
+:mod:`lit_merge.transforms` costs torch and safetensors only.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from lit_merge._version import __version__
+
+if TYPE_CHECKING:
+    from lit_merge import callbacks, transforms
+    from lit_merge.errors import LitMergeError
+    from lit_merge.modules.finetune import FineTuneModule
+    from lit_merge.modules.multitask import MultiTaskModule
+    from lit_merge.vectors import TaskVector, TaskVectors
+
+_HOMES = {
+    "FineTuneModule": "lit_merge.modules",
+    "LitMergeError": "lit_merge.errors",
+    "MultiTaskModule": "lit_merge.modules",
+    "TaskVector": "lit_merge.vectors",
+    "TaskVectors": "lit_merge.vectors",
+}
+_ROOMS = ("callbacks", "transforms")
+
+__all__ = [
+    "FineTuneModule",
+    "LitMergeError",
+    "MultiTaskModule",
+    "TaskVector",
+    "TaskVectors",
+    "__version__",
+    "callbacks",
+    "transforms",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _ROOMS:
+        return import_module(f"lit_merge.{name}")
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'lit_merge' has no attribute {name!r}")

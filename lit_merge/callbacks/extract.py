@@ -1,0 +1,116 @@
+"""The task vector of a fine-tuning run, written when it ends."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning as L
+import torch
+
+from lit_merge._version import __version__
+from lit_merge.errors import ConfigurationError
+from lit_merge.params import norm
+from lit_merge.vectors.task_vector import TaskVector
+
+__all__ = ["ExtractTaskVector"]
+
+
+class ExtractTaskVector(L.Callback):
+    """Writes τ = θ − θ0 as safetensors when fit ends, and on the way if asked to.
+
+    Rank zero writes, atomically; the others wait. The header holds the task, its classes, the regime, the fingerprint
+    of θ0, the step, the norms and the versions.
+
+    Args:
+        path: the file, relative to the run's directory.
+        dtype: ``float32``, or ``bfloat16`` for half the size; the relative rounding error is logged and kept in the
+            header.
+        every_n_steps: also write ``<name>-step=<n>.safetensors`` every so many steps.
+        best: a logged metric, e.g. ``val/accuracy``: also write ``<name>-best.safetensors`` whenever it improves.
+        mode: whether ``max`` or ``min`` of that metric is best.
+
+    Attributes:
+        vector: the last vector extracted, on rank zero.
+
+    Raises:
+        ConfigurationError: ``every_n_steps`` is not positive or the file's suffix is not ``.safetensors``.
+    """
+
+    def __init__(
+        self,
+        path: str = "task_vector.safetensors",
+        dtype: Literal["float32", "bfloat16"] = "float32",
+        every_n_steps: int | None = None,
+        best: str | None = None,
+        mode: Literal["max", "min"] = "max",
+    ) -> None:
+        if every_n_steps is not None and every_n_steps < 1:
+            raise ConfigurationError(f"every_n_steps: expected a positive number or null, got {every_n_steps}.")
+        if Path(path).suffix != ".safetensors":
+            raise ConfigurationError(f"path: expected a file ending in .safetensors, got {path!r}. Rename it.")
+        self.path, self.dtype, self.every_n_steps = path, dtype, every_n_steps
+        self.best, self.mode = best, mode
+        self.best_value: float | None = None
+        self.vector: TaskVector | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """The best value so far, so that a resumed run does not forget it."""
+        return {"best_value": self.best_value}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from a checkpoint."""
+        self.best_value = state_dict["best_value"]
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Write an intermediate vector when its step has come."""
+        step, accumulate = trainer.global_step, trainer.accumulate_grad_batches
+        if self.every_n_steps and step and step % self.every_n_steps == 0 and (batch_idx + 1) % accumulate == 0:
+            self._write(trainer, pl_module, f"-step={step}")
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Write the best vector so far if this one is."""
+        if self.best is None or trainer.sanity_checking or trainer.state.fn != "fit":
+            return
+        if self.best not in trainer.callback_metrics:
+            known = ", ".join(sorted(trainer.callback_metrics))
+            raise ConfigurationError(f"best: expected a logged metric, one of {known}, got {self.best!r}. Change it.")
+        value = float(trainer.callback_metrics[self.best])
+        sign = 1 if self.mode == "max" else -1
+        if self.best_value is None or sign * value > sign * self.best_value:
+            self.best_value = value
+            self._write(trainer, pl_module, "-best")
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Write the final vector."""
+        self._write(trainer, pl_module, "")
+
+    def _write(self, trainer: L.Trainer, pl_module: Any, suffix: str) -> None:
+        if trainer.is_global_zero:
+            target = Path(trainer.default_root_dir) / self.path
+            target = target.with_name(f"{target.stem}{suffix}{target.suffix}")
+            tensors = pl_module.task_vector()
+            self.vector = TaskVector(tensors, pl_module.task, metadata=self._describe(trainer, pl_module, tensors))
+            error = self.vector.save(target, torch.bfloat16 if self.dtype == "bfloat16" else None)
+            L.pytorch.utilities.rank_zero_info(f"Task vector of {pl_module.task!r}: {target}" + self._rounding(error))
+        trainer.strategy.barrier("task vector written")
+
+    def _rounding(self, error: float) -> str:
+        return f" ({self.dtype}, relative rounding error {error:.2e})" if error else ""
+
+    def _describe(self, trainer: L.Trainer, pl_module: Any, tensors: dict[str, torch.Tensor]) -> dict[str, str]:
+        length = norm(tensors)
+        return {
+            **pl_module.base_description(),
+            "classes": json.dumps(list(pl_module.classes)),
+            "regime": pl_module.regime,
+            "step": str(trainer.global_step),
+            "norm": f"{length:.6g}",
+            "relative_norm": f"{length / norm(pl_module.initial_parameters):.6g}",
+            "versions": json.dumps(
+                {"lit_merge": __version__, "torch": str(torch.__version__), "lightning": L.__version__}
+            ),
+        }

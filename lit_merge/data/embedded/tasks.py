@@ -1,0 +1,203 @@
+"""The eight tasks of the embedded suite: what they are, how they are drawn, and their cached splits."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from lit_merge.cache import cache_directory
+from lit_merge.data.embedded.canvas import Brush
+from lit_merge.data.embedded.characters import DIGIT_WORDS, LETTERS, draw_clutter, draw_letter
+from lit_merge.data.embedded.land import LAND_COVER, draw_land
+from lit_merge.data.embedded.scenes import SCENES, draw_scene
+from lit_merge.data.embedded.signs import SIGN_CLASSES, draw_sign
+from lit_merge.data.embedded.textures import TEXTURES, draw_texture
+from lit_merge.data.embedded.vehicles import VEHICLES, draw_vehicle
+from lit_merge.errors import DataError, FileFormatError
+from lit_merge.vectors.store import LazyTensors, verify, write_tensors
+
+__all__ = ["EMBEDDED_TASKS", "GENERATOR_VERSION", "SPLITS", "EmbeddedTask", "load_split", "split_digest"]
+
+GENERATOR_VERSION = 1
+"""Part of the cache key: raise it with every change of what is drawn."""
+
+SPLITS = {"train": 3000, "val": 500, "test": 1000}
+_DIGIT_SPLITS = {"train": 1000, "val": 250, "test": 547}
+
+
+@dataclass(frozen=True)
+class EmbeddedTask:
+    """One classification task of 32 x 32 RGB images.
+
+    Attributes:
+        name: the task's name.
+        mirrors: which data set of the literature it stands for.
+        classes: class names, in label order.
+        templates: prompt templates with one ``{}``.
+        draw: ``(brush, label) -> uint8 [32, 32, 3]``; ``None`` for the real handwritten digits.
+        sizes: images per split.
+    """
+
+    name: str
+    mirrors: str
+    classes: tuple[str, ...]
+    templates: tuple[str, ...]
+    draw: Callable[[Brush, int], np.ndarray] | None
+    sizes: tuple[tuple[str, int], ...] = tuple(SPLITS.items())
+
+    def size(self, split: str) -> int:
+        """Number of images of a split."""
+        return dict(self.sizes)[split]
+
+
+_TABLE = (
+    EmbeddedTask(
+        "digits",
+        "MNIST",
+        DIGIT_WORDS,
+        ("a photo of the number {}.", "the digit {}.", "a handwritten digit {}."),
+        None,
+        tuple(_DIGIT_SPLITS.items()),
+    ),
+    EmbeddedTask(
+        "clutter",
+        "SVHN",
+        DIGIT_WORDS,
+        ("a photo of the number {}.", "the digit {}.", "a street number {}."),
+        draw_clutter,
+    ),
+    EmbeddedTask(
+        "letters",
+        "characters in the wild",
+        LETTERS,
+        ("the letter {}.", "a photo of the letter {}.", "capital letter {}."),
+        draw_letter,
+    ),
+    EmbeddedTask(
+        "signs",
+        "GTSRB",
+        SIGN_CLASSES,
+        ("a traffic sign showing {}.", "a photo of {}.", "a sign with {}."),
+        draw_sign,
+    ),
+    EmbeddedTask(
+        "textures",
+        "DTD",
+        TEXTURES,
+        ("a {} texture.", "a photo of a {} pattern.", "a {} surface."),
+        draw_texture,
+    ),
+    EmbeddedTask(
+        "land",
+        "EuroSAT and RESISC45",
+        LAND_COVER,
+        ("a satellite photo of {}.", "an aerial view of {}.", "{} seen from above."),
+        draw_land,
+    ),
+    EmbeddedTask(
+        "vehicles",
+        "Cars",
+        VEHICLES,
+        ("a photo of a {}.", "a drawing of a {}.", "a {}."),
+        draw_vehicle,
+    ),
+    EmbeddedTask(
+        "scenes",
+        "SUN397",
+        SCENES,
+        ("a photo of a {}.", "a landscape of a {}.", "a view of a {}."),
+        draw_scene,
+    ),
+)
+
+EMBEDDED_TASKS: dict[str, EmbeddedTask] = {task.name: task for task in _TABLE}
+"""Every task of the suite by name, in the order of the tables."""
+
+
+def _asset(name: str) -> bytes:
+    return resources.files("lit_merge.data.embedded").joinpath("assets", name).read_bytes()
+
+
+def _handwritten(split: str) -> tuple[np.ndarray, np.ndarray]:
+    """The UCI optical digits: 8 x 8 scans with 17 grey levels, enlarged to 28 x 28 and framed in black."""
+    with np.load(io.BytesIO(_asset("digits.npz")), allow_pickle=False) as archive:
+        scans, labels = archive["images"], archive["labels"]
+    order = np.random.default_rng(0).permutation(len(labels))
+    start = 0
+    for name, size in _DIGIT_SPLITS.items():
+        if name == split:
+            order = order[start : start + size]
+        start += size
+    images = np.zeros((len(order), 32, 32, 3), np.uint8)
+    for row, source in enumerate(order):
+        scan = Image.fromarray((scans[source].astype(np.float32) * (255 / 16)).astype(np.uint8))
+        enlarged = np.asarray(scan.resize((28, 28), Image.Resampling.BICUBIC))
+        images[row, 2:30, 2:30] = enlarged[..., None]
+    return images, labels[order].astype(np.int64)
+
+
+def generate_split(task: EmbeddedTask, split: str) -> tuple[np.ndarray, np.ndarray]:
+    """Draw a split: uint8 images ``[N, 32, 32, 3]`` and int64 labels ``[N]``; a pure function of its arguments."""
+    if task.draw is None:
+        return _handwritten(split)
+    count = task.size(split)
+    key = (zlib.crc32(task.name.encode()), zlib.crc32(split.encode()))
+    labels = np.arange(count) % len(task.classes)
+    np.random.default_rng(key).shuffle(labels)
+    images = np.stack([task.draw(Brush((*key, index), split), int(label)) for index, label in enumerate(labels)])
+    return images, labels.astype(np.int64)
+
+
+def split_digest(images: Tensor, labels: Tensor) -> str:
+    """SHA-256 over a split's pixels and labels, 16 hexadecimal digits."""
+    return hashlib.sha256(images.numpy().tobytes() + labels.numpy().tobytes()).hexdigest()[:16]
+
+
+def _cache_path(task: EmbeddedTask, split: str, directory: Path | None) -> Path:
+    content = hashlib.sha256(_asset("glyphs.png") + _asset("digits.npz")).hexdigest()[:8]
+    folder = directory if directory is not None else cache_directory("embedded")
+    return folder / f"{task.name}-{split}-v{GENERATOR_VERSION}-{content}.safetensors"
+
+
+def load_split(name: str, split: str, directory: Path | None = None) -> tuple[Tensor, Tensor]:
+    """A split of a task, from the cache or drawn now and cached.
+
+    Args:
+        name: one of :data:`EMBEDDED_TASKS`.
+        split: ``"train"``, ``"val"`` or ``"test"``.
+        directory: where splits are cached; by default the user's cache directory.
+
+    Returns:
+        images, uint8 ``[N, 3, 32, 32]``, and labels, int64 ``[N]``.
+
+    Raises:
+        DataError: the task or the split does not exist.
+    """
+    if name not in EMBEDDED_TASKS:
+        raise DataError(f"embedded task: expected one of {', '.join(EMBEDDED_TASKS)}, got {name!r}.")
+    if split not in SPLITS:
+        raise DataError(f"split of {name}: expected one of {', '.join(SPLITS)}, got {split!r}.")
+    task = EMBEDDED_TASKS[name]
+    path = _cache_path(task, split, directory)
+    if path.exists():
+        try:
+            verify(path)
+            stored = LazyTensors(path)
+            return stored["images"], stored["labels"]
+        except FileFormatError:
+            path.unlink(missing_ok=True)  # a damaged cache entry is drawn again
+    pixels, targets = generate_split(task, split)
+    images = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
+    labels = torch.from_numpy(targets)
+    write_tensors(path, {"images": images, "labels": labels}, {"task": name, "split": split})
+    return images, labels

@@ -1,0 +1,445 @@
+"""CLIP models: the image tower that is fine-tuned and merged, its preprocessing, and the text side for the heads.
+
+This is the only file that imports open_clip, and it does so when a model is built, not when it is imported.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lit_merge.errors import ConfigurationError, DataError, FileFormatError, first_few
+from lit_merge.models.text import NOT_TEXT, TextTower
+from lit_merge.models.weights import first_line, read_weights
+from lit_merge.params import check_finite, check_same_structure, fingerprint
+
+__all__ = ["ClipModel", "Preprocessing", "full_clip_model", "load_clip"]
+
+_ASSETS = Path(__file__).parent / "assets"
+_SHIPPED = "lit-tiny"
+_PATH_SUFFIXES = (".json", ".pt", ".pth", ".bin", ".safetensors")
+_INTERPOLATIONS = ("bicubic", "bilinear", "random")
+_RESIZE_MODES = ("shortest", "longest", "squash")
+# CLIP's own normalisation (Radford et al. 2021).
+_MEAN = (0.48145466, 0.4578275, 0.40821073)
+_STD = (0.26862954, 0.26130258, 0.27577711)
+# The other tower while one is built: small, and thrown away.
+_NO_TEXT = {"context_length": 4, "vocab_size": 8, "width": 8, "heads": 1, "layers": 1}
+_NO_VISION = {"image_size": 8, "layers": 1, "width": 8, "head_width": 8, "patch_size": 8}
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How images become the encoder's input.
+
+    Attributes:
+        image_size: side S of the square input, in pixels.
+        mean: per-channel mean, of values in [0, 1].
+        std: per-channel standard deviation, positive.
+        interpolation: ``bicubic``, ``bilinear`` or ``random`` (which is bicubic in evaluation).
+        resize_mode: ``shortest`` (shorter side to S, then centre crop), ``longest`` (longer side to S, then pad) or
+            ``squash`` (both sides to S).
+
+    Raises:
+        ConfigurationError: a field is out of these ranges.
+    """
+
+    image_size: int = 224
+    mean: tuple[float, float, float] = _MEAN
+    std: tuple[float, float, float] = _STD
+    interpolation: str = "bicubic"
+    resize_mode: str = "shortest"
+
+    def __post_init__(self) -> None:
+        if self.image_size < 1:
+            raise ConfigurationError(f"image_size: expected a positive integer, got {self.image_size}. Use e.g. 224.")
+        if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
+            raise ConfigurationError(
+                f"mean and std: expected three numbers each, std positive, got {self.mean} and {self.std}. "
+                "Use the values that the model was trained with."
+            )
+        for name, value, valid in (
+            ("interpolation", self.interpolation, _INTERPOLATIONS),
+            ("resize_mode", self.resize_mode, _RESIZE_MODES),
+        ):
+            if value not in valid:
+                raise ConfigurationError(f"{name}: expected one of {', '.join(valid)}, got {value!r}. Use one of them.")
+
+    def transform(self) -> Callable[[Any], Tensor]:
+        """open_clip's evaluation transform, PIL image -> float tensor ``[3, S, S]``."""
+        import open_clip
+
+        return open_clip.image_transform(
+            self.image_size,
+            is_train=False,
+            mean=self.mean,
+            std=self.std,
+            interpolation=self.interpolation,
+            resize_mode=self.resize_mode,
+        )
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """Bring images of the right size to the encoder's range: ``(images / 255 - mean) / std``.
+
+        Equal to :meth:`transform` on the same images, without the way through PIL.
+
+        Args:
+            images: uint8, ``[N, 3, S, S]``.
+
+        Returns:
+            float32, ``[N, 3, S, S]``, on the images' device.
+
+        Raises:
+            DataError: the dtype or the shape is another one.
+        """
+        expected = (3, self.image_size, self.image_size)
+        if images.dtype != torch.uint8 or images.ndim != 4 or tuple(images.shape[1:]) != expected:
+            raise DataError(
+                f"images: expected uint8 [N, {', '.join(map(str, expected))}], got {str(images.dtype)[6:]} "
+                f"{list(images.shape)}. Use transform() for images of other sizes."
+            )
+        mean = torch.tensor(self.mean, device=images.device).view(3, 1, 1)
+        std = torch.tensor(self.std, device=images.device).view(3, 1, 1)
+        return images.to(torch.float32).div_(255).sub_(mean).div_(std)
+
+
+@dataclass(frozen=True)
+class _Architecture:
+    """A model config in open_clip's layout, by name."""
+
+    name: str
+    config: dict[str, Any]
+    preprocessing: dict[str, Any] = field(default_factory=dict)
+    built_in: bool = True
+    shipped: bool = False
+
+    def with_tag(self, settings: dict[str, Any]) -> _Architecture:
+        """Take over what weights published under a tag ask for: their preprocessing, and QuickGELU if they need it."""
+        config = {**self.config, "quick_gelu": True} if settings.get("quick_gelu") else self.config
+        return replace(self, config=config, preprocessing={**self.preprocessing, **settings})
+
+    def tokenizer(self) -> Callable[[Sequence[str]], Tensor]:
+        """Texts -> token indices ``[N, context length]``."""
+        return _guard(self.name, self._tokenizer)
+
+    def load_text(self, state: dict[str, Tensor], what: str) -> nn.Module:
+        """Build the text tower with the weights of ``state``, in evaluation mode."""
+        from open_clip.model import convert_to_custom_text_state_dict
+
+        with torch.random.fork_rng(devices=[]):  # so that loading, or not, leaves the program's randomness as it is
+            model = _build(self, "text")
+        expected = model.state_dict()
+        if "positional_embedding" in state and "positional_embedding" not in expected:
+            state = convert_to_custom_text_state_dict(state)
+        # Older versions of transformers stored the positions.
+        state = {key: tensor for key, tensor in state.items() if not key.endswith("embeddings.position_ids")}
+        for key in ("logit_scale", "logit_bias"):
+            if key in state and key in expected:
+                state[key] = state[key].reshape(expected[key].shape)
+        check_same_structure(expected, state, what)
+        check_finite(state, what)
+        model.load_state_dict(state)
+        return model.eval()
+
+    def _tokenizer(self) -> Callable[[Sequence[str]], Tensor]:
+        import open_clip
+        from open_clip.tokenizer import HFTokenizer
+
+        if self.built_in:
+            return open_clip.get_tokenizer(self.name)
+        text = self.config["text_cfg"]
+        options = {"context_length": text.get("context_length", 77), **text.get("tokenizer_kwargs", {})}
+        if text.get("hf_tokenizer_name"):
+            return HFTokenizer(text["hf_tokenizer_name"], tokenizer_mode=text.get("tokenizer_mode"), **options)
+        return open_clip.SimpleTokenizer(**options)
+
+
+@dataclass
+class ClipModel:
+    """A CLIP whose image tower is at hand and whose text tower comes when needed.
+
+    Attributes:
+        name: the architecture's name.
+        pretrained: the tag or path that the weights came from, or ``random``.
+        visual: the image tower, ``[B, 3, S, S]`` -> raw features ``[B, d]``, float32, parameters under its own names.
+        preprocessing: what the image tower expects of images.
+        fingerprint: of the image tower's parameters as loaded, see :func:`lit_merge.params.fingerprint`.
+        text: the text side.
+    """
+
+    name: str
+    pretrained: str | None
+    visual: nn.Module
+    preprocessing: Preprocessing
+    fingerprint: str
+    text: TextTower = field(repr=False)
+
+    def encode_text(self, texts: Sequence[str]) -> Tensor:
+        """Encode N texts as ``[N, d]``, L2-normalised, without gradient; loads the text tower if it is not."""
+        return self.text.encode(texts)
+
+    @property
+    def logit_scale(self) -> float:
+        """The factor of the cosine similarities in the logits."""
+        return self.text.logit_scale
+
+    @property
+    def text_fingerprint(self) -> str:
+        """16 hexadecimal digits that tell text towers apart; read from the file, without building the tower."""
+        return self.text.fingerprint
+
+    def drop_text(self) -> None:
+        """Free the text tower's memory; it is loaded again when needed, unless it was random."""
+        self.text.drop()
+
+
+def load_clip(model: str = _SHIPPED, pretrained: str | None = None) -> ClipModel:
+    """Load a CLIP's image tower in float32, with its text tower in reach.
+
+    Args:
+        model: a name that open_clip knows, e.g. ``ViT-B-32``; the path of a JSON config in open_clip's layout (either
+            the model config itself, or ``model_cfg`` and ``preprocess_cfg`` as published beside weights); or
+            ``lit-tiny``, the small model that comes with this package.
+        pretrained: a tag that open_clip knows for this architecture; the path of a whole CLIP's weights
+            (``.safetensors``, or a PyTorch file of a state dict, never executed); or ``random`` for an initialisation
+            with torch's current random state. None means the shipped weights, which only ``lit-tiny`` has
+            (``shipped`` says so aloud).
+
+    Returns:
+        The model. Its image tower is in training mode, as every new module; the text tower is in evaluation mode.
+
+    Notes:
+        Weights published under a tag bring their own preprocessing, and QuickGELU where they were trained with it.
+        Weights from a path get the architecture's activation and CLIP's own preprocessing: for OpenAI's use an
+        architecture such as ``ViT-B-32-quickgelu``, and for others give the JSON config with ``preprocess_cfg``.
+
+    Raises:
+        ConfigurationError: an unknown architecture or tag, a missing file, or weights that cannot be downloaded.
+        FileFormatError: a damaged config or weights file, or one of another kind.
+        StructureMismatchError: names or shapes in the file differ from the image tower's.
+        NonFiniteError: the image tower's weights hold NaN or infinity.
+    """
+    architecture = _architecture(model)
+    source, architecture = _weights_source(architecture, pretrained)
+    if source is None:
+        visual = _build(architecture, "image").visual
+        tower = TextTower(architecture, None, _build(architecture, "text").eval())
+    else:
+        with torch.random.fork_rng(devices=[]):
+            visual = _build(architecture, "image").visual
+        _load_visual(visual, source, architecture.name)
+        tower = TextTower(architecture, source)
+    return ClipModel(
+        name=architecture.name,
+        pretrained="shipped" if pretrained is None else pretrained,
+        visual=visual,
+        preprocessing=_preprocessing(architecture),
+        fingerprint=fingerprint(dict(visual.named_parameters())),
+        text=tower,
+    )
+
+
+def full_clip_model(model: str = _SHIPPED) -> tuple[nn.Module, Callable[[Sequence[str]], Tensor]]:
+    """Build a whole CLIP with random weights, for contrastive pre-training.
+
+    Args:
+        model: as for :func:`load_clip`.
+
+    Returns:
+        The open_clip model (``encode_image``, ``encode_text``, ``logit_scale``), float32, and its tokenizer,
+        texts -> token indices ``[N, context length]``.
+
+    Raises:
+        ConfigurationError: the architecture is unknown or cannot be built.
+        FileFormatError: the config file is damaged.
+    """
+    architecture = _architecture(model)
+    return _build(architecture, "both"), architecture.tokenizer()
+
+
+def _architecture(model: str) -> _Architecture:
+    import open_clip
+
+    model = str(model)
+    if model == _SHIPPED:
+        return replace(_read_config(_ASSETS / f"{_SHIPPED}.json"), shipped=True)
+    names = open_clip.list_models()
+    name = model.replace("/", "-")
+    if name in names:
+        return _Architecture(name, open_clip.get_model_config(name))
+    if _looks_like_path(model):
+        return _read_config(Path(model))
+    raise ConfigurationError(
+        f"model: expected an architecture that open_clip knows, {_SHIPPED!r} or the path of a JSON config, got "
+        f"{model!r}. {_nearest(model, [_SHIPPED, *names])}"
+    )
+
+
+def _read_config(path: Path) -> _Architecture:
+    if not path.is_file():
+        raise ConfigurationError(f"model: expected the path of a JSON config, got {path}, which is no file. Check it.")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise FileFormatError(
+            f"{path}: expected a model config as JSON, got {first_line(error)} Use open_clip's layout."
+        ) from error
+    config = content.get("model_cfg", content) if isinstance(content, dict) else {}
+    preprocessing = content.get("preprocess_cfg", {}) if isinstance(content, dict) else {}
+    kinds = {"embed_dim": int, "vision_cfg": dict, "text_cfg": dict}
+    config = config if isinstance(config, dict) else {}
+    wrong = [name for name, kind in kinds.items() if not isinstance(config.get(name), kind)]
+    if wrong or not isinstance(preprocessing, dict):
+        raise FileFormatError(
+            f"{path}: expected a model config with embed_dim (a number), vision_cfg and text_cfg (objects), got one "
+            f"without {', '.join(wrong) or 'a proper preprocess_cfg'}. Use open_clip's layout."
+        )
+    config = {name: value for name, value in config.items() if name != "preprocess_cfg"}
+    return _Architecture(path.stem, config, preprocessing, built_in=False)
+
+
+def _weights_source(architecture: _Architecture, pretrained: str | None) -> tuple[Path | None, _Architecture]:
+    """Where the weights are, None for random ones, and the architecture as these weights want it."""
+    import open_clip
+
+    name = architecture.name
+    if pretrained == "random":
+        return None, architecture
+    if architecture.shipped and pretrained in (None, "shipped"):
+        path = _ASSETS / f"{_SHIPPED}.safetensors"
+        if not path.is_file():
+            raise ConfigurationError(
+                f"{name}: expected its weights beside the package at {path}, got no such file. "
+                "Install the package again, or set pretrained to a path or to 'random'."
+            )
+        return path, architecture
+    tags = open_clip.list_pretrained_tags_by_model(name) if architecture.built_in else []
+    known = f"its tags are {', '.join(tags)}" if tags else "it has no published tags"
+    if pretrained is None:
+        raise ConfigurationError(
+            f"{name}: expected pretrained to say which weights, got None; {known}. "
+            f"Set it to {'a tag, ' if tags else ''}the path of a checkpoint, or 'random'."
+        )
+    if tags and open_clip.is_pretrained_cfg(name, pretrained):
+        settings = open_clip.get_pretrained_cfg(name, pretrained)
+        return _download(name, pretrained, settings), architecture.with_tag(settings)
+    if _looks_like_path(pretrained) or Path(pretrained).is_file():
+        if not Path(pretrained).is_file():
+            raise ConfigurationError(
+                f"pretrained: expected the path of a checkpoint, got {pretrained}, which is no file. Check the path."
+            )
+        return Path(pretrained), architecture
+    raise ConfigurationError(
+        f"{name}: expected pretrained to be {'a tag, ' if tags else ''}a path or 'random', got {pretrained!r}. "
+        f"{_nearest(pretrained, tags) if tags else 'It has no published tags: use a path or random.'}"
+    )
+
+
+def _download(name: str, tag: str, settings: dict[str, Any]) -> Path:
+    import open_clip
+
+    try:
+        return Path(open_clip.download_pretrained(settings))
+    except Exception as error:  # network libraries raise whatever they like
+        wanted = settings.get("hf_hub", "").strip("/") or settings.get("url", "")
+        raise ConfigurationError(
+            f"{name}: expected to download the weights {tag!r} from {wanted}, got {first_line(error)} "
+            "Connect to the network, or download them elsewhere and set pretrained to the path of the file."
+        ) from error
+
+
+def _preprocessing(architecture: _Architecture) -> Preprocessing:
+    size = architecture.config["vision_cfg"].get("image_size", 224)
+    sides = {size} if isinstance(size, int) else set(size)
+    if len(sides) != 1:
+        raise ConfigurationError(f"{architecture.name}: expected square images, got {size}. Use a square image_size.")
+    settings = architecture.preprocessing
+    values = {name: settings[name] for name in ("interpolation", "resize_mode") if settings.get(name)}
+    for name in ("mean", "std"):
+        if settings.get(name):
+            values[name] = tuple(settings[name])
+    return Preprocessing(image_size=sides.pop(), **values)
+
+
+def _build(architecture: _Architecture, towers: str) -> Any:
+    """Build the open_clip model with random weights; the tower that is not asked for is a stub, or missing."""
+    import open_clip
+
+    config = copy.deepcopy(architecture.config)
+    vision, text = config["vision_cfg"], config["text_cfg"]
+    custom = config.pop("custom_text", False) or "hf_model_name" in text
+    kind = (open_clip.CoCa if "multimodal_cfg" in config else open_clip.CustomTextCLIP) if custom else open_clip.CLIP
+    if "timm_model_name" in vision:
+        vision["timm_model_pretrained"] = False
+    if "hf_model_name" in text:
+        text["hf_model_pretrained"] = False
+    if towers == "image":
+        # CoCa's tower returns a pair unless it is told not to.
+        vision["output_tokens"] = False
+        kind = open_clip.CLIP
+        config = {name: config[name] for name in ("embed_dim", "vision_cfg", "quick_gelu") if name in config}
+        config["text_cfg"] = _NO_TEXT
+    elif towers == "text":
+        config["vision_cfg"] = _NO_VISION
+    model = _guard(architecture.name, lambda: kind(**config))
+    decoder = getattr(model, "text_decoder", None)
+    if decoder is not None:
+        # open_clip 3.3 leaves CoCa's decoder projection as uninitialised memory.
+        nn.init.normal_(decoder.text_projection, std=decoder.text_projection.shape[0] ** -0.5)
+    if towers == "text":
+        for name in NOT_TEXT:
+            if hasattr(model, name):
+                delattr(model, name)
+    return model
+
+
+def _guard(name: str, build: Callable[[], Any]) -> Any:
+    """Run what open_clip builds from a config, and say in one line what it refuses."""
+    try:
+        return build()
+    except ImportError as error:
+        raise ConfigurationError(
+            f"{name}: expected the packages that this model needs, got {first_line(error)} Install the missing one."
+        ) from error
+    except OSError as error:
+        raise ConfigurationError(
+            f"{name}: expected to download a tokenizer or text config, got {first_line(error)} "
+            "Connect to the network, or use a model with CLIP's own text tower."
+        ) from error
+    except (TypeError, ValueError, KeyError, AttributeError, AssertionError, RuntimeError, ZeroDivisionError) as error:
+        raise ConfigurationError(
+            f"{name}: expected a model config that open_clip can build, got {first_line(error)} Correct the config."
+        ) from error
+
+
+def _load_visual(visual: nn.Module, path: Path, name: str) -> None:
+    state = read_weights(path, lambda key: key.startswith("visual."))
+    if not state:
+        raise FileFormatError(
+            f"{path}: expected the weights of a whole CLIP, names starting with 'visual.', got "
+            f"{first_few(read_weights(path))}. Use the checkpoint of a whole CLIP."
+        )
+    state = {key.removeprefix("visual."): tensor for key, tensor in state.items()}
+    check_same_structure(visual.state_dict(), state, f"image tower of {name} in {path}")
+    check_finite(state, f"image tower in {path}")
+    visual.load_state_dict(state)
+
+
+def _looks_like_path(text: str) -> bool:
+    return "/" in text or "\\" in text or text.endswith(_PATH_SUFFIXES)
+
+
+def _nearest(name: str, valid: Iterable[str]) -> str:
+    by_lower = {candidate.lower(): candidate for candidate in valid}
+    close = difflib.get_close_matches(name.lower(), by_lower, n=3, cutoff=0.5)
+    if close:
+        return f"Did you mean {', '.join(by_lower[candidate] for candidate in close)}?"
+    return f"Use one of {first_few(by_lower.values(), 8)}."

@@ -1,0 +1,166 @@
+"""Fine-tuning one task, so that its task vector can be merged with others."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchmetrics.classification import MulticlassAccuracy
+
+from lit_merge.errors import ConfigurationError
+from lit_merge.models.encoder import Preprocessing
+from lit_merge.models.heads import ZeroShotHead
+from lit_merge.modules.protocol import FineTuningProtocol, check_range
+
+__all__ = ["FineTuneModule"]
+
+
+class FineTuneModule(FineTuningProtocol):
+    """Fine-tunes an image encoder under a frozen head; the defaults are the papers' protocol.
+
+    AdamW with a cosine schedule after a warm-up over a tenth of the steps, weight decay 0.1 and gradients clipped at
+    norm 1.0 (Ilharco et al. 2023, appendix B). The head is built from the data module's class names and templates
+    unless one is given. For a new objective override :meth:`compute_loss`.
+
+    Args:
+        model: architecture, as for :func:`lit_merge.models.load_clip`.
+        pretrained: weights, as for :func:`lit_merge.models.load_clip`.
+        learning_rate: peak of the schedule.
+        weight_decay: of every trained parameter, as in the papers' programs.
+        warmup_fraction: share of the steps over which the rate grows, in [0, 1).
+        gradient_clip: largest norm of the gradient; the trainer's ``gradient_clip_val`` wins if it is set.
+        label_smoothing: in [0, 1).
+        task_vector: file of a task vector to start from (θ0 stays the base).
+        weights: file of whole weights to start from (θ0 stays the base).
+        encoder: any module instead of a CLIP; then ``head`` is needed.
+        head: any module, features ``[B, d]`` -> logits ``[B, C]``; it is frozen.
+        preprocessing: how images become the encoder's input.
+
+    Raises:
+        ConfigurationError: a number is out of its range.
+    """
+
+    regime = "full"
+
+    def __init__(
+        self,
+        model: str = "lit-tiny",
+        pretrained: str | None = None,
+        learning_rate: float = 1e-5,
+        weight_decay: float = 0.1,
+        warmup_fraction: float = 0.1,
+        gradient_clip: float = 1.0,
+        label_smoothing: float = 0.0,
+        task_vector: str | None = None,
+        weights: str | None = None,
+        encoder: nn.Module | None = None,
+        head: nn.Module | None = None,
+        preprocessing: Preprocessing | None = None,
+    ) -> None:
+        check_range("label_smoothing", label_smoothing, below=1.0)
+        super().__init__(
+            learning_rate,
+            weight_decay,
+            warmup_fraction,
+            gradient_clip,
+            model=model,
+            pretrained=pretrained,
+            encoder=encoder,
+            preprocessing=preprocessing,
+            task_vector=task_vector,
+            weights=weights,
+        )
+        self.save_hyperparameters(ignore=["encoder", "head", "preprocessing"])
+        self.label_smoothing = label_smoothing
+        self.head = head.requires_grad_(False) if head is not None else None
+        self.task, self.classes = "", tuple[str, ...]()
+
+    def setup(self, stage: str) -> None:
+        """Take the task's name, classes and templates from the data module and build the head."""
+        data = getattr(self.trainer, "datamodule", None)
+        if data is None or not hasattr(data, "classes"):
+            if self.head is None:
+                raise ConfigurationError(
+                    "head: expected a data module with classes and templates, or head=…, got neither. "
+                    "Use TaskDataModule, or pass head=…."
+                )
+        else:
+            self.task, self.classes = data.name, tuple(data.classes)
+            if self.clip is not None and (self.head is None or self._head_is_of_other_classes()):
+                self.head = self.make_head(data.classes, data.templates).to(self.device)
+        count = len(self.classes) or self._number_of_classes()
+        metrics = {split: MulticlassAccuracy(count, average="micro", ignore_index=-1) for split in ("fit", "val", "test")}
+        self.accuracy = nn.ModuleDict(metrics).to(self.device)
+
+    def _head_is_of_other_classes(self) -> bool:
+        return isinstance(self.head, ZeroShotHead) and self.head.classes != self.classes
+
+    def _number_of_classes(self) -> int:
+        """Of a head that was passed in, from its output for a single image."""
+        parameter = next(self.encoder.parameters())
+        size = self.preprocessing.image_size
+        with torch.no_grad():
+            assert self.head is not None
+            return self.head(self(torch.zeros(1, 3, size, size, device=parameter.device, dtype=parameter.dtype))).shape[-1]
+
+    def compute_loss(self, logits: Tensor, batch: Any) -> Tensor:
+        """The training objective; override it for another one.
+
+        Args:
+            logits: ``[B, C]``, of the batch's images.
+            batch: an :class:`lit_merge.data.ImageBatch` with ``images`` ``[B, 3, S, S]`` and ``labels`` ``[B]``.
+
+        Returns:
+            A scalar: here the cross-entropy with label smoothing, averaged over the batch.
+        """
+        return F.cross_entropy(logits, batch.labels, label_smoothing=self.label_smoothing)
+
+    def classify(self, images: Tensor) -> Tensor:
+        """Images ``[B, 3, S, S]`` to logits ``[B, C]``."""
+        assert self.head is not None
+        return self.head(self(images))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """One optimisation step's loss."""
+        logits = self.classify(batch.images)
+        loss = self.check_loss(self.compute_loss(logits, batch))
+        self.accuracy["fit"](logits, batch.labels)
+        self.log("train/loss", loss, prog_bar=True)
+        self.log("train/accuracy", self.accuracy["fit"], on_step=True, on_epoch=False)
+        return loss
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        """Accuracy and loss on the validation split."""
+        self._evaluate(batch, "val")
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        """Accuracy and loss on the test split."""
+        self._evaluate(batch, "test")
+
+    def _evaluate(self, batch: Any, split: str) -> None:
+        logits = self.classify(batch.images)
+        counted = batch.labels >= 0
+        loss = F.cross_entropy(logits, batch.labels, ignore_index=-1, reduction="sum") / counted.sum().clamp(min=1)
+        self.accuracy[split](logits, batch.labels)
+        self.log(f"{split}/accuracy", self.accuracy[split], prog_bar=True)
+        self.log(f"{split}/loss", loss, sync_dist=True, batch_size=int(counted.sum()))
+
+    def predict_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
+        """Class probabilities ``[B, C]`` of a batch and the images' positions ``[B]``."""
+        return {"probabilities": self.classify(batch.images).float().softmax(-1), "indices": batch.indices}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the head's classes beside its weights."""
+        if isinstance(self.head, ZeroShotHead):
+            checkpoint["zero_shot_classes"] = list(self.head.classes)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Bring the head back before its weights are loaded, so that a checkpoint opens without its data."""
+        state: Mapping[str, Tensor] = checkpoint["state_dict"]
+        if self.head is None and "zero_shot_classes" in checkpoint:
+            classes = tuple(checkpoint["zero_shot_classes"])
+            self.head = ZeroShotHead(state["head.weight"], float(state["head.logit_scale"]), classes)
+            self.classes = classes

@@ -1,0 +1,101 @@
+"""The optimisation that the papers share: AdamW, warm-up, cosine, clipped gradients."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from lit_merge.errors import ConfigurationError
+from lit_merge.modules.encoding import EncoderModule
+
+__all__ = ["FineTuningProtocol", "warm_up_cosine"]
+
+
+def warm_up_cosine(warmup_steps: int, total_steps: int) -> Callable[[int], float]:
+    """Factor of the learning rate at a step: linear from 0 to 1 over the warm-up, then half a cosine down to 0.
+
+    Args:
+        warmup_steps: steps of the warm-up, 0 for none.
+        total_steps: the step at which the factor reaches 0.
+
+    Returns:
+        A function of the step (counted from 0) with values in [0, 1], for ``torch.optim.lr_scheduler.LambdaLR``.
+    """
+
+    def factor(step: int) -> float:
+        if step < warmup_steps:
+            return (step + 1) / warmup_steps
+        progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
+        return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+    return factor
+
+
+class FineTuningProtocol(EncoderModule):
+    """An encoder module that trains as the papers do (Ilharco et al. 2023, appendix B).
+
+    Args:
+        learning_rate: peak of the schedule.
+        weight_decay: of every trained parameter, as in the papers' programs.
+        warmup_fraction: share of the steps over which the rate grows, in [0, 1).
+        gradient_clip: largest norm of the gradient, 0 for no limit; the trainer's ``gradient_clip_val`` wins if set.
+        **encoder_settings: of :class:`EncoderModule`.
+
+    Raises:
+        ConfigurationError: a number is out of its range.
+    """
+
+    def __init__(
+        self,
+        learning_rate: float,
+        weight_decay: float,
+        warmup_fraction: float,
+        gradient_clip: float,
+        **encoder_settings: Any,
+    ) -> None:
+        check_range("learning_rate", learning_rate)
+        check_range("weight_decay", weight_decay)
+        check_range("warmup_fraction", warmup_fraction, below=1.0)
+        check_range("gradient_clip", gradient_clip)
+        super().__init__(**encoder_settings)
+        self.learning_rate = learning_rate
+        self.weight_decay = weight_decay
+        self.warmup_fraction = warmup_fraction
+        self.gradient_clip = gradient_clip
+
+    def trainable_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """Names and parameters that the optimiser changes: here every one of the encoder."""
+        return list(self.encoder.named_parameters())
+
+    def configure_optimizers(self) -> Any:
+        """AdamW, linear warm-up, cosine to 0 at the trainer's last step."""
+        parameters = [parameter for _, parameter in self.trainable_parameters()]
+        optimizer = torch.optim.AdamW(parameters, lr=self.learning_rate, weight_decay=self.weight_decay)
+        total = int(self.trainer.estimated_stepping_batches)
+        factor = warm_up_cosine(round(self.warmup_fraction * total), total)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip at the trainer's value, or at this module's own."""
+        value = self.gradient_clip if gradient_clip_val is None else gradient_clip_val
+        self.clip_gradients(optimizer, value or None, gradient_clip_algorithm or "norm")
+
+
+def check_range(name: str, value: float, low: float = 0.0, below: float = math.inf) -> None:
+    """Refuse a number outside [low, below).
+
+    Raises:
+        ConfigurationError: it is.
+    """
+    if not low <= value < below:
+        raise ConfigurationError(f"{name}: expected a number in [{low:g}, {below:g}), got {value}. Change it.")

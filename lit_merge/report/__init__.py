@@ -1,0 +1,37 @@
+"""Tables and a figure from the results JSON of a suite. Importing this imports neither rich nor matplotlib."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+# Spelled out for readers and type checkers; the imports themselves happen on first use.
+__all__ = [
+    "Results",
+    "accuracy_table",
+    "display_name",
+    "markdown_table",
+    "results_figure",
+    "summary",
+    "vector_table",
+]
+
+_HOMES = {
+    "Results": "results",
+    "accuracy_table": "tables",
+    "display_name": "results",
+    "markdown_table": "tables",
+    "results_figure": "figures",
+    "summary": "results",
+    "vector_table": "tables",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

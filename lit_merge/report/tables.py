@@ -1,0 +1,117 @@
+"""Tables for the terminal (rich) and for documents (Markdown)."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from lit_merge.report.results import INDIVIDUAL, ZERO_SHOT, Results, display_name, summary
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+__all__ = ["accuracy_table", "markdown_table", "vector_table"]
+
+
+def accuracy_table(results: Results, normalised: bool = False) -> Table:
+    """Accuracy in percent: one row per method, one column per task and one for their mean.
+
+    Args:
+        results: of a suite. With several seeds every value is a mean over them, and the last column adds ± the sample
+            standard deviation.
+        normalised: divide by the accuracy of the individual models.
+
+    Returns:
+        A table to print with ``rich.console.Console().print``.
+    """
+    title = f"{results.model_and_scope()}: {'normalised ' * normalised}{results.protocol()} (%)"
+    table = _table(title, ["method", *results.tasks, "mean"])
+    for method in results.methods():
+        cells = _task_cells(results, method, normalised)
+        style = "dim" if method in (ZERO_SHOT, INDIVIDUAL) else ""
+        table.add_row(*map(_text, [display_name(method), *cells, mean_cell(results, method, normalised)]), style=style)
+    return table
+
+
+def vector_table(results: Results) -> Table:
+    """How far fine-tuning moved the weights, one row per task; with several seeds mean ± standard deviation.
+
+    Args:
+        results: of a suite.
+
+    Returns:
+        A table to print with ``rich.console.Console().print``.
+    """
+    table = _table(f"{results.model_and_scope()}: task vectors", ["task", "‖τ‖", "‖τ‖ / ‖θ0‖ (%)", "steps"])
+    for task in results.tasks:
+        sizes = [seed.task_vectors[task] for seed in results.seeds.values()]
+        steps = sorted({size.steps for size in sizes})
+        cells = [
+            task,
+            with_spread([size.norm for size in sizes], decimals=3),
+            with_spread([100 * size.relative_norm for size in sizes], decimals=2),
+            str(steps[0]) if len(steps) == 1 else f"{steps[0]}–{steps[-1]}",
+        ]
+        table.add_row(*map(_text, cells))
+    return table
+
+
+def markdown_table(results: Results) -> str:
+    """The accuracies in percent as a Markdown table; the last two columns are the mean and the mean normalised.
+
+    Args:
+        results: of a suite. With several seeds every value is a mean over them, and the last two columns add ± the
+            sample standard deviation.
+
+    Returns:
+        The lines of the table, each with a line break at its end.
+    """
+    rows = [["method", *results.tasks, "mean", "normalised"]]
+    rows.append([":--", *["--:"] * (len(rows[0]) - 1)])
+    for method in results.methods():
+        means = [mean_cell(results, method, normalised) for normalised in (False, True)]
+        rows.append([display_name(method), *_task_cells(results, method), *means])
+    escaped = [[cell.replace("\\", "\\\\").replace("|", "\\|") for cell in row] for row in rows]
+    return "".join(f"| {' | '.join(row)} |\n" for row in escaped)
+
+
+def mean_cell(results: Results, method: str, normalised: bool = False) -> str:
+    """Mean accuracy over tasks in percent, ± the standard deviation over seeds where seeds can differ.
+
+    Args:
+        results: of a suite.
+        method: one of ``results.methods()``.
+        normalised: divide by the accuracy of the individual models.
+    """
+    values = results.mean_normalised(method) if normalised else results.mean_accuracy(method)
+    same_by_definition = method == (INDIVIDUAL if normalised else ZERO_SHOT)
+    return with_spread([100 * value for value in (values[:1] if same_by_definition else values)], decimals=1)
+
+
+def with_spread(values: list[float], decimals: int) -> str:
+    """Mean ± sample standard deviation as text, without the latter for one value; a dash if undefined."""
+    mean, spread = summary(values)
+    if math.isnan(mean):
+        return "–"
+    return f"{mean:.{decimals}f}" if spread is None else f"{mean:.{decimals}f} ± {spread:.{decimals}f}"
+
+
+def _task_cells(results: Results, method: str, normalised: bool = False) -> list[str]:
+    values = results.normalised if normalised else results.accuracy
+    return [with_spread([100 * summary(values(method, task))[0]], decimals=1) for task in results.tasks]
+
+
+def _table(title: str, columns: list[str]) -> Table:
+    from rich.table import Table
+
+    table = Table(title=_text(title), title_style="bold", title_justify="left")
+    for index, column in enumerate(columns):
+        table.add_column(_text(column), justify="right" if index else "left", no_wrap=True)
+    return table
+
+
+def _text(content: str) -> object:
+    """Text that rich shows as it is: names may hold square brackets."""
+    from rich.text import Text
+
+    return Text(content)

@@ -1,0 +1,191 @@
+"""What a transform is, how transforms are chained, and how their fields are checked.
+
+A transform is a frozen dataclass that maps :class:`~lit_merge.vectors.TaskVectors` to a new lazy view. One that works
+on each parameter's stack by itself is a few lines::
+
+    @dataclass(frozen=True)
+    class Clip(Transform):
+        limit: float = 1.0
+
+        def __post_init__(self) -> None:
+            self._number("limit", minimum=0.0)
+
+        def __call__(self, vectors: TaskVectors) -> TaskVectors:
+            return vectors.map(self._clip, note=self)
+
+        def _clip(self, name: str, stack: Tensor) -> Tensor:
+            return stack.clamp_(-self.limit, self.limit)
+
+One that needs a statistic over all parameters goes through ``vectors`` in ``__call__`` first, one stack at a time.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from numbers import Real
+from typing import Any
+
+from lit_merge.errors import ConfigurationError
+from lit_merge.vectors.task_vectors import TaskVectors
+
+__all__ = ["Chain", "Transform", "chain", "finite_number", "replace_field"]
+
+
+@dataclass(frozen=True)
+class Transform(ABC):
+    """A map from task vectors to task vectors that prints as the expression that builds it, compares and pickles.
+
+    Subclasses are frozen dataclasses, check their fields in ``__post_init__`` (raising ``ConfigurationError``) and do
+    not change their input.
+    """
+
+    @abstractmethod
+    def __call__(self, vectors: TaskVectors) -> TaskVectors:
+        """Apply the transform.
+
+        Args:
+            vectors: stacks ``(T, *shape)``.
+
+        Returns:
+            A new view with stacks ``(T', *shape)`` of the same names and dtypes; T' = 1 for a reducer.
+        """
+
+    def to_config(self) -> dict[str, Any]:
+        """The transform as plain data, ``{"class_path": …, "init_args": {…}}``, as jsonargparse reads it."""
+        arguments = {field.name: _plain(getattr(self, field.name)) for field in fields(self) if field.init}
+        return {"class_path": _import_path(type(self)), "init_args": arguments}
+
+    def _number(self, field: str, minimum: float | None = None, maximum: float | None = None) -> None:
+        """Check that a field is a finite number in a range, and make it a float."""
+        value = finite_number(f"{type(self).__name__}.{field}", getattr(self, field), minimum, maximum)
+        object.__setattr__(self, field, value)
+
+
+@dataclass(frozen=True, repr=False)
+class Chain(Transform):
+    """Transforms applied one after the other, the first one first; without steps, the identity.
+
+    Args:
+        steps: the transforms; chains among them are replaced by their own steps.
+
+    Raises:
+        ConfigurationError: a step is not a transform.
+    """
+
+    steps: tuple[Transform, ...] = ()
+
+    def __post_init__(self) -> None:
+        steps = [self.steps] if isinstance(self.steps, Transform) else list(self.steps)
+        for step in steps:
+            if not isinstance(step, Transform):
+                raise ConfigurationError(
+                    f"Chain.steps: expected transforms, got {step!r}. Pass instances, such as Sum() rather than Sum."
+                )
+        flat = [inner for step in steps for inner in (step.steps if isinstance(step, Chain) else (step,))]
+        object.__setattr__(self, "steps", tuple(flat))
+
+    def __call__(self, vectors: TaskVectors) -> TaskVectors:
+        """Apply the steps in order."""
+        for step in self.steps:
+            vectors = step(vectors)
+        return vectors
+
+    def __repr__(self) -> str:
+        return f"chain({', '.join(repr(step) for step in self.steps)})"
+
+
+def chain(*steps: Transform) -> Chain:
+    """Compose transforms, the first one first: ``chain(Sum(), Scale(0.3))``.
+
+    Raises:
+        ConfigurationError: a step is not a transform.
+    """
+    return Chain(steps)
+
+
+def replace_field(transform: Transform, field: str, value: Any, *, step: int | None = None) -> Transform:
+    """The same transform with another value of one field, e.g. to search over a chain's ``coefficient``.
+
+    Args:
+        transform: a transform or a chain.
+        field: name of a field that exactly one step has.
+        value: its new value, a number for a number and per-task values for per-task values.
+        step: position of the step in the chain, for a field that several steps have.
+
+    Returns:
+        A new transform of the same kind; ``transform`` is unchanged.
+
+    Raises:
+        ConfigurationError: no step or several steps have the field, or the value is of another kind or refused.
+    """
+    steps = transform.steps if isinstance(transform, Chain) else (transform,)
+    having = [index for index, part in enumerate(steps) if field in {item.name for item in fields(part)}]
+    if step is not None:
+        having = [index for index in having if index == step]
+    if len(having) != 1:
+        found = f"{len(having)} (steps {', '.join(map(str, having))}; choose with step=…)" if having else "none"
+        known = sorted({item.name for part in steps for item in fields(part)})
+        raise ConfigurationError(
+            f"{field}: expected exactly one step of {transform!r} with this field, got {found}. "
+            f"Its fields are {', '.join(known) or 'none'}."
+        )
+    index = having[0]
+    present = getattr(steps[index], field)
+    if isinstance(present, Real) != isinstance(value, Real):
+        raise ConfigurationError(
+            f"{field}: expected a value of the kind of {present!r} in {steps[index]!r}, got {value!r}. "
+            "Build the transform anew instead."
+        )
+    changed = replace(steps[index], **{field: value})
+    return Chain((*steps[:index], changed, *steps[index + 1 :])) if isinstance(transform, Chain) else changed
+
+
+def finite_number(what: str, value: object, minimum: float | None = None, maximum: float | None = None) -> float:
+    """Check a number and return it as a float.
+
+    Args:
+        what: how the message calls it, e.g. ``"Trim.density"``.
+        value: what was given.
+        minimum: smallest allowed value.
+        maximum: largest allowed value.
+
+    Raises:
+        ConfigurationError: not a number (a bool is none), not finite, or out of range.
+    """
+    bounds = [f"at least {minimum:g}"] if minimum is not None else []
+    bounds += [f"at most {maximum:g}"] if maximum is not None else []
+    number = float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
+    too_small = minimum is not None and number < minimum
+    too_large = maximum is not None and number > maximum
+    if not math.isfinite(number) or too_small or too_large:
+        expected = " ".join(["a finite number", " and ".join(bounds)]).strip()
+        raise ConfigurationError(f"{what}: expected {expected}, got {value!r}. Change this setting.")
+    return number
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Transform):
+        return value.to_config()
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, Sequence):
+        return [_plain(item) for item in value]
+    if callable(value) and "<" not in getattr(value, "__qualname__", "<"):
+        return _import_path(value)
+    raise ConfigurationError(
+        f"to_config: expected numbers, strings, transforms or module-level functions, got {value!r}. "
+        "Build this transform in Python instead."
+    )
+
+
+def _import_path(item: Any) -> str:
+    """The shortest public import path of a class or function: its package's if that exposes it, else its module's."""
+    package = item.__module__.rpartition(".")[0]
+    public = getattr(sys.modules.get(package), item.__qualname__, None) is item
+    return f"{package if public else item.__module__}.{item.__qualname__}"

@@ -1,0 +1,89 @@
+"""The difference of two checkpoints, lazily for files."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from functools import partial
+
+from torch import Tensor
+
+from lit_merge.errors import ConfigurationError, NonFiniteError, StructureMismatchError, first_few
+from lit_merge.params import check_same_structure, dtype_of, fingerprint, is_finite, shape_of, working_dtype
+from lit_merge.vectors.lazy import Computed
+from lit_merge.vectors.store import LazyTensors
+
+__all__ = ["Checkpoint", "checkpoint_difference"]
+
+Checkpoint = Mapping[str, Tensor] | str | os.PathLike[str]
+"""Name -> tensor, or the path of a safetensors file."""
+
+
+def checkpoint_difference(
+    pretrained: Checkpoint, finetuned: Checkpoint, with_fingerprint: bool = True
+) -> tuple[Mapping[str, Tensor], str]:
+    """τ = θ − θ0 over the floating-point entries; see :meth:`TaskVector.from_checkpoints`.
+
+    Returns:
+        The difference, lazy if both checkpoints are files, and the fingerprint of the floating-point entries of θ0
+        (empty without ``with_fingerprint``).
+
+    Raises:
+        ConfigurationError: a checkpoint is neither a mapping of tensors nor a path.
+        StructureMismatchError: names, shapes or kinds of dtype differ.
+        FileFormatError: a path does not lead to a safetensors file.
+        NonFiniteError: the difference is NaN or infinite (for files: when that tensor is read).
+    """
+    base, tuned = _opened(pretrained, "pretrained"), _opened(finetuned, "finetuned")
+    check_same_structure(base, tuned, what="fine-tuned checkpoint")
+    kinds = {name: (dtype_of(base, name), dtype_of(tuned, name)) for name in base}
+    offenders = [
+        f"{name} ({first} and {second})"
+        for name, (first, second) in kinds.items()
+        if first.is_floating_point != second.is_floating_point or first.is_complex or second.is_complex
+    ]
+    if offenders:
+        raise StructureMismatchError(
+            f"fine-tuned checkpoint: expected real floating-point values in both, got {first_few(offenders)}. "
+            "Convert both checkpoints to the same kind of dtype."
+        )
+    structure = {
+        name: (shape_of(base, name), working_dtype(*dtypes))
+        for name, dtypes in kinds.items()
+        if dtypes[0].is_floating_point
+    }
+    identity = fingerprint(Computed(structure, base.__getitem__)) if with_fingerprint else ""
+    difference = Computed(structure, partial(_difference, base, tuned))
+    lazy = isinstance(base, LazyTensors) and isinstance(tuned, LazyTensors)
+    return (difference if lazy else dict(difference)), identity
+
+
+def _opened(checkpoint: Checkpoint, what: str) -> Mapping[str, Tensor]:
+    if isinstance(checkpoint, (str, os.PathLike)):
+        return LazyTensors(checkpoint)
+    if not isinstance(checkpoint, Mapping):
+        raise ConfigurationError(
+            f"{what}: expected a mapping name -> tensor or the path of a safetensors file, got "
+            f"{type(checkpoint).__name__}. Use dict(model.named_parameters())."
+        )
+    if not isinstance(checkpoint, LazyTensors):
+        others = [
+            f"{name} ({type(value).__name__})" for name, value in checkpoint.items() if not hasattr(value, "shape")
+        ]
+        if others:
+            raise ConfigurationError(
+                f"{what}: expected a mapping name -> tensor, got {first_few(others)}. Pass the state dict inside it."
+            )
+    return checkpoint
+
+
+def _difference(base: Mapping[str, Tensor], tuned: Mapping[str, Tensor], name: str) -> Tensor:
+    first, second = base[name].detach(), tuned[name].detach()
+    dtype = working_dtype(first.dtype, second.dtype)
+    difference = second.to(dtype) - first.to(second.device, dtype)
+    if not is_finite(difference):
+        raise NonFiniteError(
+            f"task vector: expected a finite difference, got NaN or infinity in {name}. "
+            "Train again with a lower learning rate, or remove this checkpoint."
+        )
+    return difference

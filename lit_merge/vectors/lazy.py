@@ -1,0 +1,67 @@
+"""Mappings of tensors that know names, shapes and dtypes, and read or compute a tensor when it is asked for."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+__all__ = ["Computed", "LazyMapping", "Structure"]
+
+Structure = dict[str, tuple[torch.Size, torch.dtype]]
+"""Name -> shape and dtype."""
+
+
+class LazyMapping(Mapping[str, Tensor]):
+    """A mapping name -> tensor that tells shape and dtype without reading the tensor.
+
+    Compared and hashed by identity: comparing contents would read everything.
+    """
+
+    __eq__ = object.__eq__
+    __hash__ = object.__hash__
+
+    @abstractmethod
+    def shape(self, name: str) -> torch.Size:
+        """Shape of one tensor."""
+
+    @abstractmethod
+    def dtype(self, name: str) -> torch.dtype:
+        """Dtype of one tensor."""
+
+
+class Computed(LazyMapping):
+    """Tensors computed at every access; nothing is kept.
+
+    Args:
+        structure: name -> shape and dtype of what ``compute`` returns.
+        compute: name -> tensor. A module-level function, or a ``functools.partial`` of one, keeps it picklable.
+    """
+
+    def __init__(self, structure: Structure, compute: Callable[[str], Tensor]) -> None:
+        self._structure = structure
+        self._compute = compute
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._structure:
+            raise KeyError(name)
+        return self._compute(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._structure)
+
+    def __len__(self) -> int:
+        return len(self._structure)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._structure
+
+    def shape(self, name: str) -> torch.Size:
+        """Shape of one tensor, without computing it."""
+        return self._structure[name][0]
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Dtype of one tensor, without computing it."""
+        return self._structure[name][1]

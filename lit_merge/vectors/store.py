@@ -1,0 +1,346 @@
+"""Tensors on disk: safetensors with a string header, written atomically, read lazily, verified on request.
+
+The format is safetensors as its own documentation defines it: eight bytes with the length of the header, the header as
+JSON, the data. It is written here rather than by the safetensors package so that the same input gives the same bytes,
+one tensor is held in memory at a time, and a content digest can be added; any safetensors reader opens the result.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import secrets
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from lit_merge.errors import ConfigurationError, FileFormatError
+from lit_merge.params import dtype_of, shape_of
+from lit_merge.vectors.lazy import LazyMapping
+
+__all__ = ["CONTENT_KEY", "LazyTensors", "file_digest", "verify", "write_tensors"]
+
+CONTENT_KEY = "content_sha256"
+"""The metadata entry that holds the content digest: SHA-256 of names, dtypes, shapes, bytes and other metadata."""
+
+_DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_LONGEST_HEADER = 100_000_000  # the limit that the safetensors package sets
+
+
+def write_tensors(
+    path: str | os.PathLike[str],
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str],
+    late_metadata: Callable[[], Mapping[str, str]] | None = None,
+) -> str:
+    """Write tensors and a string header to a safetensors file, atomically.
+
+    The bytes go to a temporary file in the same folder, which is synchronised to disk and renamed; whatever happens,
+    the file at ``path`` is the old one or the complete new one. The same input gives the same bytes. Tensors are read
+    one at a time, so a lazy mapping is never in memory as a whole.
+
+    Args:
+        path: the file to write, in an existing folder.
+        tensors: name -> tensor of any shape. A lazy mapping tells shapes and dtypes by ``shape(name)`` and
+            ``dtype(name)``.
+        metadata: string header entries.
+        late_metadata: called after the last tensor was read; its entries replace those of the same names in
+            ``metadata``, whose values must be at least as long (they reserve the space).
+
+    Returns:
+        The content digest, 64 hexadecimal digits, also stored in the header as ``content_sha256``.
+
+    Raises:
+        ConfigurationError: the folder is missing, a name or metadata entry is not a string, or a dtype cannot be
+            stored.
+        OSError: the disk is full or not writable; ``path`` is as it was before.
+    """
+    target = Path(path)
+    if not target.parent.is_dir():
+        raise ConfigurationError(f"{target}: expected an existing folder to write into, got none. Create it first.")
+    header = {key: value for key, value in metadata.items() if key != CONTENT_KEY}
+    _check_strings(header, tensors)
+    layout = _layout(tensors)
+    reserved = _header_bytes(layout, {**header, CONTENT_KEY: "0" * 64})
+    temporary = target.with_name(f".{secrets.token_hex(8)}.temporary")
+    try:
+        with temporary.open("xb") as file:
+            file.write(reserved)
+            digest = hashlib.sha256()
+            for name, (dtype, shape, _, _) in layout.items():
+                _write_entry(file, digest, name, tensors[name], dtype, shape)
+            header.update(late_metadata() if late_metadata else {})
+            _digest_metadata(digest, header)
+            final = _header_bytes(layout, {**header, CONTENT_KEY: digest.hexdigest()}, length=len(reserved))
+            file.seek(0)
+            file.write(final)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(target)
+    except BaseException:  # an interrupt included
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
+    _synchronise_folder(target.parent)
+    return digest.hexdigest()
+
+
+class LazyTensors(LazyMapping):
+    """The tensors of a safetensors file, read one at a time: ``tensors[name]`` maps that tensor and nothing else.
+
+    Every read gives a tensor of its own: changing one in place changes neither the file nor a later read. Pickling
+    keeps the path only, so that a worker process opens the file by itself.
+
+    Args:
+        path: a safetensors file.
+        verify: also compare all bytes with the content digest in the header (reads the whole file once).
+
+    Raises:
+        FileFormatError: the file is missing, truncated, or not a safetensors file; with ``verify``, also if its
+            content is not what was written.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], verify: bool = False) -> None:
+        self.path = Path(path)
+        self._identity = _identity(self.path)
+        header = _read_header(self.path, size=self._identity[0])
+        self.content_digest: str | None = header.pop("__metadata__", {}).pop(CONTENT_KEY, None)
+        self.metadata: dict[str, str] = {}
+        self._entries: dict[str, tuple[torch.dtype, torch.Size]] = {}
+        try:
+            with safe_open(self.path, framework="pt") as file:
+                self.metadata = {key: value for key, value in (file.metadata() or {}).items() if key != CONTENT_KEY}
+        except (SafetensorError, OSError) as error:
+            raise FileFormatError(f"{self.path}: expected a safetensors file, got {_line(error)}. {_ADVICE}") from error
+        for name, entry in header.items():
+            if entry["dtype"] not in _DTYPES:
+                raise FileFormatError(
+                    f"{self.path}: expected one of the dtypes {', '.join(_DTYPES)}, got {entry['dtype']} for {name}. "
+                    "Convert that tensor first."
+                )
+            self._entries[name] = (_DTYPES[entry["dtype"]], torch.Size(entry["shape"]))
+        if verify:
+            self.verify()
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._entries:
+            raise KeyError(name)
+        if _identity(self.path) != self._identity:
+            raise FileFormatError(
+                f"{self.path}: expected the file as it was opened, but it has changed. Load it again."
+            )
+        try:
+            # Opened anew for each read: a shared handle gives tensors that share their memory with each other.
+            with safe_open(self.path, framework="pt") as file:
+                return file.get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise FileFormatError(f"{self.path}: could not read {name}: {_line(error)}. {_ADVICE}") from error
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._entries
+
+    def __repr__(self) -> str:
+        return f"LazyTensors({str(self.path)!r})"
+
+    def __reduce__(self) -> tuple[type[LazyTensors], tuple[Path]]:
+        return (type(self), (self.path,))
+
+    def shape(self, name: str) -> torch.Size:
+        """Shape of one tensor, from the header."""
+        return self._entries[name][1]
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Dtype of one tensor, from the header."""
+        return self._entries[name][0]
+
+    def verify(self) -> None:
+        """Read everything and compare it with the content digest of the header.
+
+        Raises:
+            FileFormatError: there is no digest, or the content differs from what was written.
+        """
+        if self.content_digest is None:
+            raise FileFormatError(
+                f"{self.path}: expected a content digest in the header, got none. "
+                "Load without verify, or write the file with lit-merge."
+            )
+        digest = hashlib.sha256()
+        for name in _file_order(self):
+            digest.update(_entry_line(name, self.dtype(name), self.shape(name)))
+            digest.update(_raw(self[name]))
+        _digest_metadata(digest, self.metadata)
+        if digest.hexdigest() != self.content_digest:
+            raise FileFormatError(
+                f"{self.path}: expected content {self.content_digest[:16]}…, got {digest.hexdigest()[:16]}…: "
+                "the file has changed since it was written. Copy or write it again."
+            )
+
+
+def verify(path: str | os.PathLike[str]) -> None:
+    """Refuse a file whose bytes are not those that :func:`write_tensors` wrote.
+
+    Raises:
+        FileFormatError: the file is missing, malformed, without a content digest, or damaged.
+    """
+    LazyTensors(path, verify=True)
+
+
+def file_digest(path: str | os.PathLike[str]) -> str:
+    """SHA-256 of a file, 64 hexadecimal digits, read in pieces of one MiB.
+
+    Raises:
+        FileFormatError: there is no such file.
+    """
+    digest = hashlib.sha256()
+    _identity(Path(path))
+    with Path(path).open("rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+_ADVICE = "Copy or write it again."
+
+
+def _identity(path: Path) -> tuple[int, int, int]:
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise FileFormatError(
+            f"{path}: expected a safetensors file, got {error.strerror or 'no file'}. Check the path."
+        ) from error
+    if not path.is_file():
+        raise FileFormatError(f"{path}: expected a safetensors file, got a folder or device. Name the file in it.")
+    return (status.st_size, status.st_mtime_ns, status.st_ino)
+
+
+def _read_header(path: Path, size: int) -> dict[str, Any]:
+    """Parse the header; check its length, its entries and that the last offset is the end of the file."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > min(size - 8, _LONGEST_HEADER):
+            raise FileFormatError(
+                f"{path}: expected a safetensors file with its header inside, got a header of {length:,} bytes "
+                f"in a file of {size:,} bytes (truncated, or another format). {_ADVICE}"
+            )
+        raw = file.read(length)
+    try:
+        header = json.loads(raw.decode("utf-8"))
+        entries = [entry for name, entry in header.items() if name != "__metadata__"]
+        end = max((int(entry["data_offsets"][1]) for entry in entries), default=0)
+        well_formed = all(isinstance(entry["dtype"], str) and isinstance(entry["shape"], list) for entry in entries)
+        well_formed = well_formed and isinstance(header.get("__metadata__", {}), dict)
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError, OverflowError):
+        well_formed = False
+    if not well_formed:
+        raise FileFormatError(f"{path}: expected a safetensors header, got something else. {_ADVICE}")
+    if 8 + length + end != size:
+        raise FileFormatError(
+            f"{path}: expected {8 + length + end:,} bytes according to the header, got {size:,}. {_ADVICE}"
+        )
+    return header
+
+
+def _check_strings(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> None:
+    for key, value in metadata.items():
+        if not isinstance(key, str) or not isinstance(value, str):
+            raise ConfigurationError(
+                f"metadata {key!r}: expected strings, got {type(value).__name__}. Use json.dumps for other values."
+            )
+    for name in tensors:
+        if not isinstance(name, str) or name == "__metadata__":
+            raise ConfigurationError(f"tensor name {name!r}: expected a string other than '__metadata__'. Rename it.")
+
+
+def _file_order(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Names with wider dtypes first (every tensor stays aligned), then sorted."""
+    return sorted(tensors, key=lambda name: (-dtype_of(tensors, name).itemsize, name))
+
+
+def _layout(tensors: Mapping[str, Tensor]) -> dict[str, tuple[torch.dtype, torch.Size, int, int]]:
+    layout, end = {}, 0
+    for name in _file_order(tensors):
+        dtype, shape = dtype_of(tensors, name), shape_of(tensors, name)
+        if dtype not in _NAMES:
+            raise ConfigurationError(f"{name}: expected a dtype that can be stored, got {dtype}. Convert it first.")
+        start, end = end, end + shape.numel() * dtype.itemsize
+        layout[name] = (dtype, shape, start, end)
+    return layout
+
+
+def _header_bytes(
+    layout: Mapping[str, tuple[torch.dtype, torch.Size, int, int]], metadata: Mapping[str, str], length: int = 0
+) -> bytes:
+    """The length and the JSON, padded with spaces to a multiple of eight, or to ``length`` in all."""
+    header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))}
+    for name, (dtype, shape, start, end) in layout.items():
+        header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
+    padded = length - 8 if length else (len(text) + 7) // 8 * 8
+    if len(text) > padded:
+        raise ConfigurationError(f"late metadata: expected at most {padded} header bytes, got {len(text)}. Shorten it.")
+    return padded.to_bytes(8, "little") + text.ljust(padded)
+
+
+def _write_entry(file: BinaryIO, digest: Any, name: str, tensor: Tensor, dtype: torch.dtype, shape: torch.Size) -> None:
+    if tensor.dtype != dtype or tensor.shape != shape:
+        raise ConfigurationError(
+            f"{name}: expected {dtype} {tuple(shape)} as announced, got {tensor.dtype} {tuple(tensor.shape)}. "
+            "Make shape(name) and dtype(name) of the lazy mapping agree with its tensors."
+        )
+    raw = _raw(tensor)
+    digest.update(_entry_line(name, dtype, shape))
+    digest.update(raw)
+    file.write(raw)
+
+
+def _raw(tensor: Tensor) -> memoryview:
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
+
+
+def _entry_line(name: str, dtype: torch.dtype, shape: torch.Size) -> bytes:
+    return json.dumps([name, _NAMES[dtype], list(shape)]).encode()
+
+
+def _digest_metadata(digest: Any, metadata: Mapping[str, str]) -> None:
+    digest.update(json.dumps(dict(sorted(metadata.items()))).encode())
+
+
+def _synchronise_folder(folder: Path) -> None:
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split()).rstrip(".") or type(error).__name__

@@ -1,0 +1,320 @@
+"""One task vector: what fine-tuning changed, τ = θ − θ0 (Ilharco et al. 2023), with arithmetic and a file format."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from math import isfinite
+from numbers import Real
+from typing import TypeVar, overload
+
+import torch
+from torch import Tensor, nn
+
+from lit_merge import params
+from lit_merge.errors import ConfigurationError, FileFormatError, StructureMismatchError, first_few
+from lit_merge.params import Params, check_same_structure, dtype_of, shape_of, working_dtype
+from lit_merge.vectors.apply import apply_vector
+from lit_merge.vectors.difference import Checkpoint, checkpoint_difference
+from lit_merge.vectors.lazy import LazyMapping
+from lit_merge.vectors.rounding import Rounded
+from lit_merge.vectors.store import LazyTensors, write_tensors
+
+__all__ = ["FORMAT", "TaskVector", "joined_task", "same_base"]
+
+FORMAT = "lit-merge/task-vector/1"
+_SHARED = ("base_fingerprint", "base_model", "regime")  # metadata that survives arithmetic where all inputs agree
+_Module = TypeVar("_Module", bound=nn.Module)
+
+
+class TaskVector(LazyMapping):
+    """The task vector of one task: a mapping from the model's own parameter names to tensors.
+
+    Arithmetic (``+``, ``-``, ``*`` and ``/`` by a number, unary ``-``, ``sum``) gives a new vector in memory, in
+    float32 or, where an operand is float64, in float64; vectors stored in bfloat16 or float16 are brought to float32
+    first. Use :class:`~lit_merge.vectors.TaskVectors` to combine many vectors one tensor at a time.
+
+    Args:
+        tensors: name -> floating-point tensor. A plain mapping is copied (not its tensors); a lazy one is kept.
+        task: name of the task; empty if unknown.
+        metadata: string entries that go into the file header, such as ``base_fingerprint``, ``base_model``,
+            ``regime``, ``classes``.
+
+    Raises:
+        ConfigurationError: ``tensors`` is no mapping or is empty, or a metadata entry is not a string.
+        StructureMismatchError: an entry is not a floating-point tensor.
+    """
+
+    def __init__(
+        self, tensors: Mapping[str, Tensor], task: str = "", *, metadata: Mapping[str, str] | None = None
+    ) -> None:
+        if not isinstance(tensors, Mapping) or not tensors:
+            got = "an empty one" if isinstance(tensors, Mapping) else type(tensors).__name__
+            raise ConfigurationError(
+                f"task vector: expected a mapping name -> tensor, got {got}. Use dict(model.named_parameters())."
+            )
+        if not isinstance(task, str):
+            raise ConfigurationError(f"task: expected a string, got {type(task).__name__}. Pass the task's name.")
+        self._metadata = dict(metadata or {})
+        for key, value in self._metadata.items():
+            if not isinstance(key, str) or not isinstance(value, str):
+                raise ConfigurationError(
+                    f"metadata {key!r}: expected strings, got {type(value).__name__}. Use json.dumps for other values."
+                )
+        if not isinstance(tensors, LazyMapping):
+            tensors = {
+                name: tensor.detach() if isinstance(tensor, Tensor) else tensor for name, tensor in tensors.items()
+            }
+        offenders = [f"{name} ({kind})" for name in tensors if (kind := _not_floating(tensors, name))]
+        if offenders:
+            raise StructureMismatchError(
+                f"task vector: expected floating-point tensors, got {len(offenders)} others: {first_few(offenders)}. "
+                "Leave integer tensors and buffers out."
+            )
+        self._tensors = tensors
+        self.task = task
+
+    @classmethod
+    def from_checkpoints(
+        cls, pretrained: Checkpoint, finetuned: Checkpoint, task: str = "", *, base_fingerprint: str | None = None
+    ) -> TaskVector:
+        """The difference τ = θ − θ0 of two checkpoints of one architecture (Ilharco et al. 2023).
+
+        Integer and boolean entries (counters, position indices) are left out. Two files are differenced tensor by
+        tensor whenever one is asked for; if a mapping is given, all is differenced now, so that later changes to a
+        live model do not reach the vector.
+
+        Args:
+            pretrained: θ0, name -> tensor, or the path of a safetensors file.
+            finetuned: θ, name -> tensor, or the path of a safetensors file.
+            task: name of the task.
+            base_fingerprint: fingerprint of θ0 if it is known; otherwise it is computed (one pass over θ0).
+
+        Returns:
+            The task vector, in float32, or float64 where a checkpoint is float64.
+
+        Raises:
+            StructureMismatchError: names, shapes or kinds of dtype differ.
+            FileFormatError: a path does not lead to a safetensors file.
+            NonFiniteError: the difference is NaN or infinite (for files: when that tensor is read).
+        """
+        difference, computed_fingerprint = checkpoint_difference(pretrained, finetuned, base_fingerprint is None)
+        return cls(difference, task, metadata={"base_fingerprint": base_fingerprint or computed_fingerprint})
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], verify: bool = False) -> TaskVector:
+        """Open a task vector file; tensors are read when they are asked for, in the dtype in which they are stored.
+
+        Args:
+            path: a file that :meth:`save` wrote.
+            verify: also compare all bytes with the content digest in the header (reads the whole file once).
+
+        Raises:
+            FileFormatError: the file is missing, damaged, or holds something else than a task vector.
+        """
+        tensors = LazyTensors(path, verify=verify)
+        found = tensors.metadata.get("format")
+        if found != FORMAT:
+            advice = (
+                "Install the version of lit-merge that wrote it, or a newer one."
+                if found and found.startswith("lit-merge/task-vector/")
+                else "Use TaskVector.from_checkpoints for the weights of a model."
+            )
+            raise FileFormatError(f"{path}: expected format {FORMAT}, got {found or 'none'}. {advice}")
+        return cls(tensors, tensors.metadata.get("task", ""), metadata=tensors.metadata)
+
+    def save(self, path: str | os.PathLike[str], dtype: torch.dtype | None = None) -> float:
+        """Write the vector to a safetensors file, atomically, one tensor at a time.
+
+        Args:
+            path: the file to write, in an existing folder.
+            dtype: floating-point dtype to store, e.g. ``torch.bfloat16`` for half the size. Default: as it is.
+
+        Returns:
+            The relative rounding error ‖round(τ) − τ‖₂ / ‖τ‖₂ (0 if nothing was rounded), also in the header entry
+            ``storage``.
+
+        Raises:
+            NonFiniteError: a value is NaN or infinite, or does not fit into ``dtype``; no file is written.
+            ConfigurationError: ``dtype`` is not a floating-point dtype, or the folder is missing.
+            OSError: the disk is full or not writable; what was at ``path`` is kept.
+        """
+        rounded = Rounded(self, dtype, what=f"task vector {self.task!r}")
+        metadata = {**self.metadata, "storage": rounded.storage()}
+        write_tensors(path, rounded, metadata, late_metadata=lambda: {"storage": rounded.storage()})
+        return rounded.relative_error
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """A copy of the header entries, ``format`` and ``task`` included."""
+        return {**self._metadata, "format": FORMAT, "task": self.task}
+
+    @property
+    def base_fingerprint(self) -> str:
+        """Fingerprint of the pre-trained parameters θ0; empty if unknown."""
+        return self._metadata.get("base_fingerprint", "")
+
+    @property
+    def content_digest(self) -> str | None:
+        """The content digest of the file behind the vector; ``None`` for a vector in memory."""
+        return self._tensors.content_digest if isinstance(self._tensors, LazyTensors) else None
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._tensors
+
+    def __repr__(self) -> str:
+        count = sum(self.shape(name).numel() for name in self)
+        base = f", base={self.base_fingerprint!r}" if self.base_fingerprint else ""
+        content = f", content={self.content_digest[:16]!r}" if self.content_digest else ""
+        return f"TaskVector(task={self.task!r}, tensors={len(self)}, parameters={count}{base}{content})"
+
+    def shape(self, name: str) -> torch.Size:
+        """Shape of one tensor, without reading it from disk."""
+        return shape_of(self._tensors, name)
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Dtype of one tensor as it is held or stored, without reading it from disk."""
+        return dtype_of(self._tensors, name)
+
+    def __add__(self, other: TaskVector) -> TaskVector:
+        return self._combined(other, 1.0, joined_task((self.task, getattr(other, "task", ""))))
+
+    def __radd__(self, other: object) -> TaskVector:
+        return self if isinstance(other, int) and other == 0 else NotImplemented  # so that sum(vectors) works
+
+    def __sub__(self, other: TaskVector) -> TaskVector:
+        return self._combined(other, -1.0, f"{self.task}-{getattr(other, 'task', '')}".rstrip("-"))
+
+    def __mul__(self, factor: float) -> TaskVector:
+        if not isinstance(factor, Real):
+            return NotImplemented
+        value = _finite(factor)
+        return self._mapped(lambda tensor: tensor * value, self.task)
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, divisor: float) -> TaskVector:
+        if not isinstance(divisor, Real):
+            return NotImplemented
+        value = _finite(divisor)
+        if value == 0:
+            raise ZeroDivisionError("task vector divided by zero")
+        return self._mapped(lambda tensor: tensor / value, self.task)
+
+    def __neg__(self) -> TaskVector:
+        return self._mapped(torch.neg, f"-{self.task}" if self.task else "")
+
+    def dot(self, other: Mapping[str, Tensor]) -> float:
+        """Inner product ⟨τ, τ'⟩ over all entries, accumulated in float64.
+
+        Raises:
+            StructureMismatchError: names or shapes differ.
+        """
+        return params.dot(self, other)
+
+    def norm(self) -> float:
+        """Euclidean norm ‖τ‖₂ over all entries, accumulated in float64."""
+        return params.norm(self)
+
+    def cosine_similarity(self, other: Mapping[str, Tensor]) -> float:
+        """⟨τ, τ'⟩ / (‖τ‖ ‖τ'‖), between −1 and 1; 0 if either vector is zero.
+
+        Raises:
+            StructureMismatchError: names or shapes differ.
+        """
+        norms = self.norm() * params.norm(other)
+        return max(-1.0, min(1.0, self.dot(other) / norms)) if norms else 0.0
+
+    @overload
+    def apply_to(self, target: _Module, coefficient: float = 1.0) -> _Module: ...
+    @overload
+    def apply_to(self, target: Mapping[str, Tensor], coefficient: float = 1.0) -> Params: ...
+    def apply_to(self, target: Mapping[str, Tensor] | nn.Module, coefficient: float = 1.0) -> Params | nn.Module:
+        """θ = θ0 + α τ, in the dtypes of the target, computed in float32 or better.
+
+        A mapping is left untouched and a new dict is returned. A module is changed **in place** (its parameters keep
+        their identity, so an optimiser goes on working) and returned; nothing is changed if anything is refused.
+
+        Args:
+            target: θ0: a mapping name -> tensor, or a module. Integer entries of a mapping and buffers of a module
+                that the vector does not have are kept as they are.
+            coefficient: α.
+
+        Returns:
+            A new dict for a mapping; the module itself for a module.
+
+        Raises:
+            StructureMismatchError: the vector has names that the target lacks, parameters of the target are not in
+                the vector, or shapes differ.
+            ConfigurationError: ``coefficient`` is not finite.
+        """
+        return apply_vector(self, target, coefficient)
+
+    def _combined(self, other: TaskVector, sign: float, task: str) -> TaskVector:
+        if not isinstance(other, TaskVector):
+            return NotImplemented
+        check_same_structure(self, other, what=f"task vector {other.task!r}")
+        metadata = same_base([self, other])
+        tensors = {}
+        for name in self:
+            dtype = working_dtype(self.dtype(name), other.dtype(name))
+            tensors[name] = torch.add(self[name].to(dtype), other[name].to(dtype), alpha=sign)
+        return TaskVector(tensors, task, metadata=metadata)
+
+    def _mapped(self, function: Callable[[Tensor], Tensor], task: str) -> TaskVector:
+        tensors = {name: function(self[name].to(working_dtype(self.dtype(name)))) for name in self}
+        return TaskVector(tensors, task, metadata=same_base([self]))
+
+
+def joined_task(tasks: Iterable[str]) -> str:
+    """The name of several tasks' common vector, e.g. ``"digits+letters"``; unknown (empty) names are left out."""
+    return "+".join(task for task in tasks if task)
+
+
+def same_base(vectors: Iterable[TaskVector]) -> dict[str, str]:
+    """The metadata on which all vectors agree, after checking that they started from the same base model.
+
+    Raises:
+        StructureMismatchError: two known base fingerprints differ.
+    """
+    vectors = list(vectors)
+    tasks_of: dict[str, list[str]] = {}
+    for index, vector in enumerate(vectors):
+        if vector.base_fingerprint:
+            tasks_of.setdefault(vector.base_fingerprint, []).append(vector.task or f"number {index}")
+    if len(tasks_of) > 1:
+        listed = "; ".join(f"{first_few(tasks)} from {base}" for base, tasks in tasks_of.items())
+        raise StructureMismatchError(
+            f"task vectors: expected one base model, got {len(tasks_of)}: {listed}. "
+            "Merge only vectors that were fine-tuned from the same pre-trained parameters."
+        )
+    shared = {}
+    for key in _SHARED:
+        values = {vector.metadata[key] for vector in vectors if vector.metadata.get(key)}
+        if len(values) == 1:
+            shared[key] = values.pop()
+    return shared
+
+
+def _not_floating(tensors: Mapping[str, Tensor], name: str) -> str:
+    """What a tensor is instead of floating point; empty if it is floating point."""
+    if not isinstance(tensors, LazyMapping) and not isinstance(tensors[name], Tensor):
+        return type(tensors[name]).__name__
+    dtype = dtype_of(tensors, name)
+    return "" if dtype.is_floating_point else str(dtype)
+
+
+def _finite(factor: Real) -> float:
+    value = float(factor)
+    if not isfinite(value):
+        raise ConfigurationError(f"factor of a task vector: expected a finite number, got {value}. Use another one.")
+    return value

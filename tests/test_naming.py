@@ -1,0 +1,121 @@
+"""What parameter names say, on the names of real towers."""
+
+from __future__ import annotations
+
+import open_clip
+import pytest
+import torch
+
+from lit_merge.models.naming import block_of, is_attention, is_bias, is_mlp, number_of_blocks
+
+TEXT = {"context_length": 4, "vocab_size": 8, "width": 8, "heads": 1, "layers": 1}
+
+
+def names_of(vision):
+    with torch.device("meta"):
+        visual = open_clip.CLIP(embed_dim=8, vision_cfg=vision, text_cfg=TEXT).visual
+    return [name for name, _ in visual.named_parameters()]
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("transformer.resblocks.3.attn.in_proj_weight", 3),
+        ("visual.transformer.resblocks.11.ln_1.bias", 11),
+        ("trunk.blocks.3.attn.qkv.weight", 3),
+        ("blocks.0.norm1.weight", 0),
+        ("encoder.layers.3.self_attn.q_proj.weight", 3),
+        ("vision_model.encoder.layers.23.mlp.fc1.bias", 23),
+        ("encoder.layer.7.attention.attention.query.weight", 7),
+        ("encoder.layers.encoder_layer_5.self_attention.in_proj_weight", 5),
+        ("trunk.stages.2.blocks.7.mlp.fc1.weight", 2),
+        ("trunk.stages.1.downsample.0.weight", 1),
+        ("layer1.0.conv1.weight", 0),
+        ("layer4.2.downsample.1.bias", 3),
+        ("h.4.attn.weight", 4),
+        # outside the blocks, or only looking as if inside
+        ("conv1.weight", None),
+        ("class_embedding", None),
+        ("ln_post.weight", None),
+        ("proj", None),
+        ("attnpool.q_proj.weight", None),
+        ("trunk.head.norm.weight", None),
+        ("trunk.stem.0.weight", None),
+        ("trunk.patch_embed.backbone.stages.1.blocks.0.conv.weight", None),
+        ("myblocks.3.weight", None),
+        ("blocks.weight", None),
+        ("blocks", None),
+        ("blocks.-1.weight", None),
+        ("blocks.3a.weight", None),
+        ("layer10x.weight", None),
+        ("", None),
+    ],
+)
+def test_block_of(name, expected):
+    assert block_of(name) == expected
+
+
+def test_indices_are_compared_as_numbers_not_as_text():
+    assert {block_of(f"blocks.{index}.weight") for index in range(12)} == set(range(12))
+    assert block_of("layers.11.weight") == 11
+
+
+def test_number_of_blocks():
+    assert number_of_blocks(["blocks.0.w", "blocks.10.w", "head.weight"]) == 11
+    assert number_of_blocks(["head.weight"]) == 0
+    assert number_of_blocks([]) == 0
+
+
+@pytest.mark.parametrize(
+    ("vision", "blocks", "attention", "mlp"),
+    [
+        ({"image_size": 32, "layers": 12, "width": 16, "head_width": 8, "patch_size": 16}, 12, 48, 48),
+        ({"image_size": 32, "layers": [3, 4, 6, 3], "width": 8, "head_width": 8}, 4, 0, 0),
+        ({"image_size": 32, "timm_model_name": "convnext_atto"}, 4, 0, None),
+        ({"image_size": 32, "timm_model_name": "vit_tiny_patch16_224"}, 12, 48, 48),
+    ],
+    ids=["open_clip ViT", "open_clip ResNet", "timm ConvNeXt", "timm ViT"],
+)
+def test_real_towers(vision, blocks, attention, mlp):
+    names = names_of(vision)
+    assert number_of_blocks(names) == blocks
+    assert {block_of(name) for name in names} == {None, *range(blocks)}
+    assert sum(map(is_attention, names)) == attention
+    if mlp is not None:
+        assert sum(map(is_mlp, names)) == mlp
+    assert not any(is_attention(name) and is_mlp(name) for name in names)
+
+
+def test_the_four_sets_of_linear_parameters_of_a_vit():
+    names = names_of({"image_size": 32, "layers": 2, "width": 16, "head_width": 8, "patch_size": 16})
+    first = [name for name in names if block_of(name) == 0]
+    weights = {name.split("resblocks.0.")[1] for name in first if is_attention(name) and not is_bias(name)}
+    biases = {name.split("resblocks.0.")[1] for name in first if is_attention(name) and is_bias(name)}
+    feed_forward = {name.split("resblocks.0.")[1] for name in first if is_mlp(name)}
+    assert weights == {"attn.in_proj_weight", "attn.out_proj.weight"}
+    assert biases == {"attn.in_proj_bias", "attn.out_proj.bias"}
+    assert feed_forward == {"mlp.c_fc.weight", "mlp.c_fc.bias", "mlp.c_proj.weight", "mlp.c_proj.bias"}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "blocks.0.attn.q_norm.weight",
+        "transformer.resblocks.0.attn.ln_k.weight",
+        "transformer.resblocks.0.attn.logit_scale",
+        "blocks.0.attn.relative_position_bias_table",
+        "blocks.0.pattn.proj.weight",
+        "blocks.0.attn_drop.weight",
+        "blocks.0.attn",
+        "attn_pool.attn.in_proj_weight",
+        "attn.in_proj_weight",
+        "encoder.layer.0.attention.output.LayerNorm.weight",
+    ],
+)
+def test_what_is_no_attention_projection(name):
+    assert not is_attention(name)
+
+
+def test_is_bias():
+    assert [is_bias(f"blocks.0.attn.{leaf}") for leaf in ("in_proj_bias", "out_proj.bias", "q_bias")] == [True] * 3
+    assert not is_bias("blocks.0.attn.bias_table.weight")
