@@ -1,0 +1,49 @@
+"""Data modules, the embedded suite and prompt templates. Importing this is light: what is used is imported then."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lit_merge.data.batch import ImageBatch
+    from lit_merge.data.sheet import contact_sheet
+    from lit_merge.data.embedded.tasks import EMBEDDED_TASKS, load_split
+    from lit_merge.data.multitask import MultiTaskDataModule
+    from lit_merge.data.pretraining import CaptionDataModule
+    from lit_merge.data.task import TaskDataModule
+    from lit_merge.data.templates import templates_for
+
+__all__ = [
+    "EMBEDDED_TASKS",
+    "CaptionDataModule",
+    "ImageBatch",
+    "MultiTaskDataModule",
+    "TaskDataModule",
+    "contact_sheet",
+    "load_split",
+    "templates_for",
+]
+
+_HOMES = {
+    "EMBEDDED_TASKS": "embedded.tasks",
+    "CaptionDataModule": "pretraining",
+    "ImageBatch": "batch",
+    "MultiTaskDataModule": "multitask",
+    "TaskDataModule": "task",
+    "contact_sheet": "sheet",
+    "load_split": "embedded.tasks",
+    "templates_for": "templates",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -155,5 +155,3 @@ class CaptionDataModule(L.LightningDataModule):
         images = (images - mean.view(3, 1, 1)) / std.view(3, 1, 1)
         distinct, caption_of_image = torch.unique(self.captions[chosen], return_inverse=True)
         return images, self.tokens[distinct], caption_of_image
-
-

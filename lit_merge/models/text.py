@@ -65,7 +65,7 @@ class TextTower:
     def logit_scale(self) -> float:
         """The learned factor of the cosine similarities, ``exp`` of the stored parameter."""
         if self._logit_scale is None:
-            scale = self._state("logit_scale").get("logit_scale")
+            scale = self.state("logit_scale").get("logit_scale")
             if scale is None:
                 raise FileFormatError(
                     f"{self._path}: expected a whole CLIP with logit_scale, got none. Use a file with the text side."
@@ -77,7 +77,7 @@ class TextTower:
     def fingerprint(self) -> str:
         """16 hexadecimal digits of the text weights (float32) and of the config that decides what they compute."""
         if self._fingerprint is None:
-            state = {name: tensor.float() for name, tensor in self._state().items() if tensor.is_floating_point()}
+            state = {name: tensor.float() for name, tensor in self.state().items() if tensor.is_floating_point()}
             config = {name: value for name, value in self._architecture.config.items() if name != "vision_cfg"}
             digest = hashlib.sha256(fingerprint(state).encode())
             digest.update(json.dumps(config, sort_keys=True).encode())
@@ -122,7 +122,15 @@ class TextTower:
             _ = self.logit_scale, self.fingerprint
         self._module = None
 
-    def _state(self, only: str | None = None) -> dict[str, Tensor]:
+    def state(self, only: str | None = None) -> dict[str, Tensor]:
+        """The tensors of the text side under their names in a whole CLIP, from the file if there is one.
+
+        Args:
+            only: read just this entry.
+
+        Raises:
+            ConfigurationError: the tower was random and has been dropped.
+        """
         # The file comes first, so that the fingerprint does not depend on whether the tower is loaded.
         if self._path is not None:
             return read_weights(self._path, lambda name: name == only if only else name.split(".")[0] not in NOT_TEXT)
@@ -135,5 +143,5 @@ class TextTower:
         return {name: tensor for name, tensor in state.items() if only is None or name == only}
 
     def _load(self) -> nn.Module:
-        state = self._state()
+        state = self.state()
         return self._architecture.load_text(state, f"text tower of {self._architecture.name} in {self._path}")

@@ -93,9 +93,13 @@ class Reader:
         Raises:
             FileFormatError: it is none.
         """
-        if not isinstance(self.value, int | float) or isinstance(self.value, bool) or not math.isfinite(self.value):
+        try:
+            number = float(self.value) if isinstance(self.value, int | float) else math.nan
+        except OverflowError:
+            number = math.inf
+        if not math.isfinite(number) or isinstance(self.value, bool):
             raise self.refusal("a finite number", _shown(self.value))
-        return float(self.value)
+        return number
 
     def fraction(self) -> float:
         """The value as a number from 0 to 1.

@@ -36,16 +36,8 @@ ZERO_SHOT = "zero-shot"
 INDIVIDUAL = "individual"
 """The method that is no merge: one fine-tuned model per task, the reference of normalised accuracy."""
 
-_WORDS = {  # as the papers write them
-    "adamerging": "AdaMerging",
-    "dare": "DARE",
-    "iso": "Iso",
-    "lines": "LiNeS",
-    "tall": "TALL",
-    "ties": "TIES",
-    "tsv": "TSV",
-}
-_SPLITS = {"val": "validation", "train": "training"}
+_NAMES = {"iso_c": "Iso-C", "iso_cts": "Iso-CTS", "tsv_m": "TSV-M"}  # as the papers write them
+_WORDS = {"adamerging": "AdaMerging", "dare": "DARE", "lines": "LiNeS", "tall": "TALL", "ties": "TIES"}
 
 
 @dataclass(frozen=True)
@@ -256,11 +248,15 @@ class Results:
 
     def protocol(self) -> str:
         """What was measured and how coefficients were chosen in one phrase, for titles."""
-        measured = f"{_SPLITS.get(self.evaluated_on, self.evaluated_on)} accuracy"
+        measured = f"{_split(self.evaluated_on)} accuracy"
         if self.coefficients_chosen_on is None:
             return measured
-        chosen_on = _SPLITS.get(self.coefficients_chosen_on, self.coefficients_chosen_on)
-        return f"{measured}, coefficients chosen on {chosen_on}"
+        return f"{measured}, coefficients chosen on {_split(self.coefficients_chosen_on)}"
+
+    def searched_on(self) -> str:
+        """The score that a coefficient search maximised in one phrase, for titles."""
+        split = self.coefficients_chosen_on
+        return "normalised accuracy" if split is None else f"normalised {_split(split)} accuracy"
 
 
 def summary(values: Sequence[float]) -> tuple[float, float | None]:
@@ -277,7 +273,11 @@ def summary(values: Sequence[float]) -> tuple[float, float | None]:
 
 def display_name(method: str) -> str:
     """The method's name for readers, e.g. ``"task arithmetic"`` for ``"task_arithmetic"``."""
-    return " ".join(_WORDS.get(word, word) for word in method.split("_"))
+    return _NAMES.get(method, " ".join(_WORDS.get(word, word) for word in method.split("_")))
+
+
+def _split(name: str) -> str:
+    return {"val": "validation", "train": "training"}.get(name, name)
 
 
 def _over_tasks(by_task: list[list[float]]) -> list[float]:

@@ -9,6 +9,7 @@ from lit_merge.report.results import INDIVIDUAL, ZERO_SHOT, Results, display_nam
 
 if TYPE_CHECKING:
     from rich.table import Table
+    from rich.text import Text
 
 __all__ = ["accuracy_table", "markdown_table", "vector_table"]
 
@@ -24,8 +25,9 @@ def accuracy_table(results: Results, normalised: bool = False) -> Table:
     Returns:
         A table to print with ``rich.console.Console().print``.
     """
-    title = f"{results.model_and_scope()}: {'normalised ' * normalised}{results.protocol()} (%)"
+    title = f"{results.model_and_scope()}: {'normalised ' if normalised else ''}{results.protocol()}"
     table = _table(title, ["method", *results.tasks, "mean"])
+    table.caption = _text("percent" + ("; ± standard deviation over seeds" if len(results.seeds) > 1 else ""))
     for method in results.methods():
         cells = _task_cells(results, method, normalised)
         style = "dim" if method in (ZERO_SHOT, INDIVIDUAL) else ""
@@ -104,13 +106,13 @@ def _task_cells(results: Results, method: str, normalised: bool = False) -> list
 def _table(title: str, columns: list[str]) -> Table:
     from rich.table import Table
 
-    table = Table(title=_text(title), title_style="bold", title_justify="left")
+    table = Table(title=_text(title), title_style="bold", title_justify="left", caption_justify="left")
     for index, column in enumerate(columns):
         table.add_column(_text(column), justify="right" if index else "left", no_wrap=True)
     return table
 
 
-def _text(content: str) -> object:
+def _text(content: str) -> Text:
     """Text that rich shows as it is: names may hold square brackets."""
     from rich.text import Text
 

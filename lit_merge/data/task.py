@@ -1,0 +1,239 @@
+"""The data module of one task."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from lit_merge.data.batch import PADDING, ImageBatch
+from lit_merge.data.datasets import FileImages, ImageDataset, ImagePreprocessing
+from lit_merge.data.folders import FolderSource, find_images
+from lit_merge.data.sampling import EvaluationSampler, TrainingSampler, training_batch_size
+from lit_merge.data.sources import EmbeddedSource, TaskSource
+from lit_merge.errors import ConfigurationError, DataError
+
+__all__ = ["TaskDataModule"]
+
+_FRACTIONS = (0.8, 0.1, 0.1)
+
+
+class TaskDataModule(L.LightningDataModule):
+    """One classification task: of the embedded suite, or a folder of your own images.
+
+    Every batch is an :class:`~lit_merge.data.ImageBatch`. With several processes each sees its share of every global
+    batch, and the global batches are those that one process with the whole batch size would see; in evaluation every
+    image counts once. The last, incomplete training batch of an epoch is left out.
+
+    Args:
+        task: a task of the embedded suite; either this or ``path``.
+        path: a folder with one folder per class, or with ``train``, ``val`` and ``test`` of such folders; see
+            :class:`~lit_merge.data.folders.FolderSource`.
+        batch_size: training images per process and batch; fewer where the split has not that many.
+        evaluation_batch_size: images per process and batch in validation, test and prediction.
+        workers: processes per loader that read the images; 0 is right for the embedded suite.
+        seed: of the order, the augmentation, and the division of a folder into splits.
+        augment: whether training images are augmented: lightly, and never flipped.
+        class_names: folder name -> class name, of a ``path``; by default the folder's with ``_`` as a space.
+        templates: prompt templates with one ``{}``, or the name of a data set whose templates to use; None for the
+            embedded task's own, or ``"a photo of a {}."``.
+        fractions: shares of train, val and test where a folder is divided; they sum to 1.
+        skip_corrupt: whether to decode all images of a ``path`` at the start and leave the damaged ones out, with a
+            warning, rather than to stop at the first.
+        predict_path: an image, or a folder searched for images, to predict; None for the test split.
+        labelled: False gives the training images the label -1, as test-time merging wants it.
+        preprocessing: what the model expects of images; None takes ``preprocessing`` of the trainer's module.
+
+    Raises:
+        ConfigurationError: an argument is unknown, out of range, or contradicts another one.
+    """
+
+    trainer: L.Trainer | None
+
+    def __init__(
+        self,
+        task: str | None = None,
+        path: str | None = None,
+        batch_size: int = 128,
+        evaluation_batch_size: int = 256,
+        workers: int = 0,
+        seed: int = 0,
+        augment: bool = True,
+        class_names: dict[str, str] | None = None,
+        templates: list[str] | str | None = None,
+        fractions: tuple[float, float, float] = _FRACTIONS,
+        skip_corrupt: bool = False,
+        predict_path: str | None = None,
+        labelled: bool = True,
+        preprocessing: Any = None,
+    ) -> None:
+        super().__init__()
+        if (task is None) == (path is None):
+            got = "neither" if task is None else f"task {task!r} and path {str(path)!r}"
+            raise ConfigurationError(
+                f"task and path: expected exactly one of them, got {got}. "
+                "Set task to one of the embedded suite, or path to a folder of images."
+            )
+        for name, value, least in (
+            ("batch_size", batch_size, 1),
+            ("evaluation_batch_size", evaluation_batch_size, 1),
+            ("workers", workers, 0),
+            ("seed", seed, 0),
+        ):
+            if not isinstance(value, int) or value < least:
+                raise ConfigurationError(f"{name}: expected an integer of at least {least}, got {value!r}. Change it.")
+        self.source: TaskSource
+        if task is not None:
+            only_with_path = (
+                ("class_names", class_names, None),
+                ("fractions", tuple(fractions), _FRACTIONS),
+                ("skip_corrupt", skip_corrupt, False),
+            )
+            for name, value, default in only_with_path:
+                if value != default:
+                    raise ConfigurationError(
+                        f"{name}: expected only with path, got {value!r} with an embedded task. Remove it or set path."
+                    )
+            self.source = EmbeddedSource(task, templates)
+        else:
+            assert path is not None
+            self.source = FolderSource(path, class_names, templates, fractions, seed, skip_corrupt)
+        self.batch_size, self.evaluation_batch_size, self.workers = batch_size, evaluation_batch_size, workers
+        self.seed, self.augment, self.labelled = seed, augment, labelled
+        self.skip_corrupt, self.predict_path = skip_corrupt, predict_path
+        self.preprocessing: ImagePreprocessing | None = preprocessing
+        self.datasets: dict[str, ImageDataset] = {}
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        """The embedded task's name, or the folder's."""
+        return self.source.name
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Class names, in label order."""
+        return self.source.classes
+
+    @property
+    def templates(self) -> tuple[str, ...]:
+        """Prompt templates of the zero-shot head, with one ``{}`` each."""
+        return self.source.templates
+
+    def prepare_data(self) -> None:
+        """Draw and cache what is missing of an embedded task; Lightning calls this on one process per machine."""
+        self.source.prepare()
+
+    def setup(self, stage: str) -> None:
+        """Read the splits of a stage: ``fit``, ``validate``, ``test`` or ``predict``.
+
+        Raises:
+            ConfigurationError: the preprocessing is not known.
+            DataError: the images are missing or unreadable, or a split is empty; validation while fitting may be.
+        """
+        preprocessing = self._known_preprocessing()
+        if stage == "fit":
+            train = self.source.split("train", preprocessing, self.seed if self.augment else None)
+            if not self.labelled:
+                train.labels = torch.full_like(train.labels, PADDING)
+            self.datasets["train"] = train
+        if stage in ("fit", "validate"):
+            self.datasets["val"] = self.source.split("val", preprocessing)
+            if stage == "validate" and not len(self.datasets["val"]):
+                raise DataError(f"{self.name}: expected validation images, got none. Raise the second of fractions.")
+        if stage == "test" or (stage == "predict" and self.predict_path is None):
+            self.datasets["test"] = self.source.split("test", preprocessing)
+        if stage == "predict":
+            self.datasets["predict"] = self._to_predict(preprocessing)
+
+    def train_dataloader(self) -> DataLoader[ImageBatch]:
+        """Batches in a new order every epoch."""
+        dataset, (processes, rank) = self._dataset("train"), self._place()
+        sampler = TrainingSampler(dataset, processes, rank, self.seed)
+        batch_size = training_batch_size(len(dataset), self.batch_size, processes, self.name)
+        return self._loader(dataset, sampler, batch_size, drop_last=True)
+
+    def val_dataloader(self) -> DataLoader[ImageBatch] | list[DataLoader[ImageBatch]]:
+        """Batches of the validation images; an empty list if there are none."""
+        return self.evaluation_loader("val") if len(self._dataset("val")) else []
+
+    def test_dataloader(self) -> DataLoader[ImageBatch]:
+        """Batches of the test images."""
+        return self.evaluation_loader("test")
+
+    def predict_dataloader(self) -> DataLoader[ImageBatch]:
+        """Batches of the images of ``predict_path``, or of the test images."""
+        return self.evaluation_loader("predict")
+
+    def predict_names(self) -> list[str]:
+        """Names of the images to predict, by :attr:`ImageBatch.indices`: file paths, or e.g. ``digits/test/7``.
+
+        Raises:
+            ConfigurationError: ``setup("predict")`` has not been called.
+        """
+        return list(self._dataset("predict").names)
+
+    def evaluation_loader(self, split: str) -> DataLoader[ImageBatch]:
+        """Batches of a split in its own order: ``"val"``, ``"test"`` or ``"predict"``.
+
+        Raises:
+            ConfigurationError: the split has not been set up.
+        """
+        dataset = self._dataset(split)
+        return self._loader(dataset, EvaluationSampler(dataset, *self._place()), self.evaluation_batch_size)
+
+    def _known_preprocessing(self) -> ImagePreprocessing:
+        if self.preprocessing is not None:
+            return self.preprocessing
+        module = self.trainer.lightning_module if self.trainer is not None else None
+        preprocessing: ImagePreprocessing | None = getattr(module, "preprocessing", None)
+        if preprocessing is None:
+            source = "no trainer" if module is None else f"{type(module).__name__}, which has none"
+            raise ConfigurationError(
+                f"preprocessing: expected the trainer's module to have it, got {source}. "
+                "Set preprocessing, e.g. that of lit_merge.models.load_clip()."
+            )
+        return preprocessing
+
+    def _to_predict(self, preprocessing: ImagePreprocessing) -> ImageDataset:
+        if self.predict_path is None:
+            return self.datasets["test"]
+        files = find_images(self.predict_path, self.skip_corrupt)
+        return FileImages(files, torch.full((len(files),), PADDING), preprocessing)
+
+    def _dataset(self, split: str) -> ImageDataset:
+        if split not in self.datasets:
+            stage = {"train": "fit", "val": "validate"}.get(split, split)
+            raise ConfigurationError(
+                f"{split} images of {self.name}: expected setup({stage!r}) first, got none. Call it, or use a Trainer."
+            )
+        return self.datasets[split]
+
+    def _place(self) -> tuple[int, int]:
+        """Number of processes, and which of them this is."""
+        return (1, 0) if self.trainer is None else (self.trainer.world_size, self.trainer.global_rank)
+
+    def _loader(
+        self,
+        dataset: ImageDataset,
+        sampler: TrainingSampler | EvaluationSampler,
+        batch_size: int,
+        drop_last: bool = False,
+    ) -> DataLoader[ImageBatch]:
+        device = torch.device("cpu") if self.trainer is None else self.trainer.strategy.root_device
+        return DataLoader(
+            dataset,
+            batch_size,
+            sampler=sampler,
+            num_workers=self.workers,
+            collate_fn=_as_it_is,  # the data set gives whole batches
+            pin_memory=device.type == "cuda",
+            drop_last=drop_last,
+            persistent_workers=self.workers > 0,
+        )
+
+
+def _as_it_is(batch: ImageBatch) -> ImageBatch:
+    return batch

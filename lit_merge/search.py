@@ -1,0 +1,195 @@
+"""Choosing a merging coefficient on validation data; every evaluated point is kept."""
+
+from __future__ import annotations
+
+import json
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from lit_merge.errors import ConfigurationError, DataError
+from lit_merge.transforms import Transform, replace_field
+from lit_merge.vectors import TaskVectors
+
+if TYPE_CHECKING:
+    import lightning as L
+
+    from lit_merge.modules.multitask import MultiTaskModule
+
+__all__ = ["CoefficientSearch", "SearchResult", "normalised_accuracy", "search_coefficient"]
+
+
+def _grid() -> list[float]:
+    return [round(0.05 * step, 2) for step in range(21)]
+
+
+@dataclass(frozen=True)
+class CoefficientSearch:
+    """A grid search over one field of a chain.
+
+    Args:
+        values: the grid; by default the papers' 21 points in [0, 1].
+        field: which field of the chain.
+        criterion: ``normalised`` (mean over tasks of accuracy / the single fine-tuned model's accuracy, on the same
+            validation images) or ``absolute`` mean accuracy.
+
+    Raises:
+        ConfigurationError: the grid is empty.
+    """
+
+    values: list[float] = field(default_factory=_grid)
+    field: str = "coefficient"
+    criterion: Literal["normalised", "absolute"] = "normalised"
+
+    def __post_init__(self) -> None:
+        if not self.values:
+            raise ConfigurationError("search.values: expected at least one value, got none. Use e.g. [0.2, 0.3, 0.4].")
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """The curve of a search.
+
+    Attributes:
+        field: the field that was varied.
+        values: the grid.
+        normalised: mean normalised accuracy at each value.
+        absolute: mean accuracy at each value.
+        best: the chosen value; the smallest one among equals.
+        criterion: by which it was chosen.
+        split: the data it was chosen on.
+        accuracy: per grid point, task -> accuracy.
+    """
+
+    field: str
+    values: list[float]
+    normalised: list[float]
+    absolute: list[float]
+    best: float
+    criterion: str
+    split: str
+    accuracy: list[dict[str, float]]
+
+    def save(self, path: Path) -> None:
+        """Write the curve as JSON."""
+        from lit_merge.callbacks.writing import write_text
+
+        write_text(path, json.dumps(asdict(self), indent=2) + "\n")
+
+
+def normalised_accuracy(accuracy: dict[str, float], individual: dict[str, float]) -> float:
+    """``1/T Σ_t accuracy_t / individual_t`` over the tasks of ``accuracy``.
+
+    Raises:
+        DataError: an individual accuracy is 0, so that nothing can be divided by it.
+    """
+    zero = [task for task in accuracy if individual[task] <= 0]
+    if zero:
+        raise DataError(f"normalised accuracy: expected positive individual accuracies, got 0 for {zero[0]}. Fine-tune longer.")
+    return sum(value / individual[task] for task, value in accuracy.items()) / len(accuracy)
+
+
+def search_coefficient(
+    vectors: TaskVectors,
+    transform: Transform,
+    search: CoefficientSearch,
+    model: str = "lit-tiny",
+    pretrained: str | None = None,
+    data: Any = None,
+    trainer: L.Trainer | None = None,
+) -> SearchResult:
+    """Evaluate ``θ0 + transform(vectors)`` for every value of one field, on the validation split of every task.
+
+    Args:
+        vectors: the task vectors; their tasks name the tasks of ``data``.
+        transform: a chain that reduces to one vector.
+        search: the grid.
+        model: the base model.
+        pretrained: its weights.
+        data: a :class:`lit_merge.data.MultiTaskDataModule`; by default the embedded tasks of the vectors.
+        trainer: runs the evaluations; by default a silent one on one device.
+
+    Returns:
+        The curve and the chosen value.
+
+    Raises:
+        ConfigurationError: the chain has no such field, or the vectors' tasks are not in the data.
+    """
+    from lit_merge.data.multitask import MultiTaskDataModule
+    from lit_merge.modules.multitask import MultiTaskModule
+
+    candidates = [replace_field(transform, search.field, value) for value in search.values]
+    data = data if data is not None else MultiTaskDataModule(tasks=list(vectors.tasks))
+    missing = [task for task in vectors.tasks if task not in data.task_names]
+    if missing:
+        raise ConfigurationError(
+            f"search: expected data of every task, got none of {missing[0]!r} (data: {', '.join(data.task_names)}). "
+            "Name the tasks of data as the vectors'."
+        )
+    module = MultiTaskModule(model, pretrained)
+    run = _Validation(module, trainer)
+    individual: dict[str, float] = {}
+    for task in vectors.tasks:
+        module.load_task_vector(vectors.vector(task))
+        individual.update(run(data.subset([task])))
+    accuracy = []
+    for candidate in candidates:
+        module.load_task_vector(candidate(vectors).single())
+        accuracy.append(run(data))
+    absolute = [sum(point.values()) / len(point) for point in accuracy]
+    tasks = list(vectors.tasks)
+    normalised = [normalised_accuracy({task: point[task] for task in tasks}, individual) for point in accuracy]
+    scores = normalised if search.criterion == "normalised" else absolute
+    best = search.values[max(range(len(scores)), key=lambda index: (scores[index], -search.values[index]))]
+    return SearchResult(
+        search.field, list(search.values), normalised, absolute, best, search.criterion, "val", accuracy
+    )
+
+
+class _Validation:
+    """Validation accuracies of a multi-task module, task -> accuracy."""
+
+    def __init__(self, module: MultiTaskModule, trainer: L.Trainer | None) -> None:
+        self.module = module
+        with quiet():
+            self.trainer = trainer or silent_trainer()
+
+    def __call__(self, data: Any) -> dict[str, float]:
+        with quiet():
+            self.trainer.validate(self.module, datamodule=data, verbose=False)
+        metrics = self.trainer.callback_metrics
+        return {task: float(metrics[f"val/{task}/accuracy"]) for task in data.task_names}
+
+
+def silent_trainer(**settings: Any) -> L.Trainer:
+    """A trainer for evaluations inside a larger job: no files, no bars."""
+    import lightning as L
+
+    return L.Trainer(
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        devices=1,
+        **settings,
+    )
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Hide Lightning's notices about devices, workers and seeds; errors still show."""
+    names = ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero", "lightning")
+    levels = {name: logging.getLogger(name).level for name in names}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for name in names:
+            logging.getLogger(name).setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            for name, level in levels.items():
+                logging.getLogger(name).setLevel(level)
