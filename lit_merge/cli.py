@@ -1,15 +1,12 @@
-"""The ``lit-merge`` command: Lightning's ``fit | validate | test | predict``, and ``merge | suite | data``."""
+"""The ``lit-merge`` command: what is asked for, and how it ends."""
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
-import shutil
 import sys
-from collections.abc import Callable, Sequence
-from datetime import datetime
-from pathlib import Path
+import time
+from collections.abc import Sequence
 from typing import Any
 
 from lit_merge._version import __version__
@@ -17,7 +14,6 @@ from lit_merge.errors import ConfigurationError, LitMergeError
 
 __all__ = ["main", "run"]
 
-_LIGHTNING = ("fit", "validate", "test", "predict")
 _COMMANDS = {
     "fit": "fine-tune a model on a task (or pre-train); writes its task vector",
     "validate": "evaluate on the validation split",
@@ -26,12 +22,6 @@ _COMMANDS = {
     "merge": "merge task vectors into one model",
     "suite": "fine-tune every task, merge, evaluate, report: the whole experiment",
     "data": "draw a contact sheet of the embedded suite",
-}
-_OUTPUTS = {
-    "fit": ("task_vector*.safetensors", "metrics.csv", "checkpoints"),
-    "validate": ("validate_metrics.json",),
-    "test": ("test_metrics.json",),
-    "predict": ("predictions.csv",),
 }
 
 
@@ -42,41 +32,56 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: without the program's name; by default ``sys.argv[1:]``.
 
     Returns:
-        0 for success, 1 for a refusal or failure, 2 for a wrong command line, 130 after an interruption.
+        0 for success, 1 for a failure, 2 for a wrong command line or configuration, 130 after an interruption.
     """
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    parent = os.getppid()
+    if os.getcwd() not in sys.path:  # the user's own modules are found wherever the command itself is installed
+        sys.path.append(os.getcwd())
     try:
-        run(sys.argv[1:] if arguments is None else arguments)
+        run(arguments)
     except KeyboardInterrupt:
-        sys.stderr.write("lit-merge: interrupted; run the same command again to go on or start over\n")
+        if _is_first():
+            on = "; run the same command again to go on" if arguments[:1] == ["suite"] else ""
+            sys.stderr.write(f"lit-merge: interrupted{on}\n")
         return 130
     except SystemExit as request:  # from the argument parsers: --help, --print_config, a usage error
         return request.code if isinstance(request.code, int) else (0 if request.code is None else 1)
     except Exception as error:
-        message = _one_line(error)
-        if message is None:
+        if _has_ended(parent):
+            return 1
+        refusal = _refusal(error)
+        if refusal is None and re.search("Connection (closed|reset) by peer", str(error)):
+            refusal = LitMergeError("another process of this job has ended; what it said, if anything, is above.")
+        if refusal is None:
             raise
-        sys.stderr.write(f"lit-merge: error: {message}\n")
-        return 1
+        sys.stderr.write(f"lit-merge: error: {_one_line(refusal)}\n")
+        return 2 if isinstance(refusal, ConfigurationError) else 1
     return 0
 
 
 def run(arguments: Sequence[str]) -> Any:
-    """Run a command line in this process and return what the command returns.
+    """Run a command line in this process; what is wrong with it is raised.
+
+    Returns:
+        What the command returns, e.g. a suite's results.
 
     Raises:
-        ConfigurationError: there is no such command.
+        LitMergeError: there is no such command, or it refuses its input.
+        SystemExit: the parser has said on the standard error what is wrong, or help was asked for.
     """
-    arguments = list(arguments)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         return sys.stdout.write(_overview())
-    if arguments[0] in ("-V", "--version"):
-        return sys.stdout.write(f"lit-merge {__version__}\n")
     command, rest = arguments[0], arguments[1:]
-    if command in _LIGHTNING:
-        return run_lightning(command, rest)
+    if command in ("-V", "--version"):
+        return sys.stdout.write(f"lit-merge {__version__}\n")
     if command in _COMMANDS:
-        return _run_function(command, rest)
-    near = difflib.get_close_matches(command, _COMMANDS, 1)
+        from lit_merge.commands import run_command
+
+        return run_command(command, rest, _COMMANDS[command])
+    from lit_merge.command_parser import nearest
+
+    near = nearest(command, _COMMANDS, 1)
     raise ConfigurationError(
         f"command: expected one of {', '.join(_COMMANDS)}, got {command!r}. "
         f"{f'Did you mean {near[0]}?' if near else 'See lit-merge --help.'}"
@@ -99,93 +104,33 @@ def _overview() -> str:
     )
 
 
-def _one_line(error: Exception) -> str | None:
-    """A refusal's message as one line, or None for an error that is a bug and needs its traceback."""
+def _is_first() -> bool:
+    return os.environ.get("LOCAL_RANK", "0") == "0"
+
+
+def _has_ended(parent: int, patience: float = 5.0) -> bool:
+    """Whether the process that started this one for another device ends as well: it has said why, or this one does."""
+    waited_until = time.monotonic() + patience
+    while not _is_first() and os.getppid() == parent and time.monotonic() < waited_until:
+        time.sleep(0.1)
+    return not _is_first() and os.getppid() != parent
+
+
+def _refusal(error: BaseException | None) -> BaseException | None:
+    """The error among this one and its causes that is meant for the user, or None: a bug needs its traceback."""
     from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-    if not isinstance(error, (LitMergeError, MisconfigurationException)):
-        return None
-    text = str(error).strip()
+    meant = (LitMergeError, MisconfigurationException, OSError)
+    while error is not None and not isinstance(error, meant) and type(error).__name__ != "OutOfMemoryError":
+        error = error.__cause__
+    return error
+
+
+def _one_line(error: BaseException) -> str:
+    text = str(error).strip() or type(error).__name__
     # Errors from a data loader's worker process come as a traceback whose last line is the message.
     last = re.sub(r"^[\w.]*(Error|Exception): ", "", text.splitlines()[-1]) if "Traceback" in text else text
     return " ".join(last.split())
-
-
-def _run_function(command: str, arguments: list[str]) -> Any:
-    from jsonargparse import ActionConfigFile
-
-    parser_class = _parser_class()
-    parser = parser_class(prog=f"lit-merge {command}", description=f"lit-merge {command}: {_COMMANDS[command]}")
-    parser.add_argument("-c", "--config", action=ActionConfigFile, help="Path of a YAML or JSON configuration file.")
-    function = _functions()[command]
-    parser.add_function_arguments(function, as_group=False)
-    config = parser.parse_args(arguments)
-    resolved = parser.dump(config, skip_none=False)
-    settings = parser.instantiate_classes(config)
-    settings.pop("config", None)
-    if command == "merge":
-        from lit_merge.callbacks.writing import write_text
-
-        result = function(**settings.as_dict())
-        write_text(result.output.with_suffix(".yaml"), resolved)
-        found = f", {result.search.field} {result.search.best:g} chosen on validation data" if result.search else ""
-        sys.stdout.write(f"{result.transform!r}{found} -> {result.output}\n")
-        return result
-    return function(**settings.as_dict())
-
-
-def _functions() -> dict[str, Callable[..., Any]]:
-    from lit_merge.data import contact_sheet
-    from lit_merge.merging import merge
-    from lit_merge.suite import suite
-
-    return {"merge": merge, "suite": suite, "data": contact_sheet}
-
-
-def _parser_class() -> type[Any]:
-    from lit_merge.command_parser import CommandParser
-
-    return CommandParser
-
-
-def run_lightning(command: str, arguments: list[str]) -> Any:
-    """Run one of Lightning's commands; returns the CLI object with its trainer, model and data."""
-    from lit_merge.lightning_cli import LitMergeCLI
-
-    return LitMergeCLI(command, arguments)
-
-
-def run_directory(command: str, output: str | None) -> Path:
-    """The directory of a run: ``output``, or ``runs/<command>/<time>``, the same for every process of a job."""
-    if output is not None:
-        return Path(output)
-    variables = ("LIT_MERGE_RUN_NAME", "TORCHELASTIC_RUN_ID", "SLURM_JOB_ID")
-    given = [os.environ[name] for name in variables if os.environ.get(name) not in (None, "", "none")]
-    name = given[0] if given else datetime.now().strftime("%Y%m%d-%H%M%S")
-    os.environ["LIT_MERGE_RUN_NAME"] = name  # processes that Lightning starts for other devices inherit it
-    return Path("runs") / command / name
-
-
-def prepare_run_directory(directory: Path, command: str, overwrite: bool, resumed: bool) -> None:
-    """Refuse a directory that holds such a run already, or clear that run's files if that was asked for.
-
-    Raises:
-        ConfigurationError: the directory holds a run of this command, or cannot be created.
-    """
-    config = directory / f"{command}.yaml"
-    if config.exists() and not overwrite and not resumed:
-        raise ConfigurationError(
-            f"output: expected a new run directory, got {directory}, which holds a run already ({config.name}). "
-            "Choose another --output, or add --overwrite true."
-        )
-    if config.exists() and not resumed:
-        for pattern in (config.name, *_OUTPUTS[command]):
-            for path in directory.glob(pattern):
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigurationError(f"output: expected a folder that can be created, got {directory} ({error.strerror}).") from error
 
 
 if __name__ == "__main__":

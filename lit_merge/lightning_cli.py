@@ -2,25 +2,60 @@
 
 from __future__ import annotations
 
+import logging
+import pickle
+import traceback
+import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import lightning as L
+import yaml
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger
-from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lit_merge.callbacks import ExtractTaskVector, WriteMetrics, WritePredictions
-from lit_merge.cli import prepare_run_directory, run_directory
 from lit_merge.command_parser import LightningCommandParser
 from lit_merge.data.multitask import MultiTaskDataModule
 from lit_merge.data.pretraining import CaptionDataModule
 from lit_merge.data.task import TaskDataModule
+from lit_merge.errors import ConfigurationError, FileFormatError, LitMergeError
 from lit_merge.modules import ContrastiveModule, FineTuneModule, MultiTaskModule
+from lit_merge.runs import RunDirectory
 
-__all__ = ["LitMergeCLI"]
+__all__ = ["LitMergeCLI", "check_configuration"]
 
 # Known by their short names on the command line because they are imported here.
-_SHORT_NAMES = (ContrastiveModule, FineTuneModule, MultiTaskModule, CaptionDataModule, MultiTaskDataModule, TaskDataModule)
+_SHORT_NAMES = (
+    ContrastiveModule,
+    FineTuneModule,
+    MultiTaskModule,
+    CaptionDataModule,
+    MultiTaskDataModule,
+    TaskDataModule,
+)
+
+
+_RESTORING = "_restore_modules_and_callbacks"  # where Lightning opens a checkpoint
+
+
+class SaveRunConfig(SaveConfigCallback):
+    """Saves the resolved configuration in the run's directory, whatever the logger, once the data are there.
+
+    Args:
+        parser: of the command.
+        config: what it parsed.
+        directory: the run's.
+    """
+
+    def __init__(self, parser: LightningArgumentParser, config: Any, directory: RunDirectory) -> None:
+        super().__init__(parser, config, save_to_log_dir=False)
+        self.directory = directory
+
+    def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Save it; Lightning calls this on rank zero."""
+        self.directory.begin(self.parser.dump(self.config, skip_none=False))
 
 
 class LitMergeCLI(LightningCLI):
@@ -31,21 +66,28 @@ class LitMergeCLI(LightningCLI):
         arguments: what follows it on the command line.
     """
 
-    def __init__(self, command: str, arguments: list[str]) -> None:
+    def __init__(self, command: str, arguments: Sequence[str]) -> None:
         self.command = command
-        super().__init__(
-            L.LightningModule,
-            L.LightningDataModule,
-            save_config_callback=SaveConfigCallback,
-            save_config_kwargs={"config_filename": f"{command}.yaml", "overwrite": True},
-            seed_everything_default=0,
-            parser_class=LightningCommandParser,
-            parser_kwargs={"prog": "lit-merge"},
-            subclass_mode_model=True,
-            subclass_mode_data=True,
-            args=[command, *arguments],
-            auto_configure_optimizers=False,
-        )
+        self.run_directory: RunDirectory | None = None
+        _hush()
+        try:
+            super().__init__(
+                L.LightningModule,
+                L.LightningDataModule,
+                save_config_callback=SaveRunConfig,
+                seed_everything_default=0,
+                parser_class=LightningCommandParser,
+                parser_kwargs={"prog": "lit-merge"},
+                subclass_mode_model=True,
+                subclass_mode_data=True,
+                args=[command, *arguments],
+                auto_configure_optimizers=False,
+            )
+        except BaseException:
+            if self.run_directory is not None:
+                trained = command == "fit" and hasattr(self, "trainer") and self.trainer.global_step > 0
+                self.run_directory.discard(begun=trained)
+            raise
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
         """Only the one that runs: building the others' parsers takes time."""
@@ -57,7 +99,9 @@ class LitMergeCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the run directory, and the classes that a run is most likely about."""
-        parser.add_argument("--output", type=str | None, default=None, help="Run directory (default: runs/COMMAND/TIME).")
+        parser.add_argument(
+            "--output", type=str | None, default=None, help="Run directory (default: runs/COMMAND/TIME)."
+        )
         parser.add_argument("--overwrite", type=bool, default=False, help="Replace an earlier run in that directory.")
         parser.set_defaults(
             {
@@ -66,21 +110,30 @@ class LitMergeCLI(LightningCLI):
             }
         )
 
-    def before_instantiate_classes(self) -> None:
-        """Claim the run directory before anything expensive happens."""
+    def _parse_ckpt_path(self) -> None:
+        """Claim the run directory before anything expensive happens, then take over the checkpoint's settings."""
         settings = self.config[self.command]
-        self.run_directory = run_directory(self.command, settings["output"])
-        if rank_zero_only.rank == 0:
-            resumed = self.command == "fit" and settings.get("ckpt_path") is not None
-            prepare_run_directory(self.run_directory, self.command, settings["overwrite"], resumed)
+        checkpoint = settings.get("ckpt_path")
+        self.run_directory = RunDirectory(self.command, settings["output"], settings["overwrite"], checkpoint)
+        self.save_config_kwargs = {"directory": self.run_directory}
+        try:
+            super()._parse_ckpt_path()
+        except (KeyboardInterrupt, SystemExit, LitMergeError):
+            raise
+        except Exception as error:  # torch.load raises whatever the damage leads to
+            raise _no_checkpoint(checkpoint, error) from error
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """Point the trainer, its logger and the writing callbacks at the run directory."""
-        settings = self._get(self.config_init, "trainer")
-        kwargs["default_root_dir"] = str(self.run_directory)
+        assert self.run_directory is not None
+        settings, directory = self._get(self.config_init, "trainer"), str(self.run_directory.path)
+        kwargs["default_root_dir"] = directory
         if settings.get("logger") in (None, True):
-            kwargs["logger"] = CSVLogger(str(self.run_directory), name="", version="") if self.command == "fit" else False
-        callbacks = list(settings.get("callbacks") or [])
+            kwargs["logger"] = CSVLogger(directory, name="", version="") if self.command == "fit" else False
+        if self.command != "fit" and settings.get("enable_checkpointing") is None:
+            kwargs["enable_checkpointing"] = False
+        callbacks = settings.get("callbacks") or []
+        callbacks = list(callbacks) if isinstance(callbacks, Sequence) else [callbacks]
         if self.command == "fit" and isinstance(self.model, FineTuneModule):
             if not any(isinstance(callback, ExtractTaskVector) for callback in callbacks):
                 callbacks.append(ExtractTaskVector())
@@ -88,10 +141,71 @@ class LitMergeCLI(LightningCLI):
             callbacks.append(WriteMetrics(f"{self.command}_metrics.json"))
         elif self.command == "predict":
             callbacks.append(WritePredictions())
-        return super().instantiate_trainer(callbacks=callbacks, **kwargs)
+        try:
+            return super().instantiate_trainer(callbacks=callbacks, **kwargs)
+        except (MisconfigurationException, TypeError, ValueError) as error:
+            reason = str(error).strip().rstrip(".!")
+            raise ConfigurationError(
+                f"trainer: {reason}. Change its accelerator, devices, strategy, precision or plugins."
+            ) from error
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         arguments = super()._prepare_subcommand_kwargs(subcommand)
         if arguments.get("weights_only") is None:
             arguments["weights_only"] = True  # nothing read from disk is executed unless asked for
         return arguments
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        try:
+            super()._run_subcommand(subcommand)
+        except SystemExit as request:
+            if isinstance(request.__context__, KeyboardInterrupt):  # Lightning ends an interrupted run in this way
+                raise KeyboardInterrupt from request
+            raise
+        except (pickle.UnpicklingError, KeyError, RuntimeError) as error:
+            checkpoint = self.config[subcommand].get("ckpt_path")
+            if checkpoint and _RESTORING in [frame.name for frame in traceback.extract_tb(error.__traceback__)]:
+                raise _no_checkpoint(checkpoint, error) from error
+            raise
+
+
+class _ParseOnly(LitMergeCLI):
+    def _parse_ckpt_path(self) -> None:
+        pass
+
+    def _set_seed(self) -> None:
+        pass
+
+    def instantiate_classes(self) -> None:
+        pass
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        pass
+
+
+def check_configuration(command: str, config: dict[str, Any]) -> None:
+    """Parse a configuration of one of Lightning's commands, and do nothing else.
+
+    Raises:
+        SystemExit: it is wrong, and the parser has said so on the standard error.
+    """
+    _ParseOnly(command, ["--config", yaml.safe_dump(config)])
+
+
+def _no_checkpoint(path: Any, error: Exception) -> FileFormatError:
+    reason = f"{type(error).__name__}: {str(error).strip().partition('. ')[0]}".splitlines()[:2]
+    return FileFormatError(f"{path}: expected a checkpoint of such a run, got {' '.join(reason)}. Give another.")
+
+
+def _hush() -> None:
+    """Keep advertisements, and warnings about other packages' insides, from the user."""
+    logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    if _is_news not in logger.filters:
+        logger.addFilter(_is_news)
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*")
+    warnings.filterwarnings("ignore", message="Be aware that when using `ckpt_path`, callbacks")
+    warnings.filterwarnings("ignore", message="Experiment logs directory .* exists and is not empty")
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    return not record.getMessage().lstrip().startswith(("💡 Tip", "Detected KeyboardInterrupt"))

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -14,12 +14,16 @@ from torch import Tensor
 from lit_merge._version import __version__
 from lit_merge.errors import ConfigurationError
 from lit_merge.models.encoder import load_clip
+from lit_merge.params import check_finite
 from lit_merge.search import CoefficientSearch, SearchResult, search_coefficient
 from lit_merge.transforms import Transform, recipe, replace_field
 from lit_merge.vectors import TaskVector, TaskVectors, check_base, merged_parameters
 from lit_merge.vectors.store import file_digest, write_tensors
 
 __all__ = ["MergeResult", "merge", "merge_task_vectors"]
+
+if TYPE_CHECKING:
+    from lightning import LightningDataModule
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -54,7 +58,9 @@ def resolve_transform(
         )
     if transform is not None:
         if settings:
-            raise ConfigurationError(f"settings: expected none beside transform, got {dict(settings)}. Put them inside it.")
+            raise ConfigurationError(
+                f"settings: expected none beside transform, got {dict(settings)}. Put them inside it."
+            )
         return transform
     assert recipe_name is not None
     return recipe(recipe_name, **(settings or {}))
@@ -71,7 +77,7 @@ def merge(
     model: str = "lit-tiny",
     pretrained: str | None = None,
     search: CoefficientSearch | None = None,
-    data: Any = None,
+    data: LightningDataModule | None = None,
     overwrite: bool = False,
 ) -> MergeResult:
     """Merge task vectors into one model, by a recipe or any chain of transforms.
@@ -79,6 +85,7 @@ def merge(
     Args:
         vectors: task vector files; their order matters for analogy and per-task coefficients only.
         output: file to write, ending in .safetensors; a search's curve is written beside it as <name>-search.json.
+            Missing folders are created.
         recipe: name of a method, e.g. task_arithmetic, weight_average, negation, analogy.
         settings: of the recipe, e.g. {coefficient: 0.3}.
         transform: instead of a recipe, any transform by class path, or a Chain of them.
@@ -98,6 +105,7 @@ def merge(
     clip = load_clip(model, pretrained)
     stacked = TaskVectors([TaskVector.load(path, verify=True) for path in vectors])
     check_base(stacked, clip.fingerprint, clip.name)
+    _create_folder(target.parent)
     found = None
     if search is not None:
         found = search_coefficient(stacked, chosen, search, model, pretrained, data)
@@ -108,7 +116,9 @@ def merge(
         "base_model": clip.name,
         "transform": repr(chosen),
         "transform_config": json.dumps(chosen.to_config()),
-        "inputs": json.dumps([{"tasks": task, "sha256": file_digest(path)} for task, path in zip(stacked.tasks, vectors, strict=True)]),
+        "inputs": json.dumps(
+            [{"tasks": task, "sha256": file_digest(path)} for task, path in zip(stacked.tasks, vectors, strict=True)]
+        ),
         "lit_merge": __version__,
     }
     if found is not None:
@@ -116,12 +126,13 @@ def merge(
     merged = merge_task_vectors(stacked, chosen)
     if kind == "task_vector":
         vector = TaskVector(merged, merged.task, metadata={**dict(merged.metadata), **provenance})
-        vector.save(target, None if dtype == "float32" else _DTYPES[dtype])
+        vector.save(target, _DTYPES[dtype])
     else:
         weights = {**clip.text.state(), **{f"visual.{name}": value for name, value in clip.visual.state_dict().items()}}
         base = dict(clip.visual.named_parameters())
         weights |= {f"visual.{name}": value for name, value in merged_parameters(base, merged)}
         stored = {name: _cast(value, _DTYPES[dtype]) for name, value in weights.items()}
+        check_finite(stored, f"merged weights in {dtype}")
         write_tensors(target, stored, {"format": "lit-merge/weights/1", **provenance})
     return MergeResult(target, chosen, found)
 
@@ -148,5 +159,16 @@ def _check_paths(vectors: Sequence[str], output: str, overwrite: bool) -> Path:
     if any(Path(path).resolve() == target.resolve() for path in vectors):
         raise ConfigurationError(f"output: expected another file than the inputs, got {output}. Choose another name.")
     if target.exists() and not overwrite:
-        raise ConfigurationError(f"output: expected a new file, got {output}, which exists. Set overwrite to replace it.")
+        raise ConfigurationError(
+            f"output: expected a new file, got {output}, which exists. Set overwrite to replace it."
+        )
     return target
+
+
+def _create_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigurationError(
+            f"output: expected a folder that can be created, got {folder} ({error.strerror}). Choose another one."
+        ) from error

@@ -38,7 +38,7 @@ class CoefficientSearch:
             validation images) or ``absolute`` mean accuracy.
 
     Raises:
-        ConfigurationError: the grid is empty.
+        ConfigurationError: the grid is empty, or there is no such criterion.
     """
 
     values: list[float] = field(default_factory=_grid)
@@ -48,6 +48,10 @@ class CoefficientSearch:
     def __post_init__(self) -> None:
         if not self.values:
             raise ConfigurationError("search.values: expected at least one value, got none. Use e.g. [0.2, 0.3, 0.4].")
+        if self.criterion not in ("normalised", "absolute"):
+            raise ConfigurationError(
+                f"search.criterion: expected normalised or absolute, got {self.criterion!r}. Use one of them."
+            )
 
 
 @dataclass(frozen=True)
@@ -89,7 +93,9 @@ def normalised_accuracy(accuracy: dict[str, float], individual: dict[str, float]
     """
     zero = [task for task in accuracy if individual[task] <= 0]
     if zero:
-        raise DataError(f"normalised accuracy: expected positive individual accuracies, got 0 for {zero[0]}. Fine-tune longer.")
+        raise DataError(
+            f"normalised accuracy: expected positive individual accuracies, got 0 for {zero[0]}. Fine-tune longer."
+        )
     return sum(value / individual[task] for task, value in accuracy.items()) / len(accuracy)
 
 
@@ -100,7 +106,6 @@ def search_coefficient(
     model: str = "lit-tiny",
     pretrained: str | None = None,
     data: Any = None,
-    trainer: L.Trainer | None = None,
 ) -> SearchResult:
     """Evaluate ``θ0 + transform(vectors)`` for every value of one field, on the validation split of every task.
 
@@ -111,7 +116,6 @@ def search_coefficient(
         model: the base model.
         pretrained: its weights.
         data: a :class:`lit_merge.data.MultiTaskDataModule`; by default the embedded tasks of the vectors.
-        trainer: runs the evaluations; by default a silent one on one device.
 
     Returns:
         The curve and the chosen value.
@@ -131,15 +135,14 @@ def search_coefficient(
             "Name the tasks of data as the vectors'."
         )
     module = MultiTaskModule(model, pretrained)
-    run = _Validation(module, trainer)
     individual: dict[str, float] = {}
     for task in vectors.tasks:
         module.load_task_vector(vectors.vector(task))
-        individual.update(run(data.subset([task])))
+        individual.update(_validate(module, data.subset([task])))
     accuracy = []
     for candidate in candidates:
         module.load_task_vector(candidate(vectors).single())
-        accuracy.append(run(data))
+        accuracy.append(_validate(module, data))
     absolute = [sum(point.values()) / len(point) for point in accuracy]
     tasks = list(vectors.tasks)
     normalised = [normalised_accuracy({task: point[task] for task in tasks}, individual) for point in accuracy]
@@ -150,19 +153,12 @@ def search_coefficient(
     )
 
 
-class _Validation:
-    """Validation accuracies of a multi-task module, task -> accuracy."""
-
-    def __init__(self, module: MultiTaskModule, trainer: L.Trainer | None) -> None:
-        self.module = module
-        with quiet():
-            self.trainer = trainer or silent_trainer()
-
-    def __call__(self, data: Any) -> dict[str, float]:
-        with quiet():
-            self.trainer.validate(self.module, datamodule=data, verbose=False)
-        metrics = self.trainer.callback_metrics
-        return {task: float(metrics[f"val/{task}/accuracy"]) for task in data.task_names}
+def _validate(module: MultiTaskModule, data: Any) -> dict[str, float]:
+    """Validation accuracies, task -> accuracy; a new trainer, as one remembers which loader a task came from."""
+    with quiet():
+        trainer = silent_trainer()
+        trainer.validate(module, datamodule=data, verbose=False)
+    return {task: float(trainer.callback_metrics[f"val/{task}/accuracy"]) for task in data.task_names}
 
 
 def silent_trainer(**settings: Any) -> L.Trainer:

@@ -1,21 +1,19 @@
 """The whole experiment: fine-tune every task, merge with every recipe, evaluate, report.
 
-A conductor of the ``fit``, ``merge`` and ``test`` commands. Every stage has a key, the hash of its resolved settings and
+A sequence of the ``fit``, ``merge`` and ``test`` commands. Every stage has a key, the hash of its resolved settings and
 of the contents of its inputs; a stage whose record has the same key and whose outputs still have the recorded hashes is
 not run again, so that a killed run goes on where it stopped.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
 import platform
+import re
 import shutil
 import sys
-import time
-from collections.abc import Callable
 from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass, field
 from io import StringIO
@@ -28,10 +26,15 @@ import yaml
 from lit_merge._version import __version__
 from lit_merge.callbacks.writing import write_text
 from lit_merge.errors import ConfigurationError, LitMergeError
+from lit_merge.merging import resolve_transform
+from lit_merge.report import accuracy_table, results_figure
+from lit_merge.report.results import INDIVIDUAL, ZERO_SHOT, Results
 from lit_merge.search import CoefficientSearch, quiet
-from lit_merge.vectors import TaskVector, file_digest
+from lit_merge.stages import Conductor, folder_digest
+from lit_merge.transforms import Transform, replace_field
+from lit_merge.vectors import TaskVector
 
-__all__ = ["Recipe", "StageRecord", "suite"]
+__all__ = ["Recipe", "hardware", "suite", "versions"]
 
 
 @dataclass(frozen=True)
@@ -41,78 +44,34 @@ class Recipe:
     Args:
         recipe: name of a method of :data:`lit_merge.transforms.RECIPES`.
         settings: its arguments.
-        transform: instead, a transform as ``class_path`` and ``init_args``.
+        transform: instead, any transform by class path, or a Chain of them.
         search: the grid of one of its fields, chosen on validation data.
     """
 
     recipe: str | None = None
     settings: dict[str, Any] = field(default_factory=dict)
-    transform: dict[str, Any] | None = None
+    transform: Transform | None = None
     search: CoefficientSearch | None = None
 
+    def check(self) -> None:
+        """Refuse what no merge could be made of.
 
-@dataclass
-class StageRecord:
-    """What a finished stage left: its key, and the hashes of its outputs by path relative to the suite's directory."""
-
-    key: str
-    outputs: dict[str, str]
-    seconds: float
-
-
-class Conductor:
-    """Runs stages once: a stage that is recorded, with the same key and intact outputs, is skipped.
-
-    Args:
-        directory: the suite's directory.
-        report: called with a line for every stage.
-    """
-
-    def __init__(self, directory: Path, report: Callable[[str], None]) -> None:
-        self.directory = directory
-        self.report = report
-        self.done = 0
-        self.total = 0
-
-    def stage(self, name: str, settings: Any, inputs: list[Path], work: Callable[[Path], list[Path]]) -> list[Path]:
-        """Run ``work(folder)``, or skip it; returns its output files.
-
-        Args:
-            name: of the stage and of its folder, e.g. ``seed-0/fit/digits``.
-            settings: everything that determines the outcome, as plain data.
-            inputs: files that it reads; their contents are part of the key.
-            work: writes into the folder, which exists and is empty, and returns the files that count.
+        Raises:
+            ConfigurationError: the recipe, a setting or the searched field is unknown, or a value is refused.
         """
-        self.done += 1
-        relevant = {"stage": name, "settings": settings, "inputs": [file_digest(path) for path in inputs], "version": __version__}
-        key = hashlib.sha256(json.dumps(relevant, sort_keys=True).encode()).hexdigest()
-        record_path = self.directory / "stages" / f"{name.replace('/', '--')}.json"
-        record = self._read(record_path)
-        if record is not None and record.key == key and self._intact(record):
-            self.report(f"[{self.done}/{self.total}] {name}: done before")
-            return [self.directory / path for path in record.outputs]
-        record_path.unlink(missing_ok=True)
-        folder = self.directory / name
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        started = time.perf_counter()
-        outputs = work(folder)
-        seconds = time.perf_counter() - started
-        digests = {str(path.relative_to(self.directory)): file_digest(path) for path in outputs}
-        write_text(record_path, json.dumps(asdict(StageRecord(key, digests, round(seconds, 2))), indent=2) + "\n")
-        self.report(f"[{self.done}/{self.total}] {name}: {seconds:.1f} s")
-        return outputs
+        transform = resolve_transform(self.recipe, self.settings or None, self.transform)
+        if self.search:
+            for value in self.search.values:
+                replace_field(transform, self.search.field, value)
 
-    def _intact(self, record: StageRecord) -> bool:
-        paths = {self.directory / path: digest for path, digest in record.outputs.items()}
-        return all(path.is_file() and file_digest(path) == digest for path, digest in paths.items())
-
-    @staticmethod
-    def _read(path: Path) -> StageRecord | None:
-        try:
-            return StageRecord(**json.loads(path.read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError):
-            return None  # missing or cut off in the middle: the stage runs again
+    def description(self) -> dict[str, Any]:
+        """The recipe as plain data."""
+        return {
+            "recipe": self.recipe,
+            "settings": self.settings,
+            "transform": self.transform.to_config() if self.transform else None,
+            "search": asdict(self.search) if self.search else None,
+        }
 
 
 def suite(
@@ -153,14 +112,11 @@ def suite(
     from rich.console import Console
 
     directory = Path(output)
-    if overwrite:
-        _clear(directory)
-    elif directory.exists() and any(directory.iterdir()) and not (directory / "suite.yaml").exists():
-        raise ConfigurationError(
-            f"output: expected a new folder or one that a suite wrote, got {output}, which holds other files. "
-            "Choose another output."
-        )
-    default = {"weight_average": Recipe("weight_average"), "task_arithmetic": Recipe("task_arithmetic", search=CoefficientSearch())}
+    _refuse_other_files(directory)
+    default = {
+        "weight_average": Recipe("weight_average"),
+        "task_arithmetic": Recipe("task_arithmetic", search=CoefficientSearch()),
+    }
     plan = _Plan(
         name=name,
         directory=directory,
@@ -173,26 +129,50 @@ def suite(
         test=test or {},
         recipes=default if recipes is None else recipes,
     )
-    write_text(directory / "suite.yaml", yaml.safe_dump(plan.description(), sort_keys=False))
+    plan.check()
+    _claim(directory, yaml.safe_dump(plan.description(), sort_keys=False), overwrite)
     console = Console(stderr=True)
-    results = plan.run(lambda line: console.print(line, highlight=False))
+    conductor = Conductor(directory, plan.stages, lambda line: console.print(line, highlight=False, markup=False))
+    results = plan.run(conductor)
+    write_text(directory / "timings.json", json.dumps(conductor.seconds, indent=2) + "\n")
     return _publish(results, directory)
+
+
+def _refuse_other_files(directory: Path) -> None:
+    if directory.exists() and not (directory / "stages").is_dir() and (directory.is_file() or any(directory.iterdir())):
+        raise ConfigurationError(
+            f"output: expected a new folder or one that a suite wrote, got {directory}, which holds something else. "
+            "Choose another output."
+        )
+
+
+def _claim(directory: Path, config: str, overwrite: bool) -> None:
+    """Make the directory a suite's, and remove what does not hold any more."""
+    try:
+        (directory / "stages").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigurationError(
+            f"output: expected a folder that can be created, got {directory} ({error.strerror}). Choose another."
+        ) from error
+    path = directory / "suite.yaml"
+    changed = not path.exists() or path.read_text(encoding="utf-8") != config
+    outcome = ("results.json", "results.png", "timings.json") if overwrite or changed else ()
+    for name in (*outcome, *(("stages", "zero-shot", "seed-*") if overwrite else ())):
+        for found in directory.glob(name):
+            shutil.rmtree(found) if found.is_dir() else found.unlink()
+    write_text(path, config)
 
 
 def _task_names(tasks: list[str] | None, paths: dict[str, str] | None) -> list[str]:
     from lit_merge.data.embedded.tasks import EMBEDDED_TASKS
 
     chosen = list(tasks) if tasks is not None else ([] if paths else list(EMBEDDED_TASKS))
-    twice = [task for task in chosen if task in (paths or {})] + sorted({task for task in chosen if chosen.count(task) > 1})
+    twice = [task for task in chosen if task in (paths or {})] + sorted(
+        {task for task in chosen if chosen.count(task) > 1}
+    )
     if twice:
         raise ConfigurationError(f"tasks: expected every task once, got {twice[0]!r} twice. Rename or remove one.")
     return [*chosen, *(paths or {})]
-
-
-def _clear(directory: Path) -> None:
-    if directory.exists() and not (directory / "suite.yaml").exists() and any(directory.iterdir()):
-        raise ConfigurationError(f"output: expected a folder that a suite wrote, got {directory}. Remove it by hand.")
-    shutil.rmtree(directory, ignore_errors=True)
 
 
 @dataclass
@@ -210,27 +190,62 @@ class _Plan:
     test: dict[str, Any]
     recipes: dict[str, Recipe]
 
-    def description(self) -> dict[str, Any]:
-        """The resolved settings as plain data."""
-        values = {key: getattr(self, key) for key in ("name", "model", "pretrained", "tasks", "paths", "seeds", "fit", "test")}
-        return json.loads(json.dumps({**values, "recipes": {name: asdict(recipe) for name, recipe in self.recipes.items()}}))
+    @property
+    def stages(self) -> int:
+        """How many there are."""
+        return 1 + len(self.seeds) * 2 * (len(self.tasks) + len(self.recipes))
 
-    def run(self, report: Callable[[str], None]) -> dict[str, Any]:
-        """All stages in order; returns the results."""
+    def check(self) -> None:
+        """Refuse what some stage would refuse, before the first one runs.
+
+        Raises:
+            ConfigurationError: a name, a recipe or a task is unusable.
+            DataError: an image folder is.
+            SystemExit: a setting of fit or test is unknown; the parser has said so on the standard error.
+        """
+        from lit_merge.lightning_cli import check_configuration
         from lit_merge.models.encoder import load_clip
 
+        wrong = [name for name in [*self.tasks, *self.recipes] if not re.fullmatch(r"[\w-]+", name)]
+        if wrong:
+            raise ConfigurationError(
+                f"names of tasks and recipes: expected letters, digits, _ and -, got {wrong[0]!r}. Rename it."
+            )
+        if reserved := {INDIVIDUAL, ZERO_SHOT} & set(self.recipes):
+            raise ConfigurationError(
+                f"recipes: expected other names than {INDIVIDUAL} and {ZERO_SHOT}, got {reserved.pop()}. Rename it."
+            )
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
+            raise ConfigurationError(f"seeds: expected at least one, each once, got {self.seeds}. Use e.g. [0, 1, 2].")
+        for recipe in self.recipes.values():
+            recipe.check()
+        self._data()
         clip = load_clip(self.model, self.pretrained)
-        base = {"model": self.model, "pretrained": self.pretrained, "fingerprint": clip.fingerprint}
-        conductor = Conductor(self.directory, report)
-        conductor.total = 1 + len(self.seeds) * (2 * len(self.tasks) + 2 * len(self.recipes))
+        self._model = {
+            "name": clip.name,
+            "fingerprint": clip.fingerprint,
+            "parameters": sum(parameter.numel() for parameter in clip.visual.parameters()),
+        }
+        check_configuration("fit", self._fit_config(self.seeds[0], self.tasks[0]))
+        check_configuration("test", self._test_config(self._task_data(self.tasks[0], self.seeds[0]), None))
+
+    def description(self) -> dict[str, Any]:
+        """The resolved settings as plain data."""
+        names = ("name", "model", "pretrained", "tasks", "paths", "seeds", "fit", "test")
+        settings = {name: getattr(self, name) for name in names}
+        settings["tasks"] = [task for task in self.tasks if task not in self.paths]
+        settings["recipes"] = {name: recipe.description() for name, recipe in self.recipes.items()}
+        plain: dict[str, Any] = json.loads(json.dumps(settings))
+        return plain
+
+    def run(self, conductor: Conductor) -> dict[str, Any]:
+        """All stages in order; returns the results."""
+        base = {"model": self.model, "pretrained": self.pretrained, "fingerprint": self._model["fingerprint"]}
+        self._images = {task: folder_digest(path) for task, path in self.paths.items()}
         results: dict[str, Any] = {
             "schema": 1,
             "name": self.name,
-            "model": {
-                "name": clip.name,
-                "fingerprint": clip.fingerprint,
-                "parameters": sum(parameter.numel() for parameter in clip.visual.parameters()),
-            },
+            "model": self._model,
             "tasks": self.tasks,
             "classes": {task: len(data.classes) for task, data in self._data().tasks.items()},
             "evaluated_on": "test",
@@ -255,35 +270,32 @@ class _Plan:
             "merged": merged,
         }
 
+    def _fit_config(self, seed: int, task: str) -> dict[str, Any]:
+        fixed = {
+            "seed_everything": seed,
+            "model": {"init_args": {"model": self.model, "pretrained": self.pretrained}},
+            "data": self._task_data(task, seed),
+        }
+        return _combine({"trainer": _TRAINER, "model": {"class_path": _FINE_TUNE}}, self.fit, fixed)
+
     def _fit(self, conductor: Conductor, seed: int, task: str, base: dict[str, Any]) -> Path:
-        config = _combine(
-            {"trainer": _TRAINER, "model": {"class_path": "lit_merge.modules.FineTuneModule"}, "data": {}},
-            self.fit,
-            {
-                "seed_everything": seed,
-                "model": {"init_args": {"model": self.model, "pretrained": self.pretrained}},
-                "data": self._task_data(task, seed),
-            },
-        )
+        config = self._fit_config(seed, task)
 
         def work(folder: Path) -> list[Path]:
             self._command("fit", config, folder)
             return [folder / "task_vector.safetensors"]
 
-        return conductor.stage(f"seed-{seed}/fit/{task}", {**base, "config": config}, [], work)[0]
+        settings = {**base, "config": config, "images": self._images.get(task)}
+        return conductor.stage(f"seed-{seed}/fit/{task}", settings, [], work)[0]
 
     def _test_one(self, conductor: Conductor, seed: int, task: str, vector: Path, base: dict[str, Any]) -> float:
-        init = {"model": self.model, "pretrained": self.pretrained, "task_vector": str(vector)}
-        fixed = {
-            "trainer": _TRAINER,
-            "model": {"class_path": "lit_merge.modules.FineTuneModule", "init_args": init},
-            "data": self._task_data(task, seed),
-        }
-        config = _combine(fixed, self.test)
-        metrics = self._test(conductor, f"seed-{seed}/test/individual/{task}", config, base, [vector])
-        return metrics["test/accuracy"]
+        config = self._test_config(self._task_data(task, seed), vector)
+        settings = {**base, "images": self._images.get(task)}
+        return self._test(conductor, f"seed-{seed}/individual/{task}", config, settings, [vector])["test/accuracy"]
 
-    def _merge(self, conductor: Conductor, seed: int, name: str, vectors: list[Path], base: dict[str, Any]) -> dict[str, Any]:
+    def _merge(
+        self, conductor: Conductor, seed: int, name: str, vectors: list[Path], base: dict[str, Any]
+    ) -> dict[str, Any]:
         recipe = self.recipes[name]
         config = {
             "vectors": [str(path) for path in vectors],
@@ -292,9 +304,9 @@ class _Plan:
             "kind": "task_vector",
             "recipe": recipe.recipe,
             "settings": recipe.settings or None,
-            "transform": recipe.transform,
+            "transform": recipe.transform.to_config() if recipe.transform else None,
             "search": asdict(recipe.search) if recipe.search else None,
-            "data": {"class_path": "lit_merge.data.MultiTaskDataModule", "init_args": self._all_data()} if recipe.search else None,
+            "data": self._all_data() if recipe.search else None,
         }
 
         def work(folder: Path) -> list[Path]:
@@ -302,7 +314,8 @@ class _Plan:
             search = [folder / "merged-search.json"] if recipe.search else []
             return [folder / "merged.safetensors", *search]
 
-        merged, *search = conductor.stage(f"seed-{seed}/merge/{name}", {**base, "config": {**config, "vectors": None}}, vectors, work)
+        settings = {**base, "config": {**config, "vectors": None}, "images": self._images if recipe.search else None}
+        merged, *search = conductor.stage(f"seed-{seed}/merge/{name}", settings, vectors, work)
         header = TaskVector.load(merged).metadata
         curve = json.loads(search[0].read_text(encoding="utf-8")) if search else None
         return {
@@ -313,58 +326,64 @@ class _Plan:
         }
 
     def _test_all(self, conductor: Conductor, name: str, base: dict[str, Any], vector: Path | None) -> dict[str, float]:
-        init = {"model": self.model, "pretrained": self.pretrained, "task_vector": str(vector) if vector else None}
-        fixed = {
-            "trainer": _TRAINER,
-            "model": {"class_path": "lit_merge.modules.MultiTaskModule", "init_args": init},
-            "data": {"class_path": "lit_merge.data.MultiTaskDataModule", "init_args": self._all_data()},
-        }
-        config = _combine(fixed, self.test)
-        metrics = self._test(conductor, name, config, base, [vector] if vector else [])
+        config = self._test_config(self._all_data(), vector)
+        settings = {**base, "images": self._images}
+        metrics = self._test(conductor, name, config, settings, [vector] if vector else [])
         return {task: metrics[f"test/{task}/accuracy"] for task in self.tasks}
 
+    def _test_config(self, data: dict[str, Any], vector: Path | None) -> dict[str, Any]:
+        several = data["class_path"] == _TASKS
+        init = {
+            "model": self.model,
+            "pretrained": self.pretrained,
+            "task_vector": str(vector) if vector else None,
+        }
+        model = {"class_path": _MULTI_TASK if several else _FINE_TUNE, "init_args": init}
+        return _combine({"trainer": _TRAINER, "model": model, "data": data}, self.test)
+
     def _test(
-        self, conductor: Conductor, name: str, config: dict[str, Any], base: dict[str, Any], inputs: list[Path]
+        self, conductor: Conductor, name: str, config: dict[str, Any], settings: dict[str, Any], inputs: list[Path]
     ) -> dict[str, float]:
         def work(folder: Path) -> list[Path]:
             self._command("test", config, folder)
             return [folder / "test_metrics.json"]
 
-        settings = json.loads(json.dumps(config))
-        settings["model"]["init_args"]["task_vector"] = None  # its content counts, not its place
-        path = conductor.stage(name, {**base, "config": settings}, inputs, work)[0]
+        placeless = _combine(config, {"model": {"init_args": {"task_vector": None}}})  # its content counts
+        path = conductor.stage(name, {**settings, "config": placeless}, inputs, work)[0]
         return {key: round(value, 6) for key, value in json.loads(path.read_text(encoding="utf-8")).items()}
 
     def _task_data(self, task: str, seed: int) -> dict[str, Any]:
-        place = {"path": self.paths[task]} if task in self.paths else {"task": task}
+        place = {"path": self.paths[task], "name": task} if task in self.paths else {"task": task}
         return {"class_path": "lit_merge.data.TaskDataModule", "init_args": {**place, "seed": seed}}
 
     def _all_data(self) -> dict[str, Any]:
-        return {"tasks": [task for task in self.tasks if task not in self.paths], "paths": self.paths or None}
+        embedded = [task for task in self.tasks if task not in self.paths]
+        return {"class_path": _TASKS, "init_args": {"tasks": embedded, "paths": self.paths or None}}
 
     def _data(self) -> Any:
+        """The data module of all tasks; every folder has been looked into."""
         from lit_merge.data.multitask import MultiTaskDataModule
 
-        data = MultiTaskDataModule(**self._all_data())
-        data.prepare_data()
+        data = MultiTaskDataModule(**self._all_data()["init_args"])
+        assert all(module.classes for module in data.tasks.values())
         return data
 
     def _command(self, command: str, config: dict[str, Any], folder: Path) -> None:
         """Run a command as a user would, from a configuration file, in this process."""
-        from lit_merge.cli import run
+        from lit_merge.commands import run_command
 
         path = folder / "stage.yaml"
         write_text(path, yaml.safe_dump(config, sort_keys=False))
-        arguments = [command, "--config", str(path)]
+        arguments = ["--config", str(path)]
         if command != "merge":
             arguments += ["--output", str(folder)]
         devices = str(config.get("trainer", {}).get("devices", 1))
         if devices != "1" and command != "merge":
-            self._subprocess(arguments)
+            self._subprocess([command, *arguments])
             return
         try:
             with quiet(), redirect_stdout(StringIO()):
-                run(arguments)
+                run_command(command, arguments)
         except SystemExit as error:  # the parser has said on the standard error what is wrong
             raise ConfigurationError(f"{command}: the configuration {path} was refused, see the line above.") from error
 
@@ -373,13 +392,18 @@ class _Plan:
         """Several devices: Lightning starts a process for each by repeating the command line."""
         import subprocess
 
-        done = subprocess.run([sys.executable, "-m", "lit_merge", *arguments], capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            [sys.executable, "-m", "lit_merge", *arguments], capture_output=True, text=True, check=False
+        )
         if done.returncode:
-            lines = done.stderr.strip().splitlines()
-            last = next((line for line in reversed(lines) if "error:" in line), lines[-1] if lines else "no message")
-            raise LitMergeError(f"{arguments[0]} failed with exit code {done.returncode}: {last.removeprefix('lit-merge: error: ')}")
+            lines = done.stderr.strip().splitlines() or ["no message"]
+            last = next((line.partition("error: ")[2] for line in lines if "error: " in line), lines[-1])
+            raise LitMergeError(f"{arguments[0]} failed with exit code {done.returncode}: {last}")
 
 
+_FINE_TUNE = "lit_merge.modules.FineTuneModule"
+_MULTI_TASK = "lit_merge.modules.MultiTaskModule"
+_TASKS = "lit_merge.data.MultiTaskDataModule"
 _TRAINER = {
     "devices": 1,
     "enable_checkpointing": False,
@@ -438,12 +462,10 @@ def hardware() -> dict[str, Any]:
 def _publish(results: dict[str, Any], directory: Path) -> dict[str, Any]:
     from rich.console import Console
 
-    from lit_merge.report import Results, accuracy_table, results_figure
-
     if any(not math.isfinite(value) for value in results["zero_shot"].values()):
         raise LitMergeError("results: expected finite accuracies, got NaN for the zero-shot model.")
-    write_text(directory / "results.json", json.dumps(results, indent=2) + "\n")
     loaded = Results.from_dict(results)
+    write_text(directory / "results.json", json.dumps(results, indent=2) + "\n")
     results_figure(loaded, directory / "results.png")
     console = Console()
     console.print(accuracy_table(loaded))

@@ -11,14 +11,11 @@ import torch
 from lit_merge.cache import cache_directory
 from lit_merge.errors import ConfigurationError
 from lit_merge.models import (
-    GENERIC,
-    TEMPLATES,
     ZeroShotHead,
     build_head,
     full_clip_model,
     load_clip,
     save_clip,
-    templates_for,
     zero_shot_weights,
 )
 
@@ -250,33 +247,3 @@ def test_a_cache_that_cannot_be_created(tmp_path, monkeypatch):
     with pytest.raises(ConfigurationError) as error:
         cache_directory("heads")
     assert "LIT_MERGE_CACHE" in str(error.value)
-
-
-# Templates
-
-
-def test_the_published_templates_are_all_there():
-    counts = {"sun397": 2, "cars": 8, "resisc45": 18, "eurosat": 3, "svhn": 1, "gtsrb": 3, "mnist": 1, "dtd": 8}
-    assert {name: len(TEMPLATES[name]) for name in counts} == counts
-    embedded = ("digits", "clutter", "letters", "signs", "textures", "land", "vehicles", "scenes")
-    assert set(TEMPLATES) == {*counts, *embedded, "generic"}
-    assert {len(TEMPLATES[name]) for name in embedded} == {3}
-
-
-def test_templates_can_all_be_used():
-    for name, templates in TEMPLATES.items():
-        assert len(set(templates)) == len(templates), name
-        assert all(template.format("X").count("X") == 1 for template in templates), name
-    assert TEMPLATES["resisc45"][0] == "satellite imagery of {}."
-    assert TEMPLATES["resisc45"][-1] == "aerial view of the {}."
-    assert TEMPLATES["dtd"][4] == "a photo of the {} texture."
-    assert TEMPLATES["mnist"] == ('a photo of the number: "{}".',)
-
-
-def test_templates_for():
-    assert templates_for("dtd") == templates_for("DTD") == TEMPLATES["dtd"]
-    assert templates_for("generic") == GENERIC == ("a photo of a {}.",)
-    with pytest.raises(ConfigurationError, match="Did you mean eurosat"):
-        templates_for("eurosatt")
-    with pytest.raises(ConfigurationError, match="or use 'generic'"):
-        templates_for("zzzz")

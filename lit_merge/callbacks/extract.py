@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,7 +11,7 @@ import lightning as L
 import torch
 
 from lit_merge._version import __version__
-from lit_merge.errors import ConfigurationError
+from lit_merge.errors import ConfigurationError, first_few
 from lit_merge.params import norm
 from lit_merge.vectors.task_vector import TaskVector
 
@@ -35,7 +36,8 @@ class ExtractTaskVector(L.Callback):
         vector: the last vector extracted, on rank zero.
 
     Raises:
-        ConfigurationError: ``every_n_steps`` is not positive or the file's suffix is not ``.safetensors``.
+        ConfigurationError: ``every_n_steps`` is not positive, the file's suffix is not ``.safetensors``, or ``dtype``
+            or ``mode`` is unknown; in fit, the module has no task vector, or there is no such metric.
     """
 
     def __init__(
@@ -50,10 +52,27 @@ class ExtractTaskVector(L.Callback):
             raise ConfigurationError(f"every_n_steps: expected a positive number or null, got {every_n_steps}.")
         if Path(path).suffix != ".safetensors":
             raise ConfigurationError(f"path: expected a file ending in .safetensors, got {path!r}. Rename it.")
+        for name, value, valid in (("dtype", dtype, ("float32", "bfloat16")), ("mode", mode, ("max", "min"))):
+            if value not in valid:
+                raise ConfigurationError(f"{name}: expected {' or '.join(valid)}, got {value!r}. Use one of them.")
         self.path, self.dtype, self.every_n_steps = path, dtype, every_n_steps
         self.best, self.mode = best, mode
         self.best_value: float | None = None
         self.vector: TaskVector | None = None
+        self._last_step = 0
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Refuse a module that is no fine-tuning before it has been trained."""
+        missing = [name for name in ("task_vector", "task", "classes", "regime") if not hasattr(pl_module, name)]
+        if missing:
+            raise ConfigurationError(
+                f"ExtractTaskVector: expected a module with a task vector, such as FineTuneModule, got "
+                f"{type(pl_module).__name__} without {first_few(missing)}. Remove the callback."
+            )
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Note the step, which is not 0 in a resumed run."""
+        self._last_step = trainer.global_step
 
     def state_dict(self) -> dict[str, Any]:
         """The best value so far, so that a resumed run does not forget it."""
@@ -67,9 +86,10 @@ class ExtractTaskVector(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Write an intermediate vector when its step has come."""
-        step, accumulate = trainer.global_step, trainer.accumulate_grad_batches
-        if self.every_n_steps and step and step % self.every_n_steps == 0 and (batch_idx + 1) % accumulate == 0:
+        step = trainer.global_step
+        if self.every_n_steps and step != self._last_step and step % self.every_n_steps == 0:
             self._write(trainer, pl_module, f"-step={step}")
+        self._last_step = step  # while gradients accumulate, a step takes several batches
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write the best vector so far if this one is."""
@@ -80,18 +100,24 @@ class ExtractTaskVector(L.Callback):
             raise ConfigurationError(f"best: expected a logged metric, one of {known}, got {self.best!r}. Change it.")
         value = float(trainer.callback_metrics[self.best])
         sign = 1 if self.mode == "max" else -1
-        if self.best_value is None or sign * value > sign * self.best_value:
+        if not math.isnan(value) and (self.best_value is None or sign * value > sign * self.best_value):
             self.best_value = value
             self._write(trainer, pl_module, "-best")
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write the final vector."""
         self._write(trainer, pl_module, "")
+        if self.best is not None and self.best_value is None:
+            raise ConfigurationError(
+                f"best: expected a validation with a finite {self.best}, got none in this run; the final vector was "
+                "written. Give the data a validation split, or validate more often."
+            )
 
     def _write(self, trainer: L.Trainer, pl_module: Any, suffix: str) -> None:
         if trainer.is_global_zero:
             target = Path(trainer.default_root_dir) / self.path
             target = target.with_name(f"{target.stem}{suffix}{target.suffix}")
+            target.parent.mkdir(parents=True, exist_ok=True)
             tensors = pl_module.task_vector()
             self.vector = TaskVector(tensors, pl_module.task, metadata=self._describe(trainer, pl_module, tensors))
             error = self.vector.save(target, torch.bfloat16 if self.dtype == "bfloat16" else None)

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lit_merge.data.batch import ImageBatch
-    from lit_merge.data.sheet import contact_sheet
     from lit_merge.data.embedded.tasks import EMBEDDED_TASKS, load_split
     from lit_merge.data.multitask import MultiTaskDataModule
     from lit_merge.data.pretraining import CaptionDataModule
+    from lit_merge.data.sheet import contact_sheet
     from lit_merge.data.task import TaskDataModule
     from lit_merge.data.templates import templates_for
 

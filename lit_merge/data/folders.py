@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 import os
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
+from PIL import Image
 
 from lit_merge.data.datasets import FileImages, ImageDataset, ImagePreprocessing
 from lit_merge.data.reading import IMAGE_SUFFIXES, check_image, is_image_name
@@ -23,6 +25,7 @@ __all__ = ["FolderSource", "find_images"]
 
 _SPLITS = ("train", "val", "test")
 _LOOK_ALIKES = {"training": "train", "valid": "val", "validation": "val", "dev": "val", "testing": "test"}
+_AT_A_TIME = 4096
 _SUFFIXES = ", ".join(suffix[1:] for suffix in IMAGE_SUFFIXES)
 
 
@@ -79,7 +82,7 @@ class FolderSource:
         self._fractions, self._seed, self._skip_corrupt = tuple(fractions), seed, skip_corrupt
         self._checked: set[Path] = set()
 
-    @cached_property
+    @property
     def classes(self) -> tuple[str, ...]:
         """Class names, in label order.
 
@@ -87,20 +90,7 @@ class FolderSource:
             DataError: the folder is missing, or not laid out as described above; two classes have the same name.
             ConfigurationError: ``class_names`` names a folder that does not exist.
         """
-        unknown = sorted(set(self._class_names) - set(self._folders))
-        if unknown:
-            raise ConfigurationError(
-                f"class_names: expected folders of {self.path}, got {first_few(unknown)}. "
-                f"Use some of {first_few(self._folders, 8)}."
-            )
-        names = tuple(self._class_names.get(folder, folder.replace("_", " ")) for folder in self._folders)
-        for index, name in enumerate(names):
-            if name in names[:index]:
-                both = f"{self._folders[names.index(name)]} and {self._folders[index]}"
-                raise DataError(
-                    f"{self.path}: expected classes with different names, got {name!r} for {both}. Set class_names."
-                )
-        return names
+        return tuple(self._folders.values())
 
     def prepare(self) -> None:
         """Nothing: the images are there."""
@@ -115,17 +105,14 @@ class FolderSource:
                 is damaged, or there are no test images.
             ConfigurationError: ``class_names`` names a folder that does not exist.
         """
-        assert len(self.classes) == len(self._folders)
         files = self._divided[split]
         if split == "test" and not files:
             reason = f"no folder {self.path / 'test'}" if self._has_splits else "0 as the third of fractions"
             raise DataError(f"{self.name}: expected test images, got {reason}. Add some, or do not ask for a test.")
         if not self._skip_corrupt:
             unchecked = [path for path, _ in files if path not in self._checked]
+            _refuse_corrupt(unchecked)
             self._checked.update(unchecked)
-            for problem in _problems(unchecked, decode=False):
-                if problem is not None:
-                    raise problem
         labels = torch.tensor([label for _, label in files], dtype=torch.int64)
         return FileImages([path for path, _ in files], labels, preprocessing, augmentation_seed)
 
@@ -143,14 +130,29 @@ class FolderSource:
         return False
 
     @cached_property
-    def _folders(self) -> list[str]:
-        """The classes' folder names."""
+    def _folders(self) -> dict[str, str]:
+        """Name of the folder -> name of the class, in label order."""
         root = self.path / "train" if self._has_splits else self.path
         folders = _folders_in(root)
-        if not folders or (not self._has_splits and set(folders) <= set(_SPLITS)):
-            got = f"{first_few(folders)} without any in train" if folders else "none"
-            raise DataError(f"{root}: expected one folder per class, got {got}. Put each class's images into its own.")
-        return folders
+        if len(folders) < 2 or (not self._has_splits and set(folders) <= set(_SPLITS)):
+            got = first_few(folders) or "none"
+            raise DataError(f"{root}: expected a folder for each of two or more classes, got {got}. Check the path.")
+        unknown = sorted(set(self._class_names) - set(folders))
+        if unknown:
+            raise ConfigurationError(
+                f"class_names: expected folders of {root}, got {first_few(unknown)}. "
+                f"Use some of {first_few(folders, 8)}."
+            )
+        named: dict[str, str] = {}
+        for folder in folders:
+            name = self._class_names.get(folder, folder.replace("_", " "))
+            if name in named.values():
+                raise DataError(
+                    f"{root}: expected classes with different names, got {name!r} for "
+                    f"{next(other for other in named if named[other] == name)} and {folder}. Set class_names."
+                )
+            named[folder] = name
+        return named
 
     @cached_property
     def _divided(self) -> dict[str, list[tuple[Path, int]]]:
@@ -190,7 +192,7 @@ class FolderSource:
         for label, paths in listed.items():
             if not paths:
                 raise DataError(
-                    f"{root / self._folders[label]}: expected images ({_SUFFIXES}), got none"
+                    f"{root / list(self._folders)[label]}: expected images ({_SUFFIXES}), got none"
                     f"{' that can be read' if self._skip_corrupt else ''}. Add some, or remove the folder."
                 )
         return listed
@@ -203,7 +205,7 @@ class FolderSource:
                 raise DataError(
                     f"{self.path}: expected at least {needed} images of each class, one for each of "
                     f"{', '.join(split for split, share in zip(_SPLITS, fractions, strict=True) if share > 0)}, got "
-                    f"{len(paths)} of {self._folders[label]}. Add some, or remove the class."
+                    f"{len(paths)} of {list(self._folders)[label]}. Add some, or remove the class."
                 )
             ordered = sorted(paths, key=self._order)
             start = 0
@@ -229,14 +231,14 @@ def find_images(path: str | os.PathLike[str], skip_corrupt: bool = False) -> lis
     """
     root = Path(path).expanduser()
     if not root.exists():
-        raise DataError(f"predict_path: expected an image or a folder of images, got {root}, which does not exist.")
+        raise DataError(
+            f"predict_path: expected an image or a folder of images, got nothing at {root}. Check the path."
+        )
     files = sorted(_images_below(root)) if root.is_dir() else [root]
     if skip_corrupt:
         files = _without_corrupt({0: files}, root)[0]
     else:
-        for problem in _problems(files, decode=False):
-            if problem is not None:
-                raise problem
+        _refuse_corrupt(files)
     if not files:
         raise DataError(f"{root}: expected images ({_SUFFIXES}), got none. Set predict_path to an image or a folder.")
     return files
@@ -261,8 +263,10 @@ def _images_below(root: Path) -> Iterator[Path]:
 
 def _problems(paths: Sequence[Path], decode: bool) -> Iterator[DataError | None]:
     """For each image what is wrong with it; several are read at a time."""
+    Image.init()  # all formats now: PIL registers most of them late, and not thread by thread
     with ThreadPoolExecutor() as pool:
-        yield from pool.map(lambda path: _problem(path, decode), paths)
+        for start in range(0, len(paths), _AT_A_TIME):
+            yield from pool.map(_problem, paths[start : start + _AT_A_TIME], itertools.repeat(decode))
 
 
 def _problem(path: Path, decode: bool) -> DataError | None:
@@ -273,6 +277,13 @@ def _problem(path: Path, decode: bool) -> DataError | None:
     return None
 
 
+def _refuse_corrupt(paths: Sequence[Path]) -> None:
+    """Raise if an image's header is damaged."""
+    problems = [problem for problem in _problems(sorted(paths), decode=False) if problem is not None]
+    if problems:
+        raise DataError(f"{problems[0]} There are {len(problems) - 1} more.") if problems[1:] else problems[0]
+
+
 def _without_corrupt(listed: dict[int, list[Path]], root: Path) -> dict[int, list[Path]]:
     corrupt: list[Path] = []
     kept = {}
@@ -281,9 +292,7 @@ def _without_corrupt(listed: dict[int, list[Path]], root: Path) -> dict[int, lis
         kept[label] = [path for path, problem in zip(paths, problems, strict=True) if problem is None]
         corrupt += [path for path, problem in zip(paths, problems, strict=True) if problem is not None]
     if corrupt:
-        warnings.warn(
-            f"{root}: left out {len(corrupt)} images that cannot be read: {first_few(corrupt)}.", stacklevel=2
-        )
+        rank_zero_warn(f"{root}: left out {len(corrupt)} damaged images: {first_few(corrupt)}.")
     return kept
 
 

@@ -31,11 +31,12 @@ class MultiTaskDataModule(L.LightningDataModule):
         batch_size: training images per task, process and batch.
         evaluation_batch_size: images per process and batch in validation and test.
         workers: processes per task that read the images.
-        seed: of the order, the augmentation, and the division of folders into splits.
+        seed: of the order and the augmentation.
         augment: whether training images are augmented.
         class_names: name of a path -> its ``class_names``.
         templates: task name -> its ``templates``.
         fractions: shares of train, val and test where a folder is divided.
+        split_seed: of that division.
         skip_corrupt: whether damaged images of the paths are left out.
         labelled: False gives the training images the label -1, as test-time merging wants it.
         preprocessing: what the model expects of images; None takes ``preprocessing`` of the trainer's module.
@@ -62,6 +63,7 @@ class MultiTaskDataModule(L.LightningDataModule):
         class_names: dict[str, dict[str, str]] | None = None,
         templates: dict[str, list[str] | str] | None = None,
         fractions: tuple[float, float, float] = (0.8, 0.1, 0.1),
+        split_seed: int = 0,
         skip_corrupt: bool = False,
         labelled: bool = True,
         preprocessing: Any = None,
@@ -91,16 +93,16 @@ class MultiTaskDataModule(L.LightningDataModule):
         for name in embedded:
             self.tasks[name] = TaskDataModule(task=name, templates=(templates or {}).get(name), **shared)
         for name, path in folders.items():
-            module = TaskDataModule(
+            self.tasks[name] = TaskDataModule(
                 path=path,
+                name=name,
                 class_names=(class_names or {}).get(name),
                 templates=(templates or {}).get(name),
                 fractions=fractions,
+                split_seed=split_seed,
                 skip_corrupt=skip_corrupt,
                 **shared,
             )
-            module.source.name = name
-            self.tasks[name] = module
 
     @property
     def task_names(self) -> tuple[str, ...]:

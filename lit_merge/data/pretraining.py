@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import lightning as L
 import numpy as np
@@ -135,7 +136,7 @@ class CaptionDataModule(L.LightningDataModule):
         assert self.trainer is not None
         stored = LazyTensors(self._path)
         self.images, self.captions = stored["images"], stored["captions"]
-        model = self.trainer.lightning_module
+        model: Any = self.trainer.lightning_module
         self.tokens = model.tokenizer(json.loads(stored.metadata["texts"]))
         self.preprocessing = model.preprocessing
         self.generator = torch.Generator().manual_seed(self.seed)

@@ -7,6 +7,7 @@ in place, where it would replace or wrap another one.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sized
+from itertools import islice
 from typing import cast
 
 from torch.utils.data import Dataset
@@ -30,14 +31,18 @@ class TrainingSampler(DistributedSampler[int]):
         processes: W.
         rank: r, in [0, W).
         seed: of the permutations.
+
+    Attributes:
+        skip: number of entries to leave out at the beginning, to go on in the middle of an epoch.
     """
 
     def __init__(self, dataset: Dataset[object], processes: int = 1, rank: int = 0, seed: int = 0) -> None:
         super().__init__(dataset, processes, rank, shuffle=True, seed=seed, drop_last=True)
+        self.skip = 0
 
     def __iter__(self) -> Iterator[int]:
         start = self.epoch * len(cast(Sized, self.dataset))
-        return (start + index for index in super().__iter__())
+        return (start + index for index in islice(super().__iter__(), self.skip, None))
 
 
 class EvaluationSampler(DistributedSampler[int]):

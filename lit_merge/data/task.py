@@ -6,12 +6,12 @@ from typing import Any
 
 import lightning as L
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lit_merge.data.batch import PADDING, ImageBatch
 from lit_merge.data.datasets import FileImages, ImageDataset, ImagePreprocessing
 from lit_merge.data.folders import FolderSource, find_images
+from lit_merge.data.loading import ResumableLoader
 from lit_merge.data.sampling import EvaluationSampler, TrainingSampler, training_batch_size
 from lit_merge.data.sources import EmbeddedSource, TaskSource
 from lit_merge.errors import ConfigurationError, DataError
@@ -35,17 +35,19 @@ class TaskDataModule(L.LightningDataModule):
         batch_size: training images per process and batch; fewer where the split has not that many.
         evaluation_batch_size: images per process and batch in validation, test and prediction.
         workers: processes per loader that read the images; 0 is right for the embedded suite.
-        seed: of the order, the augmentation, and the division of a folder into splits.
+        seed: of the order and the augmentation.
         augment: whether training images are augmented: lightly, and never flipped.
         class_names: folder name -> class name, of a ``path``; by default the folder's with ``_`` as a space.
         templates: prompt templates with one ``{}``, or the name of a data set whose templates to use; None for the
             embedded task's own, or ``"a photo of a {}."``.
         fractions: shares of train, val and test where a folder is divided; they sum to 1.
-        skip_corrupt: whether to decode all images of a ``path`` at the start and leave the damaged ones out, with a
-            warning, rather than to stop at the first.
+        split_seed: of that division; leave it as it is, or test images of one run are training images of another.
+        skip_corrupt: whether to decode all images of ``path`` and ``predict_path`` at the start and leave the damaged
+            ones out, with a warning, rather than to stop at the first.
         predict_path: an image, or a folder searched for images, to predict; None for the test split.
         labelled: False gives the training images the label -1, as test-time merging wants it.
         preprocessing: what the model expects of images; None takes ``preprocessing`` of the trainer's module.
+        name: of the task, with a ``path``; by default the folder's.
 
     Raises:
         ConfigurationError: an argument is unknown, out of range, or contradicts another one.
@@ -65,10 +67,12 @@ class TaskDataModule(L.LightningDataModule):
         class_names: dict[str, str] | None = None,
         templates: list[str] | str | None = None,
         fractions: tuple[float, float, float] = _FRACTIONS,
+        split_seed: int = 0,
         skip_corrupt: bool = False,
         predict_path: str | None = None,
         labelled: bool = True,
         preprocessing: Any = None,
+        name: str | None = None,
     ) -> None:
         super().__init__()
         if (task is None) == (path is None):
@@ -77,30 +81,37 @@ class TaskDataModule(L.LightningDataModule):
                 f"task and path: expected exactly one of them, got {got}. "
                 "Set task to one of the embedded suite, or path to a folder of images."
             )
-        for name, value, least in (
+        for argument, value, least in (
             ("batch_size", batch_size, 1),
             ("evaluation_batch_size", evaluation_batch_size, 1),
             ("workers", workers, 0),
             ("seed", seed, 0),
+            ("split_seed", split_seed, 0),
         ):
             if not isinstance(value, int) or value < least:
-                raise ConfigurationError(f"{name}: expected an integer of at least {least}, got {value!r}. Change it.")
+                raise ConfigurationError(
+                    f"{argument}: expected an integer of at least {least}, got {value!r}. Change it."
+                )
         self.source: TaskSource
         if task is not None:
             only_with_path = (
                 ("class_names", class_names, None),
                 ("fractions", tuple(fractions), _FRACTIONS),
-                ("skip_corrupt", skip_corrupt, False),
+                ("split_seed", split_seed, 0),
+                ("name", name, None),
+                ("skip_corrupt", skip_corrupt and predict_path is None, False),
             )
-            for name, value, default in only_with_path:
-                if value != default:
+            for argument, given, default in only_with_path:
+                if given != default:
                     raise ConfigurationError(
-                        f"{name}: expected only with path, got {value!r} with an embedded task. Remove it or set path."
+                        f"{argument}: expected only with path, got {given!r} with an embedded task. "
+                        "Remove it, or set path."
                     )
             self.source = EmbeddedSource(task, templates)
         else:
             assert path is not None
-            self.source = FolderSource(path, class_names, templates, fractions, seed, skip_corrupt)
+            self.source = FolderSource(path, class_names, templates, fractions, split_seed, skip_corrupt)
+            self.source.name = name or self.source.name
         self.batch_size, self.evaluation_batch_size, self.workers = batch_size, evaluation_batch_size, workers
         self.seed, self.augment, self.labelled = seed, augment, labelled
         self.skip_corrupt, self.predict_path = skip_corrupt, predict_path
@@ -223,9 +234,10 @@ class TaskDataModule(L.LightningDataModule):
         drop_last: bool = False,
     ) -> DataLoader[ImageBatch]:
         device = torch.device("cpu") if self.trainer is None else self.trainer.strategy.root_device
-        return DataLoader(
+        kind = ResumableLoader if isinstance(sampler, TrainingSampler) else DataLoader
+        loader = kind(
             dataset,
-            batch_size,
+            batch_size=batch_size,  # by its name: Lightning builds the loader anew in prediction
             sampler=sampler,
             num_workers=self.workers,
             collate_fn=_as_it_is,  # the data set gives whole batches
@@ -233,7 +245,10 @@ class TaskDataModule(L.LightningDataModule):
             drop_last=drop_last,
             persistent_workers=self.workers > 0,
         )
+        if isinstance(loader, ResumableLoader):
+            loader.trainer = self.trainer
+        return loader
 
 
-def _as_it_is(batch: ImageBatch) -> ImageBatch:
+def _as_it_is(batch: Any) -> Any:
     return batch

@@ -3,12 +3,9 @@
 from lit_merge.models.encoder import ClipModel, Preprocessing, full_clip_model, load_clip
 from lit_merge.models.heads import ZeroShotHead, build_head, zero_shot_weights
 from lit_merge.models.naming import block_of, is_attention, number_of_blocks
-from lit_merge.models.templates import GENERIC, TEMPLATES, templates_for
 from lit_merge.models.weights import save_clip
 
 __all__ = [
-    "GENERIC",
-    "TEMPLATES",
     "ClipModel",
     "Preprocessing",
     "ZeroShotHead",
@@ -19,6 +16,5 @@ __all__ = [
     "load_clip",
     "number_of_blocks",
     "save_clip",
-    "templates_for",
     "zero_shot_weights",
 ]

@@ -73,13 +73,18 @@ class Preprocessing:
             if value not in valid:
                 raise ConfigurationError(f"{name}: expected one of {', '.join(valid)}, got {value!r}. Use one of them.")
 
-    def transform(self) -> Callable[[Any], Tensor]:
-        """open_clip's evaluation transform, PIL image -> float tensor ``[3, S, S]``."""
+    def transform(self, training: bool = False) -> Callable[[Any], Tensor]:
+        """open_clip's own transform, PIL image -> float tensor ``[3, S, S]``.
+
+        Args:
+            training: whether to crop and resize at random, as open_clip does in training (0.9 to 1 of the area, drawn
+                from torch's random state); else the transform is the one for evaluation.
+        """
         import open_clip
 
         return open_clip.image_transform(
             self.image_size,
-            is_train=False,
+            is_train=training,
             mean=self.mean,
             std=self.std,
             interpolation=self.interpolation,

@@ -132,7 +132,7 @@ def build_head(
     Args:
         clip: encodes the texts.
         classes: C different class names, in the order of the labels.
-        templates: texts with exactly one ``{}`` each, see :mod:`lit_merge.models.templates`.
+        templates: texts with exactly one ``{}`` each, see :mod:`lit_merge.data.templates`.
         cache_dir: the cache's folder; ``cache_directory("heads")`` by default.
 
     Returns:

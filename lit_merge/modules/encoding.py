@@ -4,23 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import torch
 from torch import Tensor, nn
 
-from lit_merge.errors import ConfigurationError, NonFiniteError, StructureMismatchError
+from lit_merge.errors import ConfigurationError, FileFormatError, NonFiniteError, StructureMismatchError
 from lit_merge.models.encoder import Preprocessing, load_clip
 from lit_merge.models.heads import ZeroShotHead, build_head
 from lit_merge.modules.attention import fast_attention
-from lit_merge.params import Params, check_same_structure, fingerprint
+from lit_merge.params import Params, check_finite, check_same_structure, fingerprint
 from lit_merge.vectors.merge import check_base
 from lit_merge.vectors.store import LazyTensors
 from lit_merge.vectors.task_vector import TaskVector
 
 __all__ = ["EncoderModule"]
-
-_WEIGHT_PREFIXES = ("visual.", "")
 
 
 class EncoderModule(L.LightningModule):
@@ -108,21 +107,33 @@ class EncoderModule(L.LightningModule):
     def load_weights(self, path: str | Path) -> None:
         """Put whole weights from a safetensors file into the encoder: the tower alone, or a CLIP (``visual.…``).
 
+        Running statistics and other buffers are taken over as well where the file has them.
+
         Raises:
-            FileFormatError: the file is missing, truncated or no safetensors file.
+            FileFormatError: the file is missing, damaged, no safetensors file, or a task vector.
             StructureMismatchError: names or shapes differ, or the file says that it has another base.
+            NonFiniteError: a value is NaN or infinite.
         """
         stored = LazyTensors(path)
         known = stored.metadata.get("base_fingerprint", "")
         if known and known != self.base_fingerprint:
             raise StructureMismatchError(
-                f"{path}: expected weights of the base model {self.base_name} (fingerprint {self.base_fingerprint}), got "
-                f"fingerprint {known}. Give the model that these weights were made from."
+                f"{path}: expected weights of the base model {self.base_name} (fingerprint {self.base_fingerprint}), "
+                f"got fingerprint {known}. Give the model that these weights were made from."
             )
-        prefix = next(prefix for prefix in _WEIGHT_PREFIXES if any(name.startswith(prefix) for name in stored))
-        names = {name.removeprefix(prefix): name for name in stored if name.startswith(prefix)}
-        buffers = {name for name, _ in self.encoder.named_buffers()}
-        self.load_parameters({short: stored[name] for short, name in names.items() if short not in buffers})
+        if stored.metadata.get("format", "").startswith("lit-merge/task-vector/"):
+            raise FileFormatError(f"{path}: expected whole weights, got a task vector. Give it as task_vector instead.")
+        if stored.content_digest is not None:  # of the files that lit-merge writes
+            stored.verify()
+        own = any(name in stored for name, _ in self.encoder.named_parameters())
+        prefix = "visual." if not own and any(name.startswith("visual.") for name in stored) else ""
+        values = {name.removeprefix(prefix): stored[name] for name in stored if name.startswith(prefix)}
+        check_finite(values, str(path))
+        buffers = {name: buffer for name, buffer in self.encoder.named_buffers() if name in values}
+        check_same_structure(buffers, {name: values[name] for name in buffers}, f"{path}: buffers")
+        self.load_parameters({name: value for name, value in values.items() if name not in buffers})
+        for name, buffer in buffers.items():
+            buffer.copy_(values[name])
 
     def make_head(self, classes: Sequence[str], templates: Sequence[str]) -> ZeroShotHead:
         """The frozen zero-shot head for classes and templates, from the cache if it was built before.
@@ -156,6 +167,23 @@ class EncoderModule(L.LightningModule):
                 "Lower learning_rate, or look for damaged images; the last checkpoint is untouched."
             )
         return loss
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Note where the encoder started from."""
+        checkpoint["base_fingerprint"] = self.base_fingerprint
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint of another base: its task vector would be measured from the wrong θ0.
+
+        Raises:
+            StructureMismatchError: it is one.
+        """
+        known = checkpoint.get("base_fingerprint", self.base_fingerprint)
+        if known != self.base_fingerprint:
+            raise StructureMismatchError(
+                f"checkpoint: expected one that started from {self.base_name} (fingerprint {self.base_fingerprint}), "
+                f"got fingerprint {known}. Use the model, weights and seed that the run started from."
+            )
 
     def base_description(self) -> dict[str, str]:
         """What describes the base in files: fingerprint and name."""

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchmetrics.classification import MulticlassAccuracy
+from torchmetrics import MeanMetric
 
-from lit_merge.errors import ConfigurationError
+from lit_merge.errors import ConfigurationError, StructureMismatchError, first_few
 from lit_merge.models.encoder import Preprocessing
 from lit_merge.models.heads import ZeroShotHead
+from lit_merge.modules.accuracy import UNLABELLED, hits
 from lit_merge.modules.protocol import FineTuningProtocol, check_range
 
 __all__ = ["FineTuneModule"]
@@ -73,9 +73,10 @@ class FineTuneModule(FineTuningProtocol):
             task_vector=task_vector,
             weights=weights,
         )
-        self.save_hyperparameters(ignore=["encoder", "head", "preprocessing"])
+        # Without the files that it started from: a checkpoint holds what they gave, and opens without them.
+        self.save_hyperparameters(ignore=["encoder", "head", "preprocessing", "task_vector", "weights"])
         self.label_smoothing = label_smoothing
-        self.head = head.requires_grad_(False) if head is not None else None
+        self.head = head.requires_grad_(False).eval() if head is not None else None
         self.task, self.classes = "", tuple[str, ...]()
 
     def setup(self, stage: str) -> None:
@@ -88,23 +89,13 @@ class FineTuneModule(FineTuningProtocol):
                     "Use TaskDataModule, or pass head=…."
                 )
         else:
-            self.task, self.classes = data.name, tuple(data.classes)
+            self.task, self.classes = data.name or "", tuple(data.classes)
             if self.clip is not None and (self.head is None or self._head_is_of_other_classes()):
                 self.head = self.make_head(data.classes, data.templates).to(self.device)
-        count = len(self.classes) or self._number_of_classes()
-        metrics = {split: MulticlassAccuracy(count, average="micro", ignore_index=-1) for split in ("fit", "val", "test")}
-        self.accuracy = nn.ModuleDict(metrics).to(self.device)
+        self.accuracy = nn.ModuleDict({split: MeanMetric() for split in ("fit", "val", "test")}).to(self.device)
 
     def _head_is_of_other_classes(self) -> bool:
         return isinstance(self.head, ZeroShotHead) and self.head.classes != self.classes
-
-    def _number_of_classes(self) -> int:
-        """Of a head that was passed in, from its output for a single image."""
-        parameter = next(self.encoder.parameters())
-        size = self.preprocessing.image_size
-        with torch.no_grad():
-            assert self.head is not None
-            return self.head(self(torch.zeros(1, 3, size, size, device=parameter.device, dtype=parameter.dtype))).shape[-1]
 
     def compute_loss(self, logits: Tensor, batch: Any) -> Tensor:
         """The training objective; override it for another one.
@@ -114,9 +105,9 @@ class FineTuneModule(FineTuningProtocol):
             batch: an :class:`lit_merge.data.ImageBatch` with ``images`` ``[B, 3, S, S]`` and ``labels`` ``[B]``.
 
         Returns:
-            A scalar: here the cross-entropy with label smoothing, averaged over the batch.
+            A scalar: here the cross-entropy with label smoothing, averaged over the batch's labelled images.
         """
-        return F.cross_entropy(logits, batch.labels, label_smoothing=self.label_smoothing)
+        return F.cross_entropy(logits, batch.labels, ignore_index=UNLABELLED, label_smoothing=self.label_smoothing)
 
     def classify(self, images: Tensor) -> Tensor:
         """Images ``[B, 3, S, S]`` to logits ``[B, C]``."""
@@ -127,9 +118,10 @@ class FineTuneModule(FineTuningProtocol):
         """One optimisation step's loss."""
         logits = self.classify(batch.images)
         loss = self.check_loss(self.compute_loss(logits, batch))
-        self.accuracy["fit"](logits, batch.labels)
+        accuracy = self._accuracy("fit")
+        accuracy(*hits(logits, batch.labels))
         self.log("train/loss", loss, prog_bar=True)
-        self.log("train/accuracy", self.accuracy["fit"], on_step=True, on_epoch=False)
+        self.log("train/accuracy", accuracy, on_step=True, on_epoch=False)
         return loss
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
@@ -140,12 +132,17 @@ class FineTuneModule(FineTuningProtocol):
         """Accuracy and loss on the test split."""
         self._evaluate(batch, "test")
 
+    def _accuracy(self, split: str) -> MeanMetric:
+        return cast(MeanMetric, self.accuracy[split])
+
     def _evaluate(self, batch: Any, split: str) -> None:
         logits = self.classify(batch.images)
         counted = batch.labels >= 0
-        loss = F.cross_entropy(logits, batch.labels, ignore_index=-1, reduction="sum") / counted.sum().clamp(min=1)
-        self.accuracy[split](logits, batch.labels)
-        self.log(f"{split}/accuracy", self.accuracy[split], prog_bar=True)
+        total = F.cross_entropy(logits, batch.labels, ignore_index=UNLABELLED, reduction="sum")
+        loss = total / counted.sum().clamp(min=1)
+        accuracy = self._accuracy(split)
+        accuracy.update(*hits(logits, batch.labels))
+        self.log(f"{split}/accuracy", accuracy, prog_bar=True)
         self.log(f"{split}/loss", loss, sync_dist=True, batch_size=int(counted.sum()))
 
     def predict_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
@@ -154,13 +151,26 @@ class FineTuneModule(FineTuningProtocol):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the head's classes beside its weights."""
+        super().on_save_checkpoint(checkpoint)
         if isinstance(self.head, ZeroShotHead):
             checkpoint["zero_shot_classes"] = list(self.head.classes)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Bring the head back before its weights are loaded, so that a checkpoint opens without its data."""
-        state: Mapping[str, Tensor] = checkpoint["state_dict"]
-        if self.head is None and "zero_shot_classes" in checkpoint:
-            classes = tuple(checkpoint["zero_shot_classes"])
+        """Bring the head back before its weights are loaded, so that a checkpoint opens without its data.
+
+        Raises:
+            StructureMismatchError: the checkpoint started from another base, or its head has other classes.
+        """
+        super().on_load_checkpoint(checkpoint)
+        if "zero_shot_classes" not in checkpoint:
+            return
+        classes = tuple(checkpoint["zero_shot_classes"])
+        if self.head is None:
+            state: Mapping[str, Tensor] = checkpoint["state_dict"]
             self.head = ZeroShotHead(state["head.weight"], float(state["head.logit_scale"]), classes)
             self.classes = classes
+        elif isinstance(self.head, ZeroShotHead) and self.head.classes != classes:
+            raise StructureMismatchError(
+                f"checkpoint: expected one with the classes {first_few(self.head.classes)}, got {first_few(classes)}. "
+                "Use the task that it was trained on; to start another task from it, give its task_vector instead."
+            )

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchmetrics.classification import MulticlassAccuracy
+from torchmetrics import MeanMetric
 
-from lit_merge.errors import ConfigurationError
+from lit_merge.errors import ConfigurationError, StructureMismatchError, first_few
 from lit_merge.models.encoder import Preprocessing
+from lit_merge.models.heads import ZeroShotHead
+from lit_merge.modules.accuracy import UNLABELLED, hits
 from lit_merge.modules.protocol import FineTuningProtocol
+from lit_merge.vectors.task_vector import joined_task
 
 __all__ = ["MultiTaskModule"]
 
@@ -34,7 +37,14 @@ class MultiTaskModule(FineTuningProtocol):
         encoder: any module instead of a CLIP; then ``heads`` are needed.
         heads: task -> module, features ``[B, d]`` -> logits ``[B, C]``; they are frozen.
         preprocessing: how images become the encoder's input.
+
+    Attributes:
+        tasks: names of the tasks, those of ``heads`` or, once set up, of the data.
     """
+
+    regime = "full"
+    classes: tuple[str, ...] = ()
+    """None of its own: every task has others."""
 
     def __init__(
         self,
@@ -62,9 +72,17 @@ class MultiTaskModule(FineTuningProtocol):
             task_vector=task_vector,
             weights=weights,
         )
-        self.save_hyperparameters(ignore=["encoder", "heads", "preprocessing"])
-        self.heads = nn.ModuleDict({task: head.requires_grad_(False) for task, head in (heads or {}).items()})
-        self.tasks: tuple[str, ...] = tuple(self.heads)
+        # Without the files that it started from: a checkpoint holds what they gave, and opens without them.
+        self.save_hyperparameters(ignore=["encoder", "heads", "preprocessing", "task_vector", "weights"])
+        self.tasks: tuple[str, ...] = tuple(heads or {})
+        self.heads = nn.ModuleDict()
+        for task, head in (heads or {}).items():
+            self.heads[_key(task)] = head.requires_grad_(False).eval()
+
+    @property
+    def task(self) -> str:
+        """The tasks' common name, e.g. ``digits+letters``."""
+        return joined_task(self.tasks)
 
     def setup(self, stage: str) -> None:
         """Build a head for every task of the data module."""
@@ -76,23 +94,28 @@ class MultiTaskModule(FineTuningProtocol):
             )
         self.tasks = tuple(data.task_names)
         for task in self.tasks:
-            if task not in self.heads:
-                self.heads[task] = self.make_head(data.tasks[task].classes, data.tasks[task].templates).to(self.device)
+            if _key(task) not in self.heads or self._head_is_of_other_classes(task, data.tasks[task].classes):
+                head = self.make_head(data.tasks[task].classes, data.tasks[task].templates)
+                self.heads[_key(task)] = head.to(self.device)
         self.accuracy = nn.ModuleDict(
-            {
-                f"{split}-{task}": MulticlassAccuracy(len(data.tasks[task].classes), average="micro", ignore_index=-1)
-                for split in ("val", "test")
-                for task in self.tasks
-            }
+            {_key(task, split): MeanMetric() for split in ("val", "test") for task in self.tasks}
         ).to(self.device)
 
+    def _head_is_of_other_classes(self, task: str, classes: Sequence[str]) -> bool:
+        head = self.heads[_key(task)]
+        return isinstance(head, ZeroShotHead) and head.classes != tuple(classes)
+
+    def classify(self, features: Tensor, task: str) -> Tensor:
+        """Features ``[B, d]`` to the logits ``[B, C]`` of one task."""
+        return self.heads[_key(task)](features)
+
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
-        """The mean cross-entropy of one batch of every task, in one pass through the encoder."""
+        """The mean over the tasks of a batch's cross-entropy, all tasks in one pass through the encoder."""
         present = {task: part for task, part in batch.items() if part is not None}
         features = self(torch.cat([part.images for part in present.values()]))
         slices = features.split([len(part.images) for part in present.values()])
         losses = [
-            F.cross_entropy(self.heads[task](part_features), part.labels)
+            F.cross_entropy(self.classify(part_features, task), part.labels, ignore_index=UNLABELLED)
             for (task, part), part_features in zip(present.items(), slices, strict=True)
         ]
         loss = self.check_loss(torch.stack(losses).mean())
@@ -107,10 +130,13 @@ class MultiTaskModule(FineTuningProtocol):
         """Accuracy of one task on its test split."""
         self._evaluate(batch, "test", dataloader_idx)
 
+    def _accuracy(self, split: str, task: str) -> MeanMetric:
+        return cast(MeanMetric, self.accuracy[_key(task, split)])
+
     def _evaluate(self, batch: Any, split: str, dataloader_idx: int) -> None:
         task = self.tasks[dataloader_idx]
-        metric = self.accuracy[f"{split}-{task}"]
-        metric(self.heads[task](self(batch.images)), batch.labels)
+        metric = self._accuracy(split, task)
+        metric.update(*hits(self.classify(self(batch.images), task), batch.labels))
         self.log(f"{split}/{task}/accuracy", metric, add_dataloader_idx=False, batch_size=len(batch.images))
 
     def on_validation_epoch_end(self) -> None:
@@ -122,5 +148,38 @@ class MultiTaskModule(FineTuningProtocol):
         self._log_mean("test")
 
     def _log_mean(self, split: str) -> None:
-        values = [self.accuracy[f"{split}-{task}"].compute() for task in self.tasks]
+        metrics = [self._accuracy(split, task) for task in self.tasks]
+        values = [metric.compute() for metric in metrics if metric.update_called]  # a task may have no such images
         self.log(f"{split}/accuracy", torch.stack(values).mean(), prog_bar=True)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the heads' classes beside their weights."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["zero_shot_classes"] = {
+            key: list(head.classes) for key, head in self.heads.items() if isinstance(head, ZeroShotHead)
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Bring the heads back before their weights are loaded, so that a checkpoint opens without its data.
+
+        Raises:
+            StructureMismatchError: the checkpoint started from another base, or a head of it has other classes.
+        """
+        super().on_load_checkpoint(checkpoint)
+        state: Mapping[str, Tensor] = checkpoint["state_dict"]
+        for key, names in checkpoint.get("zero_shot_classes", {}).items():
+            weight, scale = state[f"heads.{key}.weight"], float(state[f"heads.{key}.logit_scale"])
+            saved = ZeroShotHead(weight, scale, names)
+            if key not in self.heads:
+                self.heads[key] = saved
+            present = self.heads[key]
+            if isinstance(present, ZeroShotHead) and present.classes != saved.classes:
+                raise StructureMismatchError(
+                    f"checkpoint: expected one with the classes {first_few(present.classes)}, got {first_few(names)}. "
+                    "Use the tasks that it was trained on."
+                )
+
+
+def _key(task: str, split: str = "task") -> str:
+    """A name for a task's part that a ``ModuleDict`` takes: it refuses dots and the names of its own methods."""
+    return f"{split}-{task.replace('.', '%2E')}"

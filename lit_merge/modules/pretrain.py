@@ -16,7 +16,7 @@ from lit_merge.errors import ConfigurationError, NonFiniteError
 from lit_merge.models.encoder import Preprocessing, full_clip_model
 from lit_merge.models.weights import save_clip
 from lit_merge.modules.attention import fast_attention
-from lit_merge.modules.protocol import warm_up_cosine
+from lit_merge.modules.protocol import total_steps, warm_up_cosine
 
 __all__ = ["ContrastiveModule", "multi_positive_contrastive_loss"]
 
@@ -73,21 +73,25 @@ class ContrastiveModule(L.LightningModule):
                 f"{learning_rate} and {max_logit_scale}. Use e.g. 1e-3 and 50."
             )
         self.save_hyperparameters()
-        self.clip, self.tokenizer = full_clip_model(model)
-        size = self.clip.visual.image_size  # type: ignore[union-attr]
-        self.preprocessing = Preprocessing(size[0] if isinstance(size, tuple) else size)  # type: ignore[index, arg-type]
+        clip: Any
+        clip, self.tokenizer = full_clip_model(model)
+        self.clip: Any = clip  # open_clip's CLIP has more than nn.Module
+        size = clip.visual.image_size
+        self.preprocessing = Preprocessing(size[0] if isinstance(size, tuple) else size)
 
     def training_step(self, batch: tuple[Tensor, Tensor, Tensor], batch_idx: int) -> Tensor:
         """One batch of the contrastive loss."""
         images, tokens, caption_of_image = batch
         with fast_attention(self.device):
-            image_features = self.clip.encode_image(images, normalize=True)  # type: ignore[operator]
-            text_features = self.clip.encode_text(tokens, normalize=True)  # type: ignore[operator]
-        scale = self.clip.logit_scale.exp().clamp(max=self.hparams["max_logit_scale"])  # type: ignore[operator, union-attr]
+            image_features = self.clip.encode_image(images, normalize=True)
+            text_features = self.clip.encode_text(tokens, normalize=True)
+        scale = self.clip.logit_scale.exp().clamp(max=self.hparams["max_logit_scale"])
         logits = scale * image_features.float() @ text_features.float().T
         loss = multi_positive_contrastive_loss(logits, caption_of_image)
         if not torch.isfinite(loss):
-            raise NonFiniteError(f"loss: expected a finite value, got {loss.item()} at step {self.global_step}. Lower learning_rate.")
+            raise NonFiniteError(
+                f"loss: expected a finite value, got {loss.item()} at step {self.global_step}. Lower learning_rate."
+            )
         accuracy = (logits.argmax(1) == caption_of_image).float().mean()
         self.log_dict({"train/loss": loss, "train/accuracy": accuracy, "train/logit_scale": scale}, prog_bar=True)
         return loss
@@ -104,7 +108,7 @@ class ContrastiveModule(L.LightningModule):
             {"params": others, "weight_decay": 0.0},
         ]
         optimizer = torch.optim.AdamW(groups, lr=settings["learning_rate"], betas=(0.9, 0.98), eps=1e-6)
-        total = int(self.trainer.estimated_stepping_batches)
+        total = total_steps(self.trainer)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, warm_up_cosine(settings["warmup_steps"], total))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 

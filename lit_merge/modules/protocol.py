@@ -6,13 +6,18 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import lightning as L
 import torch
 from torch import nn
 
 from lit_merge.errors import ConfigurationError
 from lit_merge.modules.encoding import EncoderModule
 
-__all__ = ["FineTuningProtocol", "warm_up_cosine"]
+__all__ = ["FineTuningProtocol", "total_steps", "warm_up_cosine"]
+
+# Of AdamW, as CLIP's vision transformers were trained with (Radford et al. 2021, table 18). At torch's 1e-8 parameters
+# whose gradient is zero but for rounding, the key biases of attention above all, still walk at random.
+_EPSILON = 1e-6
 
 
 def warm_up_cosine(warmup_steps: int, total_steps: int) -> Callable[[int], float]:
@@ -33,6 +38,20 @@ def warm_up_cosine(warmup_steps: int, total_steps: int) -> Callable[[int], float
         return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
     return factor
+
+
+def total_steps(trainer: L.Trainer) -> int:
+    """The number of optimiser steps of a whole run, which the schedule has to know.
+
+    Raises:
+        ConfigurationError: the trainer has no end.
+    """
+    steps = trainer.estimated_stepping_batches
+    if math.isinf(steps):
+        raise ConfigurationError(
+            "trainer: expected an end that the learning rate can fall towards, got none. Set max_steps or max_epochs."
+        )
+    return int(steps)
 
 
 class FineTuningProtocol(EncoderModule):
@@ -74,8 +93,8 @@ class FineTuningProtocol(EncoderModule):
     def configure_optimizers(self) -> Any:
         """AdamW, linear warm-up, cosine to 0 at the trainer's last step."""
         parameters = [parameter for _, parameter in self.trainable_parameters()]
-        optimizer = torch.optim.AdamW(parameters, lr=self.learning_rate, weight_decay=self.weight_decay)
-        total = int(self.trainer.estimated_stepping_batches)
+        optimizer = torch.optim.AdamW(parameters, self.learning_rate, eps=_EPSILON, weight_decay=self.weight_decay)
+        total = total_steps(self.trainer)
         factor = warm_up_cosine(round(self.warmup_fraction * total), total)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

@@ -24,6 +24,7 @@ _WIDTH, _HEIGHT, _MARGIN = 13.0, 6.5, 0.3
 _RESOLUTION = 150  # dots per inch
 _TITLE, _GAP, _BOTTOM = 1.25, 0.85, 0.4  # above the rows, between the rows and the lower panels, below these
 _TALLEST_ROW, _FLATTEST_ROW, _LOWER = 0.6, 0.31, 1.25  # a row of the heat map, and the least for the lower panels
+_LEGEND_LINE = 0.18  # of the coefficient searches, where there are many
 _LEFT, _NUMBERS, _SECOND_NUMBERS, _RIGHT = 4.2, 4.42, 5.47, 6.65  # end of the dots, two columns, start of the heat map
 
 # Without the software's version and the date, the same results give the same bytes.
@@ -93,9 +94,10 @@ def _arrange(figure: Figure, results: Results) -> None:
     longest = max(panels.text_width(panels.shortened(task), 11) / 72 for task in results.tasks)
     rotated = longest > column - 0.06
     header = _TITLE + (max(0.0, longest - 0.25) if rotated else 0.0)
-    space = _HEIGHT - header - _GAP - _LOWER - _BOTTOM
+    least = max(_LOWER, _LEGEND_LINE * len(panels.searched_methods(results)))
+    space = _HEIGHT - header - _GAP - least - _BOTTOM
     rows = max(min(methods * _TALLEST_ROW, space), methods * _FLATTEST_ROW)
-    height = max(_HEIGHT, header + rows + _GAP + _LOWER + _BOTTOM)
+    height = max(_HEIGHT, header + rows + _GAP + least + _BOTTOM)
     figure.set_size_inches(_WIDTH, height)
 
     def place(left: float, right: float, top: float, bottom: float) -> Axes:

@@ -19,6 +19,7 @@ __all__ = [
     "draw_search",
     "draw_tasks",
     "draw_vector_sizes",
+    "searched_methods",
     "shortened",
     "text_width",
 ]
@@ -82,7 +83,7 @@ def draw_tasks(axes: Axes, results: Results, rotated: bool) -> None:
     ]
     whole = colormaps[_COLOUR_MAP]
     shades = LinearSegmentedColormap.from_list("shades", whole(linspace(_PALEST, _DARKEST, 256)))
-    scale = Normalize(10 * (min(min(row) for row in cells) // 10), 100)
+    scale = Normalize(min(90, 10 * (min(min(row) for row in cells) // 10)), 100)
     axes.pcolormesh(cells, cmap=shades, norm=scale, edgecolors="white", linewidth=2)
     axes.set_ylim(len(cells), 0)
     size, decimals = _cell_text(axes, len(results.tasks))
@@ -115,7 +116,7 @@ def draw_search(axes: Axes, results: Results) -> None:
     """Normalised accuracy against the coefficient: one line per method and seed, the chosen coefficients marked."""
     from numpy import interp
 
-    searched = _searched(results)
+    searched = searched_methods(results)
     if not searched:
         axes.set_axis_off()
         axes.text(0, 1, "no coefficient was searched for", color=QUIET, transform=axes.transAxes)
@@ -127,10 +128,11 @@ def draw_search(axes: Axes, results: Results) -> None:
         colour = _colour(results, method)
         for model in models:
             if model.search is not None:
-                scores = [100 * value for value in model.search.normalised]
-                axes.plot(model.search.values, scores, color=colour, linewidth=1.5, alpha=0.8)
+                tried = sorted(zip(model.search.values, model.search.normalised, strict=True))
+                values, scores = [value for value, _ in tried], [100 * score for _, score in tried]
+                axes.plot(values, scores, color=colour, linewidth=1.5, alpha=0.8)
                 if model.coefficient is not None:
-                    score = interp(model.coefficient, model.search.values, scores)
+                    score = interp(model.coefficient, values, scores)
                     axes.plot(model.coefficient, score, "o", color=colour, markersize=8, markeredgecolor="w", zorder=3)
         chosen = _range([model.coefficient for model in models if model.coefficient is not None])
         label = f"{shortened(display_name(method))}{separator}{chosen}"
@@ -149,6 +151,12 @@ def draw_search(axes: Axes, results: Results) -> None:
     _quieten(axes, "bottom", "left")
 
 
+def searched_methods(results: Results) -> dict[str, list[MergedResult]]:
+    """The methods whose coefficient was searched for, with their merged models."""
+    merged = {method: results.merged(method) for method in results.merged_methods()}
+    return {method: models for method, models in merged.items() if any(model.search for model in models)}
+
+
 def shortened(name: str, longest: int = 22) -> str:
     """The name, cut with an ellipsis if it has more than ``longest`` characters."""
     return name if len(name) <= longest else f"{name[: longest - 1]}…"
@@ -161,15 +169,10 @@ def text_width(text: str, size: float) -> float:
     return float(TextPath((0, 0), text, size=size).get_extents().width) if text.strip() else 0.0
 
 
-def _searched(results: Results) -> dict[str, list[MergedResult]]:
-    merged = {method: results.merged(method) for method in results.merged_methods()}
-    return {method: models for method, models in merged.items() if any(model.search for model in models)}
-
-
 def _range(values: Sequence[float]) -> str:
     if not values:
         return "–"
-    lowest, highest = f"{min(values):.2f}", f"{max(values):.2f}"
+    lowest, highest = (f"{end:.2f}" if end == round(end, 2) else f"{end:.3g}" for end in (min(values), max(values)))
     return lowest if lowest == highest else f"{lowest}–{highest}"
 
 

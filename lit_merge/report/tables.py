@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from rich.table import Table
     from rich.text import Text
 
-__all__ = ["accuracy_table", "markdown_table", "vector_table"]
+__all__ = ["accuracy_table", "markdown_table", "mean_cell", "vector_table"]
 
 
 def accuracy_table(results: Results, normalised: bool = False) -> Table:
@@ -50,8 +50,8 @@ def vector_table(results: Results) -> Table:
         steps = sorted({size.steps for size in sizes})
         cells = [
             task,
-            with_spread([size.norm for size in sizes], decimals=3),
-            with_spread([100 * size.relative_norm for size in sizes], decimals=2),
+            _with_spread([size.norm for size in sizes], decimals=3),
+            _with_spread([100 * size.relative_norm for size in sizes], decimals=2),
             str(steps[0]) if len(steps) == 1 else f"{steps[0]}–{steps[-1]}",
         ]
         table.add_row(*map(_text, cells))
@@ -87,10 +87,10 @@ def mean_cell(results: Results, method: str, normalised: bool = False) -> str:
     """
     values = results.mean_normalised(method) if normalised else results.mean_accuracy(method)
     same_by_definition = method == (INDIVIDUAL if normalised else ZERO_SHOT)
-    return with_spread([100 * value for value in (values[:1] if same_by_definition else values)], decimals=1)
+    return _with_spread([100 * value for value in (values[:1] if same_by_definition else values)], decimals=1)
 
 
-def with_spread(values: list[float], decimals: int) -> str:
+def _with_spread(values: list[float], decimals: int) -> str:
     """Mean ± sample standard deviation as text, without the latter for one value; a dash if undefined."""
     mean, spread = summary(values)
     if math.isnan(mean):
@@ -100,7 +100,7 @@ def with_spread(values: list[float], decimals: int) -> str:
 
 def _task_cells(results: Results, method: str, normalised: bool = False) -> list[str]:
     values = results.normalised if normalised else results.accuracy
-    return [with_spread([100 * summary(values(method, task))[0]], decimals=1) for task in results.tasks]
+    return [_with_spread([100 * summary(values(method, task))[0]], decimals=1) for task in results.tasks]
 
 
 def _table(title: str, columns: list[str]) -> Table:

@@ -1,0 +1,1 @@
+"""The embedded suite: eight image-classification tasks that are drawn, not downloaded."""

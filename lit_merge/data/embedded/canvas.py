@@ -1,4 +1,4 @@
-"""What every drawn task shares: a seeded brush, palettes that are disjoint between splits, noise, and the final photo."""
+"""What every drawn task shares: a seeded brush, palettes disjoint between splits, noise, and the final photo."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFilter
 
 from lit_merge.data.embedded.glyphs import GlyphAtlas
 
-__all__ = ["COLOURS", "SIZE", "Brush", "Colour", "compose", "photograph", "polygon_points"]
+__all__ = ["COLOURS", "SIZE", "Brush", "Colour", "compose", "luminance", "photograph", "polygon_points", "to_image"]
 
 SIZE = 64
 """Side of the drawing surface in pixels; :func:`photograph` halves it."""
@@ -167,9 +167,17 @@ class Brush:
         middle = np.full(2, SIZE / 2)
         offset = middle - matrix @ (middle + moved)
         coefficients = (matrix[0, 0], matrix[0, 1], offset[0], matrix[1, 0], matrix[1, 1], offset[1])
-        return image.transform(
-            (SIZE, SIZE), Image.Transform.AFFINE, coefficients, Image.Resampling.BILINEAR
-        )
+        return image.transform((SIZE, SIZE), Image.Transform.AFFINE, coefficients, Image.Resampling.BILINEAR)
+
+    def wave(self, image: Image.Image, amplitude: float) -> Image.Image:
+        """Bend an image by a sine wave along each axis, of up to ``amplitude`` pixels."""
+        rows, columns = np.mgrid[0:SIZE, 0:SIZE]
+        bent = []
+        for along, across in ((columns, rows), (rows, columns)):
+            turns, phase = self.uniform(0.6, 1.3), self.uniform(0, 2 * math.pi)
+            shift = self.uniform(0.4, 1) * amplitude * np.sin(2 * math.pi * turns * along / SIZE + phase)
+            bent.append(np.clip(np.rint(across + shift), 0, SIZE - 1).astype(int))
+        return Image.fromarray(np.asarray(image)[bent[0], bent[1]])
 
 
 def _to_colour(values: np.ndarray) -> Colour:
@@ -223,5 +231,5 @@ def photograph(
         contrast = brush.uniform(1 - exposure, 1 + 0.3 * exposure)
         pixels = (pixels - 128) * contrast + 128 + brush.uniform(-80, 60) * exposure
     if grain:
-        pixels = pixels + brush.random.normal(0, brush.uniform(0, grain), pixels.shape)
+        pixels = pixels + brush.random.normal(0, brush.uniform(0, grain), pixels.shape).astype(np.float32)
     return np.clip(pixels, 0, 255).astype(np.uint8)

@@ -48,12 +48,13 @@ def draw_clutter(brush: Brush, label: int) -> np.ndarray:
 
 
 def draw_letter(brush: Brush, label: int) -> np.ndarray:
-    """A slanted letter, painted on stone or paper, uint8 ``[32, 32, 3]``."""
+    """A letter on a flag: slanted, bent by the wind, the cloth of stone or paper colour; uint8 ``[32, 32, 3]``."""
     character = LETTERS[label]
     if brush.clean:
         return clean_character(brush, character)
     surface = brush.near((62, 54, 46), 26) if brush.chance(0.5) else brush.near((205, 190, 160), 26)
     image = brush.ground(surface, 0.8)
     ink = brush.contrasting(surface, 75)
-    image.paste(ink, (0, 0), brush.tilt(brush.glyph(character), 20, (0.95, 1.45), 0.3, shift=4))
+    painted = brush.wave(brush.tilt(brush.glyph(character), 22, (0.95, 1.45), 0.3, shift=4), 6)
+    image.paste(ink, (0, 0), painted)
     return photograph(image, brush, blur=1.5, grain=16, exposure=0.45)

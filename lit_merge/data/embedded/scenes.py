@@ -1,4 +1,4 @@
-"""Landscapes by day and by night (the suite's SUN397): six places x two times of day."""
+"""Landscapes by day and by night (the suite's SUN397): six places x two times of day, as faded photographs."""
 
 from __future__ import annotations
 
@@ -96,7 +96,9 @@ class _Scene:
             self.pen.line((x, y, x + brush.integer(4, 9), y), fill=self.tone((130, 175, 210)))
         if brush.chance(0.5):
             x = brush.integer(12, 49)
-            self.pen.polygon(((x, horizon - 12), (x, horizon - 1), (x + 8, horizon - 1)), fill=self.tone((250, 250, 250)))
+            self.pen.polygon(
+                ((x, horizon - 12), (x, horizon - 1), (x + 8, horizon - 1)), fill=self.tone((250, 250, 250))
+            )
             hull = ((x - 6, horizon), (x + 9, horizon), (x + 6, horizon + 4), (x - 3, horizon + 4))
             self.pen.polygon(hull, fill=self.tone((120, 60, 40)))
 
@@ -120,4 +122,7 @@ def draw_scene(brush: Brush, label: int) -> np.ndarray:
     image: Image.Image = scene.image
     if brush.clean:
         return photograph(image, brush, blur=0.5, grain=2)
-    return photograph(image, brush, blur=1.3, grain=11, exposure=0.4)
+    faded = np.asarray(image, np.float32) @ np.array((0.25, 0.6, 0.15), np.float32)
+    tone = brush.near((232, 200, 150), 18)  # a photograph of a hundred years ago: one tone, faded, grainy
+    pixels = 22 + 1.2 * faded[..., None] * np.array(tone, np.float32) / 255
+    return photograph(to_image(pixels), brush, blur=1.2, grain=12, exposure=0.35)

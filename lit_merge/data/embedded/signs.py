@@ -7,7 +7,7 @@ import math
 import numpy as np
 from PIL import Image, ImageDraw
 
-from lit_merge.data.embedded.canvas import SIZE, Brush, compose, photograph, polygon_points
+from lit_merge.data.embedded.canvas import SIZE, Brush, compose, photograph, polygon_points, to_image
 
 __all__ = ["SIGN_CLASSES", "draw_sign"]
 
@@ -15,6 +15,8 @@ _MIDDLE = SIZE / 2
 _NUMBERS = ("1", "2", "5", "7")
 _ARROWS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1)}
 _WARNINGS = ("an exclamation mark", "a cross", "a bump", "a person")
+# The colour of the light at noon, at dusk, under sodium lamps and under fluorescent ones.
+_LIGHTS = ((1.0, 1.0, 1.0), (0.62, 0.5, 0.85), (0.95, 0.62, 0.25), (0.5, 0.95, 0.75))
 _OTHERS = {
     "stop": "a red octagon",
     "yield": "an upside down triangle with a red border",
@@ -97,12 +99,23 @@ def _panel(brush: Brush, label: int) -> Image.Image:
     else:
         _disc(pen, 27, brush.near((142, 142, 142), 12))
         _disc(pen, 24, white)
-        pen.line((_MIDDLE - 18, _MIDDLE + 18, _MIDDLE + 18, _MIDDLE - 18), fill=brush.near((105, 105, 105), 12), width=7)
+        pen.line(
+            (_MIDDLE - 18, _MIDDLE + 18, _MIDDLE + 18, _MIDDLE - 18), fill=brush.near((105, 105, 105), 12), width=7
+        )
     return panel
 
 
+def _snow(brush: Brush, image: Image.Image) -> None:
+    """Patches of snow that hide up to about a quarter of the picture."""
+    pen = ImageDraw.Draw(image)
+    for _ in range(brush.integer(2, 5)):
+        x, y = brush.integer(0, SIZE), brush.integer(0, SIZE)
+        half_width, half_height = brush.integer(4, 10), brush.integer(3, 8)
+        pen.ellipse((x - half_width, y - half_height, x + half_width, y + half_height), fill=brush.near((232, 236, 242), 12))
+
+
 def draw_sign(brush: Brush, label: int) -> np.ndarray:
-    """A traffic sign by the road, uint8 ``[32, 32, 3]``."""
+    """A traffic sign by the road, snowed on, in the light of day or lamps; uint8 ``[32, 32, 3]``."""
     panel = _panel(brush, label)
     if brush.clean:
         panel = brush.tilt(panel, 3, (0.8, 1.05), 0.03)
@@ -111,4 +124,7 @@ def draw_sign(brush: Brush, label: int) -> np.ndarray:
     surroundings = brush.choose(((108, 138, 90), (140, 160, 190), (96, 90, 84), (60, 70, 60)))
     panel = brush.tilt(panel, 14, (0.7, 1.05), 0.16, shift=4.5)
     image = compose(brush.ground(brush.near(surroundings, 26), 0.9), panel)
-    return photograph(image, brush, blur=1.8, grain=14, exposure=0.6)
+    if brush.chance(0.6):
+        _snow(brush, image)
+    image = to_image(np.asarray(image, np.float32) * np.array(brush.choose(_LIGHTS)))
+    return photograph(image, brush, blur=1.8, grain=14, exposure=0.5)

@@ -125,7 +125,7 @@ EMBEDDED_TASKS: dict[str, EmbeddedTask] = {task.name: task for task in _TABLE}
 
 
 def _asset(name: str) -> bytes:
-    return resources.files("lit_merge.data.embedded").joinpath("assets", name).read_bytes()
+    return resources.files("lit_merge.data.embedded").joinpath("assets").joinpath(name).read_bytes()
 
 
 def _handwritten(split: str) -> tuple[np.ndarray, np.ndarray]:

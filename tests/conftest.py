@@ -1,0 +1,195 @@
+"""Shared by the tests: tiny models, tiny data, a trainer that is silent and writes below the test's own folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from lit_merge.data.batch import ImageBatch
+from lit_merge.models import full_clip_model, save_clip
+
+CLIP_CONFIG = {
+    "embed_dim": 12,
+    "vision_cfg": {"image_size": 32, "layers": 2, "width": 32, "head_width": 16, "patch_size": 16, "mlp_ratio": 2.0},
+    "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 8, "heads": 2, "layers": 1},
+}
+
+
+class TinyEncoder(nn.Module):
+    """Images ``[B, 3, S, S]`` -> features ``[B, 6]``: 3·S² inputs, five hidden units."""
+
+    def __init__(self, size: int = 4, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.inner = nn.Linear(3 * size**2, 5, dtype=dtype)
+        self.outer = nn.Linear(5, 6, dtype=dtype)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.outer(torch.tanh(self.inner(images.flatten(1))))
+
+
+class TinyData(L.LightningDataModule):
+    """The same batches in the same order every epoch, for every split."""
+
+    def __init__(self, batches: Sequence[ImageBatch], name: str = "shapes", classes: Sequence[str] = ("a", "b", "c")):
+        super().__init__()
+        self.batches, self.name, self.classes = list(batches), name, tuple(classes)
+        self.templates = ("a photo of a {}.", "{}")
+
+    def loader(self) -> Any:
+        return DataLoader(self.batches, batch_size=None, collate_fn=_unchanged)  # type: ignore[arg-type]
+
+    train_dataloader = val_dataloader = test_dataloader = predict_dataloader = loader
+
+    def predict_names(self) -> list[str]:
+        return [f"image, {index}.png" for index in range(1 + max(int(b.indices.max()) for b in self.batches))]
+
+
+class TinyTasks(L.LightningDataModule):
+    """Several :class:`TinyData` side by side, as :class:`lit_merge.data.MultiTaskDataModule` has them."""
+
+    def __init__(self, tasks: dict[str, TinyData]) -> None:
+        super().__init__()
+        self.tasks = dict(tasks)
+
+    @property
+    def task_names(self) -> tuple[str, ...]:
+        return tuple(self.tasks)
+
+    def subset(self, names: Sequence[str]) -> TinyTasks:
+        return type(self)({name: self.tasks[name] for name in names})
+
+    def train_dataloader(self) -> Any:
+        return L.pytorch.utilities.CombinedLoader({name: task.loader() for name, task in self.tasks.items()})
+
+    def val_dataloader(self) -> Any:
+        return [task.loader() for task in self.tasks.values()]
+
+    def test_dataloader(self) -> Any:
+        return self.val_dataloader()
+
+
+def _unchanged(batch: Any) -> Any:
+    return batch
+
+
+@pytest.fixture
+def tiny_encoder() -> Callable[..., TinyEncoder]:
+    """``tiny_encoder(size=4, dtype=torch.float32)``: always the same weights."""
+
+    def build(size: int = 4, dtype: torch.dtype = torch.float32) -> TinyEncoder:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            return TinyEncoder(size, dtype)
+
+    return build
+
+
+@pytest.fixture
+def tiny_head() -> Callable[..., nn.Linear]:
+    """``tiny_head(classes=3, seed=1)``: 6 features -> logits."""
+
+    def build(classes: int = 3, seed: int = 1, dtype: torch.dtype = torch.float32) -> nn.Linear:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return nn.Linear(6, classes, dtype=dtype)
+
+    return build
+
+
+@pytest.fixture
+def tiny_batches() -> Callable[..., list[ImageBatch]]:
+    """``tiny_batches(count=6, size=8, …)``: random images with labels; indices run through all batches."""
+
+    def build(
+        count: int = 6,
+        size: int = 8,
+        side: int = 4,
+        classes: int = 3,
+        dtype: torch.dtype = torch.float32,
+        seed: int = 2,
+    ) -> list[ImageBatch]:
+        generator = torch.Generator().manual_seed(seed)
+        return [
+            ImageBatch(
+                torch.randn(size, 3, side, side, generator=generator, dtype=torch.float64).to(dtype),
+                torch.randint(classes, (size,), generator=generator),
+                torch.arange(size) + number * size,
+            )
+            for number in range(count)
+        ]
+
+    return build
+
+
+@pytest.fixture
+def tiny_data(tiny_batches: Callable[..., list[ImageBatch]]) -> Callable[..., TinyData]:
+    """``tiny_data(name=…, classes=…, …)``: a data module of :func:`tiny_batches`; or of ``batches``."""
+
+    def build(
+        batches: Sequence[ImageBatch] | None = None,
+        name: str = "shapes",
+        classes: Sequence[str] = ("a", "b", "c"),
+        **settings: Any,
+    ) -> TinyData:
+        chosen = tiny_batches(classes=len(classes), **settings) if batches is None else batches
+        return TinyData(chosen, name, classes)
+
+    return build
+
+
+@pytest.fixture
+def tiny_tasks() -> type[TinyTasks]:
+    """``tiny_tasks({name: data module})``."""
+    return TinyTasks
+
+
+@pytest.fixture
+def silent_trainer(tmp_path: Path) -> Callable[..., L.Trainer]:
+    """``silent_trainer(max_steps=6, …)``: one CPU process, no bars, logs or checkpoints unless asked for."""
+
+    def build(**settings: Any) -> L.Trainer:
+        defaults: dict[str, Any] = {
+            "accelerator": "cpu",
+            "devices": 1,
+            "logger": False,
+            "enable_checkpointing": False,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "default_root_dir": str(tmp_path / "run"),
+        }
+        return L.Trainer(**{**defaults, **settings})
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def clip_config(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Path of a JSON config of a CLIP that costs next to nothing: 32 pixels, width 32, two layers."""
+    path = tmp_path_factory.mktemp("clip") / "tiny-clip.json"
+    path.write_text(json.dumps(CLIP_CONFIG), encoding="utf-8")
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def clip_weights(clip_config: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Path of float32 weights for :func:`clip_config`."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        state = full_clip_model(clip_config)[0].state_dict()
+    return str(save_clip(tmp_path_factory.mktemp("clip") / "tiny-clip.safetensors", state, {}, torch.float32))
+
+
+@pytest.fixture
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache of the test's own; otherwise the tests use the user's, where the embedded suite may lie."""
+    path = tmp_path / "cache"
+    monkeypatch.setenv("LIT_MERGE_CACHE", str(path))
+    return path
