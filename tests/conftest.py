@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -193,3 +195,22 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     path = tmp_path / "cache"
     monkeypatch.setenv("LIT_MERGE_CACHE", str(path))
     return path
+
+
+@pytest.fixture
+def colour_folder(tmp_path: Path) -> Callable[..., Path]:
+    """``colour_folder(name="colours", count=10)``: a folder with a folder of PNGs for each of three colours."""
+
+    def build(name: str = "colours", count: int = 10, seed: int = 0) -> Path:
+        pixels = np.random.default_rng(seed)
+        for colour, centre in {"blue": (30, 30, 200), "green": (30, 200, 30), "dark_red": (120, 20, 20)}.items():
+            folder = tmp_path / name / colour
+            folder.mkdir(parents=True)
+            for number in range(count):
+                noise = pixels.integers(-30, 30, (36, 40, 3))
+                Image.fromarray(np.clip(noise + np.array(centre), 0, 255).astype(np.uint8)).save(
+                    folder / f"{number}.png"
+                )
+        return tmp_path / name
+
+    return build

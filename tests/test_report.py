@@ -278,7 +278,7 @@ def test_accuracy_table():
     assert cells["weight average"] == ["70.0", "50.0", "60.0 ± 0.0"]
     assert cells["task arithmetic"] == ["78.0", "63.0", "70.5 ± 2.8"]
     assert cells["individual"] == ["98.0", "75.0", "86.5 ± 2.2"]
-    title = text_of(accuracy_table(results())).splitlines()[0].strip()
+    title = str(accuracy_table(results()).title)
     assert title == "lit-tiny, 2 tasks, 3 seeds: test accuracy, coefficients chosen on validation"
 
 
@@ -289,7 +289,7 @@ def test_normalised_accuracy_table():
     assert cells["zero-shot"][-1] == f"{100 * mean:.1f} ± {100 * spread:.1f}"
     assert cells["task arithmetic"][0] == f"{100 * (0.80 / 0.96 + 0.70 / 0.98 + 0.84) / 3:.1f}"
     assert cells["individual"] == ["100.0", "100.0", "100.0"]
-    assert ": normalised test accuracy" in text_of(accuracy_table(read, normalised=True))
+    assert ": normalised test accuracy" in str(accuracy_table(read, normalised=True).title)
 
 
 def test_one_seed_has_no_spread():
