@@ -7,6 +7,7 @@ import re
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from lit_merge._version import __version__
@@ -36,8 +37,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     parent = os.getppid()
-    if os.getcwd() not in sys.path:  # the user's own modules are found wherever the command itself is installed
-        sys.path.append(os.getcwd())
+    if str(Path.cwd()) not in sys.path:  # the user's own modules are found wherever the command itself is installed
+        sys.path.append(str(Path.cwd()))
     try:
         run(arguments)
     except KeyboardInterrupt:

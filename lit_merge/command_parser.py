@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from difflib import SequenceMatcher
 from typing import Any, NoReturn
 
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, Namespace
 from lightning.pytorch.cli import LightningArgumentParser
 
 __all__ = ["CommandParser", "LightningCommandParser", "nearest"]
@@ -49,7 +49,7 @@ def _hint(name: str, known: Iterable[str]) -> str:
     known = list(dict.fromkeys(known))
     if near := nearest(name, known):
         return f" Did you mean {' or '.join(near)}?"
-    return f" There are {', '.join(known)}." if 0 < len(known) <= _FEW else ""
+    return f" Known: {', '.join(known)}." if 0 < len(known) <= _FEW else ""
 
 
 class _NearestNames:
@@ -71,6 +71,18 @@ class _NearestNames:
         sys.stderr.write(f"{program}: error: {line} See {program} --help.\n")
         raise SystemExit(2)
 
+    def _apply_actions(self, cfg: Any, *args: Any, **kwargs: Any) -> Any:
+        """Refuse unknown keys without content, such as ``serch: {}``, which would get lost on the way."""
+        settings = [action.dest for action in self._actions if not action.dest.endswith(".help")]
+        branches = [] if args or kwargs.get("parent_key") else list(dict(cfg).items())
+        for key, value in branches:
+            is_group = any(setting.startswith(f"{key}.") for setting in settings)
+            if isinstance(value, (dict, Namespace)) and (is_group or key not in settings):
+                if not value and not is_group:
+                    self.error(f"Option '{key}' is not accepted")
+                branches += [(f"{key}.{inner}", content) for inner, content in dict(value).items()]
+        return super()._apply_actions(cfg, *args, **kwargs)  # type: ignore[misc]
+
     @staticmethod
     def _explain(message: str, parser: _NearestNames) -> str:
         key = match["key"] if (match := _KEY.search(message)) else ""
@@ -89,7 +101,10 @@ class _NearestNames:
             )
         if match := _CLASS.search(message):
             name = match["short"] or match["path"]
-            return f"{where}expected a class, got {name!r}, which there is not.{_hint(name, _classes(name))}"
+            known = _classes(name)
+            if name in known:
+                return f"{where}expected a class that fits, got {name!r}, which is of another kind. Choose another."
+            return f"{where}expected a class, got {name!r}, which there is not.{_hint(name, known)}"
         if match := _UNION.search(message) or _VALUE.search(message):
             types = re.sub(r"<class '(?:\w+\.)*(\w+)'>|\b(?:\w+\.)+(?=\w)", r"\1", match["types"])
             types = types.replace("NoneType", "null")

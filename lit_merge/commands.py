@@ -42,7 +42,7 @@ def run_command(command: str, arguments: Sequence[str], description: str = "") -
         return LitMergeCLI(command, arguments)
     module, name = _FUNCTIONS[command]
     function = getattr(import_module(module), name)
-    parser = CommandParser(prog=f"lit-merge {command}", description=description)
+    parser = CommandParser(prog=f"lit-merge {command}", description=description, allow_abbrev=False)
     parser.add_argument("-c", "--config", action=ActionConfigFile, help="Path of a YAML or JSON configuration file.")
     parser.add_function_arguments(function, as_group=False)
     config = parser.parse_args(arguments)

@@ -77,7 +77,7 @@ class LitMergeCLI(LightningCLI):
                 save_config_callback=SaveRunConfig,
                 seed_everything_default=0,
                 parser_class=LightningCommandParser,
-                parser_kwargs={"prog": "lit-merge"},
+                parser_kwargs={"prog": "lit-merge", "allow_abbrev": False},
                 subclass_mode_model=True,
                 subclass_mode_data=True,
                 args=[command, *arguments],

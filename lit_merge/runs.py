@@ -53,7 +53,7 @@ class RunDirectory:
         inside = source is not None and source.resolve().is_relative_to(self.path.resolve())
         self._resumes = command == "fit" and checkpoint is not None and (inside or source is None)
         self._set_aside: Path | None = None
-        self._new: list[Path] = []
+        self._new: list[Path] = []  # what was not there before, files first
         if _is_first():
             self._claim(overwrite)
 
@@ -64,7 +64,8 @@ class RunDirectory:
                 f"output: expected a new run directory, got {self.path}, which holds a run already "
                 f"({results[0].name}). Choose another --output, or add --overwrite true."
             )
-        self._new = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
+        files = [self.path / name for name in (self.config, "metrics.csv", "hparams.yaml")]
+        self._new = [path for path in (*files, self.path, *self.path.parents) if not path.exists()]
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -81,7 +82,8 @@ class RunDirectory:
         if not self._resumes and (self.path / self.config).exists():
             for path in self._results():
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
-        self._set_aside = None
+            self._set_aside = None
+            self._new = [self.path / name for name in (self.config, "metrics.csv", "hparams.yaml")]
         write_text(self.path / self.config, config)
 
     def discard(self, begun: bool = False) -> None:
@@ -90,12 +92,9 @@ class RunDirectory:
             return
         if self._set_aside is not None:
             self._set_aside.replace(self.path / "metrics.csv")
-        elif not self._resumes:
-            for name in (self.config, "metrics.csv", "hparams.yaml"):
-                (self.path / name).unlink(missing_ok=True)
-        with contextlib.suppress(OSError):  # not empty, so that its parents are not, either
-            for folder in self._new:
-                folder.rmdir()
+        with contextlib.suppress(OSError):  # a folder is not empty, so that its parents are not, either
+            for path in self._new:
+                path.rmdir() if path.is_dir() else path.unlink(missing_ok=True)
 
     def _results(self) -> list[Path]:
         return [path for pattern in _OUTPUTS[self.command] for path in sorted(self.path.glob(pattern))]

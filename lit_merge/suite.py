@@ -16,6 +16,7 @@ import shutil
 import sys
 from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass, field
+from importlib import metadata
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -125,8 +126,8 @@ def suite(
         tasks=_task_names(tasks, paths),
         paths=dict(paths or {}),
         seeds=list(seeds),
-        fit=fit or {},
-        test=test or {},
+        fit=_nested(fit or {}),
+        test=_nested(test or {}),
         recipes=default if recipes is None else recipes,
     )
     plan.check()
@@ -415,6 +416,16 @@ _TRAINER = {
 }
 
 
+def _nested(settings: dict[str, Any]) -> dict[str, Any]:
+    """``{"trainer.max_steps": 3}``, as single overrides from the shell come, as nested dictionaries."""
+    nested: dict[str, Any] = {}
+    for key, value in settings.items():
+        for part in reversed(key.split(".")):
+            value = {part: value}
+        nested = _combine(nested, value)
+    return nested
+
+
 def _combine(*parts: dict[str, Any]) -> dict[str, Any]:
     """Merge nested dictionaries, later ones over earlier ones."""
     combined: dict[str, Any] = {}
@@ -435,15 +446,11 @@ def _describe(vector: TaskVector) -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """Versions of what decides the numbers."""
-    import lightning
-    import open_clip
-
+    names = ("torch", "lightning", "open_clip_torch", "pillow", "numpy")
     return {
         "lit_merge": __version__,
         "python": platform.python_version(),
-        "torch": str(torch.__version__),
-        "lightning": lightning.__version__,
-        "open_clip": open_clip.__version__,
+        **{name: metadata.version(name) for name in names},
     }
 
 

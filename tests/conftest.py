@@ -172,6 +172,24 @@ def silent_trainer(tmp_path: Path) -> Callable[..., L.Trainer]:
     return build
 
 
+@pytest.fixture
+def image_folder(tmp_path: Path) -> Callable[..., str]:
+    """``image_folder(count=8, side=6)``: train, val and test of so many random images of discs, rings and stars."""
+
+    def draw(count: int = 8, side: int = 6) -> str:
+        generator = torch.Generator().manual_seed(count)
+        root = tmp_path / f"images-{count}-{side}"
+        for split in ("train", "val", "test"):
+            for name in ("disc", "ring", "star"):
+                (root / split / name).mkdir(parents=True)
+                for number in range(count):
+                    pixels = torch.randint(256, (side, side, 3), dtype=torch.uint8, generator=generator).numpy()
+                    Image.fromarray(pixels).save(root / split / name / f"{number}.png")
+        return str(root)
+
+    return draw
+
+
 @pytest.fixture(scope="session")
 def clip_config(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Path of a JSON config of a CLIP that costs next to nothing: 32 pixels, width 32, two layers."""
@@ -197,20 +215,23 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return path
 
 
-@pytest.fixture
-def colour_folder(tmp_path: Path) -> Callable[..., Path]:
-    """``colour_folder(name="colours", count=10)``: a folder with a folder of PNGs for each of three colours."""
+@pytest.fixture(scope="session")
+def write_colours() -> Callable[..., Path]:
+    """``write_colours(folder, count=10, seed=0)``: write a folder of PNGs for each of three colours; returns it."""
 
-    def build(name: str = "colours", count: int = 10, seed: int = 0) -> Path:
+    def write(path: Path, count: int = 10, seed: int = 0) -> Path:
         pixels = np.random.default_rng(seed)
         for colour, centre in {"blue": (30, 30, 200), "green": (30, 200, 30), "dark_red": (120, 20, 20)}.items():
-            folder = tmp_path / name / colour
-            folder.mkdir(parents=True)
+            (path / colour).mkdir(parents=True)
             for number in range(count):
-                noise = pixels.integers(-30, 30, (36, 40, 3))
-                Image.fromarray(np.clip(noise + np.array(centre), 0, 255).astype(np.uint8)).save(
-                    folder / f"{number}.png"
-                )
-        return tmp_path / name
+                noisy = pixels.integers(-30, 30, (36, 40, 3)) + np.array(centre)
+                Image.fromarray(np.clip(noisy, 0, 255).astype(np.uint8)).save(path / colour / f"{number}.png")
+        return path
 
-    return build
+    return write
+
+
+@pytest.fixture
+def colour_folder(tmp_path: Path, write_colours: Callable[..., Path]) -> Callable[..., Path]:
+    """``colour_folder(name="colours", count=10)``: such a folder in the test's own."""
+    return lambda name="colours", count=10: write_colours(tmp_path / name, count)

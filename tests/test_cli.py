@@ -55,6 +55,10 @@ def fit(tiny: list[str]) -> Callable[..., Path]:
     return call
 
 
+def table(path: Path) -> list[dict[str, str]]:
+    return list(csv.DictReader(path.read_text(encoding="utf-8").splitlines()))
+
+
 # Help and configuration
 
 
@@ -99,12 +103,12 @@ def test_every_command_has_help_and_prints_its_configuration(command, capsys) ->
         (["merge", "--recipe", "negation", "--settings.coefficient", "2"], "settings.coefficient", 2),
         (["merge", "--transform", "Scale", "--transform.coefficient", "2"], "transform.init_args.coefficient", 2.0),
         (["merge", "--search.values", "[0.1]"], "search.values", [0.1]),
-        (["suite", "--fit.trainer.max_steps", "3"], "fit.trainer.max_steps", 3),
+        (["suite", "--fit", "{trainer: {max_steps: 3}}"], "fit.trainer.max_steps", 3),
         (["suite", "--paths.mine", "p", "--seeds+=4"], "seeds", [0, 4]),
         (["suite", "--recipes", "{one: {recipe: negation}}"], "recipes.one.recipe", "negation"),
         (["data", "--rows", "3"], "rows", 3),
     ],
-    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+    ids=str,
 )
 def test_overrides_from_the_shell(arguments, place, value, capsys) -> None:
     command, *rest = arguments
@@ -160,7 +164,7 @@ def test_own_images_from_fit_to_predict(tiny, colour_folder, capsys) -> None:
         new.mkdir(exist_ok=True)
         shutil.copy(f"{images}/{colour}/0.png", new / f"{number}.png")
     assert main(["predict", "--data.path", images, "--data.predict_path", "new", "--output", "R", *tuned]) == 0
-    rows = list(csv.DictReader(Path("R/predictions.csv").open(encoding="utf-8")))
+    rows = table(Path("R/predictions.csv"))
     assert [row["image"] for row in rows] == [str(new / f"{number}.png") for number in range(3)]
     assert [row["class"] for row in rows] == ["green", "blue", "dark red"]
     for row in rows:
@@ -171,7 +175,7 @@ def test_own_images_from_fit_to_predict(tiny, colour_folder, capsys) -> None:
     (checkpoint,) = Path("R/checkpoints").glob("*.ckpt")
     predict = ["predict", "--data.path", images, "--data.predict_path", "new/1.png", "--output", "one", *QUIET]
     assert main([*predict, "--ckpt_path", str(checkpoint)]) == 0  # the model's settings come with the checkpoint
-    (row,) = csv.DictReader(Path("one/predictions.csv").open(encoding="utf-8"))
+    (row,) = table(Path("one/predictions.csv"))
     assert row["class"] == "blue"
     assert float(row["probability"]) == pytest.approx(float(rows[1]["probability"]), abs=1e-5)
     assert not Path("one/checkpoints").exists()
@@ -251,8 +255,8 @@ def test_a_run_resumes_in_its_directory(fit, capsys) -> None:
     assert resumed.metadata["step"] == "4"
     for name in whole:
         torch.testing.assert_close(resumed[name], whole[name], rtol=0, atol=0)
-    steps = [row["step"] for row in csv.DictReader((directory / "metrics.csv").open())]
-    earlier = [row["step"] for row in csv.DictReader((directory / "metrics-1.csv").open())]
+    steps = [row["step"] for row in table(directory / "metrics.csv")]
+    earlier = [row["step"] for row in table(directory / "metrics-1.csv")]
     assert steps[-1] == earlier[-1]
     assert len(steps) < len(earlier)  # the metrics of the first two steps are kept beside
     assert not list(Path().glob("runs"))

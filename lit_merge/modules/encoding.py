@@ -125,7 +125,7 @@ class EncoderModule(L.LightningModule):
             raise FileFormatError(f"{path}: expected whole weights, got a task vector. Give it as task_vector instead.")
         if stored.content_digest is not None:  # of the files that lit-merge writes
             stored.verify()
-        own = any(name in stored for name, _ in self.encoder.named_parameters())
+        own = all(name in stored for name, _ in self.encoder.named_parameters())  # a text tower shares some of them
         prefix = "visual." if not own and any(name.startswith("visual.") for name in stored) else ""
         values = {name.removeprefix(prefix): stored[name] for name in stored if name.startswith(prefix)}
         check_finite(values, str(path))

@@ -128,7 +128,7 @@ class ContrastiveModule(L.LightningModule):
                 "format": "lit-merge/clip/1",
                 "model": str(self.hparams["model"]),
                 "steps": str(self.trainer.global_step),
-                "settings": json.dumps(dict(self.hparams)),
+                "settings": json.dumps({key: value for key, value in self.hparams.items() if not key.startswith("_")}),
                 "images": str(getattr(data, "count", "")),
                 "batch_size": str(getattr(data, "batch_size", "")),
                 "data": "captioned drawings of lit_merge.data.embedded.captions; no photographs, no handwriting",

@@ -112,7 +112,7 @@ class TaskVector(LazyMapping):
         Raises:
             FileFormatError: the file is missing, damaged, or holds something else than a task vector.
         """
-        tensors = LazyTensors(path, verify=verify)
+        tensors = LazyTensors(path)
         found = tensors.metadata.get("format")
         if found != FORMAT:
             advice = (
@@ -121,6 +121,8 @@ class TaskVector(LazyMapping):
                 else "Use TaskVector.from_checkpoints for the weights of a model."
             )
             raise FileFormatError(f"{path}: expected format {FORMAT}, got {found or 'none'}. {advice}")
+        if verify:
+            tensors.verify()
         return cls(tensors, tensors.metadata.get("task", ""), metadata=tensors.metadata)
 
     def save(self, path: str | os.PathLike[str], dtype: torch.dtype | None = None) -> float:

@@ -1,0 +1,304 @@
+"""Everything that can be wrong with a command: one clear line, a non-zero exit code, and nothing left behind."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from lit_merge import FineTuneModule
+from lit_merge.cli import main
+
+QUIET = [
+    "--trainer.enable_progress_bar=false",
+    "--trainer.enable_model_summary=false",
+    "--trainer.accelerator=cpu",
+    "--trainer.devices=1",
+]
+MERGE = ["merge", "--vectors=[a]", "--output=m.safetensors"]
+
+
+@pytest.fixture(autouse=True)
+def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+
+
+@pytest.fixture
+def tiny(clip_config: str, clip_weights: str) -> list[str]:
+    """The options that choose the tiny CLIP, and silence."""
+    return [*QUIET, "--model.model", clip_config, "--model.pretrained", clip_weights]
+
+
+@pytest.fixture
+def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """``refused(arguments, code)``: run it and return its one line, having checked that it left nothing."""
+
+    def call(arguments: list[str], code: int) -> str:
+        before = tree()
+        capsys.readouterr()
+        assert main(arguments) == code
+        said = capsys.readouterr()
+        (line,) = [line for line in said.err.splitlines() if "error:" in line]
+        assert line == said.err.strip().splitlines()[-1]
+        assert line.startswith("lit-merge")
+        assert "Traceback" not in said.err
+        assert len(line) < 500
+        assert tree() == before
+        return line.partition("error: ")[2]
+
+    return call
+
+
+def tree() -> dict[str, int]:
+    return {str(path): path.stat().st_mtime_ns for path in Path().rglob("*") if path.is_file()} | {
+        str(path): 0 for path in Path().rglob("*") if path.is_dir()
+    }
+
+
+# Misspelt commands, settings and classes
+
+MISSPELT = [
+    ("fti", "", "Did you mean fit?"),
+    ("tset --data.task digits", "", "Did you mean test?"),
+    ("nonsense", "", "expected one of fit, validate, test, predict, merge, suite, data, got 'nonsense'"),
+    ("fit --outptu R", "", "got 'outptu', which there is not. Did you mean output?"),
+    ("fit --trainer.max_stepz 3", "", "Did you mean trainer.max_steps"),
+    ("fit --trainr.max_steps 3", "", "Did you mean trainer.max_steps?"),
+    ("fit --max_steps 3", "", "Did you mean trainer.max_steps?"),
+    ("fit --batch_size 3", "", "Did you mean data.batch_size?"),
+    ("fit --model.learning_rat 3", "", "FineTuneModule: expected a setting, got 'learning_rat'"),
+    ("test --data.tsk digits", "", "Did you mean task?"),
+    ("predict --data.predict_paht x", "", "Did you mean predict_path?"),
+    ("validate --model FineTuneModul", "", "Did you mean FineTuneModule?"),
+    ("fit --model lit_merge.modules.FineTuneModul", "", "Did you mean lit_merge.modules.FineTuneModule?"),
+    ("fit --model lit_merg.FineTuneModule", "", "Did you mean lit_merge.modules.FineTuneModule?"),
+    ("fit --data TaskDatModule", "", "Did you mean TaskDataModule?"),
+    ("fit --trainer.callbacks+=ExtractTaskVecto", "", "Did you mean ExtractTaskVector?"),
+    ("fit --trainer.callbacks EarlyStoping", "", "Did you mean EarlyStopping?"),
+    ("fit --trainer.callbacks+=ExtractTaskVector --trainer.callbacks.pth x", "", "Did you mean path?"),
+    ("fit --trainer.logger CSVLoger", "", "Did you mean CSVLogger?"),
+    ("fit --model.encoder torch.nn.Linea", "", "encoder: expected a class, got 'torch.nn.Linea'"),
+    ("merge --vectrs [a]", "", "Did you mean vectors?"),
+    ("merge --vectors [a] --output m.safetensors --transform Meen", "", "Did you mean Mean?"),
+    ("merge --vectors [a] --output m.safetensors --transform Scale --transform.factr 3", "", "Known: coefficient."),
+    ("merge --vectors [a] --output m.safetensors --recipe task_arithmetc", "", "Did you mean 'task_arithmetic'?"),
+    ("merge --vectors [a] --output m.safetensors --recipe negation --settings.coeff 1", "", "'coefficient'"),
+    ("merge --vectors [a] --output m.safetensors --data MultiTaskDataModul", "", "Did you mean MultiTaskDataModule?"),
+    ("merge --vectors [a] --output m.safetensors --search.valuez [1]", "", "Did you mean values?"),
+    ("suite --output S --taks [digits]", "", "Did you mean tasks"),
+    ("suite --output S --tasks [digitz]", "", "Did you mean digits?"),
+    ("suite --output S --fit.trainer.max_stepz 3", "", "Did you mean trainer.max_steps"),
+    ("suite --output S --test.trainer.max_stepz 3", "", "Did you mean trainer.max_steps"),
+    ("suite --output S --recipes.one.recip x", "", "got 'one.recip', which there is not"),
+    ("data --output s.png --row 3", "", "Did you mean rows?"),
+    ("fit", "trainr: {max_steps: 3}", "Did you mean trainer"),
+    ("fit", "trainer: {max_stepz: 3}", "Did you mean trainer.max_steps"),
+    ("fit", "trainr: {}", "Did you mean trainer?"),
+    ("fit", "trainer: {profilr: {}}", "Did you mean trainer.profiler?"),
+    ("fit", "data: {init_args: {class_nams: {}}}", "Did you mean class_names?"),
+    ("suite --output S", "recipes: {one: {recipe: negation, serch: {}}}", "Did you mean search?"),
+    ("fit --print_config", "trainer: {max_stepz: 3}", "Did you mean trainer.max_steps"),
+    ("fit", "model: {class_path: FinetuneModul}", "Did you mean FineTuneModule?"),
+    (
+        "test",
+        "model: {class_path: lit_merge.modules.MultiTaskModul}",
+        "Did you mean lit_merge.modules.MultiTaskModule?",
+    ),
+    ("fit", "model: {init_args: {learning_rat: 1}}", "Did you mean learning_rate?"),
+    ("predict", "data: {class_path: TaskDataModule, init_args: {predictpath: a}}", "Did you mean predict_path?"),
+    ("fit", "data: {class_path: TaskDatModule}", "Did you mean TaskDataModule?"),
+    ("fit", "trainer: {callbacks: [{class_path: ExtractTaskVecto}]}", "Did you mean ExtractTaskVector?"),
+    (
+        "fit",
+        "trainer: {callbacks: [{class_path: lightning.pytorch.callbacks.EarlyStoping}]}",
+        "callbacks.EarlyStopping?",
+    ),
+    ("fit", "trainer: {callbacks: [{class_path: ExtractTaskVector, init_args: {dtpe: a}}]}", "Did you mean dtype?"),
+    ("merge --vectors [a] --output m.safetensors", "serch: {}", "Did you mean search?"),
+    ("merge --vectors [a] --output m.safetensors", "transform: {class_path: Summ}", "Did you mean Sum?"),
+    ("suite --output S", "recipes: {one: {recip: negation}}", "Did you mean recipe?"),
+    ("suite --output S", "recipes: {one: {transform: {class_path: Meen}}}", "Did you mean Mean?"),
+    ("suite --output S", "recipes: {one: {recipe: negatio}}", "Did you mean 'negation'?"),
+    ("suite --output S", "fit: {model: {class_path: FineTuneModul}}", "Did you mean FineTuneModule?"),
+    ("suite --output S", "fit: {data: {init_args: {batchsize: 1}}}", "Did you mean batch_size?"),
+]
+
+
+@pytest.mark.parametrize(("line", "config", "expected"), MISSPELT)
+def test_misspelt_names_are_refused_with_the_nearest(line, config, expected, refused) -> None:
+    arguments = line.split()
+    if config:
+        Path("config.yaml").write_text(config, encoding="utf-8")
+        arguments[1:1] = ["--config", "config.yaml"]
+    assert expected in refused(arguments, 2)
+
+
+def test_a_users_own_class_is_looked_for_in_its_own_module(refused) -> None:
+    Path("own_modules.py").write_text("from lit_merge import FineTuneModule\nclass Focal(FineTuneModule):\n    pass\n")
+    assert "Did you mean own_modules.Focal?" in refused(["fit", "--model", "own_modules.Fokal"], 2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["fit", "--trainer.max_steps=three"], "trainer.max_steps: expected int, got 'three'."),
+        (["fit", "--model.learning_rate=fast"], "model: FineTuneModule: learning_rate: expected float, got 'fast'."),
+        (["fit", "--model=TaskDataModule"], "model: expected a class that fits, got 'TaskDataModule'"),
+        (["fit", "--seed_everything=x"], "seed_everything: expected bool, int, got 'x'."),
+        (["fit", "surplus"], "unrecognized arguments: surplus."),
+        (["fit", "--config=none.yaml"], "none.yaml"),
+        (["fit", "--config"], "expected one argument"),
+        (["merge", "--vectors=[a]"], "the following arguments are required: output."),
+        (
+            [*MERGE, "--recipe=negation", "--kind=weigths"],
+            "kind: expected Literal['weights', 'task_vector'], got 'weigths'",
+        ),
+        (MERGE, "recipe and transform: expected exactly one of them, got none."),
+        (["suite"], "the following arguments are required: output."),
+        (["fit"], "task and path: expected exactly one of them, got neither."),
+        (["fit", "--data.task=digits", "--model.learning_rate=-1"], "learning_rate: expected a number in [0, inf)"),
+    ],
+    ids=str,
+)
+def test_wrong_values(arguments, expected, refused) -> None:
+    assert expected in refused(arguments, 2)
+
+
+def test_a_damaged_configuration(refused) -> None:
+    Path("broken.yaml").write_text("model: [1, 2\n")
+    assert "line 2" in refused(["fit", "--config=broken.yaml"], 2)
+
+
+# The machine
+
+
+def test_an_absent_gpu(tiny, refused, monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    line = refused(["fit", "--data.task=digits", "--output=R", *tiny, "--trainer.accelerator=gpu"], 2)
+    assert line.startswith("trainer: No supported gpu backend found. Change its accelerator")
+    line = refused(["fit", "--data.task=digits", "--output=R", *tiny, "--trainer.accelerator=gpuu"], 2)
+    assert "'gpuu'" in line
+
+
+def test_an_output_that_cannot_be_created(tiny, refused) -> None:
+    Path("file").write_text("")
+    for output in ("file", "file/below"):
+        assert f"got {output}" in refused(["fit", "--data.task=digits", *tiny, f"--output={output}"], 2)
+        assert f"got {output}" in refused(["suite", "--tasks=[digits]", f"--output={output}"], 2)
+
+
+# Data
+
+
+def test_a_missing_path(tiny, refused) -> None:
+    assert refused(["fit", "--data.path=missing", "--output=R/S", *tiny], 1).startswith("missing: expected the folder")
+    assert refused(["fit", "--data.path=missing", *tiny], 1).startswith("missing: expected")  # without --output
+    line = refused(["predict", "--data.task=digits", "--data.predict_path=missing", "--output=R", *tiny], 1)
+    assert line.startswith("predict_path: expected an image or a folder of images, got")
+    line = refused(["fit", "--data.task=digits", *tiny, "--model.weights=missing.safetensors"], 1)
+    assert line.startswith("missing.safetensors: ")
+
+
+def test_an_empty_class(colour_folder, tiny, refused) -> None:
+    images = colour_folder()
+    (images / "white").mkdir()
+    line = refused(["fit", f"--data.path={images}", "--output=R", *tiny], 1)
+    assert line.startswith(f"{images / 'white'}: expected images")
+
+
+def test_a_class_that_only_the_test_images_have(colour_folder, tiny, refused) -> None:
+    colour_folder("images/train")
+    images = colour_folder("images/test").parent
+    shutil.copytree(images / "test/blue", images / "test/white")
+    for command in ("fit", "test"):
+        assert "white" in refused([command, f"--data.path={images}", "--output=R", *tiny], 1)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_corrupt_image_is_named(colour_folder, tiny, refused, workers) -> None:
+    images = colour_folder(count=4)
+    for path in images.glob("*/*.png"):
+        path.write_bytes(path.read_bytes()[:-400])
+    options = [f"--data.workers={workers}", "--trainer.max_steps=2", "--trainer.limit_val_batches=0", *tiny]
+    line = refused(["fit", f"--data.path={images}", "--output=R", *options], 1)
+    assert str(images) in line
+    assert ".png: expected a readable image, got" in line
+
+
+# Models, vectors and checkpoints
+
+
+def test_an_unknown_model(refused) -> None:
+    for command in ("fit", "predict"):
+        line = refused([command, "--data.task=digits", "--model.model=lit-tinny", "--output=R", *QUIET], 2)
+        assert "Did you mean lit-tiny" in line
+    assert "lit-tiny" in refused(["suite", "--tasks=[digits]", "--model=lit-tinny", "--output=S"], 2)
+
+
+def test_task_vectors_that_do_not_belong(tiny, clip_config, clip_weights, refused) -> None:
+    short = ["--data.task=digits", "--data.batch_size=4", "--trainer.max_steps=1", "--trainer.limit_val_batches=0"]
+    assert main(["fit", *short, *tiny, "--output=R"]) == 0
+    vector = Path("R/task_vector.safetensors")
+    other = ["test", "--data.task=digits", "--output=T", *QUIET]
+    assert "expected the base model" in refused([*other, f"--model.task_vector={vector}"], 1)
+    base = ["--model", clip_config, "--pretrained", clip_weights]
+    recipe = ["--recipe=weight_average", "--output=m.safetensors"]
+    assert "expected the base model" in refused(["merge", f"--vectors=[{vector}]", *recipe], 1)
+    for keep in (0, 7, 2000, vector.stat().st_size - 1):
+        Path("cut.safetensors").write_bytes(vector.read_bytes()[:keep])
+        assert "cut.safetensors" in refused([*other, *tiny, "--model.task_vector=cut.safetensors"], 1)
+        assert "cut.safetensors" in refused(["merge", f"--vectors=[{vector}, cut.safetensors]", *recipe, *base], 1)
+    assert "got a task vector" in refused([*other, *tiny, f"--model.weights={vector}"], 1)
+    assert "which exists" in refused(
+        ["merge", f"--vectors=[{vector}]", *base, recipe[0], "--output=cut.safetensors"], 2
+    )
+
+
+def test_checkpoints_that_are_none(tiny, clip_weights, refused) -> None:
+    short = ["--data.task=digits", "--data.batch_size=4", "--trainer.max_steps=1", "--trainer.limit_val_batches=0"]
+    assert main(["fit", *short, *tiny, "--output=R"]) == 0
+    (checkpoint,) = Path("R/checkpoints").glob("*.ckpt")
+    content = torch.load(checkpoint, weights_only=True)
+    content["state_dict"].pop("encoder.proj")
+    torch.save(content, "lacking.ckpt")
+    torch.save(content["state_dict"], "plain.ckpt")
+    for keep in (0, 100, 10_000):
+        Path(f"cut{keep}.ckpt").write_bytes(checkpoint.read_bytes()[:keep])
+    predict = ["predict", "--data.task=digits", "--output=P", *tiny]
+    for name in ("lacking.ckpt", "plain.ckpt", "cut0.ckpt", "cut100.ckpt", "cut10000.ckpt", clip_weights):
+        line = refused([*predict, f"--ckpt_path={name}"], 1)
+        assert line.startswith(f"{name}: expected a checkpoint of such a run, got")
+    assert "got no.ckpt, which does not exist" in refused([*predict, "--ckpt_path=no.ckpt"], 2)
+
+
+# A loss that is not finite
+
+
+def test_a_loss_that_is_not_finite_from_the_start(tiny, refused, monkeypatch) -> None:
+    monkeypatch.setattr(FineTuneModule, "compute_loss", lambda self, logits, batch: logits.sum() * torch.nan)
+    options = ["--trainer.max_steps=2", "--trainer.limit_val_batches=0", "--output=R", *tiny]
+    line = refused(["fit", "--data.task=digits", *options], 1)
+    assert line.startswith("loss: expected a finite value, got nan at step 0. Lower learning_rate")
+
+
+def test_a_loss_that_explodes_leaves_no_task_vector(tiny, capsys) -> None:
+    options = ["--model.learning_rate=1e30", "--trainer.max_steps=20", "--trainer.limit_val_batches=0"]
+    options += ["--data.batch_size=8", "--trainer.log_every_n_steps=1", "--output=R", *tiny]
+    assert main(["fit", "--data.task=digits", *options]) == 1
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
+    assert line.startswith("lit-merge: error: loss: expected a finite value, got nan at step")
+    assert not list(Path().rglob("*.safetensors"))
+    assert "train/loss" in Path("R/metrics.csv").read_text()  # what led there can be looked at
+
+
+def test_a_bug_keeps_its_traceback(tiny, monkeypatch) -> None:
+    monkeypatch.setattr(FineTuneModule, "compute_loss", lambda self, logits, batch: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        main(["fit", "--data.task=digits", "--trainer.max_steps=1", "--output=R", *tiny])
+    assert not Path("R").exists()

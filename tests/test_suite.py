@@ -1,0 +1,402 @@
+"""The suite: its outcome, and that a stage runs again when, and only when, it has to."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from lit_merge import FineTuneModule
+from lit_merge.cli import main
+from lit_merge.data import TaskDataModule
+from lit_merge.errors import DataError
+from lit_merge.report import Results
+from lit_merge.stages import Conductor, folder_digest
+
+ROOT = Path(__file__).parents[1]
+STAGES = 1 + 2 * (3 + 3)
+AFTER_FIT = ("individual/{0}", "merge/*", "test/*")
+
+
+@pytest.fixture
+def config(tmp_path, clip_config, clip_weights, colour_folder, monkeypatch) -> dict[str, Any]:
+    """Three tasks, one of them a folder, and three recipes; written to ``suite.yaml`` in the current folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    handler = signal.getsignal(signal.SIGINT)
+    config = {
+        "name": "small",
+        "model": clip_config,
+        "pretrained": clip_weights,
+        "tasks": ["digits", "signs"],
+        "paths": {"hues": str(colour_folder().relative_to(tmp_path))},
+        "seeds": [0],
+        "fit": {
+            "trainer": {"max_steps": 2, "accelerator": "cpu"},
+            "model": {"init_args": {"learning_rate": 1e-3}},
+            "data": {"init_args": {"batch_size": 8}},
+        },
+        "test": {"trainer": {"accelerator": "cpu"}},
+        "recipes": {
+            "average": {"recipe": "weight_average"},
+            "arithmetic": {"recipe": "task_arithmetic", "search": {"values": [0.1, 0.3]}},
+            "scaled": {"transform": {"class_path": "Chain", "init_args": {"steps": [{"class_path": "Sum"}]}}},
+        },
+    }
+    Path("suite.yaml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
+    yield config
+    signal.signal(signal.SIGINT, handler)  # Lightning ignores it after an interruption
+
+
+@pytest.fixture
+def suite(config: dict[str, Any]) -> Callable[..., Path]:
+    """``suite(output="S", *options)``: run it and return its directory."""
+
+    def call(output: str = "S", *options: str) -> Path:
+        assert main(["suite", "--config", "suite.yaml", "--output", output, *options]) == 0
+        return Path(output)
+
+    return call
+
+
+def times(directory: Path) -> dict[str, int]:
+    """Stage -> when its record was written."""
+    return {path.stem.replace("--", "/"): path.stat().st_mtime_ns for path in (directory / "stages").iterdir()}
+
+
+def ran(before: dict[str, int], directory: Path) -> set[str]:
+    """The stages whose records are new."""
+    return {stage for stage, time in times(directory).items() if before.get(stage) != time}
+
+
+def of_seed(patterns: Iterable[str], seed: int = 0) -> set[str]:
+    """Stages below ``seed-0``; ``merge/*`` stands for all recipes."""
+    recipes = ("average", "arithmetic", "scaled")
+    named = [pattern.replace("*", recipe) for pattern in patterns for recipe in recipes]
+    return {f"seed-{seed}/{name}" for name in named}
+
+
+# The outcome
+
+
+def test_the_outcome(suite, config, capsys) -> None:
+    directory = suite()
+    shown = capsys.readouterr()
+    assert f"[{STAGES}/{STAGES}] seed-0/test/scaled: " in shown.err
+    assert "zero-shot" in shown.out
+    assert "S/results.png" in shown.out
+    assert (directory / "results.png").read_bytes().startswith(b"\x89PNG")
+    results = json.loads((directory / "results.json").read_text(encoding="utf-8"))
+    assert results["tasks"] == ["digits", "signs", "hues"]
+    assert results["classes"] == {"digits": 10, "signs": 16, "hues": 3}
+    seed = results["seeds"]["0"]
+    assert set(seed["individual"]) == set(results["zero_shot"]) == set(results["tasks"])
+    assert list(seed["merged"]) == ["average", "arithmetic", "scaled"]
+    assert seed["merged"]["arithmetic"]["coefficient"] in (0.1, 0.3)
+    assert seed["merged"]["scaled"]["transform"] == "chain(Sum())"
+    assert [row[index] for index, row in enumerate(seed["cosine_similarity"])] == pytest.approx([1, 1, 1])
+    assert {vector["steps"] for vector in seed["task_vectors"].values()} == {2}
+    assert Results.load(directory / "results.json").tasks == ("digits", "signs", "hues")
+    stored = json.loads((directory / "seed-0/test/average/test_metrics.json").read_text())
+    assert seed["merged"]["average"]["accuracy"]["hues"] == round(stored["test/hues/accuracy"], 6)
+    assert set(json.loads((directory / "timings.json").read_text())) == set(times(directory))
+    for name in ("fit/digits/fit.yaml", "individual/hues/test.yaml", "merge/average/merged.yaml"):
+        assert (directory / "seed-0" / name).exists()
+    saved = yaml.safe_load((directory / "suite.yaml").read_text(encoding="utf-8"))
+    assert {key: saved[key] for key in config if key != "recipes"} == {
+        k: v for k, v in config.items() if k != "recipes"
+    }
+
+
+def test_the_saved_configuration_gives_the_same_bytes_elsewhere(suite) -> None:
+    first = suite()
+    assert main(["suite", "--config", "S/suite.yaml", "--output", "elsewhere/T"]) == 0
+    assert (first / "results.json").read_bytes() == Path("elsewhere/T/results.json").read_bytes()
+    name = "seed-0/fit/hues/task_vector.safetensors"
+    assert (first / name).read_bytes() == (Path("elsewhere/T") / name).read_bytes()
+
+
+def test_seeds_differ_but_test_images_never_train(suite) -> None:
+    directory = suite("S", "--seeds=[0, 1]")
+    vectors = [(directory / f"seed-{seed}/fit/hues/task_vector.safetensors").read_bytes() for seed in (0, 1)]
+    assert vectors[0] != vectors[1]
+    names: dict[str, set[str]] = {"train": set(), "test": set()}
+    for place, split in (("seed-0/fit", "train"), ("seed-1/fit", "train"), ("seed-1/individual", "test")):
+        stage = yaml.safe_load((directory / place / "hues/stage.yaml").read_text(encoding="utf-8"))
+        data = TaskDataModule(**stage["data"]["init_args"])
+        names[split] |= {str(path) for path, _ in data.source._divided[split]}
+    assert len(names["train"]) == 24
+    assert names["test"]
+    assert not names["train"] & names["test"]
+
+
+# What runs again
+
+
+def test_a_second_run_does_nothing_again(suite, capsys) -> None:
+    directory = suite()
+    before, outcome = times(directory), (directory / "results.json").read_bytes()
+    capsys.readouterr()
+    suite()
+    assert capsys.readouterr().err.count("done before") == STAGES
+    assert not ran(before, directory)
+    assert (directory / "results.json").read_bytes() == outcome
+
+
+def test_damaged_outputs_are_made_again_and_nothing_else(suite) -> None:
+    directory = suite()
+    before, outcome = times(directory), (directory / "results.json").read_bytes()
+    vector = directory / "seed-0/fit/signs/task_vector.safetensors"
+    vector.write_bytes(vector.read_bytes()[:-100])
+    metrics = directory / "zero-shot/test_metrics.json"
+    metrics.write_text(metrics.read_text().replace("0.", "1.", 1))
+    (directory / "seed-0/merge/average/merged.safetensors").unlink()
+    record = directory / "stages/seed-0--test--scaled.json"
+    record.write_bytes(record.read_bytes()[:20])
+    (directory / "results.json").unlink()
+    (directory / "results.png").write_bytes(b"")
+    suite()
+    # Made again, the vector is the same, bit for bit: what depends on it stays.
+    assert ran(before, directory) == of_seed(["fit/signs", "merge/average", "test/scaled"]) | {"zero-shot"}
+    assert (directory / "results.json").read_bytes() == outcome
+    assert (directory / "results.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["--recipes.arithmetic.search.values=[0.2]"], of_seed(["merge/arithmetic", "test/arithmetic"])),
+        (["--recipes.scaled.transform.init_args.steps=[{class_path: Mean}]"], of_seed(["merge/scaled", "test/scaled"])),
+        (["--name=other"], set()),
+        (["--seeds+=1"], of_seed(["fit/hues", "fit/digits", "fit/signs", "individual/hues"], 1)
+            | of_seed(["individual/digits", "individual/signs", "merge/*", "test/*"], 1)),
+        (["--test.data.init_args.evaluation_batch_size=50"], of_seed(["individual/hues", "individual/digits"])
+            | of_seed(["individual/signs", "test/*"]) | {"zero-shot"}),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)  # fmt: skip
+def test_a_changed_setting_reruns_what_depends_on_it(suite, options, expected) -> None:
+    directory = suite()
+    before = times(directory)
+    suite("S", *options)
+    assert ran(before, directory) == expected
+
+
+def test_other_images_rerun_their_task_and_the_merges(suite, config) -> None:
+    directory = suite()
+    before, images = times(directory), Path(config["paths"]["hues"])
+    shutil.copy(images / "blue/0.png", images / "blue/another.png")
+    suite()
+    expected = of_seed(["fit/hues", "individual/hues", "merge/*", "test/*"]) | {"zero-shot"}
+    assert ran(before, directory) == expected
+
+
+def test_overwrite_starts_over_and_leaves_other_files(suite) -> None:
+    directory = suite()
+    before = times(directory)
+    (directory / "notes.txt").write_text("mine")
+    suite("S", "--overwrite=true")
+    assert ran(before, directory) == set(before)
+    assert (directory / "notes.txt").read_text() == "mine"
+
+
+def test_results_of_other_settings_do_not_linger(suite, monkeypatch) -> None:
+    directory = suite()
+    monkeypatch.setattr(FineTuneModule, "compute_loss", lambda self, logits, batch: logits.sum() * float("nan"))
+    assert main(["suite", "--config=suite.yaml", "--output=S", "--fit.trainer.max_steps=3"]) == 1
+    assert not (directory / "results.json").exists()
+
+
+# What ends it
+
+
+KILLED = """
+import json, os, shutil, signal, sys
+from pathlib import Path
+import lit_merge.commands, lit_merge.lightning_cli, lit_merge.merging, lit_merge.suite
+from lit_merge.cli import main
+from lit_merge.modules import FineTuneModule, MultiTaskModule
+
+def die(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def in_the_second_fit():
+    step, count = FineTuneModule.training_step, [0]
+    def patched(self, *arguments):
+        count[0] += 1
+        if count[0] == 4:  # two steps of the first task, one of the second
+            die()
+        return step(self, *arguments)
+    FineTuneModule.training_step = patched
+
+def in_a_merge():
+    synchronise = os.fsync
+    def patched(descriptor):
+        path = os.readlink(f"/proc/self/fd/{descriptor}")
+        if "/merge/" in path and path.endswith(".temporary"):
+            die()
+        synchronise(descriptor)
+    os.fsync = patched
+
+def in_the_last_test():
+    step = MultiTaskModule.test_step
+    def patched(self, batch, batch_idx, dataloader_idx=0):
+        if "scaled" in self.trainer.default_root_dir and dataloader_idx:
+            die()
+        return step(self, batch, batch_idx, dataloader_idx)
+    MultiTaskModule.test_step = patched
+
+def times():
+    return {path.name: path.stat().st_mtime_ns for path in Path("K/stages").glob("*.json")}
+
+def attempt(arrange, output="K"):
+    child = os.fork()
+    if child == 0:
+        arrange()
+        os._exit(main(["suite", "--config", "suite.yaml", "--output", output]))
+    return os.waitpid(child, 0)[1]
+
+log = [{"status": attempt(lambda: None, "undisturbed"), "times": {}, "left": []}]
+for arrange in (in_the_second_fit, in_a_merge, in_the_last_test, lambda: None):
+    status = attempt(arrange)
+    left = [path.name for path in Path("K").rglob(".*")]
+    log.append({"status": status, "times": times(), "left": left, "done": Path("K/results.json").exists()})
+print(json.dumps(log))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="looks at open files in /proc")
+def test_a_suite_killed_at_three_points_ends_as_one_that_was_not(config) -> None:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", KILLED], capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr
+    undisturbed, *attempts = json.loads(done.stdout.splitlines()[-1])
+    assert undisturbed["status"] == 0
+    assert [os.WTERMSIG(attempt["status"]) for attempt in attempts[:3]] == [signal.SIGKILL] * 3
+    assert attempts[3]["status"] == 0
+    assert [attempt["done"] for attempt in attempts] == [False, False, False, True]
+    assert [len(attempt["times"]) for attempt in attempts] == [2, 7, 12, 13]
+    assert attempts[1]["left"], "the second one was to be killed while a file was half written"
+    assert not attempts[3]["left"]
+    for earlier, later in itertools.pairwise(attempts):  # finished stages are not done again
+        assert earlier["times"].items() <= later["times"].items()
+    assert Path("K/results.json").read_bytes() == Path("undisturbed/results.json").read_bytes()
+
+
+def test_an_interrupted_suite_goes_on(suite, capsys, monkeypatch) -> None:
+    def interrupt(self: FineTuneModule, *_: Any) -> None:
+        raise KeyboardInterrupt
+
+    step = FineTuneModule.test_step
+    monkeypatch.setattr(FineTuneModule, "test_step", interrupt)
+    assert main(["suite", "--config=suite.yaml", "--output=S"]) == 130
+    said = capsys.readouterr().err.splitlines()
+    assert said[-1] == "lit-merge: interrupted; run the same command again to go on"
+    assert not [line for line in said if "error" in line]
+    monkeypatch.setattr(FineTuneModule, "test_step", step)
+    before = times(Path("S"))
+    assert set(before) == of_seed(["fit/digits", "fit/signs", "fit/hues"]) | {"zero-shot"}
+    suite()
+    assert before.items() <= times(Path("S")).items()
+
+
+def test_a_refusing_stage_is_named_and_the_rest_is_kept(suite, capsys, monkeypatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(FineTuneModule, "compute_loss", lambda self, logits, batch: logits.sum() * float("inf"))
+        assert main(["suite", "--config=suite.yaml", "--output=S"]) == 1
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith("lit-merge: error: seed-0/fit/digits: loss: expected a finite value")
+    before = times(Path("S"))
+    assert set(before) == {"zero-shot"}
+    suite()
+    assert times(Path("S"))["zero-shot"] == before["zero-shot"]
+
+
+@pytest.mark.parametrize(
+    ("options", "expected", "code"),
+    [
+        (["--paths.hues=missing"], "missing: expected the folder of a task", 1),
+        (["--tasks=[digits, digits]"], "tasks: expected every task once, got 'digits' twice", 2),
+        (["--tasks=[hues]"], "hues", 2),
+        (["--paths={a.b: colours}"], "expected letters, digits, _ and -, got 'a.b'", 2),
+        (["--recipes={a/b: {recipe: weight_average}}"], "expected letters, digits, _ and -, got 'a/b'", 2),
+        (["--recipes={individual: {recipe: weight_average}}"], "expected other names than individual and zero-shot", 2),
+        (["--recipes={one: {}}"], "recipe and transform: expected exactly one of them, got none", 2),
+        (["--recipes.arithmetic.search.field=alpha"], "alpha: expected exactly one step", 2),
+        (["--recipes.arithmetic.search.values=[]"], "search.values: expected at least one value", 2),
+        (["--seeds=[]"], "seeds: expected at least one", 2),
+        (["--model=missing.json"], "missing.json", 2),
+        (["--pretrained=missing.safetensors"], "missing.safetensors", 2),
+    ],
+    ids=str,
+)
+def test_what_no_stage_could_use_is_refused_before_the_first(config, options, expected, code, capsys) -> None:
+    assert main(["suite", "--config=suite.yaml", "--output=S", *options]) == code
+    assert expected in capsys.readouterr().err
+    assert not Path("S").exists()
+
+
+def test_a_folder_of_other_things_is_no_suites(config, capsys) -> None:
+    for options in ([], ["--overwrite=true"]):
+        assert main(["suite", "--config=suite.yaml", "--output=.", *options]) == 2  # its own suite.yaml lies here
+        assert "which holds something else" in capsys.readouterr().err
+    assert yaml.safe_load(Path("suite.yaml").read_text()) == config
+
+
+# The conductor by itself
+
+
+def test_stages_run_when_their_settings_or_inputs_change(tmp_path) -> None:
+    source, calls = tmp_path / "source", []
+
+    def work(folder: Path) -> list[Path]:
+        calls.append(sorted(path.name for path in folder.iterdir()))
+        (folder / "out").write_text(source.read_text())
+        (folder / "by the way").write_text("")
+        return [folder / "out"]
+
+    def conduct(settings: Any) -> str:
+        conductor = Conductor(tmp_path / "job", 1, lambda line: None)
+        (out,) = conductor.stage("a/b", settings, [source], work)
+        return out.read_text()
+
+    source.write_text("1")
+    assert (conduct({"x": 1}), len(calls)) == ("1", 1)
+    assert (conduct({"x": 1}), len(calls)) == ("1", 1)
+    assert (conduct({"x": 2}), len(calls)) == ("1", 2)
+    source.write_text("2")
+    assert (conduct({"x": 2}), len(calls)) == ("2", 3)
+    assert calls == [[], [], []]  # every time in an empty folder
+
+
+def test_a_failing_stage_leaves_no_record(tmp_path) -> None:
+    def work(folder: Path) -> list[Path]:
+        raise DataError("images: expected some, got none.")
+
+    with pytest.raises(DataError, match=r"^fit/x: images: expected some, got none\.$"):
+        Conductor(tmp_path, 1, lambda line: None).stage("fit/x", {}, [], work)
+    assert not list(tmp_path.rglob("*.json"))
+
+
+def test_a_folders_digest_sees_names_sizes_and_times(tmp_path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a/1").write_text("one")
+    digests = [folder_digest(tmp_path), folder_digest(tmp_path)]
+    assert digests[0] == digests[1]
+    os.utime(tmp_path / "a/1", ns=(1, 1))
+    digests.append(folder_digest(tmp_path))
+    (tmp_path / "a/1").rename(tmp_path / "a/2")
+    digests.append(folder_digest(tmp_path))
+    (tmp_path / "dangling").symlink_to("nowhere")
+    assert folder_digest(tmp_path) == digests[-1]
+    assert len(set(digests)) == 3
