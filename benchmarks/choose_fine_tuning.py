@@ -4,7 +4,7 @@ For every candidate (steps, peak learning rate) all eight tasks are fine-tuned w
 split are the individual accuracies, the length of the task vectors, the plain average and task arithmetic over a grid.
 The test split is never read.
 
-    python benchmarks/choose_fine_tuning.py --candidates 120:2e-4 160:2e-4 --output benchmarks/results/fine_tuning_choice.json
+    python benchmarks/choose_fine_tuning.py --candidates 60:2e-4 120:2e-4
 """
 
 from __future__ import annotations
@@ -74,7 +74,6 @@ def main() -> None:
         vectors = TaskVectors([callback.vector for _, callback in measured.values()])
         data = MultiTaskDataModule(tasks=options.tasks)
         found = search_coefficient(vectors, task_arithmetic(), CoefficientSearch(GRID), data=data)
-        average = 1 / len(options.tasks)
         module, trainer = MultiTaskModule(), silent_trainer()
         with quiet():
             module.load_task_vector(weight_average()(vectors).single())
@@ -86,8 +85,8 @@ def main() -> None:
             "tasks": {task: row for task, (row, _) in measured.items()},
             "individual": round(sum(row["validation_accuracy"] for row, _ in measured.values()) / len(measured), 4),
             "zero_shot": round(found.absolute[0], 4),
-            "weight_average": {"coefficient": average, "accuracy": round(float(trainer.callback_metrics["val/accuracy"]), 4)},
-            "task_arithmetic": dict(zip(map(str, found.values), [round(value, 4) for value in found.absolute], strict=True)),
+            "weight_average": round(float(trainer.callback_metrics["val/accuracy"]), 4),
+            "task_arithmetic": {str(value): round(found.absolute[i], 4) for i, value in enumerate(found.values)},
         }
         rows.append(row)
         print(json.dumps(row), flush=True)

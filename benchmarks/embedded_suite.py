@@ -37,13 +37,12 @@ def facts(results: dict[str, Any]) -> str:
     lengths = [
         100 * vector["relative_norm"] for seed in results["seeds"].values() for vector in seed["task_vectors"].values()
     ]
-    seconds = [value for stage, value in results["seconds"].items() if "/fit/" in stage]
     hardware, versions = results["hardware"], results["versions"]
     return (
-        f"Test accuracy in percent, {len(results['seeds'])} fine-tuning seeds (± their standard deviation), coefficients "
-        f"chosen on validation data; ‖τ‖/‖θ0‖ {min(lengths):.1f}–{max(lengths):.1f} %; fine-tuning one task took "
-        f"{min(seconds):.0f}–{max(seconds):.0f} s on {hardware['cores']} cores ({hardware['processor']}), torch "
-        f"{versions['torch']}. From `benchmarks/results/embedded_suite.json`, written by `benchmarks/embedded_suite.py`."
+        f"Test accuracy in percent, {len(results['seeds'])} fine-tuning seeds (± their standard deviation), "
+        f"coefficients chosen on validation data; ‖τ‖/‖θ0‖ {min(lengths):.1f}–{max(lengths):.1f} %; "
+        f"{hardware['cores']} cores ({hardware['processor']}), torch {versions['torch']}. "
+        "From `benchmarks/results/embedded_suite.json`, written by `benchmarks/embedded_suite.py`."
     )
 
 

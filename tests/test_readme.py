@@ -95,7 +95,7 @@ def test_every_command_and_program_runs_as_written(fresh: Path, capfd: pytest.Ca
 
 def test_every_file_that_the_readme_names_exists() -> None:
     names = set(re.findall(r"\]\(([\w./-]+)\)", README)) | set(re.findall(r"configs/[\w/]+\.yaml", README))
-    names |= {name for name in re.findall(r"`((?:lit_merge|benchmarks|docs)/[\w./-]+)`", README)}
+    names |= set(re.findall(r"`((?:lit_merge|benchmarks|docs)/[\w./-]+)`", README))
     missing = sorted(name for name in names if not (ROOT / name).exists())
     assert not missing
 

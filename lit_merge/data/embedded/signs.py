@@ -111,7 +111,8 @@ def _snow(brush: Brush, image: Image.Image) -> None:
     for _ in range(brush.integer(2, 5)):
         x, y = brush.integer(0, SIZE), brush.integer(0, SIZE)
         half_width, half_height = brush.integer(4, 10), brush.integer(3, 8)
-        pen.ellipse((x - half_width, y - half_height, x + half_width, y + half_height), fill=brush.near((232, 236, 242), 12))
+        box = (x - half_width, y - half_height, x + half_width, y + half_height)
+        pen.ellipse(box, fill=brush.near((232, 236, 242), 12))
 
 
 def draw_sign(brush: Brush, label: int) -> np.ndarray:

@@ -1,0 +1,80 @@
+"""Every YAML file in ``configs/`` is right for the command that it is for, and so is the command line in its head."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import lit_merge.suite
+from lit_merge.cli import main
+from lit_merge.errors import LitMergeError
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = sorted(path for path in (ROOT / "configs").rglob("*") if path.is_file())
+COMMANDS = {"finetune": "fit", "pretrain": "fit", "merge": "merge", "suite": "suite"}  # folder -> command
+REQUIRED = {"merge": ["--vectors=[a.safetensors]", "--output=b.safetensors"]}
+
+
+@pytest.fixture(autouse=True)
+def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(ROOT / "configs", tmp_path / "configs")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+
+
+def named(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def missing(part: Any, whole: Any, place: str = "") -> list[str]:
+    """Where ``whole`` lacks what ``part`` says; classes may be named by another of their paths."""
+    if isinstance(part, dict) and isinstance(whole, dict):
+        return [found for key in part for found in missing(part[key], whole.get(key), f"{place}.{key}")]
+    if isinstance(part, list) and isinstance(whole, list) and len(part) == len(whole):
+        return [found for index, item in enumerate(part) for found in missing(item, whole[index], f"{place}.{index}")]
+    same = part == whole or (place.endswith("class_path") and str(part).split(".")[-1] == str(whole).split(".")[-1])
+    return [] if same else [f"{place}: {part!r} became {whole!r}"]
+
+
+def test_no_file_is_forgotten() -> None:
+    assert {path.suffix for path in CONFIGS} == {".yaml"}
+    assert {path.relative_to(ROOT / "configs").parts[0] for path in CONFIGS} == set(COMMANDS)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=named)
+def test_every_setting_is_taken_up(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = COMMANDS[path.relative_to(ROOT / "configs").parts[0]]
+    given = yaml.safe_load(path.read_text(encoding="utf-8"))
+    assert main([command, "--config", str(path), *REQUIRED.get(command, []), "--print_config"]) == 0
+    resolved = yaml.safe_load(capsys.readouterr().out)
+    assert missing(given, resolved) == []
+    if command == "fit":  # the trainer has an end that the learning rate falls towards
+        assert resolved["trainer"]["max_steps"] > 0
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=named)
+def test_the_command_in_its_head_is_right(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    head = [line[1:].strip() for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("#")]
+    assert head, "a first line that says what it is for"
+    for line in head:
+        if line.startswith("lit-merge "):
+            arguments = shlex.split(line)[1:]
+            assert f"--config {named(path)}" in line
+            assert main([*arguments, "--print_config"]) == 0, capsys.readouterr().err
+
+
+@pytest.mark.parametrize("path", [path for path in CONFIGS if path.parent.name == "suite"], ids=named)
+def test_suites_pass_the_check_of_all_their_stages(path, monkeypatch, capsys) -> None:
+    def reached(plan: Any, conductor: Any) -> None:
+        raise LitMergeError(f"all {conductor.total} stages are possible")
+
+    monkeypatch.setattr(lit_merge.suite._Plan, "run", reached)
+    assert main(["suite", "--config", str(path), "--output=S"]) == 1
+    assert re.search(r"error: all \d+ stages are possible", capsys.readouterr().err)
