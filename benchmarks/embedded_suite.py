@@ -56,8 +56,7 @@ def main() -> None:
     if not options.only_place:
         results = run(["suite", "--config", str(options.config)])
         commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False, cwd=ROOT)
-        timings = json.loads((Path("runs") / results["name"] / "timings.json").read_text(encoding="utf-8"))
-        kept = {**results, "commit": commit.stdout.strip(), "seconds": timings}
+        kept = {**results, "commit": commit.stdout.strip()}
         write_text(options.output, json.dumps(kept, indent=2) + "\n")
     place(json.loads(options.output.read_text(encoding="utf-8")))
 

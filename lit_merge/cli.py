@@ -121,7 +121,7 @@ def _refusal(error: BaseException | None) -> BaseException | None:
     """The error among this one and its causes that is meant for the user, or None: a bug needs its traceback."""
     from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-    meant = (LitMergeError, MisconfigurationException, OSError)
+    meant = (LitMergeError, MisconfigurationException, OSError, ImportError)
     while error is not None and not isinstance(error, meant) and type(error).__name__ != "OutOfMemoryError":
         error = error.__cause__
     return error

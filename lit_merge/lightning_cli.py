@@ -88,6 +88,8 @@ class LitMergeCLI(LightningCLI):
                 trained = command == "fit" and hasattr(self, "trainer") and self.trainer.global_step > 0
                 self.run_directory.discard(begun=trained)
             raise
+        if self.run_directory is not None and self._get(self.config, "trainer").get("fast_dev_run"):
+            self.run_directory.discard()
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
         """Only the one that runs: building the others' parsers takes time."""
@@ -113,8 +115,9 @@ class LitMergeCLI(LightningCLI):
     def _parse_ckpt_path(self) -> None:
         """Claim the run directory before anything expensive happens, then take over the checkpoint's settings."""
         settings = self.config[self.command]
-        checkpoint = settings.get("ckpt_path")
+        checkpoint = str(settings["ckpt_path"]) if settings.get("ckpt_path") is not None else None
         self.run_directory = RunDirectory(self.command, settings["output"], settings["overwrite"], checkpoint)
+        settings["ckpt_path"] = checkpoint = self.run_directory.checkpoint
         self.save_config_kwargs = {"directory": self.run_directory}
         try:
             super()._parse_ckpt_path()
@@ -134,13 +137,8 @@ class LitMergeCLI(LightningCLI):
             kwargs["enable_checkpointing"] = False
         callbacks = settings.get("callbacks") or []
         callbacks = list(callbacks) if isinstance(callbacks, Sequence) else [callbacks]
-        if self.command == "fit" and isinstance(self.model, FineTuneModule):
-            if not any(isinstance(callback, ExtractTaskVector) for callback in callbacks):
-                callbacks.append(ExtractTaskVector())
-        elif self.command in ("validate", "test"):
-            callbacks.append(WriteMetrics(f"{self.command}_metrics.json"))
-        elif self.command == "predict":
-            callbacks.append(WritePredictions())
+        if not settings.get("fast_dev_run"):  # a trial, which leaves nothing
+            callbacks += self._writers(callbacks)
         try:
             return super().instantiate_trainer(callbacks=callbacks, **kwargs)
         except (MisconfigurationException, TypeError, ValueError) as error:
@@ -148,6 +146,14 @@ class LitMergeCLI(LightningCLI):
             raise ConfigurationError(
                 f"trainer: {reason}. Change its accelerator, devices, strategy, precision or plugins."
             ) from error
+
+    def _writers(self, callbacks: Sequence[L.Callback]) -> list[L.Callback]:
+        if self.command == "fit":
+            given = any(isinstance(callback, ExtractTaskVector) for callback in callbacks)
+            return [ExtractTaskVector()] if isinstance(self.model, FineTuneModule) and not given else []
+        if self.command == "predict":
+            return [WritePredictions()]
+        return [WriteMetrics(f"{self.command}_metrics.json")]
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         arguments = super()._prepare_subcommand_kwargs(subcommand)

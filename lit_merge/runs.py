@@ -21,7 +21,7 @@ _OUTPUTS = {
     "test": ("test_metrics.json",),
     "predict": ("predictions.csv",),
 }
-_KEYWORDS = ("best", "last", "hpc", "registry")
+_KEYWORDS = ("hpc", "registry")  # Lightning finds the checkpoint
 
 
 class RunDirectory:
@@ -31,10 +31,12 @@ class RunDirectory:
         command: one of Lightning's commands.
         output: the directory; None for that of the run which is resumed, else ``runs/COMMAND/TIME``.
         overwrite: whether an earlier run of this command in it may be replaced, once this one begins.
-        checkpoint: the checkpoint that is given; fit resumes in the directory that it lies in.
+        checkpoint: the checkpoint that is given; fit resumes in the directory that it lies in. ``last`` is the newest
+            one in ``output``.
 
     Attributes:
         path: the directory.
+        checkpoint: the checkpoint's path, or what Lightning makes of it.
 
     Raises:
         ConfigurationError: it holds such a run, or cannot be created; or there is no such checkpoint.
@@ -45,13 +47,16 @@ class RunDirectory:
     ) -> None:
         self.command = command
         self.config = f"{command}.yaml"
-        source = _checkpoint_file(checkpoint)
+        source = _checkpoint_file(checkpoint, output)
+        self.checkpoint = checkpoint if source is None else str(source)
         resumable = command == "fit" and source is not None and source.parent.name == "checkpoints"
         if output is None and resumable and source is not None and (source.parents[1] / self.config).exists():
             output = str(source.parents[1])
         self.path = Path(output) if output is not None else Path("runs") / command / _name()
         inside = source is not None and source.resolve().is_relative_to(self.path.resolve())
-        self._resumes = command == "fit" and checkpoint is not None and (inside or source is None)
+        if command == "fit" and checkpoint is None and any(self.path.glob("hpc_ckpt_*.ckpt")):
+            self.checkpoint = "hpc"  # SLURM started the job again
+        self._resumes = command == "fit" and (inside or (self.checkpoint is not None and source is None))
         self._set_aside: Path | None = None
         self._new: list[Path] = []  # what was not there before, files first
         if _is_first():
@@ -112,11 +117,14 @@ def _name() -> str:
     return os.environ[variable]
 
 
-def _checkpoint_file(checkpoint: str | None) -> Path | None:
+def _checkpoint_file(checkpoint: str | None, output: str | None) -> Path | None:
     """The file, or None if there is none or Lightning is to find it."""
-    if checkpoint is None or "://" in str(checkpoint) or str(checkpoint).partition(":")[0] in _KEYWORDS:
+    if checkpoint is None or "://" in checkpoint or checkpoint.partition(":")[0] in _KEYWORDS:
         return None
     path = Path(checkpoint)
+    if checkpoint == "last":
+        folder = Path(output or ".") / "checkpoints"
+        path = max(folder.glob("*.ckpt"), key=lambda file: file.stat().st_mtime_ns, default=folder / "*.ckpt")
     if not path.exists():
-        raise ConfigurationError(f"ckpt_path: expected a checkpoint, got {checkpoint}, which does not exist. Check it.")
+        raise ConfigurationError(f"ckpt_path: expected a checkpoint, got {path}, which does not exist. Check the path.")
     return path

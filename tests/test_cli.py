@@ -271,6 +271,34 @@ def test_resuming_without_output_goes_on_in_the_checkpoints_directory(fit, tiny)
     assert not Path("runs").exists()
 
 
+def test_the_last_checkpoint_is_the_newest_of_the_run(fit, tiny, capsys) -> None:
+    every = ["--trainer.callbacks+=ModelCheckpoint", "--trainer.callbacks.every_n_train_steps=2"]
+    directory = fit("R", *every, "--trainer.callbacks.save_top_k=-1", "--trainer.logger=true")
+    assert len(list(directory.glob("checkpoints/*.ckpt"))) == 2
+    longer = ["fit", *QUIET, "--data.task=digits", "--data.batch_size=8", "--trainer.limit_val_batches=0"]
+    assert main([*longer, "--trainer.max_steps=6", "--output=R", "--ckpt_path=last"]) == 0
+    assert "step=4.ckpt" in yaml.safe_load((directory / "fit.yaml").read_text())["ckpt_path"]
+    assert TaskVector.load(directory / "task_vector.safetensors").metadata["step"] == "6"
+    assert main([*longer, "--trainer.max_steps=6", "--output=fresh", "--ckpt_path=last"]) == 2
+    assert "fresh/checkpoints/*.ckpt, which does not exist" in capsys.readouterr().err
+
+
+def test_a_trial_run_leaves_nothing(tiny) -> None:
+    for command in ("fit", "test"):
+        trial = [command, *QUIET, *tiny, "--data.task=digits", "--trainer.fast_dev_run=true", "--output=R"]
+        assert main(trial) == 0
+        assert not Path("R").exists()
+
+
+def test_a_job_that_slurm_started_again_goes_on_in_its_directory(fit, caplog) -> None:
+    directory = fit("R")
+    (checkpoint,) = directory.glob("checkpoints/*.ckpt")
+    shutil.copy(checkpoint, directory / "hpc_ckpt_1.ckpt")
+    fit("R", "--trainer.max_steps=6")
+    assert "Restored all states from the checkpoint at" in caplog.text
+    assert TaskVector.load(directory / "task_vector.safetensors").metadata["step"] == "6"
+
+
 def test_a_checkpoint_of_another_run_does_not_open_a_directory(fit, capsys) -> None:
     (checkpoint,) = fit("one").glob("checkpoints/*.ckpt")
     fit("two")
@@ -294,12 +322,13 @@ def test_a_module_of_the_users_own(fit) -> None:
     assert yaml.safe_load((directory / "fit.yaml").read_text())["model"]["class_path"] == "my_modules.Still"
 
 
-def test_the_output_is_quiet(tiny, capsys, recwarn) -> None:
+def test_the_output_is_quiet(tiny, capsys, caplog, recwarn) -> None:
     several = ["--model=MultiTaskModule", "--data=MultiTaskDataModule", "--data.tasks=[digits, signs]"]
     short = ["--trainer.max_steps=2", "--data.batch_size=4", "--trainer.limit_val_batches=1", "--output=R"]
     assert main(["fit", *QUIET, *several, *tiny, *short]) == 0
     shown = capsys.readouterr()
-    said = shown.out + shown.err + " ".join(str(warning.message) for warning in recwarn)
+    said = caplog.text + shown.out + shown.err + " ".join(str(warning.message) for warning in recwarn)
+    assert "stopped: `max_steps=2` reached" in said  # what matters is still said
     for noise in ("Tip", "litlogger", "litmodels", "LeafSpec"):
         assert noise not in said
 

@@ -186,6 +186,15 @@ def test_an_absent_gpu(tiny, refused, monkeypatch) -> None:
     assert "'gpuu'" in line
 
 
+def test_a_package_that_is_not_installed(tiny, refused, monkeypatch) -> None:
+    from lightning.fabric.loggers import tensorboard
+
+    for name in ("_TENSORBOARD_AVAILABLE", "_TENSORBOARDX_AVAILABLE"):
+        monkeypatch.setattr(tensorboard, name, False)
+    logger = ["--trainer.logger=TensorBoardLogger", "--trainer.logger.save_dir=logs"]
+    assert "tensorboard" in refused(["fit", "--data.task=digits", "--output=R", *tiny, *logger], 1)
+
+
 def test_an_output_that_cannot_be_created(tiny, refused) -> None:
     Path("file").write_text("")
     for output in ("file", "file/below"):
@@ -274,7 +283,8 @@ def test_checkpoints_that_are_none(tiny, clip_weights, refused) -> None:
     for name in ("lacking.ckpt", "plain.ckpt", "cut0.ckpt", "cut100.ckpt", "cut10000.ckpt", clip_weights):
         line = refused([*predict, f"--ckpt_path={name}"], 1)
         assert line.startswith(f"{name}: expected a checkpoint of such a run, got")
-    assert "got no.ckpt, which does not exist" in refused([*predict, "--ckpt_path=no.ckpt"], 2)
+    for name in ("no.ckpt", "best"):
+        assert f"got {name}, which does not exist" in refused([*predict, f"--ckpt_path={name}"], 2)
 
 
 # A loss that is not finite

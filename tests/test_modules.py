@@ -24,7 +24,7 @@ from lit_merge.errors import (
     NonFiniteError,
     StructureMismatchError,
 )
-from lit_merge.models import Preprocessing, load_clip
+from lit_merge.models import Preprocessing, ZeroShotHead, load_clip
 from lit_merge.modules import FineTuneModule, MultiTaskModule
 from lit_merge.modules.attention import fast_attention
 from lit_merge.modules.pretrain import ContrastiveModule, multi_positive_contrastive_loss
@@ -378,7 +378,7 @@ def test_a_checkpoint_opens_without_its_data_and_the_files_it_began_with(
         assert torch.equal(opened.classify(images), tuned.classify(images))
     # On other data the head is another one, of the same size or not.
     monkeypatch.setattr(
-        opened, "make_head", lambda classes, templates: tuned.head.__class__(torch.eye(len(classes), 12), 1.0, classes)
+        opened, "make_head", lambda classes, templates: ZeroShotHead(torch.eye(len(classes), 12), 1.0, classes)
     )
     for classes in (("x", "y", "z"), ("cube", "cone")):
         silent_trainer().test(opened, datamodule=clip_data(classes), verbose=False)
@@ -695,7 +695,9 @@ def test_a_task_without_validation_images_is_left_out_of_the_mean(several, tiny_
     assert float(found["val/accuracy"]) == pytest.approx(sum(both) / 2)
 
 
-def test_a_multi_task_checkpoint_opens_without_its_data(clip_module, clip_data, tiny_tasks, silent_trainer, tmp_path):
+def test_a_multi_task_checkpoint_opens_without_its_data(
+    clip_module, clip_data, tiny_tasks, silent_trainer, tmp_path, monkeypatch
+):
     data = tiny_tasks({"road.signs": clip_data(("give way", "stop")), "train": clip_data()})
     tuned, trainer = clip_module(MultiTaskModule), silent_trainer(max_steps=1)
     trainer.fit(tuned, datamodule=data)
@@ -704,6 +706,24 @@ def test_a_multi_task_checkpoint_opens_without_its_data(clip_module, clip_data, 
     assert_same(opened.state_dict(), tuned.state_dict())
     results = [silent_trainer().test(part, datamodule=data, verbose=False) for part in (tuned, opened)]
     assert results[0] == results[1]
+    other = tiny_tasks({"train": clip_data(("cube", "cone"))})  # a task of the same name with other classes
+    head = ZeroShotHead(torch.eye(2, 12), 1.0, ("cube", "cone"))
+    monkeypatch.setattr(opened, "make_head", lambda classes, templates: head)
+    found = silent_trainer().test(opened, datamodule=other, verbose=False)[0]
+    images, labels = (torch.cat([batch[part] for batch in other.tasks["train"].batches]) for part in (0, 1))
+    with torch.no_grad():
+        right = head(opened.encoder(images)).argmax(1) == labels
+    assert found["test/train/accuracy"] == pytest.approx(float(right.float().mean()))
+
+
+@pytest.mark.parametrize("precision", ["64-true", "bf16-true", "bf16-mixed"])
+def test_a_clip_trains_in_other_precisions(precision, clip_module, clip_data, tiny_tasks, silent_trainer):
+    for kind, data in ((FineTuneModule, clip_data()), (MultiTaskModule, tiny_tasks({"shapes": clip_data()}))):
+        tuned, trainer = clip_module(kind, learning_rate=1e-2), silent_trainer(max_steps=3, precision=precision)
+        trainer.fit(tuned, datamodule=data)
+        trainer.test(tuned, datamodule=data, verbose=False)
+        assert {tensor.dtype for tensor in tuned.task_vector().values()} == {torch.float32}
+        assert min(float(tensor.abs().max()) for tensor in tuned.task_vector().values()) > 1e-3
 
 
 # The contrastive loss and the attention kernel

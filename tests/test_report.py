@@ -122,7 +122,7 @@ def test_an_individual_model_that_is_never_right_has_no_normalised_accuracy():
     data["seeds"]["0"]["individual"]["signs"] = 0.0
     read = Results.from_dict(data)
     assert math.isnan(read.normalised("task_arithmetic", "signs")[0])
-    assert cells_of(accuracy_table(read, normalised=True))["task arithmetic"] == ["83.3", "–", "–"]
+    assert methods_of(accuracy_table(read, normalised=True))["task arithmetic"] == ["83.3", "–", "–"]
 
 
 @pytest.mark.parametrize(
@@ -270,8 +270,16 @@ def test_files_that_are_no_results(tmp_path):
 # ---------------------------------------------------------------------------------------------------- tables
 
 
+def methods_of(table):
+    """The printed table by method: its columns, each from top to bottom."""
+    cells = cells_of(table)
+    tasks = [name for name in cells if name != "task"]
+    columns = {method: [cells[task][place] for task in tasks] for place, method in enumerate(cells["task"])}
+    return {"method": tasks, **columns}
+
+
 def test_accuracy_table():
-    cells = cells_of(accuracy_table(results()))
+    cells = methods_of(accuracy_table(results()))
     assert list(cells) == ["method", "zero-shot", "weight average", "task arithmetic", "individual"]
     assert cells["method"] == ["digits", "signs", "mean"]
     assert cells["zero-shot"] == ["60.0", "30.0", "45.0"]  # the same for all seeds: no spread
@@ -283,7 +291,7 @@ def test_accuracy_table():
 
 
 def test_normalised_accuracy_table():
-    cells = cells_of(accuracy_table(results(), normalised=True))
+    cells = methods_of(accuracy_table(results(), normalised=True))
     read = results()
     mean, spread = summary(read.mean_normalised("zero-shot"))
     assert cells["zero-shot"][-1] == f"{100 * mean:.1f} ± {100 * spread:.1f}"
@@ -321,7 +329,7 @@ def test_markdown_table():
     assert {len(row) for row in rows} == {5}
     assert rows[0] == ["method", "digits", "signs", "mean", "normalised"]
     assert all(re.fullmatch(":?-+:?", cell) for cell in rows[1])
-    printed, normalised = cells_of(accuracy_table(results())), cells_of(accuracy_table(results(), normalised=True))
+    printed, normalised = methods_of(accuracy_table(results())), methods_of(accuracy_table(results(), normalised=True))
     assert [row[0] for row in rows[2:]] == list(printed)[1:]
     for name, *cells in rows[2:]:
         assert cells == [*printed[name], normalised[name][-1]]

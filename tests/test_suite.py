@@ -18,7 +18,7 @@ import yaml
 
 from lit_merge import FineTuneModule
 from lit_merge.cli import main
-from lit_merge.data import TaskDataModule
+from lit_merge.data import MultiTaskDataModule, TaskDataModule
 from lit_merge.errors import DataError
 from lit_merge.report import Results
 from lit_merge.stages import Conductor, folder_digest
@@ -150,6 +150,9 @@ def test_seeds_differ_but_test_images_never_train(finished) -> None:
         stage = yaml.safe_load((directory / place / "hues/stage.yaml").read_text(encoding="utf-8"))
         data = TaskDataModule(**stage["data"]["init_args"])
         names[split] |= {str(path) for path, _ in data.source._divided[split]}
+    zero_shot = yaml.safe_load((directory / "zero-shot/stage.yaml").read_text(encoding="utf-8"))
+    several = MultiTaskDataModule(**zero_shot["data"]["init_args"])
+    assert {str(path) for path, _ in several.tasks["hues"].source._divided["test"]} == names["test"]
     assert len(names["train"]) == 24
     assert names["test"]
     assert not names["train"] & names["test"]
@@ -164,6 +167,13 @@ def test_a_second_run_does_nothing_again(finished, capsys) -> None:
     assert capsys.readouterr().err.count("done before") == STAGES
     assert not ran(before, finished)
     assert (finished / "results.json").read_bytes() == outcome
+
+
+def test_a_moved_suite_is_the_same_suite(finished) -> None:
+    moved = finished.rename("T")
+    before = times(moved)
+    suite("T")
+    assert not ran(before, moved)
 
 
 def test_damaged_outputs_are_made_again_and_nothing_else(finished) -> None:

@@ -98,7 +98,8 @@ class ExtractTaskVector(L.Callback):
         if self.best not in trainer.callback_metrics:
             known = ", ".join(sorted(trainer.callback_metrics))
             raise ConfigurationError(f"best: expected a logged metric, one of {known}, got {self.best!r}. Change it.")
-        value = float(trainer.callback_metrics[self.best])
+        # Rank zero decides for all: a metric that is not synchronised differs, and a process would wait for ever.
+        value = trainer.strategy.broadcast(float(trainer.callback_metrics[self.best]))
         sign = 1 if self.mode == "max" else -1
         if not math.isnan(value) and (self.best_value is None or sign * value > sign * self.best_value):
             self.best_value = value

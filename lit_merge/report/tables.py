@@ -15,10 +15,10 @@ __all__ = ["accuracy_table", "markdown_table", "mean_cell", "vector_table"]
 
 
 def accuracy_table(results: Results, normalised: bool = False) -> Table:
-    """Accuracy in percent: one row per method, one column per task and one for their mean.
+    """Accuracy in percent: one row per task and one for their mean, one column per method.
 
     Args:
-        results: of a suite. With several seeds every value is a mean over them, and the last column adds ± the sample
+        results: of a suite. With several seeds every value is a mean over them, and the last row adds ± the sample
             standard deviation.
         normalised: divide by the accuracy of the individual models.
 
@@ -26,12 +26,14 @@ def accuracy_table(results: Results, normalised: bool = False) -> Table:
         A table to print with ``rich.console.Console().print``.
     """
     title = f"{results.model_and_scope()}: {'normalised ' if normalised else ''}{results.protocol()}"
-    table = _table(title, ["method", *results.tasks, "mean"])
+    methods = results.methods()
+    table = _table(title, ["task", *map(display_name, methods)])
     table.caption = _text("percent" + ("; ± standard deviation over seeds" if len(results.seeds) > 1 else ""))
-    for method in results.methods():
-        cells = _task_cells(results, method, normalised)
-        style = "dim" if method in (ZERO_SHOT, INDIVIDUAL) else ""
-        table.add_row(*map(_text, [display_name(method), *cells, mean_cell(results, method, normalised)]), style=style)
+    columns = [_task_cells(results, method, normalised) for method in methods]
+    for task, *cells in zip(results.tasks, *columns, strict=True):
+        table.add_row(*map(_text, [task, *cells]))
+    table.add_section()
+    table.add_row(*map(_text, ["mean", *(mean_cell(results, method, normalised) for method in methods)]))
     return table
 
 
@@ -108,7 +110,8 @@ def _table(title: str, columns: list[str]) -> Table:
 
     table = Table(title=_text(title), title_style="bold", title_justify="left", caption_justify="left")
     for index, column in enumerate(columns):
-        table.add_column(_text(column), justify="right" if index else "left", no_wrap=True)
+        words = max(map(len, column.split()), default=0)
+        table.add_column(_text(column), justify="right" if index else "left", min_width=max(words, 10 if index else 8))
     return table
 
 
