@@ -219,7 +219,8 @@ def test_a_contact_sheet(capsys) -> None:
 
 
 def test_an_existing_run_is_not_overwritten_unasked(fit, tiny, capsys) -> None:
-    directory = fit("R")
+    directory = fit("R", "--trainer.log_every_n_steps=1")
+    assert (directory / "metrics.csv").exists()
     before = {path: path.stat().st_mtime_ns for path in directory.rglob("*")}
     again = ["fit", *QUIET, *tiny, "--data.task=digits", "--trainer.max_steps=1", "--output=R"]
     capsys.readouterr()
