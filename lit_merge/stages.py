@@ -35,14 +35,21 @@ class Conductor:
     Args:
         directory: the job's directory.
         total: how many stages there are.
-        report: called with a line for every stage.
+        report: called with a line for every stage that has ended.
+        starting: called with the name of every stage that begins.
 
     Attributes:
         seconds: stage -> how long it took when it ran.
     """
 
-    def __init__(self, directory: Path, total: int, report: Callable[[str], None]) -> None:
-        self.directory, self.total, self.report = directory, total, report
+    def __init__(
+        self,
+        directory: Path,
+        total: int,
+        report: Callable[[str], None],
+        starting: Callable[[str], None] = lambda name: None,
+    ) -> None:
+        self.directory, self.total, self.report, self.starting = directory, total, report, starting
         self.seconds: dict[str, float] = {}
 
     def stage(self, name: str, settings: Any, inputs: list[Path], work: Callable[[Path], list[Path]]) -> list[Path]:
@@ -67,6 +74,7 @@ class Conductor:
         record_path = self.directory / "stages" / f"{name.replace('/', '--')}.json"
         record = _read(record_path)
         place = f"[{len(self.seconds) + 1}/{self.total}] {name}"
+        self.starting(name)
         if record is not None and record.key == key and self._intact(record):
             self.seconds[name] = record.seconds
             self.report(f"{place}: done before")

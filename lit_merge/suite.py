@@ -7,6 +7,7 @@ not run again, so that a killed run goes on where it stopped.
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import os
@@ -111,6 +112,8 @@ def suite(
         LitMergeError: a stage refuses its input; finished stages are kept.
     """
     from rich.console import Console
+    from rich.markup import escape
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
     directory = Path(output)
     _refuse_other_files(directory)
@@ -133,8 +136,24 @@ def suite(
     plan.check()
     _claim(directory, yaml.safe_dump(plan.description(), sort_keys=False), overwrite)
     console = Console(stderr=True)
-    conductor = Conductor(directory, plan.stages, lambda line: console.print(line, highlight=False, markup=False))
-    results = plan.run(conductor)
+    columns = (
+        SpinnerColumn(),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.description}"),
+    )
+    with Progress(*columns, console=console, transient=True) as progress:
+        bar = progress.add_task("", total=plan.stages)
+
+        def ended(line: str) -> None:
+            console.print(line, highlight=False, markup=False)
+            progress.advance(bar)
+
+        conductor = Conductor(
+            directory, plan.stages, ended, lambda stage: progress.update(bar, description=escape(stage))
+        )
+        results = plan.run(conductor)
     write_text(directory / "timings.json", json.dumps(conductor.seconds, indent=2) + "\n")
     return _publish(results, directory)
 
@@ -385,6 +404,7 @@ class _Plan:
         try:
             with quiet(), redirect_stdout(StringIO()):
                 run_command(command, arguments)
+            gc.collect()  # a trainer and its model refer to each other, and would stay through the next stages
         except SystemExit as error:  # the parser has said on the standard error what is wrong
             raise ConfigurationError(f"{command}: the configuration {path} was refused, see the line above.") from error
 
