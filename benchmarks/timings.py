@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 from lit_merge.callbacks.writing import write_text
-from lit_merge.suite import hardware, versions
+from lit_merge.environment import hardware, versions
 
 ROOT = Path(__file__).parents[1]
 DRAW = (

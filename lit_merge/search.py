@@ -143,8 +143,8 @@ def search_coefficient(
     for candidate in candidates:
         module.load_task_vector(candidate(vectors).single())
         accuracy.append(_validate(module, data))
-    absolute = [sum(point.values()) / len(point) for point in accuracy]
     tasks = list(vectors.tasks)
+    absolute = [sum(point[task] for task in tasks) / len(tasks) for point in accuracy]
     normalised = [normalised_accuracy({task: point[task] for task in tasks}, individual) for point in accuracy]
     scores = normalised if search.criterion == "normalised" else absolute
     best = search.values[max(range(len(scores)), key=lambda index: (scores[index], -search.values[index]))]

@@ -39,6 +39,8 @@ LAYERS: dict[str, set[str]] = {  # room -> rooms of lit_merge and third-party pa
     "search": EVERYTHING,
     "merging": EVERYTHING,
     "stages": {"errors", "vectors", "callbacks"},
+    "environment": {"torch"},
+    "suite_plan": EVERYTHING,
     "suite": EVERYTHING,
     "runs": {"errors", "callbacks", "lightning"},
     "command_parser": EVERYTHING,

@@ -75,6 +75,6 @@ def test_suites_pass_the_check_of_all_their_stages(path, monkeypatch, capsys) ->
     def reached(plan: Any, conductor: Any) -> None:
         raise LitMergeError(f"all {conductor.total} stages are possible")
 
-    monkeypatch.setattr(lit_merge.suite._Plan, "run", reached)
+    monkeypatch.setattr(lit_merge.suite.SuitePlan, "run", reached)
     assert main(["suite", "--config", str(path), "--output=S"]) == 1
     assert re.search(r"error: all \d+ stages are possible", capsys.readouterr().err)

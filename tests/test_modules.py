@@ -84,6 +84,16 @@ def test_the_task_vector_is_what_fit_changed(module, tiny_encoder, tiny_data, si
     assert (tuned.task, tuned.classes) == ("shapes", ("a", "b", "c"))
 
 
+def test_batch_normalisation_keeps_its_statistics(module, tiny_encoder, tiny_data, silent_trainer):
+    width = tiny_encoder()(torch.zeros(1, 3, 4, 4)).shape[1]
+    encoder = nn.Sequential(tiny_encoder(), nn.BatchNorm1d(width))
+    tuned = module(encoder=encoder)
+    buffers = {name: buffer.clone() for name, buffer in encoder.named_buffers()}
+    silent_trainer(max_steps=3).fit(tuned.train(), datamodule=tiny_data())
+    assert_same(dict(encoder.named_buffers()), buffers)
+    assert "1.weight" in tuned.task_vector()
+
+
 def plain_loop(encoder, heads, steps, clip=1.0, warm_up=0.1, smoothing=0.0):
     """The papers' protocol without lit-merge; ``steps`` are lists of (head's name, images, labels)."""
     optimizer = torch.optim.AdamW(encoder.parameters(), lr=RATE, eps=1e-6, weight_decay=DECAY)
@@ -222,13 +232,13 @@ def test_a_frozen_head_does_not_move_at_all(module, tiny_data, silent_trainer):
     assert_same(values(tuned.head), before)
 
 
-def test_the_encoders_running_statistics_are_not_touched_before_the_first_batch(module, tiny_data, silent_trainer):
+def test_setting_up_does_not_run_the_encoder(module, tiny_data, silent_trainer):
     encoder = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(10), nn.Linear(10, 6))
     data = tiny_data([ImageBatch(torch.randn(8, 10), torch.zeros(8).long(), torch.arange(8))])
     del data.classes
     tuned = module(encoder=encoder)  # an encoder that takes no images of 4 pixels, under data that name no classes
     silent_trainer(max_steps=1).fit(tuned, datamodule=data)
-    assert int(encoder[1].num_batches_tracked) == 1
+    assert int(encoder[1].num_batches_tracked) == 0  # batch normalisation is frozen, too
 
 
 def test_predictions_are_probabilities(module, tiny_data, silent_trainer):

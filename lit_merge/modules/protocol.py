@@ -9,6 +9,7 @@ from typing import Any
 import lightning as L
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from lit_merge.errors import ConfigurationError
 from lit_merge.modules.encoding import EncoderModule
@@ -85,6 +86,18 @@ class FineTuningProtocol(EncoderModule):
         self.weight_decay = weight_decay
         self.warmup_fraction = warmup_fraction
         self.gradient_clip = gradient_clip
+        self._keep_statistics()
+
+    def train(self, mode: bool = True) -> FineTuningProtocol:
+        """Switch to training; batch normalisation keeps its statistics, which a task vector does not hold."""
+        super().train(mode)
+        self._keep_statistics()
+        return self
+
+    def _keep_statistics(self) -> None:
+        for module in self.encoder.modules():
+            if isinstance(module, _BatchNorm):
+                module.eval()
 
     def trainable_parameters(self) -> list[tuple[str, nn.Parameter]]:
         """Names and parameters that the optimiser changes: here every one of the encoder."""
