@@ -1,4 +1,4 @@
-"""Builds ``assets/digits.npz`` from scikit-learn's copy of the UCI optical digits (1,797 scans of 8 x 8, 17 grey levels).
+"""Builds ``assets/digits.npz`` from scikit-learn's copy of the UCI optical digits: 1,797 scans of 8 x 8 pixels.
 
 python -m lit_merge.data.embedded.build_digits --out lit_merge/data/embedded/assets/digits.npz
 """
