@@ -344,13 +344,22 @@ def test_run_returns_what_the_command_returns(fit, tiny) -> None:
 # Ctrl-C
 
 
+def _listen_to_interrupts() -> None:
+    """A job that a script starts in the background ignores SIGINT, and so would every process below it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def test_ctrl_c_ends_a_fit_with_one_line(tiny, tmp_path) -> None:
     endless = ["fit", *QUIET, *tiny, "--data.task=digits", "--data.batch_size=8", "--trainer.max_steps=1000000"]
     logger = ["class_path=CSVLogger", "save_dir=R", "name=", "version=", "flush_logs_every_n_steps=1"]
     endless += ["--trainer.log_every_n_steps=1", *(f"--trainer.logger.{setting}" for setting in logger), "--output=R"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(
-        [sys.executable, "-m", "lit_merge", *endless], stderr=subprocess.PIPE, text=True, env=environment
+        [sys.executable, "-m", "lit_merge", *endless],
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        preexec_fn=_listen_to_interrupts,
     )
     try:
         patience = time.monotonic() + 120
