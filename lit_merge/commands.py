@@ -52,8 +52,9 @@ def run_command(command: str, arguments: Sequence[str], description: str = "") -
     result = function(**settings.as_dict())
     if command == "merge":
         from lit_merge.callbacks.writing import write_text
+        from lit_merge.merging import beside
 
-        write_text(result.output.with_suffix(".yaml"), resolved)
+        write_text(beside(result.output, "merge.yaml"), resolved)
         found = f", {result.search.field} {result.search.best:g} chosen on validation data" if result.search else ""
         sys.stdout.write(f"{result.transform!r}{found} -> {result.output}\n")
     elif isinstance(result, Path):

@@ -20,7 +20,7 @@ from lit_merge.transforms import Transform, recipe, replace_field
 from lit_merge.vectors import TaskVector, TaskVectors, check_base, merged_parameters
 from lit_merge.vectors.store import file_digest, write_tensors
 
-__all__ = ["MergeResult", "merge", "merge_task_vectors"]
+__all__ = ["MergeResult", "beside", "merge"]
 
 if TYPE_CHECKING:
     from lightning import LightningDataModule
@@ -84,8 +84,8 @@ def merge(
 
     Args:
         vectors: task vector files; their order matters for analogy and per-task coefficients only.
-        output: file to write, ending in .safetensors; a search's curve is written beside it as <name>-search.json.
-            Missing folders are created.
+        output: file to write, ending in .safetensors; a search's curve is written beside it as <name>-search.json,
+            and by the command its configuration as <name>-merge.yaml. Missing folders are created.
         recipe: name of a method, e.g. task_arithmetic, weight_average, negation, analogy.
         settings: of the recipe, e.g. {coefficient: 0.3}.
         transform: instead of a recipe, any transform by class path, or a Chain of them.
@@ -95,7 +95,7 @@ def merge(
         pretrained: its weights.
         search: choose a coefficient on validation data instead of taking the given one.
         data: the tasks to search on; by default the embedded tasks that the vectors are named after.
-        overwrite: replace an existing output.
+        overwrite: replace an existing output and the files beside it.
 
     Raises:
         LitMergeError: inputs are missing, damaged or do not fit each other, or the output exists.
@@ -110,7 +110,6 @@ def merge(
     if search is not None:
         found = search_coefficient(stacked, chosen, search, model, pretrained, data)
         chosen = replace_field(chosen, search.field, found.best)
-        found.save(target.with_name(f"{target.stem}-search.json"))
     provenance = {
         "base_fingerprint": clip.fingerprint,
         "base_model": clip.name,
@@ -123,7 +122,7 @@ def merge(
     }
     if found is not None:
         provenance["search"] = json.dumps(asdict(found))
-    merged = merge_task_vectors(stacked, chosen)
+    merged = chosen(stacked).single()
     if kind == "task_vector":
         vector = TaskVector(merged, merged.task, metadata={**dict(merged.metadata), **provenance})
         vector.save(target, _DTYPES[dtype])
@@ -134,16 +133,14 @@ def merge(
         stored = {name: _cast(value, _DTYPES[dtype]) for name, value in weights.items()}
         check_finite(stored, f"merged weights in {dtype}")
         write_tensors(target, stored, {"format": "lit-merge/weights/1", **provenance})
+    if found is not None:
+        found.save(beside(target, "search.json"))
     return MergeResult(target, chosen, found)
 
 
-def merge_task_vectors(vectors: TaskVectors, transform: Transform) -> TaskVector:
-    """Apply a chain that reduces to one vector.
-
-    Raises:
-        ConfigurationError: several vectors remain.
-    """
-    return transform(vectors).single()
+def beside(output: Path, ending: str) -> Path:
+    """The file that goes with a merge's output, e.g. ``m-search.json`` with ``m.safetensors``."""
+    return output.with_name(f"{output.stem}-{ending}")
 
 
 def _cast(value: Tensor, dtype: torch.dtype) -> Tensor:
@@ -158,9 +155,10 @@ def _check_paths(vectors: Sequence[str], output: str, overwrite: bool) -> Path:
         raise ConfigurationError(f"output: expected a file ending in .safetensors, got {output}. Rename it.")
     if any(Path(path).resolve() == target.resolve() for path in vectors):
         raise ConfigurationError(f"output: expected another file than the inputs, got {output}. Choose another name.")
-    if target.exists() and not overwrite:
+    existing = [path for path in (target, beside(target, "search.json"), beside(target, "merge.yaml")) if path.exists()]
+    if existing and not overwrite:
         raise ConfigurationError(
-            f"output: expected a new file, got {output}, which exists. Set overwrite to replace it."
+            f"output: expected a new file, got {existing[0]}, which exists. Set overwrite to replace it."
         )
     return target
 

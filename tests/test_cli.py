@@ -189,10 +189,20 @@ def test_merging_and_testing_the_merged_weights(fit, tiny, clip_config, clip_wei
     capsys.readouterr()
     assert main([*merge, "--recipe=task_arithmetic", "--settings.coefficient=0.5", "--output=out/m.safetensors"]) == 0
     assert capsys.readouterr().out == "chain(Sum(), Scale(coefficient=0.5)) -> out/m.safetensors\n"
-    saved = yaml.safe_load(Path("out/m.yaml").read_text(encoding="utf-8"))
+    saved = yaml.safe_load(Path("out/m-merge.yaml").read_text(encoding="utf-8"))
     assert (saved["settings"], saved["vectors"]) == ({"coefficient": 0.5}, paths)
-    assert main(["merge", "--config", "out/m.yaml", "--output", "again.safetensors"]) == 0
+    assert main(["merge", "--config", "out/m-merge.yaml", "--output", "again.safetensors"]) == 0
     assert Path("again.safetensors").read_bytes() == Path("out/m.safetensors").read_bytes()
+
+    mine = Path("mine.yaml")  # a configuration named as the output is the user's, and stays
+    mine.write_text(f"vectors: {paths}\nrecipe: weight_average\n", encoding="utf-8")
+    before = mine.read_bytes()
+    assert main(["merge", "--config", "mine.yaml", *base, "--output", "mine.safetensors"]) == 0
+    assert mine.read_bytes() == before
+    Path("mine.safetensors").unlink()
+    assert main(["merge", "--config", "mine.yaml", *base, "--output", "mine.safetensors"]) == 2
+    assert "mine-merge.yaml, which exists" in capsys.readouterr().err
+    assert not Path("mine.safetensors").exists()
 
     several = ["--model", "MultiTaskModule", "--data", "MultiTaskDataModule", "--data.tasks", "[digits, signs]"]
     assert main(["test", *several, *tiny, "--model.weights=out/m.safetensors", "--output=T", *QUIET]) == 0

@@ -127,7 +127,7 @@ def test_the_outcome(place, capsys) -> None:
     stored = json.loads((directory / "seed-0/test/average/test_metrics.json").read_text())
     assert seed["merged"]["average"]["accuracy"]["hues"] == round(stored["test/hues/accuracy"], 6)
     assert set(json.loads((directory / "timings.json").read_text())) == set(times(directory))
-    for name in ("fit/digits/fit.yaml", "individual/hues/test.yaml", "merge/average/merged.yaml"):
+    for name in ("fit/digits/fit.yaml", "individual/hues/test.yaml", "merge/average/merged-merge.yaml"):
         assert (directory / "seed-0" / name).exists()
     saved = yaml.safe_load((directory / "suite.yaml").read_text(encoding="utf-8"))
     given = {key: value for key, value in CONFIG.items() if key != "recipes"}
