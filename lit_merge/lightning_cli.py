@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import pickle
 import traceback
@@ -10,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import lightning as L
+import torch.distributed
 import yaml
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger
@@ -201,6 +203,17 @@ def check_configuration(command: str, config: dict[str, Any]) -> None:
 def _no_checkpoint(path: Any, error: Exception) -> FileFormatError:
     reason = f"{type(error).__name__}: {str(error).strip().partition('. ')[0]}".splitlines()[:2]
     return FileFormatError(f"{path}: expected a checkpoint of such a run, got {' '.join(reason)}. Give another.")
+
+
+@atexit.register
+def _leave_process_group() -> None:
+    """Leave the group of processes before the interpreter ends.
+
+    Lightning does it for NCCL alone; gloo's threads, alive when the interpreter is torn down, can abort a process that
+    has done its work ("terminate called without an active exception").
+    """
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def _hush() -> None:
