@@ -20,7 +20,7 @@ LAYERS: dict[str, set[str]] = {  # room -> rooms of lit_merge and third-party pa
     "functional": {"errors", "params", "torch"},
     "vectors": {"errors", "params", "functional", "torch", "safetensors", "numpy"},
     "transforms": {"errors", "params", "functional", "vectors", "torch", "safetensors", "numpy"},
-    "models": {"errors", "params", "cache", "vectors", "torch", "torchvision", "numpy", "PIL"},
+    "models": {"errors", "params", "cache", "functional", "vectors", "peft", "torch", "torchvision", "numpy", "PIL"},
     "metrics": {"errors", "params", "functional", "torch", "torchmetrics"},
     "data": {"errors", "cache", "vectors", "torch", "torchvision", "lightning", "PIL", "numpy"},  # vectors: the store
     "modules": BELOW_MODULES | {"torch", "lightning", "torchmetrics"},

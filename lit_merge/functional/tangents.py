@@ -1,0 +1,292 @@
+"""Tangents of the layers that make up transformers, each as few matrix products as the arithmetic needs.
+
+A rule takes a function's arguments, some of them dual (a value with a tangent, :mod:`torch.autograd.forward_ad`), and
+returns a dual result. The value has no graph; the tangent has one, through which a loss trains what it came from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
+
+__all__ = ["FastTangents"]
+
+
+class FastTangents(TorchFunctionMode):
+    """Sends the functions that have a rule to it; torch's fused attention, which has no formula, turns itself off."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Call the rule, or the function itself."""
+        return _RULES.get(func, func)(*args, **(kwargs or {}))
+
+
+def _dual(value: Tensor | None) -> tuple[Any, Tensor | None]:
+    return (None, None) if value is None else tuple(forward_ad.unpack_dual(value))
+
+
+def _as_autocast_does(device_type: str, *tensors: Tensor | None) -> tuple[Any, ...]:
+    """Cast the inputs of a matrix product."""
+    if not torch.is_autocast_enabled(device_type):
+        return tensors
+    dtype = torch.get_autocast_dtype(device_type)
+    return tuple(value if value is None or value.dtype == torch.float64 else value.to(dtype) for value in tensors)
+
+
+def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``ẏ = x Ẇᵀ + ẋ Wᵀ + ḃ`` on rows: on more dimensions torch would expand the weight over the batch."""
+    (x, dx), (w, dw), (b, db) = _dual(input), _dual(weight), _dual(bias)
+    if dx is None and dw is None and db is None:
+        return F.linear(input, weight, bias)
+    x, dx, w, dw, b, db = _as_autocast_does(x.device.type, x, dx, w, dw, b, db)
+    shape = (*x.shape[:-1], w.shape[0])
+    x = x.reshape(-1, x.shape[-1])
+    y = F.linear(x, w, b)
+    dy = None
+    if dw is not None:
+        dy = x.mm(dw.t()) if db is None else torch.addmm(db, x, dw.t())
+    elif db is not None:
+        dy = db.expand_as(y).clone()
+    if dx is not None:
+        dx = dx.reshape(-1, dx.shape[-1])
+        dy = dx.mm(w.t()) if dy is None else dy.addmm_(dx, w.t())
+    assert dy is not None
+    return forward_ad.make_dual(y.view(shape), dy.view(shape))
+
+
+def _matmul(input: Tensor, other: Tensor) -> Tensor:
+    """A product with one matrix is a linear layer."""
+    return _linear(input, other.t()) if input.ndim >= 3 and other.ndim == 2 else torch.matmul(input, other)
+
+
+def _convolution(convolve: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def rule(input: Tensor, weight: Tensor, bias: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
+        """``ẏ = x * Ẇ + ẋ * W + ḃ`` without the terms that are zero: images, for one, have no tangent."""
+        (x, dx), (w, dw), (b, db) = _dual(input), _dual(weight), _dual(bias)
+        if dx is None and dw is None and db is None:
+            return convolve(input, weight, bias, *args, **kwargs)
+        y = convolve(x, w, b, *args, **kwargs)
+        terms = []
+        if dw is not None:
+            terms.append(convolve(x, dw, db, *args, **kwargs))
+        elif db is not None:
+            terms.append(db.to(y.dtype).view(-1, *[1] * (w.ndim - 2)).expand_as(y))
+        if dx is not None:
+            terms.append(convolve(dx, w, None, *args, **kwargs))
+        return forward_ad.make_dual(y, terms[0] if len(terms) == 1 else terms[0] + terms[1])
+
+    return rule
+
+
+class _LayerNormTangent(torch.autograd.Function):
+    """``ẏ = w ⊙ P ẋ / σ + x̂ ⊙ ẇ + ḃ``; P is a symmetric projection, so torch's backward kernel serves both ways."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, shape: list[int], x: Tensor, mean: Tensor, rstd: Tensor, w: Any, dx: Any, dw: Any, db: Any
+    ) -> Tensor:
+        ctx.save_for_backward(x, mean, rstd, w)
+        ctx.shape = shape
+        if dx is None:
+            tangent = torch.zeros_like(x)
+        else:
+            tangent, _, _ = _layer_norm_backward(dx, x, shape, mean, rstd, None, [True, False, False])
+            tangent = tangent if w is None else tangent.mul_(w)
+        if dw is not None:
+            tangent.addcmul_((x - mean).mul_(rstd), dw)
+        return tangent if db is None else tangent.add_(db)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        x, mean, rstd, w = ctx.saved_tensors
+        wanted = list(ctx.needs_input_grad[5:])
+        return None, None, None, None, None, *_layer_norm_backward(gradient, x, ctx.shape, mean, rstd, w, wanted)
+
+
+def _layer_norm_backward(
+    gradient: Tensor, x: Tensor, shape: list[int], mean: Tensor, rstd: Tensor, w: Tensor | None, wanted: list[bool]
+) -> Any:
+    """Gradients of input, weight and bias; of the bias only the shape is read, which is the weight's."""
+    return torch.ops.aten.native_layer_norm_backward(gradient.contiguous(), x, shape, mean, rstd, w, w, wanted)
+
+
+def _layer_norm(
+    input: Tensor, normalized_shape: Any, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
+) -> Tensor:
+    (x, dx), (w, dw), (b, db) = _dual(input), _dual(weight), _dual(bias)
+    if dx is None and dw is None and db is None:
+        return F.layer_norm(input, normalized_shape, weight, bias, eps)
+    device_type, shape = x.device.type, list(normalized_shape)
+    if torch.is_autocast_enabled(device_type):
+        x, dx, w, dw, b, db = (None if value is None else value.float() for value in (x, dx, w, dw, b, db))
+    with torch.autocast(device_type, enabled=False):
+        x = x.contiguous()
+        y, mean, rstd = torch.native_layer_norm(x, shape, w, b, eps)
+        return forward_ad.make_dual(y, _LayerNormTangent.apply(shape, x, mean, rstd, w, dx, dw, db))
+
+
+class _AttentionTangent(torch.autograd.Function):
+    """Tangent of ``softmax(s q kᵀ) v`` where P, the softmax, is known.
+
+    ``Ṡ = s (q̇ kᵀ + q k̇ᵀ)``, ``Ṗ = P ⊙ (Ṡ - rowsum(P ⊙ Ṡ))``, ``ẏ = Ṗ v + P v̇``; the softmax's Jacobian is symmetric, so
+    torch's backward kernel serves both ways.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, scale: float, p: Tensor, q: Tensor, k: Tensor, v: Tensor, dq: Any, dk: Any, dv: Any
+    ) -> Tensor:
+        ctx.save_for_backward(p, q, k, v)
+        ctx.scale = scale
+        terms = []
+        if dq is not None or dk is not None:
+            scores = [] if dq is None else [dq @ k.mT]
+            scores += [] if dk is None else [q @ dk.mT]
+            score = scores[0] if len(scores) == 1 else scores[0].add_(scores[1])
+            terms.append(_softmax_backward(score.mul_(scale), p) @ v)
+        if dv is not None:
+            terms.append(p @ dv)
+        return terms[0] if len(terms) == 1 else terms[0].add_(terms[1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        p, q, k, v = ctx.saved_tensors
+        _, _, _, _, _, wants_q, wants_k, wants_v = ctx.needs_input_grad
+        score = _softmax_backward(gradient @ v.mT, p).mul_(ctx.scale) if wants_q or wants_k else None
+        dq = score @ k if wants_q and score is not None else None
+        dk = score.mT @ q if wants_k and score is not None else None
+        return None, None, None, None, None, dq, dk, p.mT @ gradient if wants_v else None
+
+
+def _softmax_backward(gradient: Tensor, p: Tensor) -> Tensor:
+    return torch.ops.aten._softmax_backward_data(gradient, p, -1, p.dtype)
+
+
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    (q, dq), (k, dk), (v, dv) = _dual(query), _dual(key), _dual(value)
+    mask = None if attn_mask is None else forward_ad.unpack_dual(attn_mask)
+    alone = dq is None and dk is None and dv is None
+    if alone or enable_gqa or dropout_p or (mask is not None and mask.tangent is not None):
+        with sdpa_kernel(SDPBackend.MATH):  # the only one with a forward-mode formula
+            return F.scaled_dot_product_attention(
+                query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+            )
+    q, k, v, dq, dk, dv = _as_autocast_does(q.device.type, q, k, v, dq, dk, dv)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scores = (q @ k.mT).mul_(scale)
+    if is_causal:
+        scores.masked_fill_(~torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril(), -torch.inf)
+    if mask is not None:
+        added = mask.primal
+        scores = scores.masked_fill(~added, -torch.inf) if added.dtype == torch.bool else scores + added
+    p = scores.softmax(-1, dtype=q.dtype)
+    return forward_ad.make_dual(p @ v, _AttentionTangent.apply(scale, p, q, k, v, dq, dk, dv))
+
+
+def _multi_head_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    embed_dim_to_check: int,
+    num_heads: int,
+    in_proj_weight: Tensor | None,
+    in_proj_bias: Tensor | None,
+    bias_k: Tensor | None,
+    bias_v: Tensor | None,
+    add_zero_attn: bool,
+    dropout_p: float,
+    out_proj_weight: Tensor,
+    out_proj_bias: Tensor | None,
+    training: bool = True,
+    key_padding_mask: Tensor | None = None,
+    need_weights: bool = True,
+    attn_mask: Tensor | None = None,
+    use_separate_proj_weight: bool = False,
+    q_proj_weight: Tensor | None = None,
+    k_proj_weight: Tensor | None = None,
+    v_proj_weight: Tensor | None = None,
+    static_k: Tensor | None = None,
+    static_v: Tensor | None = None,
+    average_attn_weights: bool = True,
+    is_causal: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """``nn.MultiheadAttention`` on ``[length, batch, width]``: a mode does not see the functions inside it."""
+    unusual = (bias_k, bias_v, key_padding_mask, static_k, static_v)
+    if need_weights or add_zero_attn or query.ndim != 3 or any(part is not None for part in unusual):
+        with sdpa_kernel(SDPBackend.MATH):
+            return F.multi_head_attention_forward(
+                query,
+                key,
+                value,
+                embed_dim_to_check,
+                num_heads,
+                in_proj_weight,
+                in_proj_bias,
+                bias_k,
+                bias_v,
+                add_zero_attn,
+                dropout_p,
+                out_proj_weight,
+                out_proj_bias,
+                training,
+                key_padding_mask,
+                need_weights,
+                attn_mask,
+                use_separate_proj_weight,
+                q_proj_weight,
+                k_proj_weight,
+                v_proj_weight,
+                static_k,
+                static_v,
+                average_attn_weights,
+                is_causal,
+            )
+    if query is key and key is value and not use_separate_proj_weight:
+        assert in_proj_weight is not None
+        projected = _linear(query, in_proj_weight, in_proj_bias).chunk(3, -1)
+    else:
+        packed = (None,) * 3 if in_proj_weight is None else in_proj_weight.chunk(3)
+        weights = (q_proj_weight, k_proj_weight, v_proj_weight) if use_separate_proj_weight else packed
+        biases = (None,) * 3 if in_proj_bias is None else in_proj_bias.chunk(3)
+        projected = tuple(
+            _linear(part, weight, bias)  # type: ignore[arg-type]
+            for part, weight, bias in zip((query, key, value), weights, biases, strict=True)
+        )
+    # [length, batch, width] -> [batch, heads, length, width / heads]
+    q, k, v = (part.unflatten(-1, (num_heads, -1)).permute(1, 2, 0, 3) for part in projected)
+    if attn_mask is not None and attn_mask.ndim == 3:
+        attn_mask = attn_mask.unflatten(0, (-1, num_heads))
+    attended = _attention(q, k, v, attn_mask, dropout_p if training else 0.0, is_causal and attn_mask is None)
+    return _linear(attended.permute(2, 0, 1, 3).flatten(-2), out_proj_weight, out_proj_bias), None
+
+
+_RULES: dict[Any, Callable[..., Any]] = {
+    F.linear: _linear,
+    torch.matmul: _matmul,
+    Tensor.matmul: _matmul,
+    Tensor.__matmul__: _matmul,
+    F.conv1d: _convolution(F.conv1d),
+    F.conv2d: _convolution(F.conv2d),
+    F.conv3d: _convolution(F.conv3d),
+    F.layer_norm: _layer_norm,
+    F.scaled_dot_product_attention: _attention,
+    F.multi_head_attention_forward: _multi_head_attention,
+}
