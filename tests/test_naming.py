@@ -6,7 +6,7 @@ import open_clip
 import pytest
 import torch
 
-from lit_merge.models.naming import block_of, is_attention, is_bias, is_mlp, number_of_blocks
+from lit_merge.models.naming import block_of, is_attention, is_behind_blocks, is_bias, is_mlp, number_of_blocks
 
 TEXT = {"context_length": 4, "vocab_size": 8, "width": 8, "heads": 1, "layers": 1}
 
@@ -42,6 +42,7 @@ def names_of(vision):
         ("trunk.head.norm.weight", None),
         ("trunk.stem.0.weight", None),
         ("trunk.patch_embed.backbone.stages.1.blocks.0.conv.weight", None),
+        ("vit.embeddings.patch_embeddings.backbone.bit.encoder.stages.0.layers.0.conv1.weight", None),
         ("myblocks.3.weight", None),
         ("blocks.weight", None),
         ("blocks", None),
@@ -119,3 +120,91 @@ def test_what_is_no_attention_projection(name):
 def test_is_bias():
     assert [is_bias(f"blocks.0.attn.{leaf}") for leaf in ("in_proj_bias", "out_proj.bias", "q_bias")] == [True] * 3
     assert not is_bias("blocks.0.attn.bias_table.weight")
+
+
+# What lies outside the blocks of open_clip's towers, in the order of named_parameters: before them, then behind them.
+OUTSIDE = {
+    "ViT-B-32 ViT-L-14": (
+        "class_embedding positional_embedding conv1.weight ln_pre.weight ln_pre.bias",
+        "proj ln_post.weight ln_post.bias",
+    ),
+    "RN50": (
+        "conv1.weight bn1.weight bn1.bias conv2.weight bn2.weight bn2.bias conv3.weight bn3.weight bn3.bias",
+        "attnpool.positional_embedding attnpool.k_proj.weight attnpool.k_proj.bias attnpool.q_proj.weight "
+        "attnpool.q_proj.bias attnpool.v_proj.weight attnpool.v_proj.bias attnpool.c_proj.weight attnpool.c_proj.bias",
+    ),
+    "convnext_base": (
+        "trunk.stem.0.weight trunk.stem.0.bias trunk.stem.1.weight trunk.stem.1.bias",
+        "trunk.head.norm.weight trunk.head.norm.bias head.proj.weight",
+    ),
+    "ViT-B-16-SigLIP": (
+        "trunk.pos_embed trunk.patch_embed.proj.weight trunk.patch_embed.proj.bias",
+        "trunk.norm.weight trunk.norm.bias trunk.attn_pool.latent trunk.attn_pool.q.weight trunk.attn_pool.q.bias "
+        "trunk.attn_pool.kv.weight trunk.attn_pool.kv.bias trunk.attn_pool.proj.weight trunk.attn_pool.proj.bias "
+        "trunk.attn_pool.norm.weight trunk.attn_pool.norm.bias trunk.attn_pool.mlp.fc1.weight "
+        "trunk.attn_pool.mlp.fc1.bias trunk.attn_pool.mlp.fc2.weight trunk.attn_pool.mlp.fc2.bias",
+    ),
+    "coca_ViT-B-32": (
+        "class_embedding positional_embedding conv1.weight ln_pre.weight ln_pre.bias",
+        "proj attn_pool.query attn_pool.attn.q_proj_weight attn_pool.attn.in_proj_bias attn_pool.attn.out_proj.weight "
+        "attn_pool.ln_q.weight attn_pool.ln_k.bias ln_post.weight ln_post.bias",
+    ),
+    "PE-Core-B-16": (
+        "trunk.cls_token trunk.pos_embed trunk.patch_embed.proj.weight trunk.norm_pre.weight trunk.norm_pre.bias",
+        "trunk.norm.weight trunk.norm.bias trunk.attn_pool.latent trunk.head.weight trunk.head.bias",
+    ),
+    "swin_base_patch4_window7_224": (
+        "trunk.patch_embed.proj.weight trunk.patch_embed.norm.weight trunk.patch_embed.norm.bias",
+        "trunk.norm.weight trunk.norm.bias head.proj.weight",
+    ),
+    "ViTamin-B": (
+        "trunk.pos_embed trunk.patch_embed.backbone.stem.norm1.weight trunk.patch_embed.backbone.pool.proj.weight "
+        "trunk.patch_embed.backbone.pool.norm.bias trunk.patch_embed.backbone.stages.1.3.pre_norm.weight",
+        "trunk.fc_norm.weight trunk.fc_norm.bias head.proj.weight",
+    ),
+    "MobileCLIP-S1": (
+        "trunk.stem.0.conv_kxk.0.bn.weight trunk.stem.2.identity.bias",
+        "trunk.final_conv.se.fc1.weight trunk.final_conv.conv_kxk.0.bn.weight trunk.head.fc.weight",
+    ),
+    "Hugging Face": (
+        "embeddings.LayerNorm.weight swin.embeddings.norm.weight vit.embeddings.patch_embeddings.projection.weight "
+        "vision_model.embeddings.patch_embedding.weight vision_model.pre_layrnorm.weight",
+        "vit.layernorm.weight pooler.dense.weight classifier.weight vision_model.post_layernorm.weight "
+        "vision_model.head.attention.in_proj_weight visual_projection.weight text_model.final_layer_norm.weight "
+        "text_projection.weight logit_scale logit_bias transformer.ln_f.weight lm_head.weight",
+    ),
+    "torchvision": (
+        "class_token conv_proj.weight encoder.pos_embedding",
+        "encoder.ln.weight heads.head.weight heads.pre_logits.weight fc.weight",
+    ),
+    "timm, text, CoCa": (
+        "cls_token reg_token dist_token token_embedding.weight",
+        "head_dist.weight ln_final.weight attn_pool_contrastive.query",
+    ),
+    "before, whatever follows": (
+        "stem.norm.weight patch_embed.proj.weight patch_embedding.norm.weight patch_embeddings.ln.weight "
+        "embeddings.head.weight stem.blocks.0.norm.weight patch_embedding.layers.1.weight",
+        "",
+    ),
+    "only looking like it": (
+        "reproj.weight normal.weight head_of_stem.weight headless my_ln_post.weight x.proj_in",
+        "",
+    ),
+    "inside": (
+        "transformer.resblocks.11.ln_2.weight trunk.blocks.3.attn.proj.weight trunk.blocks.11.norm.weight "
+        "trunk.stages.3.head.fc.weight layer4.2.fc.bias encoder.layers.encoder_layer_5.ln.weight",
+        "",
+    ),
+}
+
+
+@pytest.mark.parametrize(("before", "behind"), OUTSIDE.values(), ids=OUTSIDE)
+def test_what_lies_behind_the_blocks(before, behind):
+    assert [name for name in f"{before} {behind}".split() if is_behind_blocks(name)] == behind.split()
+
+
+def test_a_prefix_changes_nothing():
+    for prefix in ("visual.", "encoder.visual.", "module.trunk."):
+        assert is_behind_blocks(f"{prefix}proj")
+        assert not is_behind_blocks(f"{prefix}ln_pre.weight")
+        assert not is_behind_blocks(f"{prefix}patch_embed.norm.weight")

@@ -1,4 +1,4 @@
-"""What a parameter's name says: the block it belongs to, and whether it projects attention.
+"""What a parameter's name says: the block it belongs to or lies behind, and whether it projects attention.
 
 Names are read component by component, never by substring: ``layers.1`` is not ``layers.11``, and ``pattn`` is no
 ``attn``. They may carry any prefix (``visual.``, ``trunk.``, ``vision_model.``).
@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-__all__ = ["block_of", "is_attention", "is_bias", "is_mlp", "number_of_blocks"]
+__all__ = ["block_of", "is_attention", "is_behind_blocks", "is_bias", "is_mlp", "number_of_blocks"]
 
 # `blocks.3`: a list of blocks or stages, then the index.
 _LISTS = frozenset({"blocks", "h", "layer", "layers", "resblocks", "stages"})
@@ -18,7 +18,15 @@ _RESNET_STAGE = re.compile(r"layer([1-9])\Z")
 # `encoder_layer_3` of torchvision's vision transformers.
 _TORCHVISION_LAYER = re.compile(r"encoder_layer_(\d+)\Z")
 # Whatever comes before the blocks may have numbered stages of its own.
-_BEFORE_BLOCKS = frozenset({"patch_embed", "patch_embedding", "stem"})
+_BEFORE_BLOCKS = frozenset({"embeddings", "patch_embed", "patch_embedding", "patch_embeddings", "stem"})
+_BEHIND_BLOCKS = frozenset(
+    {
+        *("attn_pool", "attn_pool_contrastive", "attnpool", "pooler"),
+        *("fc_norm", "final_layer_norm", "layernorm", "ln", "ln_f", "ln_final", "ln_post", "norm", "post_layernorm"),
+        *("proj", "text_projection", "visual_projection", "logit_bias", "logit_scale"),
+        *("classifier", "fc", "final_conv", "head", "head_dist", "heads", "lm_head"),
+    }
+)
 _ATTENTION = frozenset({"attn", "attention", "self_attn", "self_attention"})
 _MLP = frozenset({"feed_forward", "ffn", "mlp"})
 _NORM = re.compile(r"(\A|_)(ln|norm|layernorm)(\d|_|\Z)")
@@ -53,6 +61,24 @@ def block_of(name: str) -> int | None:
 def number_of_blocks(names: Iterable[str]) -> int:
     """Return the number of blocks L of a model: one more than the largest index, 0 without any block."""
     return 1 + max((index for index in map(block_of, names) if index is not None), default=-1)
+
+
+def is_behind_blocks(name: str) -> bool:
+    """Whether a parameter outside the blocks acts on their output: last normalisation, pooling, projection, head.
+
+    A name without such a component is taken to lie before them (embeddings, stem). The order of a network's parameters
+    is no guide: open_clip registers ``proj`` first.
+
+    Examples:
+        >>> is_behind_blocks("ln_post.weight"), is_behind_blocks("attnpool.positional_embedding")
+        (True, True)
+        >>> is_behind_blocks("ln_pre.weight"), is_behind_blocks("trunk.patch_embed.proj.weight")
+        (False, False)
+        >>> is_behind_blocks("trunk.blocks.11.norm.weight")
+        False
+    """
+    first = next((part for part in name.split(".") if part in _BEFORE_BLOCKS or part in _BEHIND_BLOCKS), None)
+    return first in _BEHIND_BLOCKS and block_of(name) is None
 
 
 def is_attention(name: str) -> bool:
