@@ -2,17 +2,30 @@
 
 from lit_merge.models.encoder import ClipModel, Preprocessing, full_clip_model, load_clip
 from lit_merge.models.heads import ZeroShotHead, build_head, zero_shot_weights
-from lit_merge.models.naming import block_of, is_attention, number_of_blocks
+from lit_merge.models.lora import LoRA
+from lit_merge.models.naming import block_of, is_attention, is_behind_blocks, number_of_blocks
+from lit_merge.models.rates import ExpLR, LinLR, Rates
+from lit_merge.models.selection import All, Attention, LastBlocks, Matching, Selection
 from lit_merge.models.weights import save_clip
 
 __all__ = [
+    "All",
+    "Attention",
     "ClipModel",
+    "ExpLR",
+    "LastBlocks",
+    "LinLR",
+    "LoRA",
+    "Matching",
     "Preprocessing",
+    "Rates",
+    "Selection",
     "ZeroShotHead",
     "block_of",
     "build_head",
     "full_clip_model",
     "is_attention",
+    "is_behind_blocks",
     "load_clip",
     "number_of_blocks",
     "save_clip",

@@ -1,0 +1,198 @@
+"""LoRA: training low-rank updates whose task vector is dense, under the encoder's own names (Hu et al. 2022).
+
+The updates are those of the ``peft`` library (shapes, initialisation, scale), but they act through torch's
+parametrisations: whoever reads an adapted weight reads W0 + α/r · B A, be it the layer itself, another module or a
+fused kernel. peft wraps layers instead. Its wrapper of ``nn.MultiheadAttention``, which open_clip's transformers are
+made of, counts the update of the output projection twice (0.21.2; its pull request 3774), replaces and rounds the
+frozen weights in every forward pass, cannot adapt one projection without the other and ignores dropout; and a linear
+layer whose weight is read from outside (timm's BEiT and EVA, torchvision's Swin) it leaves untrained without a word.
+
+The price: an adapted weight is computed in every forward pass and gets a dense gradient in the backward pass, one layer
+after the other. The optimiser holds the factors alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils.parametrize import ParametrizationList, register_parametrization
+
+from lit_merge.errors import ConfigurationError, first_few
+from lit_merge.models.selection import Attention, Selection
+from lit_merge.params import working_dtype
+
+__all__ = ["LoRA", "clear_updates", "own_parameters", "update_of", "updates"]
+
+
+@dataclass(frozen=True)
+class LoRA:
+    """Low-rank updates of selected weights, which train while everything else is frozen.
+
+    A weight ``[d, …]`` counts as a matrix ``[d, k]`` and becomes W0 + α/r · B A, with B ``[d, r]`` zero at first and A
+    ``[r, k]`` drawn as torch draws linear layers.
+
+    Args:
+        rank: r, at least 1.
+        alpha: α, positive.
+        dropout: probability in [0, 1) with which the updates miss an input feature in training. A feature is missing
+            for a whole forward pass: a weight cannot differ between the images of a batch.
+        on: which weights; by default those of the query, key, value and output projections.
+
+    Raises:
+        ConfigurationError: a number is out of its range.
+    """
+
+    rank: int = 16
+    alpha: float = 16.0
+    dropout: float = 0.0
+    on: Selection | None = None
+
+    def __post_init__(self) -> None:
+        if type(self.rank) is not int or self.rank < 1:
+            raise ConfigurationError(
+                f"LoRA.rank: expected an integer of at least 1, got {self.rank!r}. Change this setting."
+            )
+        if type(self.alpha) not in (int, float) or not 0 < self.alpha < math.inf:
+            raise ConfigurationError(
+                f"LoRA.alpha: expected a positive number, got {self.alpha!r}. Change this setting."
+            )
+        if type(self.dropout) not in (int, float) or not 0 <= self.dropout < 1:
+            raise ConfigurationError(
+                f"LoRA.dropout: expected a number in [0, 1), got {self.dropout!r}. Change this setting."
+            )
+
+    def inject(self, encoder: nn.Module) -> tuple[str, ...]:
+        """Freeze an encoder and give its selected weights updates, which are zero; in place.
+
+        Its function, buffers and mode stay as they are. From now on the factors are the parameters that require
+        gradients, :func:`own_parameters` are the frozen ones and :func:`updates` the dense updates. Draws from torch's
+        random state.
+
+        Args:
+            encoder: any module.
+
+        Returns:
+            The own names of the adapted weights.
+
+        Raises:
+            ConfigurationError: it has updates already, or the selection names what LoRA cannot adapt; then the encoder
+                is as it was.
+        """
+        if next(_adapted(encoder), None) is not None:
+            raise ConfigurationError(
+                "LoRA: expected an encoder without LoRA, got one that has it already. Inject it once."
+            )
+        weights = dict(encoder.named_parameters())
+        names = (self.on or Attention(1))(weights)
+        _check_adaptable(names, weights, encoder)
+        encoder.requires_grad_(False)
+        for name in names:
+            owner, _, leaf = name.rpartition(".")
+            register_parametrization(encoder.get_submodule(owner), leaf, _Update(weights[name], self))
+        return names
+
+
+def own_parameters(encoder: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters of an encoder under its own names, whether it has LoRA or not: with LoRA, the frozen ones.
+
+    Writing into them changes what the updates are added to.
+
+    Args:
+        encoder: any module.
+
+    Returns:
+        The names and tensors of ``named_parameters()`` before LoRA; the order may differ.
+    """
+    adapted = tuple(_adapted(encoder))
+    own = {id(frozen): name for name, frozen, _ in adapted}
+    factors = {id(factor) for _, _, update in adapted for factor in update.parameters()}
+    return {
+        own.get(id(parameter), name): parameter
+        for name, parameter in encoder.named_parameters()
+        if id(parameter) not in factors
+    }
+
+
+def updates(encoder: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The dense updates ΔW = α/r · B A, computed one at a time.
+
+    Args:
+        encoder: any module.
+
+    Yields:
+        Own name and ΔW of every adapted weight, in the weight's shape and dtype and on its device, without gradient;
+        nothing if there is no LoRA.
+    """
+    for name, frozen, update in _adapted(encoder):
+        yield name, update.dense(frozen)
+
+
+def update_of(encoder: nn.Module, name: str) -> Tensor | None:
+    """The dense update of one weight, as of :func:`updates`; None if it has none."""
+    return next((update.dense(frozen) for own, frozen, update in _adapted(encoder) if own == name), None)
+
+
+def clear_updates(encoder: nn.Module) -> None:
+    """Make the updates zero, as after :meth:`LoRA.inject`: the encoder is its frozen parameters again."""
+    for _, _, update in _adapted(encoder):
+        nn.init.zeros_(update.B)
+
+
+class _Update(nn.Module):
+    """The parametrisation W -> W + α/r · B A."""
+
+    def __init__(self, weight: Tensor, settings: LoRA) -> None:
+        super().__init__()
+        rows, columns = weight.flatten(1).shape
+        dtype = working_dtype(weight.dtype)  # steps of half-precision factors would be rounded away
+        self.A = nn.Parameter(torch.empty(settings.rank, columns, device=weight.device, dtype=dtype))
+        self.B = nn.Parameter(torch.zeros(rows, settings.rank, device=weight.device, dtype=dtype))
+        nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
+        self.factor, self.dropout = settings.alpha / settings.rank, settings.dropout
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """The adapted weight."""
+        return self._added(weight, self.A * F.dropout(self.A.new_ones(self.A.shape[1]), self.dropout, self.training))
+
+    @torch.no_grad()
+    def dense(self, weight: Tensor) -> Tensor:
+        """ΔW in the shape and dtype of ``weight``."""
+        return self._added(torch.zeros_like(weight), self.A)
+
+    def _added(self, weight: Tensor, A: Tensor) -> Tensor:
+        # Autocast would round before the sum, and small updates would be lost.
+        with torch.autocast(weight.device.type, enabled=False):
+            total = torch.addmm(weight.flatten(1).to(A.dtype), self.B, A, alpha=self.factor)
+        return total.to(weight.dtype).view_as(weight)
+
+
+def _adapted(encoder: nn.Module) -> Iterator[tuple[str, Tensor, _Update]]:
+    """Own name, frozen weight and update of every adapted weight."""
+    for path, part in encoder.named_modules():
+        if isinstance(part, ParametrizationList) and isinstance(part[0], _Update):
+            owner, _, leaf = path.rpartition(".")
+            yield owner.removesuffix("parametrizations") + leaf, part.original, part[0]
+
+
+def _check_adaptable(names: tuple[str, ...], weights: dict[str, nn.Parameter], encoder: nn.Module) -> None:
+    matrices = [name for name, weight in weights.items() if weight.ndim > 1 and weight.is_floating_point()]
+    others = [name for name in names if name not in matrices]
+    if others:
+        possible = [name for name in matrices if name in names] or matrices
+        raise ConfigurationError(
+            f"LoRA.on: expected floating-point weights of two or more dimensions, got {first_few(others)}. "
+            + (f"Select only those that LoRA can adapt, e.g. {first_few(possible)}." if possible else "Train in full.")
+        )
+    uses = Counter(id(weight) for part in encoder.modules() for weight in part.parameters(recurse=False))
+    tied = [name for name in names if uses[id(weights[name])] > 1]
+    if tied:
+        raise ConfigurationError(
+            f"LoRA.on: expected weights that one layer has for itself, got {first_few(tied)}, which several layers "
+            "share. Leave them out of the selection."
+        )
