@@ -12,29 +12,34 @@ from typing import TYPE_CHECKING, Any
 from lit_merge._version import __version__
 
 if TYPE_CHECKING:
-    from lit_merge import callbacks, transforms
+    from lit_merge import callbacks, functional, metrics, transforms
     from lit_merge.errors import LitMergeError
+    from lit_merge.models.linearized import LinearizedModel
     from lit_merge.modules.finetune import FineTuneModule
     from lit_merge.modules.multitask import MultiTaskModule
     from lit_merge.vectors import TaskVector, TaskVectors
 
 _HOMES = {
     "FineTuneModule": "lit_merge.modules",
+    "LinearizedModel": "lit_merge.models.linearized",
     "LitMergeError": "lit_merge.errors",
     "MultiTaskModule": "lit_merge.modules",
     "TaskVector": "lit_merge.vectors",
     "TaskVectors": "lit_merge.vectors",
 }
-_ROOMS = ("callbacks", "transforms")
+_ROOMS = ("callbacks", "functional", "metrics", "transforms")
 
 __all__ = [
     "FineTuneModule",
+    "LinearizedModel",
     "LitMergeError",
     "MultiTaskModule",
     "TaskVector",
     "TaskVectors",
     "__version__",
     "callbacks",
+    "functional",
+    "metrics",
     "transforms",
 ]
 

@@ -37,6 +37,7 @@ def suite(
     fit: dict[str, Any] | None = None,
     test: dict[str, Any] | None = None,
     recipes: dict[str, Recipe] | None = None,
+    linearized: bool | None = None,
     overwrite: bool = False,
 ) -> dict[str, Any]:
     """Fine-tune every task, extract, merge with every recipe and evaluate; print a table, write JSON and a figure.
@@ -53,6 +54,8 @@ def suite(
         fit: configuration of fit (trainer, model, data); task, seed, model and output are filled in.
         test: configuration of test (trainer, data).
         recipes: name -> how to merge; by default weight averaging, and task arithmetic with a searched coefficient.
+        linearized: whether models are evaluated and merged on the linearised encoder; by default as fit trains them.
+            True with ordinary training is post-hoc linearisation.
         overwrite: forget what an earlier suite left in output, and start over.
 
     Returns:
@@ -82,6 +85,7 @@ def suite(
         fit=_nested(fit or {}),
         test=_nested(test or {}),
         recipes=default if recipes is None else recipes,
+        linearized=linearized,
     )
     plan.check()
     _claim(directory, yaml.safe_dump(plan.description(), sort_keys=False), overwrite)

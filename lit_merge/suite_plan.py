@@ -91,6 +91,13 @@ class SuitePlan:
     fit: dict[str, Any]
     test: dict[str, Any]
     recipes: dict[str, Recipe]
+    linearized: bool | None = None
+
+    @property
+    def evaluated_linearized(self) -> bool:
+        """Whether models are evaluated on the linearised encoder; by default as they are trained."""
+        trained = self.fit.get("model", {}).get("init_args", {}).get("linearized", False)
+        return bool(trained) if self.linearized is None else self.linearized
 
     @property
     def stages(self) -> int:
@@ -137,6 +144,8 @@ class SuitePlan:
         settings = {name: getattr(self, name) for name in names}
         settings["tasks"] = [task for task in self.tasks if task not in self.paths]
         settings["recipes"] = {name: recipe.description() for name, recipe in self.recipes.items()}
+        if self.linearized is not None:
+            settings["linearized"] = self.linearized
         plain: dict[str, Any] = json.loads(json.dumps(settings))
         return plain
 
@@ -178,7 +187,17 @@ class SuitePlan:
             "model": {"init_args": {"model": self.model, "pretrained": self.pretrained}},
             "data": self._task_data(task, seed),
         }
-        return combine({"trainer": _TRAINER, "model": {"class_path": _FINE_TUNE}}, self.fit, fixed)
+        others = {"data": {"init_args": self._other_tasks(task)}} if self._penalised() else {}
+        return combine({"trainer": _TRAINER, "model": {"class_path": _FINE_TUNE}}, others, self.fit, fixed)
+
+    def _penalised(self) -> bool:
+        return self.fit.get("model", {}).get("init_args", {}).get("penalty") is not None
+
+    def _other_tasks(self, task: str) -> dict[str, Any]:
+        return {
+            "other_tasks": [other for other in self.tasks if other != task and other not in self.paths],
+            "other_paths": {other: path for other, path in self.paths.items() if other != task} or None,
+        }
 
     def _fit(self, conductor: Conductor, seed: int, task: str, base: dict[str, Any]) -> Path:
         config = self._fit_config(seed, task)
@@ -187,7 +206,8 @@ class SuitePlan:
             self._command("fit", config, folder)
             return [folder / "task_vector.safetensors"]
 
-        settings = {**base, "config": config, "images": self._images.get(task)}
+        images = self._images if self._penalised() else self._images.get(task)
+        settings = {**base, "config": config, "images": images}
         return conductor.stage(f"seed-{seed}/fit/{task}", settings, [], work)[0]
 
     def _test_one(self, conductor: Conductor, seed: int, task: str, vector: Path, base: dict[str, Any]) -> float:
@@ -209,6 +229,7 @@ class SuitePlan:
             "transform": recipe.transform.to_config() if recipe.transform else None,
             "search": asdict(recipe.search) if recipe.search else None,
             "data": self._all_data() if recipe.search else None,
+            **({"linearized": True} if self.evaluated_linearized else {}),
         }
 
         def work(folder: Path) -> list[Path]:
@@ -239,6 +260,7 @@ class SuitePlan:
             "model": self.model,
             "pretrained": self.pretrained,
             "task_vector": str(vector) if vector else None,
+            **({"linearized": True} if self.evaluated_linearized else {}),
         }
         model = {"class_path": _MULTI_TASK if several else _FINE_TUNE, "init_args": init}
         return combine({"trainer": _TRAINER, "model": model, "data": data}, self.test)

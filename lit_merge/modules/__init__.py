@@ -1,9 +1,25 @@
 """The LightningModules: what ``lit-merge fit`` trains and ``lit-merge test`` evaluates."""
 
+import torch
+
+from lit_merge.models.lora import LoRA
+from lit_merge.models.rates import ExpLR, LinLR
+from lit_merge.models.selection import All, Attention, LastBlocks, Matching
 from lit_merge.modules.encoding import EncoderModule
 from lit_merge.modules.finetune import FineTuneModule
 from lit_merge.modules.multitask import MultiTaskModule
+from lit_merge.modules.penalty import TauJpPenalty
 from lit_merge.modules.pretrain import ContrastiveModule
 from lit_merge.modules.protocol import FineTuningProtocol
 
-__all__ = ["ContrastiveModule", "EncoderModule", "FineTuneModule", "FineTuningProtocol", "MultiTaskModule"]
+__all__ = [
+    "ContrastiveModule",
+    "EncoderModule",
+    "FineTuneModule",
+    "FineTuningProtocol",
+    "MultiTaskModule",
+    "TauJpPenalty",
+]
+
+# A checkpoint's hyperparameters hold these settings: plain data, which ``weights_only=True`` may build again.
+torch.serialization.add_safe_globals([All, Attention, LastBlocks, Matching, ExpLR, LinLR, LoRA, TauJpPenalty])

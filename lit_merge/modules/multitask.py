@@ -11,8 +11,12 @@ from torch.nn import functional as F
 from torchmetrics import MeanMetric
 
 from lit_merge.errors import ConfigurationError, StructureMismatchError, first_few
+from lit_merge.metrics.tau_jp import TauJp
 from lit_merge.models.encoder import Preprocessing
 from lit_merge.models.heads import ZeroShotHead
+from lit_merge.models.lora import LoRA
+from lit_merge.models.rates import Rates
+from lit_merge.models.selection import Selection
 from lit_merge.modules.accuracy import UNLABELLED, hits
 from lit_merge.modules.protocol import FineTuningProtocol
 from lit_merge.vectors.task_vector import joined_task
@@ -34,6 +38,11 @@ class MultiTaskModule(FineTuningProtocol):
         weight_decay: of every parameter.
         warmup_fraction: share of the steps over which the rate grows, in [0, 1).
         gradient_clip: largest norm of the gradient; the trainer's ``gradient_clip_val`` wins if it is set.
+        linearized: train or evaluate ``f(x; θ0) + J τ`` instead of the encoder.
+        trainable: which parameters train; None for all.
+        lora: low-rank updates train instead.
+        rates: share of the learning rate that each block has.
+        tau_jp: evaluation also logs ``test/{task}/tau_jp``, the mean norm of J τ over a task's images.
         encoder: any module instead of a CLIP; then ``heads`` are needed.
         heads: task -> module, features ``[B, d]`` -> logits ``[B, C]``; they are frozen.
         preprocessing: how images become the encoder's input.
@@ -42,7 +51,6 @@ class MultiTaskModule(FineTuningProtocol):
         tasks: names of the tasks, those of ``heads`` or, once set up, of the data.
     """
 
-    regime = "full"
     classes: tuple[str, ...] = ()
     """None of its own: every task has others."""
 
@@ -56,22 +64,37 @@ class MultiTaskModule(FineTuningProtocol):
         weight_decay: float = 0.1,
         warmup_fraction: float = 0.1,
         gradient_clip: float = 1.0,
+        linearized: bool = False,
+        trainable: Selection | None = None,
+        lora: LoRA | None = None,
+        rates: Rates | None = None,
+        tau_jp: bool = False,
         encoder: nn.Module | None = None,
         heads: Mapping[str, nn.Module] | None = None,
         preprocessing: Preprocessing | None = None,
     ) -> None:
+        if tau_jp and lora is not None:
+            raise ConfigurationError(
+                "tau_jp and lora: expected one of them, got both: the tangent is not linear in LoRA's factors. Remove "
+                "one, or measure the task vector in a module without lora."
+            )
         super().__init__(
             learning_rate,
             weight_decay,
             warmup_fraction,
             gradient_clip,
+            rates,
             model=model,
             pretrained=pretrained,
             encoder=encoder,
             preprocessing=preprocessing,
             task_vector=task_vector,
             weights=weights,
+            linearized=linearized,
+            trainable=trainable,
+            lora=lora,
         )
+        self.tau_jp = tau_jp
         # Without the files that it started from: a checkpoint holds what they gave, and opens without them.
         self.save_hyperparameters(ignore=["encoder", "heads", "preprocessing", "task_vector", "weights"])
         self.tasks: tuple[str, ...] = tuple(heads or {})
@@ -97,9 +120,9 @@ class MultiTaskModule(FineTuningProtocol):
             if _key(task) not in self.heads or self._head_is_of_other_classes(task, data.tasks[task].classes):
                 head = self.make_head(data.tasks[task].classes, data.tasks[task].templates)
                 self.heads[_key(task)] = head.to(self.device)
-        self.accuracy = nn.ModuleDict(
-            {_key(task, split): MeanMetric() for split in ("val", "test") for task in self.tasks}
-        ).to(self.device)
+        keys = [_key(task, split) for split in ("val", "test") for task in self.tasks]
+        self.accuracy = nn.ModuleDict({key: MeanMetric() for key in keys}).to(self.device)
+        self.disturbance = nn.ModuleDict({key: TauJp() for key in keys if self.tau_jp}).to(self.device)
 
     def _head_is_of_other_classes(self, task: str, classes: Sequence[str]) -> bool:
         head = self.heads[_key(task)]
@@ -136,8 +159,17 @@ class MultiTaskModule(FineTuningProtocol):
     def _evaluate(self, batch: Any, split: str, dataloader_idx: int) -> None:
         task = self.tasks[dataloader_idx]
         metric = self._accuracy(split, task)
-        metric.update(*hits(self.classify(self(batch.images), task), batch.labels))
+        features = self._measured_features(batch, split, task) if self.tau_jp else self(batch.images)
+        metric.update(*hits(self.classify(features, task), batch.labels))
         self.log(f"{split}/{task}/accuracy", metric, add_dataloader_idx=False, batch_size=len(batch.images))
+
+    def _measured_features(self, batch: Any, split: str, task: str) -> Tensor:
+        """Features; on the way, the tangents' norms are logged."""
+        value, tangent = self.forward_parts(batch.images)
+        metric = cast(TauJp, self.disturbance[_key(task, split)])
+        metric.update(tangent, batch.indices >= 0)
+        self.log(f"{split}/{task}/tau_jp", metric, add_dataloader_idx=False, batch_size=len(batch.images))
+        return value + tangent if self.linearized else self(batch.images)
 
     def on_validation_epoch_end(self) -> None:
         """Log the mean over the tasks."""

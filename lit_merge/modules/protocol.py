@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lit_merge.errors import ConfigurationError
+from lit_merge.models.rates import Rates
 from lit_merge.modules.encoding import EncoderModule
 
 __all__ = ["FineTuningProtocol", "total_steps", "warm_up_cosine"]
@@ -63,6 +64,7 @@ class FineTuningProtocol(EncoderModule):
         weight_decay: of every trained parameter, as in the papers' programs.
         warmup_fraction: share of the steps over which the rate grows, in [0, 1).
         gradient_clip: largest norm of the gradient, 0 for no limit; the trainer's ``gradient_clip_val`` wins if set.
+        rates: share of the learning rate that each block has; None for all of it everywhere.
         **encoder_settings: of :class:`EncoderModule`.
 
     Raises:
@@ -75,6 +77,7 @@ class FineTuningProtocol(EncoderModule):
         weight_decay: float,
         warmup_fraction: float,
         gradient_clip: float,
+        rates: Rates | None = None,
         **encoder_settings: Any,
     ) -> None:
         check_range("learning_rate", learning_rate)
@@ -86,6 +89,9 @@ class FineTuningProtocol(EncoderModule):
         self.weight_decay = weight_decay
         self.warmup_fraction = warmup_fraction
         self.gradient_clip = gradient_clip
+        self.rates = rates
+        if rates is not None:
+            rates(self.initial_parameters)  # refuses a network without blocks before anything is loaded
         self._keep_statistics()
 
     def train(self, mode: bool = True) -> FineTuningProtocol:
@@ -95,22 +101,36 @@ class FineTuningProtocol(EncoderModule):
         return self
 
     def _keep_statistics(self) -> None:
-        for module in self.encoder.modules():
+        for module in self.network.modules():
             if isinstance(module, _BatchNorm):
                 module.eval()
 
     def trainable_parameters(self) -> list[tuple[str, nn.Parameter]]:
-        """Names and parameters that the optimiser changes: here every one of the encoder."""
-        return list(self.encoder.named_parameters())
+        """Names and parameters that the optimiser changes: of the encoder, those that require gradients."""
+        return [(name, value) for name, value in self.encoder.named_parameters() if value.requires_grad]
 
     def configure_optimizers(self) -> Any:
-        """AdamW, linear warm-up, cosine to 0 at the trainer's last step."""
-        parameters = [parameter for _, parameter in self.trainable_parameters()]
-        optimizer = torch.optim.AdamW(parameters, self.learning_rate, eps=_EPSILON, weight_decay=self.weight_decay)
+        """AdamW, linear warm-up, cosine to 0 at the trainer's last step; one group per learning rate."""
+        trained = self.trainable_parameters()
+        shares = self.rates(name for name, _ in self.network.named_parameters()) if self.rates else {}
+        groups: dict[float, list[nn.Parameter]] = {}
+        for name, parameter in trained:
+            groups.setdefault(shares.get(name, 1.0), []).append(parameter)
+        optimizer = torch.optim.AdamW(
+            [{"params": group, "lr": self.learning_rate * share} for share, group in groups.items()],
+            eps=_EPSILON,
+            weight_decay=self.weight_decay,
+        )
         total = total_steps(self.trainer)
         factor = warm_up_cosine(round(self.warmup_fraction * total), total)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    @property
+    def regime(self) -> str:
+        """How the encoder is trained, as a task vector's header has it: ``full``, or e.g. ``linearized, All()``."""
+        parts = [repr(part) for part in (self.trainable, self.lora, self.rates) if part is not None]
+        return ", ".join([*(["linearized"] if self.linearized else []), *parts]) or "full"
 
     def configure_gradient_clipping(
         self,

@@ -1,0 +1,95 @@
+"""The τJp penalty: a task vector that leaves other tasks' images alone can be added without a coefficient."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.func import jvp
+
+from lit_merge.errors import ConfigurationError
+from lit_merge.metrics.tau_jp import tau_jp_norms
+
+__all__ = ["TauJpPenalty"]
+
+
+@dataclass(frozen=True)
+class TauJpPenalty:
+    """``λ · E_x ‖J_θ f(x; θ0) · τ‖`` over unlabelled images of other tasks (Yoshida et al. 2025, eqs. 10 and 11).
+
+    Args:
+        schedule: ``cyclic`` takes the images of step i from other task i mod (T − 1); ``strict`` takes some of every
+            other task at every step.
+        weight: λ.
+        squared: whether the norms are squared: the papers' program does not, its text does.
+        batch_size: images per process and other task in a batch; None for an eighth of the task's own.
+        start_step: the first optimiser step with a penalty.
+        tasks: which of the data module's other tasks; None for all.
+        images: how many images of each of them are ever used; None for all.
+        split: which of their splits the images come from; labels are never read.
+        space: ``features`` of the encoder, as in the paper, or the ``logits`` that the other task's head makes of them.
+
+    Raises:
+        ConfigurationError: a setting is out of its range.
+    """
+
+    schedule: Literal["cyclic", "strict"] = "cyclic"
+    weight: float = 0.1
+    squared: bool = False
+    batch_size: int | None = None
+    start_step: int = 0
+    tasks: list[str] | None = None
+    images: int | None = None
+    split: Literal["train", "val", "test"] = "train"
+    space: Literal["features", "logits"] = "features"
+
+    def __post_init__(self) -> None:
+        choices: dict[str, tuple[str, ...]] = {
+            "schedule": ("cyclic", "strict"),
+            "split": ("train", "val", "test"),
+            "space": ("features", "logits"),
+        }
+        for name, valid in choices.items():
+            if getattr(self, name) not in valid:
+                raise ConfigurationError(
+                    f"penalty.{name}: expected one of {', '.join(valid)}, got {getattr(self, name)!r}. Change it."
+                )
+        if not 0 <= self.weight < float("inf"):
+            raise ConfigurationError(f"penalty.weight: expected a number of at least 0, got {self.weight}. Change it.")
+        for name, least in (("batch_size", 1), ("images", 1), ("start_step", 0)):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or value < least):
+                raise ConfigurationError(
+                    f"penalty.{name}: expected an integer of at least {least}, got {value!r}. Change it."
+                )
+        if isinstance(self.tasks, str):
+            raise ConfigurationError(f"penalty.tasks: expected a list, got {self.tasks!r}. Write [{self.tasks}].")
+
+    def norms(self, value: Tensor, tangent: Tensor, tasks: Tensor, heads: Sequence[Any] = ()) -> Tensor:
+        """The (squared) norms of every image, whose mean times λ is the penalty.
+
+        Args:
+            value: ``f(x; θ0)``, ``[B, d]``.
+            tangent: ``J_θ f(x; θ0) · τ``, ``[B, d]``.
+            tasks: ``[B]``, each image's position among the other tasks.
+            heads: of the other tasks, for ``logits``.
+
+        Returns:
+            ``[B]``.
+        """
+        if self.space == "features":
+            return tau_jp_norms(tangent, self.squared)
+        parts = tangent.new_empty(len(tangent), dtype=torch.promote_types(tangent.dtype, torch.float32))
+        for task in tasks.unique().tolist():
+            chosen = tasks == task
+            of_logits = jvp(heads[task], (value[chosen],), (tangent[chosen],))[1]
+            parts = parts.masked_scatter(chosen, tau_jp_norms(of_logits, self.squared).to(parts.dtype))
+        return parts
+
+
+def split_batch(batch: Any) -> tuple[Any, Any]:
+    """A task's own batch, and that of the other tasks or None."""
+    return (batch["own"], batch["other"]) if isinstance(batch, Mapping) and "own" in batch else (batch, None)
