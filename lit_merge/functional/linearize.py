@@ -10,15 +10,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.autograd.graph import disable_saved_tensors_hooks
 from torch.func import functional_call
 
-from lit_merge.errors import LitMergeError
+from lit_merge.errors import ConfigurationError, LitMergeError, first_few
 from lit_merge.functional.tangents import FastTangents
 
 __all__ = ["linearize"]
@@ -47,42 +48,62 @@ def linearize(
         ``f(x; θ0)`` and ``J_θ f(x; θ0) · τ``, both of the shape of the module's output.
 
     Raises:
+        ConfigurationError: a name is none of the module's.
         LitMergeError: the module's output is no tensor, or it uses an operator without a forward-mode derivative.
     """
-    own = {name: value.detach() for name, value in module.named_parameters()} | {
-        name: value.detach() for name, value in parameters.items()
-    }
-    # Lightning evaluates in inference mode, where no tangent can be attached.
-    with torch.inference_mode(False), torch.set_grad_enabled(_records()), _evaluating(module), forward_ad.dual_level():
-        duals = {name: forward_ad.make_dual(own[name], value) for name, value in tangents.items()}
-        inputs, keywords = _ordinary(inputs), _ordinary(keywords)
-        try:
-            with FastTangents():
-                output = functional_call(module, {**own, **duals}, inputs, keywords)
-        except (NotImplementedError, RuntimeError) as error:
-            raise _refusal(error) from error
-        if not isinstance(output, Tensor):
-            raise LitMergeError(
-                f"linearised {type(module).__name__}: expected a module that returns one tensor, got "
-                f"{type(output).__name__}. Wrap it in one that does."
-            )
-        value, tangent = forward_ad.unpack_dual(output)
-        return value, torch.zeros_like(value) if tangent is None else tangent
+    own = dict(module.named_parameters())
+    unknown = [name for name in (*parameters, *tangents) if name not in own]
+    if unknown:
+        raise ConfigurationError(
+            f"linearised {type(module).__name__}: expected names of its {len(own)} parameters, got "
+            f"{first_few(unknown)}. Use names of module.named_parameters()."
+        )
+    records = torch.is_grad_enabled()  # asked here: leaving inference mode turns it on
+    try:
+        # Lightning evaluates in inference mode, where no tangent can be attached.
+        with torch.inference_mode(False), torch.set_grad_enabled(records), _evaluating(module), forward_ad.dual_level():
+            own = _constant({**own, **parameters})
+            duals = {name: forward_ad.make_dual(own[name], _ordinary(value)) for name, value in tangents.items()}
+            with _no_recomputation(), FastTangents():
+                output = functional_call(module, {**own, **duals}, _constant(inputs), _constant(keywords))
+            if not isinstance(output, Tensor):
+                raise LitMergeError(
+                    f"linearised {type(module).__name__}: expected a module that returns one tensor, got "
+                    f"{type(output).__name__}. Wrap it in one that does."
+                )
+            value, tangent = forward_ad.unpack_dual(output)
+            return value, torch.zeros_like(value) if tangent is None else tangent
+    except RuntimeError as error:
+        refusal = _refusal(str(error))
+        if refusal is None:
+            raise
+        raise LitMergeError(f"linearised: {refusal}") from error
 
 
-def _records() -> bool:
-    return torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+def _ordinary(value: Tensor) -> Tensor:
+    """The same, but no inference tensor: those may not be saved for a derivative."""
+    return value.clone() if value.is_inference() else value
 
 
-def _ordinary(value: Any) -> Any:
-    """The same without inference tensors, which may not be saved for a derivative."""
+def _constant(value: Any) -> Any:
+    """The same with ordinary tensors through which no gradient flows."""
     if isinstance(value, Tensor):
-        return value.clone() if value.is_inference() else value
+        return _ordinary(value).detach()
     if isinstance(value, tuple | list):
-        return type(value)(_ordinary(item) for item in value)
+        items = [_constant(item) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
     if isinstance(value, dict):
-        return {key: _ordinary(item) for key, item in value.items()}
+        return {key: _constant(item) for key, item in value.items()}
     return value
+
+
+@contextmanager
+def _no_recomputation() -> Iterator[None]:
+    """Refuse gradient checkpointing where it starts: in the backward pass it would find no tangents."""
+    with ExitStack() as stack:
+        with suppress(RuntimeError):  # around us somebody else's hooks are in use, which do no harm
+            stack.enter_context(disable_saved_tensors_hooks(_RECOMPUTATION))
+        yield
 
 
 @contextmanager
@@ -97,15 +118,27 @@ def _evaluating(module: nn.Module) -> Iterator[None]:
             part.training = True
 
 
-def _refusal(error: Exception) -> Exception:
-    """Torch's complaint about a missing formula as one line; any other error as it is."""
-    text = str(error)
+_RECOMPUTATION = (
+    "expected a module without gradient checkpointing, got one that recomputes. Switch it off, e.g. with "
+    "set_grad_checkpointing(False)."
+)
+
+
+def _refusal(text: str) -> str | None:
+    """Torch's complaint about what cannot be linearised as one line; None for any other error."""
+    if text == _RECOMPUTATION:
+        return text
+    if "Nested forward mode AD" in text or "_unpack_dual" in text or "_make_dual" in text:
+        return (
+            "expected no torch.func.jvp, jacfwd or vmap and no other linearised module around or inside this one, got "
+            "one; torch cannot nest them. Call the module itself."
+        )
     if "forward AD" not in text and "forward mode AD" not in text:
-        return error
+        return None
     named = re.search(r"forward AD with (\S+)", text)
     operator = named[1] if named else "an autograd.Function without jvp"
-    return LitMergeError(
-        f"linearised: expected operators with a forward-mode derivative, got {operator}, which has none. "
-        "Replace it in the module by operators that have one, give its autograd.Function a jvp, train only parameters "
-        "behind it, or do not linearise."
+    return (
+        f"expected operators with a forward-mode derivative, got {operator}, which has none. Replace it in the module "
+        "by operators that have one, give its autograd.Function a jvp, train only parameters behind it, or do not "
+        "linearise."
     )

@@ -7,6 +7,7 @@ returns a dual result. The value has no graph; the tangent has one, through whic
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -34,16 +35,18 @@ def _dual(value: Tensor | None) -> tuple[Any, Tensor | None]:
 
 def _as_autocast_does(device_type: str, *tensors: Tensor | None) -> tuple[Any, ...]:
     """Cast the inputs of a matrix product."""
-    if not torch.is_autocast_enabled(device_type):
-        return tensors
-    dtype = torch.get_autocast_dtype(device_type)
+    enabled = torch.is_autocast_enabled(device_type)
+    return _cast(torch.get_autocast_dtype(device_type), *tensors) if enabled else tensors
+
+
+def _cast(dtype: torch.dtype, *tensors: Tensor | None) -> tuple[Any, ...]:
     return tuple(value if value is None or value.dtype == torch.float64 else value.to(dtype) for value in tensors)
 
 
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``ẏ = x Ẇᵀ + ẋ Wᵀ + ḃ`` on rows: on more dimensions torch would expand the weight over the batch."""
     (x, dx), (w, dw), (b, db) = _dual(input), _dual(weight), _dual(bias)
-    if dx is None and dw is None and db is None:
+    if (dx is None and dw is None and db is None) or weight.ndim != 2:
         return F.linear(input, weight, bias)
     x, dx, w, dw, b, db = _as_autocast_does(x.device.type, x, dx, w, dw, b, db)
     shape = (*x.shape[:-1], w.shape[0])
@@ -61,9 +64,10 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     return forward_ad.make_dual(y.view(shape), dy.view(shape))
 
 
-def _matmul(input: Tensor, other: Tensor) -> Tensor:
+def _matmul(input: Tensor, other: Tensor, **out: Any) -> Tensor:
     """A product with one matrix is a linear layer."""
-    return _linear(input, other.t()) if input.ndim >= 3 and other.ndim == 2 else torch.matmul(input, other)
+    linear = input.ndim >= 2 and other.ndim == 2 and not out
+    return _linear(input, other.t()) if linear else torch.matmul(input, other, **out)
 
 
 def _convolution(convolve: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -97,7 +101,7 @@ class _LayerNormTangent(torch.autograd.Function):
         if dx is None:
             tangent = torch.zeros_like(x)
         else:
-            tangent, _, _ = _layer_norm_backward(dx, x, shape, mean, rstd, None, [True, False, False])
+            tangent, _, _ = _layer_norm_backward(dx, x, shape, mean, rstd, None, None, [True, False, False])
             tangent = tangent if w is None else tangent.mul_(w)
         if dw is not None:
             tangent.addcmul_((x - mean).mul_(rstd), dw)
@@ -107,15 +111,14 @@ class _LayerNormTangent(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> Any:
         x, mean, rstd, w = ctx.saved_tensors
+        b = x.new_empty(ctx.shape)  # only its shape is read
         wanted = list(ctx.needs_input_grad[5:])
-        return None, None, None, None, None, *_layer_norm_backward(gradient, x, ctx.shape, mean, rstd, w, wanted)
+        return None, None, None, None, None, *_layer_norm_backward(gradient, x, ctx.shape, mean, rstd, w, b, wanted)
 
 
-def _layer_norm_backward(
-    gradient: Tensor, x: Tensor, shape: list[int], mean: Tensor, rstd: Tensor, w: Tensor | None, wanted: list[bool]
-) -> Any:
-    """Gradients of input, weight and bias; of the bias only the shape is read, which is the weight's."""
-    return torch.ops.aten.native_layer_norm_backward(gradient.contiguous(), x, shape, mean, rstd, w, w, wanted)
+def _layer_norm_backward(gradient: Tensor, *others: Any) -> Any:
+    """Gradients of input, weight and bias."""
+    return torch.ops.aten.native_layer_norm_backward(gradient.contiguous(), *others)
 
 
 def _layer_norm(
@@ -124,13 +127,15 @@ def _layer_norm(
     (x, dx), (w, dw), (b, db) = _dual(input), _dual(weight), _dual(bias)
     if dx is None and dw is None and db is None:
         return F.layer_norm(input, normalized_shape, weight, bias, eps)
-    device_type, shape = x.device.type, list(normalized_shape)
-    if torch.is_autocast_enabled(device_type):
-        x, dx, w, dw, b, db = (None if value is None else value.float() for value in (x, dx, w, dw, b, db))
+    device_type, dtype, shape = x.device.type, x.dtype, list(normalized_shape)
+    if torch.is_autocast_enabled(device_type) or (w is not None and w.dtype != dtype):
+        x, dx, w, dw, b, db = _cast(torch.float32, x, dx, w, dw, b, db)
+        dtype = dtype if device_type == "cpu" else x.dtype  # as torch's autocast returns it
     with torch.autocast(device_type, enabled=False):
         x = x.contiguous()
         y, mean, rstd = torch.native_layer_norm(x, shape, w, b, eps)
-        return forward_ad.make_dual(y, _LayerNormTangent.apply(shape, x, mean, rstd, w, dx, dw, db))
+        dy = _LayerNormTangent.apply(shape, x, mean, rstd, w, dx, dw, db)
+        return forward_ad.make_dual(y.to(dtype), dy.to(dtype))
 
 
 class _AttentionTangent(torch.autograd.Function):
@@ -183,11 +188,13 @@ def _attention(
 ) -> Tensor:
     (q, dq), (k, dk), (v, dv) = _dual(query), _dual(key), _dual(value)
     mask = None if attn_mask is None else forward_ad.unpack_dual(attn_mask)
-    alone = dq is None and dk is None and dv is None
-    if alone or enable_gqa or dropout_p or (mask is not None and mask.tangent is not None):
-        with sdpa_kernel(SDPBackend.MATH):  # the only one with a forward-mode formula
+    learned_mask = mask is not None and mask.tangent is not None
+    alone = dq is None and dk is None and dv is None and not learned_mask
+    if alone or learned_mask or dropout_p or enable_gqa or not q.shape[:-2] == k.shape[:-2] == v.shape[:-2]:
+        with nullcontext() if alone else sdpa_kernel(SDPBackend.MATH):  # the only one with a forward-mode formula
+            gqa = {"enable_gqa": True} if enable_gqa else {}  # not known to torch 2.4
             return F.scaled_dot_product_attention(
-                query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+                query, key, value, attn_mask, dropout_p, is_causal, scale=scale, **gqa
             )
     q, k, v, dq, dk, dv = _as_autocast_does(q.device.type, q, k, v, dq, dk, dv)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
@@ -198,6 +205,8 @@ def _attention(
         added = mask.primal
         scores = scores.masked_fill(~added, -torch.inf) if added.dtype == torch.bool else scores + added
     p = scores.softmax(-1, dtype=q.dtype)
+    if mask is not None:
+        p.masked_fill_(scores == -torch.inf, 0)  # torch, too, has zeros where a query may see no key
     return forward_ad.make_dual(p @ v, _AttentionTangent.apply(scale, p, q, k, v, dq, dk, dv))
 
 
@@ -272,8 +281,9 @@ def _multi_head_attention(
         )
     # [length, batch, width] -> [batch, heads, length, width / heads]
     q, k, v = (part.unflatten(-1, (num_heads, -1)).permute(1, 2, 0, 3) for part in projected)
-    if attn_mask is not None and attn_mask.ndim == 3:
-        attn_mask = attn_mask.unflatten(0, (-1, num_heads))
+    if attn_mask is not None:
+        attn_mask = ~attn_mask if attn_mask.dtype == torch.bool else attn_mask  # here True hides, there it shows
+        attn_mask = attn_mask.unflatten(0, (-1, num_heads)) if attn_mask.ndim == 3 else attn_mask
     attended = _attention(q, k, v, attn_mask, dropout_p if training else 0.0, is_causal and attn_mask is None)
     return _linear(attended.permute(2, 0, 1, 3).flatten(-2), out_proj_weight, out_proj_bias), None
 
