@@ -6,7 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lit_merge.data.batch import ImageBatch
+    from lit_merge.data.batch import ImageBatch, OtherBatch
     from lit_merge.data.embedded.tasks import EMBEDDED_TASKS, load_split
     from lit_merge.data.multitask import MultiTaskDataModule
     from lit_merge.data.pretraining import CaptionDataModule
@@ -19,6 +19,7 @@ __all__ = [
     "CaptionDataModule",
     "ImageBatch",
     "MultiTaskDataModule",
+    "OtherBatch",
     "TaskDataModule",
     "contact_sheet",
     "load_split",
@@ -30,6 +31,7 @@ _HOMES = {
     "CaptionDataModule": "pretraining",
     "ImageBatch": "batch",
     "MultiTaskDataModule": "multitask",
+    "OtherBatch": "batch",
     "TaskDataModule": "task",
     "contact_sheet": "sheet",
     "load_split": "embedded.tasks",

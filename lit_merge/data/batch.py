@@ -1,4 +1,4 @@
-"""The batch that every data module of lit-merge hands out."""
+"""The batches that the data modules of lit-merge hand out."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-__all__ = ["PADDING", "ImageBatch"]
+__all__ = ["PADDING", "ImageBatch", "OtherBatch"]
 
 PADDING = -1
 """The label and the index of an entry that fills a batch up, and the label of an image whose class is not known."""
@@ -27,4 +27,18 @@ class ImageBatch(NamedTuple):
 
     images: Tensor
     labels: Tensor
+    indices: Tensor
+
+
+class OtherBatch(NamedTuple):
+    """B images of other tasks, without their labels.
+
+    Attributes:
+        images: float32, ``[B, 3, S, S]``, normalised as the model asks.
+        tasks: int64, ``[B]``, positions of the images' tasks in the data module's ``other_task_names``.
+        indices: int64, ``[B]``, the images' positions in their tasks' split.
+    """
+
+    images: Tensor
+    tasks: Tensor
     indices: Tensor

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -68,6 +70,23 @@ class ImageDataset(Dataset[ImageBatch], ABC):
             float32, ``[B, 3, S, S]``.
         """
 
+    @abstractmethod
+    def content(self) -> Iterator[bytes | memoryview]:
+        """What tells the N images, before any preprocessing, from others."""
+
+    def digest(self) -> str:
+        """SHA-256 of all that a batch depends on: images, labels, preprocessing (by its ``repr``) and augmentation.
+
+        Returns:
+            64 hexadecimal digits.
+        """
+        settings = [type(self).__name__, len(self), repr(self.preprocessing), self.augmentation_seed]
+        digest = hashlib.sha256(json.dumps(settings).encode())
+        digest.update(self.labels.numpy().tobytes())
+        for buffer in self.content():
+            digest.update(buffer)
+        return digest.hexdigest()
+
     def __len__(self) -> int:
         return len(self.labels)
 
@@ -128,6 +147,11 @@ class TensorImages(ImageDataset):
             images = TF.resize(images, size, InterpolationMode.BICUBIC, antialias=True)
         return self.preprocessing.normalise(images)
 
+    def content(self) -> Iterator[bytes | memoryview]:
+        """The sizes and the pixels."""
+        yield str(list(self.images.shape)).encode()
+        yield self.images.reshape(-1).numpy().data
+
 
 class FileImages(ImageDataset):
     """Images in files, of any size; transformed as the model's own training and evaluation do.
@@ -167,6 +191,13 @@ class FileImages(ImageDataset):
                 )
         finally:
             random.setstate(state)
+
+    def content(self) -> Iterator[bytes | memoryview]:
+        """Path, size and time of change of every file; they are not read."""
+        for name in self.names:
+            path = Path(name).absolute()
+            status = path.stat()
+            yield json.dumps([str(path), status.st_size, status.st_mtime_ns]).encode()
 
     def _transformed(self, image: Any, seed: int) -> Tensor:
         random.seed(seed)

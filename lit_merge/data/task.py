@@ -6,12 +6,24 @@ from typing import Any
 
 import lightning as L
 import torch
-from torch.utils.data import DataLoader
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import CombinedLoader
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from lit_merge.data.batch import PADDING, ImageBatch
 from lit_merge.data.datasets import FileImages, ImageDataset, ImagePreprocessing
 from lit_merge.data.folders import FolderSource, find_images
 from lit_merge.data.loading import ResumableLoader
+from lit_merge.data.other_tasks import (
+    ImagePenalty,
+    OtherImages,
+    OtherLoader,
+    OtherSampler,
+    images_per_task,
+    other_sources,
+    read_other_images,
+    sources_in_use,
+)
 from lit_merge.data.sampling import EvaluationSampler, TrainingSampler, training_batch_size
 from lit_merge.data.sources import EmbeddedSource, TaskSource
 from lit_merge.errors import ConfigurationError, DataError
@@ -28,6 +40,9 @@ class TaskDataModule(L.LightningDataModule):
     batch, and the global batches are those that one process with the whole batch size would see; in evaluation every
     image counts once. The last, incomplete training batch of an epoch is left out.
 
+    If the trainer's module has a ``penalty`` (see :class:`~lit_merge.data.other_tasks.ImagePenalty`), a training batch
+    is ``{"own": ImageBatch, "other": OtherBatch}`` with unlabelled images of other tasks, augmented as the own ones.
+
     Args:
         task: a task of the embedded suite; either this or ``path``.
         path: a folder with one folder per class, or with ``train``, ``val`` and ``test`` of such folders; see
@@ -40,14 +55,21 @@ class TaskDataModule(L.LightningDataModule):
         class_names: folder name -> class name, of a ``path``; by default the folder's with ``_`` as a space.
         templates: prompt templates with one ``{}``, or the name of a data set whose templates to use; None for the
             embedded task's own, or ``"a photo of a {}."``.
-        fractions: shares of train, val and test where a folder is divided; they sum to 1.
+        fractions: shares of train, val and test where a folder, also one of ``other_paths``, is divided; they sum to 1.
         split_seed: of that division; leave it as it is, or test images of one run are training images of another.
-        skip_corrupt: whether to decode all images of ``path`` and ``predict_path`` at the start and leave the damaged
-            ones out, with a warning, rather than to stop at the first.
+        skip_corrupt: whether to decode all images of ``path``, ``other_paths`` and ``predict_path`` at the start and
+            leave the damaged ones out, with a warning, rather than to stop at the first.
         predict_path: an image, or a folder searched for images, to predict; None for the test split.
         labelled: False gives the training images the label -1, as test-time merging wants it.
         preprocessing: what the model expects of images; None takes ``preprocessing`` of the trainer's module.
         name: of the task, with a ``path``; by default the folder's.
+        other_paths: name -> folder of another task's images, for a penalty; laid out as ``path``.
+        other_tasks: other tasks of the embedded suite, for a penalty; None for all of them, or for none with a
+            ``path``. Without a penalty no other task costs anything.
+
+    Attributes:
+        other_sources: name -> other task with its ``classes`` and ``templates``, of those that the penalty is about;
+            after ``setup("fit")``.
 
     Raises:
         ConfigurationError: an argument is unknown, out of range, or contradicts another one.
@@ -73,6 +95,8 @@ class TaskDataModule(L.LightningDataModule):
         labelled: bool = True,
         preprocessing: Any = None,
         name: str | None = None,
+        other_paths: dict[str, str] | None = None,
+        other_tasks: list[str] | None = None,
     ) -> None:
         super().__init__()
         if (task is None) == (path is None):
@@ -95,14 +119,14 @@ class TaskDataModule(L.LightningDataModule):
         self.source: TaskSource
         if task is not None:
             only_with_path = (
-                ("class_names", class_names, None),
-                ("fractions", tuple(fractions), _FRACTIONS),
-                ("split_seed", split_seed, 0),
-                ("name", name, None),
-                ("skip_corrupt", skip_corrupt and predict_path is None, False),
+                ("class_names", class_names, None, False),
+                ("fractions", tuple(fractions), _FRACTIONS, other_paths),
+                ("split_seed", split_seed, 0, other_paths),
+                ("name", name, None, False),
+                ("skip_corrupt", skip_corrupt, False, other_paths or predict_path),
             )
-            for argument, given, default in only_with_path:
-                if given != default:
+            for argument, given, default, used in only_with_path:
+                if given != default and not used:
                     raise ConfigurationError(
                         f"{argument}: expected only with path, got {given!r} with an embedded task. "
                         "Remove it, or set path."
@@ -112,6 +136,11 @@ class TaskDataModule(L.LightningDataModule):
             assert path is not None
             self.source = FolderSource(path, class_names, templates, fractions, split_seed, skip_corrupt)
             self.source.name = name or self.source.name
+        self._known_others = other_sources(
+            self.source, other_tasks, other_paths or {}, fractions, split_seed, skip_corrupt
+        )
+        self.other_sources: dict[str, TaskSource] = {}
+        self._other_images: OtherImages | None = None
         self.batch_size, self.evaluation_batch_size, self.workers = batch_size, evaluation_batch_size, workers
         self.seed, self.augment, self.labelled = seed, augment, labelled
         self.skip_corrupt, self.predict_path = skip_corrupt, predict_path
@@ -133,23 +162,36 @@ class TaskDataModule(L.LightningDataModule):
         """Prompt templates of the zero-shot head, with one ``{}`` each."""
         return self.source.templates
 
+    @property
+    def other_task_names(self) -> tuple[str, ...]:
+        """The tasks that the penalty is about, by :attr:`OtherBatch.tasks`; after ``setup("fit")``."""
+        return tuple(self.other_sources)
+
     def prepare_data(self) -> None:
-        """Draw and cache what is missing of an embedded task; Lightning calls this on one process per machine."""
+        """Draw and cache what is missing of embedded tasks; Lightning calls this on one process per machine."""
         self.source.prepare()
+        penalty = self._penalty()
+        if penalty is not None and self.trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
+            for name, source in self._known_others.items():
+                if penalty.tasks is None or name in penalty.tasks:
+                    source.prepare()
 
     def setup(self, stage: str) -> None:
         """Read the splits of a stage: ``fit``, ``validate``, ``test`` or ``predict``.
 
         Raises:
-            ConfigurationError: the preprocessing is not known.
+            ConfigurationError: the preprocessing is not known, or the module's penalty cannot be served.
             DataError: the images are missing or unreadable, or a split is empty; validation while fitting may be.
         """
         preprocessing = self._known_preprocessing()
         if stage == "fit":
+            penalty = self._penalty()
+            self.other_sources = {} if penalty is None else sources_in_use(penalty, self._known_others, self.trainer)
             train = self.source.split("train", preprocessing, self.seed if self.augment else None)
             if not self.labelled:
                 train.labels = torch.full_like(train.labels, PADDING)
             self.datasets["train"] = train
+            self._other_images = None if penalty is None else self._read_others(penalty, preprocessing)
         if stage in ("fit", "validate"):
             self.datasets["val"] = self.source.split("val", preprocessing)
             if stage == "validate" and not len(self.datasets["val"]):
@@ -159,12 +201,31 @@ class TaskDataModule(L.LightningDataModule):
         if stage == "predict":
             self.datasets["predict"] = self._to_predict(preprocessing)
 
-    def train_dataloader(self) -> DataLoader[ImageBatch]:
-        """Batches in a new order every epoch."""
+    def train_dataloader(self) -> DataLoader[ImageBatch] | CombinedLoader:
+        """Batches in a new order every epoch; with a penalty of the module, images of other tasks beside each."""
         dataset, (processes, rank) = self._dataset("train"), self._place()
         sampler = TrainingSampler(dataset, processes, rank, self.seed)
         batch_size = training_batch_size(len(dataset), self.batch_size, processes, self.name)
-        return self._loader(dataset, sampler, batch_size, drop_last=True)
+        own = self._loader(dataset, sampler, batch_size, ResumableLoader, drop_last=True)
+        penalty = self._penalty()
+        if penalty is None:
+            return own
+        if self._other_images is None:
+            raise ConfigurationError(
+                "penalty: expected the module to have it before setup('fit'), got it later. "
+                "Set it when the module is made."
+            )
+        others = OtherSampler(
+            self._other_images,
+            penalty.schedule,
+            images_per_task(penalty, self.batch_size),
+            len(own),
+            processes,
+            rank,
+            self.seed,
+        )
+        beside = self._loader(self._other_images, others, others.entries, OtherLoader, drop_last=True)
+        return CombinedLoader({"own": own, "other": beside}, mode="min_size")  # both are equally long
 
     def val_dataloader(self) -> DataLoader[ImageBatch] | list[DataLoader[ImageBatch]]:
         """Batches of the validation images; an empty list if there are none."""
@@ -208,6 +269,23 @@ class TaskDataModule(L.LightningDataModule):
             )
         return preprocessing
 
+    def _penalty(self) -> ImagePenalty | None:
+        """That of the trainer's module; in a data module of several tasks all of them are own ones."""
+        if self.trainer is None or getattr(self.trainer, "datamodule", None) is not self:
+            return None
+        return getattr(self.trainer.lightning_module, "penalty", None)
+
+    def _read_others(self, penalty: ImagePenalty, preprocessing: ImagePreprocessing) -> OtherImages:
+        return read_other_images(
+            penalty,
+            self.other_sources,
+            preprocessing,
+            self.seed,
+            self.augment,
+            images_per_task(penalty, self.batch_size),
+            self._place()[0],
+        )
+
     def _to_predict(self, preprocessing: ImagePreprocessing) -> ImageDataset:
         if self.predict_path is None:
             return self.datasets["test"]
@@ -228,13 +306,13 @@ class TaskDataModule(L.LightningDataModule):
 
     def _loader(
         self,
-        dataset: ImageDataset,
-        sampler: TrainingSampler | EvaluationSampler,
+        dataset: Dataset[Any],
+        sampler: Sampler[Any],
         batch_size: int,
+        kind: type[DataLoader[Any]] = DataLoader,
         drop_last: bool = False,
-    ) -> DataLoader[ImageBatch]:
+    ) -> DataLoader[Any]:
         device = torch.device("cpu") if self.trainer is None else self.trainer.strategy.root_device
-        kind = ResumableLoader if isinstance(sampler, TrainingSampler) else DataLoader
         loader = kind(
             dataset,
             batch_size=batch_size,  # by its name: Lightning builds the loader anew in prediction
