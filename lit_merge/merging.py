@@ -79,6 +79,7 @@ def merge(
     search: CoefficientSearch | None = None,
     data: LightningDataModule | None = None,
     overwrite: bool = False,
+    linearized: bool = False,
 ) -> MergeResult:
     """Merge task vectors into one model, by a recipe or any chain of transforms.
 
@@ -96,6 +97,8 @@ def merge(
         search: choose a coefficient on validation data instead of taking the given one.
         data: the tasks to search on; by default the embedded tasks that the vectors are named after.
         overwrite: replace an existing output and the files beside it.
+        linearized: whether the vectors are merged for the encoder's tangent at θ0, as they were trained: a search
+            evaluates that instead of the encoder, and the output's header says so.
 
     Raises:
         LitMergeError: inputs are missing, damaged or do not fit each other, or the output exists.
@@ -108,7 +111,7 @@ def merge(
     _create_folder(target.parent)
     found = None
     if search is not None:
-        found = search_coefficient(stacked, chosen, search, model, pretrained, data)
+        found = search_coefficient(stacked, chosen, search, model, pretrained, data, linearized)
         chosen = replace_field(chosen, search.field, found.best)
     provenance = {
         "base_fingerprint": clip.fingerprint,
@@ -120,6 +123,8 @@ def merge(
         ),
         "lit_merge": __version__,
     }
+    if linearized:
+        provenance["linearized"] = "true"
     if found is not None:
         provenance["search"] = json.dumps(asdict(found))
     merged = chosen(stacked).single()

@@ -5,22 +5,29 @@ from __future__ import annotations
 import json
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import torch
+
 from lit_merge.errors import ConfigurationError, DataError
-from lit_merge.transforms import Transform, replace_field
-from lit_merge.vectors import TaskVectors
+from lit_merge.transforms import Chain, Mean, Negate, Scale, Sum, Transform, replace_field
+from lit_merge.vectors import TaskVectors, check_base
 
 if TYPE_CHECKING:
     import lightning as L
+    from torch.utils.data import DataLoader
 
+    from lit_merge.linear_features import LinearFeatures
     from lit_merge.modules.multitask import MultiTaskModule
 
-__all__ = ["CoefficientSearch", "SearchResult", "normalised_accuracy", "search_coefficient"]
+__all__ = ["CoefficientSearch", "SearchResult", "direction_of", "normalised_accuracy", "search_coefficient"]
+
+_HOMOGENEOUS = (Scale, Sum, Mean, Negate)
+"""Transforms T with T(α τ) = α T(τ)."""
 
 
 def _grid() -> list[float]:
@@ -106,8 +113,13 @@ def search_coefficient(
     model: str = "lit-tiny",
     pretrained: str | None = None,
     data: Any = None,
+    linearized: bool = False,
 ) -> SearchResult:
     """Evaluate ``θ0 + transform(vectors)`` for every value of one field, on the validation split of every task.
+
+    Linearised, where the field is only a factor (:func:`direction_of`), the features at every value are
+    ``f0(x) + α J τ(x)``: the network sees each image once, and in a search with the same vectors and images not at all,
+    as ``f0`` and the tangents are kept (:class:`lit_merge.linear_features.LinearFeatureCache`).
 
     Args:
         vectors: the task vectors; their tasks name the tasks of ``data``.
@@ -116,6 +128,7 @@ def search_coefficient(
         model: the base model.
         pretrained: its weights.
         data: a :class:`lit_merge.data.MultiTaskDataModule`; by default the embedded tasks of the vectors.
+        linearized: whether to evaluate the encoder's tangent at θ0, as vectors that were trained linearised want it.
 
     Returns:
         The curve and the chosen value.
@@ -134,15 +147,13 @@ def search_coefficient(
             f"search: expected data of every task, got none of {missing[0]!r} (data: {', '.join(data.task_names)}). "
             "Name the tasks of data as the vectors'."
         )
-    module = MultiTaskModule(model, pretrained)
-    individual: dict[str, float] = {}
-    for task in vectors.tasks:
-        module.load_task_vector(vectors.vector(task))
-        individual.update(_validate(module, data.subset([task])))
-    accuracy = []
-    for candidate in candidates:
-        module.load_task_vector(candidate(vectors).single())
-        accuracy.append(_validate(module, data))
+    module = MultiTaskModule(model, pretrained, linearized=linearized)
+    direction = direction_of(transform, search.field) if linearized else None
+    loaders = _loaders(module, data) if direction is not None else {}
+    if direction is not None and loaders:
+        individual, accuracy = _linear_curve(module, vectors, direction, search.values, loaders)
+    else:
+        individual, accuracy = _curve(module, vectors, candidates, data)
     tasks = list(vectors.tasks)
     absolute = [sum(point[task] for task in tasks) / len(tasks) for point in accuracy]
     normalised = [normalised_accuracy({task: point[task] for task in tasks}, individual) for point in accuracy]
@@ -151,6 +162,102 @@ def search_coefficient(
     return SearchResult(
         search.field, list(search.values), normalised, absolute, best, search.criterion, "val", accuracy
     )
+
+
+def direction_of(transform: Transform, field: str) -> Transform | None:
+    """The transform D with ``transform(vectors) = α D(vectors)`` for every value α of a field, if structure tells.
+
+    That is: the field is the one number of a :class:`~lit_merge.transforms.Scale`, and nothing but ``Scale``, ``Sum``,
+    ``Mean`` and ``Negate`` comes after it; before it anything may. D is the same chain with α = 1.
+
+    Args:
+        transform: a transform or a chain.
+        field: name of a field that exactly one step has.
+
+    Returns:
+        D, or None where α may be more than a factor, e.g. one coefficient per task or the density of a trim.
+
+    Examples:
+        >>> from lit_merge.transforms import task_arithmetic
+        >>> direction_of(task_arithmetic(0.3), "coefficient")
+        chain(Sum(), Scale(coefficient=1.0))
+    """
+    steps = transform.steps if isinstance(transform, Chain) else (transform,)
+    for index, step in enumerate(steps):
+        if field in {item.name for item in fields(step)}:
+            factor = type(step) is Scale and isinstance(step.coefficient, float)
+            linear = all(type(later) in _HOMOGENEOUS for later in steps[index + 1 :])
+            return replace_field(transform, field, 1.0) if factor and linear else None
+    return None
+
+
+def _curve(
+    module: MultiTaskModule, vectors: TaskVectors, candidates: Sequence[Transform], data: Any
+) -> tuple[dict[str, float], list[dict[str, float]]]:
+    """Accuracies of the individual models and of every candidate, each by an evaluation of its own."""
+    individual: dict[str, float] = {}
+    for task in vectors.tasks:
+        module.load_task_vector(vectors.vector(task))
+        individual.update(_validate(module, data.subset([task])))
+    accuracy = []
+    for candidate in candidates:
+        module.load_task_vector(candidate(vectors).single())
+        accuracy.append(_validate(module, data))
+    return individual, accuracy
+
+
+def _loaders(module: MultiTaskModule, data: Any) -> dict[str, DataLoader[Any]]:
+    """Task -> validation loader, with the module's heads built; none if a data set does not tell what it holds."""
+    trainer = silent_trainer(limit_val_batches=0)
+    with quiet():
+        trainer.validate(module, datamodule=data, verbose=False)
+    module.to(trainer.strategy.root_device).eval()
+    loaders = dict(zip(data.task_names, data.val_dataloader(), strict=True))
+    return loaders if all(hasattr(loader.dataset, "digest") for loader in loaders.values()) else {}
+
+
+def _linear_curve(
+    module: MultiTaskModule,
+    vectors: TaskVectors,
+    direction: Transform,
+    values: Sequence[float],
+    loaders: Mapping[str, DataLoader[Any]],
+) -> tuple[dict[str, float], list[dict[str, float]]]:
+    """The same of a linearised module, for ``value`` times the direction, from one pass over the images."""
+    from lit_merge.linear_features import LinearFeatureCache
+
+    merged = direction(vectors).single()
+    check_base(merged, module.base_fingerprint, module.base_name)
+    names = {task: f"task {task}" for task in vectors.tasks}
+    directions = {"merged": dict(merged), **{names[task]: vectors.vector(task) for task in vectors.tasks}}
+    cache = LinearFeatureCache(module.network, directions)
+    individual, curves = dict[str, float](), dict[str, list[float]]()
+    for task, loader in loaders.items():
+        own = [names[task]] if task in names else []
+        features = cache.of(loader, ["merged", *own])
+        points = [{name: 1.0} for name in own] + [{"merged": value} for value in values]
+        accuracy = _accuracies(module, task, features, points, loader.batch_size or len(features))
+        if own:
+            individual[task] = accuracy.pop(0)
+        curves[task] = accuracy
+    return individual, [dict(zip(curves, point, strict=True)) for point in zip(*curves.values(), strict=True)]
+
+
+def _accuracies(
+    module: MultiTaskModule, task: str, features: LinearFeatures, points: Sequence[Mapping[str, float]], size: int
+) -> list[float]:
+    """Accuracies of one task at each of the coefficients, counted as the module counts them."""
+    from torchmetrics import MeanMetric
+
+    from lit_merge.modules.accuracy import hits
+
+    metrics = [MeanMetric().to(module.device) for _ in points]
+    with torch.inference_mode():
+        for part in features.batches(size):
+            batch = part.to(module.device)
+            for metric, coefficients in zip(metrics, points, strict=True):
+                metric.update(*hits(module.classify(batch.features(coefficients), task), batch.labels))
+    return [float(metric.compute()) for metric in metrics]
 
 
 def _validate(module: MultiTaskModule, data: Any) -> dict[str, float]:

@@ -20,10 +20,11 @@ LAYERS: dict[str, set[str]] = {  # room -> rooms of lit_merge and third-party pa
     "functional": {"errors", "params", "torch"},
     "vectors": {"errors", "params", "functional", "torch", "safetensors", "numpy"},
     "transforms": {"errors", "params", "functional", "vectors", "torch", "safetensors", "numpy"},
-    "models": {"errors", "params", "cache", "functional", "vectors", "peft", "torch", "torchvision", "numpy", "PIL"},
+    "models": {"errors", "params", "cache", "functional", "vectors", "torch", "torchvision", "numpy", "PIL"},
+    "linear_features": {"errors", "params", "cache", "functional", "vectors", "torch", "numpy"},
     "metrics": {"errors", "params", "functional", "torch", "torchmetrics"},
     "data": {"errors", "cache", "vectors", "torch", "torchvision", "lightning", "PIL", "numpy"},  # vectors: the store
-    "modules": BELOW_MODULES | {"torch", "lightning", "torchmetrics"},
+    "modules": BELOW_MODULES | {"linear_features", "torch", "lightning", "torchmetrics"},
     "callbacks": {
         "errors",
         "params",

@@ -10,6 +10,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+import lit_merge.merging
 from lit_merge.errors import (
     ConfigurationError,
     FileFormatError,
@@ -20,6 +21,7 @@ from lit_merge.errors import (
 from lit_merge.merging import merge
 from lit_merge.models import load_clip
 from lit_merge.modules import MultiTaskModule
+from lit_merge.search import CoefficientSearch, SearchResult
 from lit_merge.transforms import Chain, Mean, Negate, Scale, Sum
 from lit_merge.vectors import TaskVector, file_digest
 
@@ -177,6 +179,25 @@ def test_the_header_tells_where_it_comes_from(kind, files, model, clip, tmp_path
         {"tasks": task, "sha256": file_digest(path)} for task, path in zip(TASKS, files, strict=True)
     ]
     assert "search" not in header
+    assert "linearized" not in header
+    output = merge(files, str(tmp_path / "tangent.safetensors"), "weight_average", kind=kind, linearized=True, **model)
+    assert header_of(output.output)["linearized"] == "true"
+
+
+@pytest.mark.parametrize("linearized", [False, True])
+def test_the_search_evaluates_what_the_vectors_are_merged_for(linearized, files, model, tmp_path, monkeypatch):
+    asked = []
+
+    def search(vectors, transform, search, model, pretrained, data, linearized):
+        asked.append(linearized)
+        return SearchResult("coefficient", [0.2], [1.0], [1.0], 0.2, "normalised", "val", [{}])
+
+    monkeypatch.setattr(lit_merge.merging, "search_coefficient", search)
+    settings = {"search": CoefficientSearch([0.2]), "linearized": linearized, **model}
+    result = merge(files, str(tmp_path / "found.safetensors"), "task_arithmetic", **settings)
+    assert asked == [linearized]
+    assert result.transform == Chain((Sum(), Scale(0.2)))
+    assert ("linearized" in header_of(result.output)) == linearized
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -12,13 +14,17 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
+import lit_merge.linear_features
 import lit_merge.search
 from lit_merge.data import MultiTaskDataModule
-from lit_merge.errors import ConfigurationError, DataError
+from lit_merge.data.datasets import FileImages
+from lit_merge.errors import ConfigurationError, DataError, StructureMismatchError
+from lit_merge.functional import linearize
 from lit_merge.merging import merge
 from lit_merge.models import load_clip, zero_shot_weights
-from lit_merge.search import CoefficientSearch, normalised_accuracy, search_coefficient
-from lit_merge.transforms import Chain, Mean, Scale, Sum, task_arithmetic
+from lit_merge.modules import MultiTaskModule
+from lit_merge.search import CoefficientSearch, direction_of, normalised_accuracy, search_coefficient
+from lit_merge.transforms import Chain, Mean, Negate, Scale, Sum, Transform, negation, task_arithmetic
 from lit_merge.vectors import TaskVector, TaskVectors
 
 GRID = [0.6, 0.0, 1.0, 0.3, 0.8]
@@ -207,3 +213,183 @@ def test_searches_that_make_no_sense_are_refused(vectors, data, clip_config, cli
             search_coefficient(vectors, transform, search, *model, other)
         assert part in str(error.value)
         assert "\n" not in str(error.value)
+
+
+# Linearised
+
+
+@dataclass(frozen=True)
+class Clip(Transform):
+    """Not homogeneous: what is clipped is not only scaled."""
+
+    coefficient: float = 1.0
+
+    def __call__(self, vectors):
+        return vectors.map(self.clip, note=self)
+
+    def clip(self, name, stack):
+        return stack.clamp_(-self.coefficient, self.coefficient)
+
+
+class Louder(Scale):
+    """Not a scale to be relied on."""
+
+
+@pytest.fixture
+def many(image_folder):
+    """Enough images for curves with many steps."""
+    paths = {"shapes": image_folder(30, 32), "things": image_folder(20, 32)}
+    return ValidationOnly(paths=paths, evaluation_batch_size=64)
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """How many images were ``read``, and how many went through the network along a direction (``passes``)."""
+    counts, read = Counter(), FileImages.read
+
+    def counting(network, parameters, tangents, images):
+        counts["passes"] += len(images)
+        return linearize(network, parameters, tangents, images)
+
+    def reading(self, indices, seeds):
+        counts["read"] += len(indices)
+        return read(self, indices, seeds)
+
+    monkeypatch.setattr(lit_merge.linear_features, "linearize", counting)
+    monkeypatch.setattr(FileImages, "read", reading)
+    return counts
+
+
+@pytest.fixture
+def evaluated(clip_config, clip_weights, silent_trainer):
+    """``evaluated(vector, data)``: accuracies of the linearised module itself."""
+    module = MultiTaskModule(clip_config, clip_weights, linearized=True)
+
+    def evaluate(vector, data):
+        module.load_task_vector(vector)
+        trainer = silent_trainer()
+        trainer.validate(module, datamodule=data, verbose=False)
+        return {task: float(trainer.callback_metrics[f"val/{task}/accuracy"]) for task in data.task_names}
+
+    return evaluate
+
+
+def test_a_linearised_curve_is_that_of_single_evaluations(vectors, many, counted, evaluated, clip_config, clip_weights):
+    search = CoefficientSearch()
+    result = search_coefficient(vectors, task_arithmetic(), search, clip_config, clip_weights, many, linearized=True)
+    sizes = {task: len(part.datasets["val"]) for task, part in many.tasks.items()}
+    assert sizes == {"shapes": 90, "things": 60}
+    assert counted == {"read": 150, "passes": 300}  # the direction, and the task's own vector
+    points = [evaluated(task_arithmetic(value)(vectors).single(), many) for value in search.values]
+    assert result.accuracy == points
+    assert len({json.dumps(point) for point in points}) > 10
+    individual = {task: evaluated(vectors.vector(task), many.subset([task]))[task] for task in vectors.tasks}
+    assert result.normalised == [normalised_accuracy(point, individual) for point in points]
+    counted.clear()
+    finer = CoefficientSearch([0.31, 0.32, 0.3])
+    again = search_coefficient(vectors, task_arithmetic(1.0), finer, clip_config, clip_weights, many, linearized=True)
+    assert not counted  # everything is kept
+    assert again.accuracy[2] == points[6]
+    plain = search_coefficient(vectors, task_arithmetic(1.0), finer, clip_config, clip_weights, many)
+    assert plain.accuracy != again.accuracy
+
+
+def test_a_field_that_is_more_than_a_factor_is_evaluated_point_by_point(
+    vectors, data, counted, evaluated, clip_config, clip_weights
+):
+    search = CoefficientSearch([0.05, 0.3, 1.0], field="coefficient")
+    chain = Chain((Clip(), Sum()))
+    result = search_coefficient(vectors, chain, search, clip_config, clip_weights, data, linearized=True)
+    assert counted["passes"] == 0
+    assert counted["read"] == 3 * (15 + 21) + 15 + 21
+    points = [evaluated(Chain((Clip(value), Sum()))(vectors).single(), data) for value in search.values]
+    assert result.accuracy == points
+    assert len({json.dumps(point) for point in points}) == 3
+
+
+def test_what_comes_before_the_factor_may_be_anything(vectors, data, counted, evaluated, clip_config, clip_weights):
+    """And after it what keeps factors."""
+
+    @dataclass(frozen=True)
+    class Shifted(Transform):
+        def __call__(self, vectors):
+            return vectors.map(lambda name, stack: stack.add_(0.1))
+
+    def chain(value):
+        return Chain((Shifted(), Scale(value), Negate(), Mean()))
+
+    search = CoefficientSearch([0.2, 0.9])
+    result = search_coefficient(vectors, chain(0.3), search, clip_config, clip_weights, data, linearized=True)
+    assert counted["read"] == 15 + 21
+    points = [evaluated(chain(value)(vectors).single(), data) for value in search.values]
+    assert result.accuracy == points
+    assert points[0] != points[1]
+
+
+def test_data_that_do_not_tell_what_they_are_are_evaluated_point_by_point(
+    vectors, tiny_data, tiny_tasks, evaluated, clip_config, clip_weights
+):
+    data = tiny_tasks({task: tiny_data(name=task, side=32, seed=len(task)) for task in vectors.tasks})
+    search = CoefficientSearch([0.2, 0.9])
+    settings = {"model": clip_config, "pretrained": clip_weights, "data": data, "linearized": True}
+    result = search_coefficient(vectors, task_arithmetic(), search, **settings)
+    assert result.accuracy == [evaluated(task_arithmetic(value)(vectors).single(), data) for value in search.values]
+
+
+def test_a_task_without_a_vector_is_evaluated_as_well(vectors, data, evaluated, clip_config, clip_weights):
+    one = vectors.select(["things"])
+    search = CoefficientSearch([0.2, 0.9])
+    result = search_coefficient(one, task_arithmetic(), search, clip_config, clip_weights, data, linearized=True)
+    assert result.accuracy == [evaluated(task_arithmetic(value)(one).single(), data) for value in search.values]
+    assert [list(point) for point in result.accuracy] == [["shapes", "things"]] * 2
+    assert result.absolute == [point["things"] for point in result.accuracy]
+
+
+def test_a_linearised_search_refuses_what_any_search_refuses(vectors, data, clip_config, clip_weights):
+    header = {"base_fingerprint": "0" * 16}
+    foreign = TaskVectors([TaskVector(vectors.vector(task), task, metadata=header) for task in data.tasks])
+    small = TaskVectors([TaskVector({"proj": torch.zeros(2, 2)}, task) for task in data.tasks])
+    for wrong, transform, values, error in (
+        (foreign, task_arithmetic(), [0.5], StructureMismatchError),
+        (small, task_arithmetic(), [0.5], StructureMismatchError),
+        (vectors, Scale(0.5), [0.5], ConfigurationError),
+        (vectors, task_arithmetic(), [float("nan")], ConfigurationError),
+    ):
+        search = CoefficientSearch(values)
+        with pytest.raises(error):
+            search_coefficient(wrong, transform, search, clip_config, clip_weights, data, linearized=True)
+        with pytest.raises(error):
+            search_coefficient(wrong, transform, search, clip_config, clip_weights, data)
+
+
+@pytest.mark.parametrize(
+    ("transform", "expected"),
+    [
+        (task_arithmetic(0.3), Chain((Sum(), Scale(1.0)))),
+        (negation(0.3), Chain((Negate(), Scale(1.0)))),
+        (Scale(0.3), Scale(1.0)),
+        (Chain((Scale(0.3), Negate(), Mean())), Chain((Scale(1.0), Negate(), Mean()))),
+        (Scale((0.3, 0.2)), None),
+        (Scale({"a": 0.3}), None),
+        (Clip(0.3), None),
+        (Louder(0.3), None),
+    ],
+    ids=repr,
+)
+def test_which_fields_are_factors(transform, expected):
+    assert direction_of(transform, "coefficient") == expected
+
+
+def test_fields_beside_others():
+    @dataclass(frozen=True)
+    class Trim(Transform):
+        density: float = 0.2
+
+        def __call__(self, vectors):
+            return vectors
+
+    before, after = Chain((Trim(), Sum(), Scale(0.3))), Chain((Scale(0.3), Trim(), Sum()))
+    assert direction_of(before, "coefficient") == Chain((Trim(), Sum(), Scale(1.0)))
+    assert direction_of(before, "density") is None
+    assert direction_of(after, "coefficient") is None  # a trim need not commute with a factor
+    assert direction_of(Chain((Sum(),)), "coefficient") is None
