@@ -72,11 +72,12 @@ class EncoderModule(L.LightningModule):
         if task_vector is not None and weights is not None:
             raise ConfigurationError("task_vector and weights: expected one of them, got both. Remove one.")
         if lora is not None and (linearized or trainable is not None):
-            other = "linearized" if linearized else "trainable"
-            raise ConfigurationError(
-                f"lora and {other}: expected one of them, got both: the factors are what trains, and the encoder is "
-                f"not linear in them. Remove one{'' if linearized else ', or choose weights by lora.on'}."
+            other, reason = (
+                ("linearized", "the encoder is not linear in LoRA's factors. Remove one.")
+                if linearized
+                else ("trainable", "LoRA's factors are what trains. Remove one, or choose weights by lora.on.")
             )
+            raise ConfigurationError(f"lora and {other}: expected one of them, got both: {reason}")
         self.clip = None
         if encoder is None:
             self.clip = load_clip(model, pretrained)
@@ -208,8 +209,8 @@ class EncoderModule(L.LightningModule):
         """
         if self.clip is None:
             raise ConfigurationError(
-                "head: expected one for a module that is no CLIP, got none. Pass head=… (features [B, d] -> logits), or "
-                "override make_head for the heads of other tasks."
+                "head: expected one for a module that is no CLIP, got none. Pass head=… (features [B, d] -> logits), "
+                "or override make_head for the heads of other tasks."
             )
         return build_head(self.clip, list(classes), list(templates))
 
@@ -239,9 +240,8 @@ class EncoderModule(L.LightningModule):
         """The parameters that are not at θ0, or will not be: those that train, and frozen ones with loaded values."""
         own = dict(self.encoder.named_parameters())
         if self._elsewhere is None:
-            frozen = {name: value for name, value in own.items() if not value.requires_grad}
-            initial = self.initial_parameters
-            self._elsewhere = frozenset(n for n, value in frozen.items() if not torch.equal(value, initial[n].to(value)))
+            start = self.initial_parameters
+            self._elsewhere = frozenset(n for n, value in own.items() if not torch.equal(value, start[n].to(value)))
         return {name: value for name, value in own.items() if value.requires_grad or name in self._elsewhere}
 
     def _initial_beside(self, moved: Mapping[str, Tensor]) -> Params:

@@ -57,11 +57,13 @@ class TauJpPenalty:
                 raise ConfigurationError(
                     f"penalty.{name}: expected one of {', '.join(valid)}, got {getattr(self, name)!r}. Change it."
                 )
-        if not 0 <= self.weight < float("inf"):
-            raise ConfigurationError(f"penalty.weight: expected a number of at least 0, got {self.weight}. Change it.")
-        for name, least in (("batch_size", 1), ("images", 1), ("start_step", 0)):
+        if not isinstance(self.weight, int | float) or not 0 <= self.weight < float("inf"):
+            raise ConfigurationError(
+                f"penalty.weight: expected a finite number of at least 0, got {self.weight!r}. Change it."
+            )
+        for name, least, optional in (("batch_size", 1, True), ("images", 1, True), ("start_step", 0, False)):
             value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < least):
+            if (value is not None or not optional) and (type(value) is not int or value < least):
                 raise ConfigurationError(
                     f"penalty.{name}: expected an integer of at least {least}, got {value!r}. Change it."
                 )
