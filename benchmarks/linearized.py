@@ -35,6 +35,7 @@ from lit_merge.metrics import tau_jp_norms
 from lit_merge.models import Attention
 from lit_merge.modules.attention import fast_attention
 
+START, END = "<!-- cost: written by benchmarks/linearized.py -->", "<!-- end of cost -->"
 OTHERS = 7  # tasks beside the own one, as in the papers' suite
 LIMIT = {"linearized": 5 / 3, "attention": 44 / 36}
 
@@ -168,6 +169,43 @@ def peak(name: str, options: argparse.Namespace, device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - before
 
 
+def table(kept: dict[str, Any]) -> str:
+    """The costs of docs/regimes.md."""
+    lines = []
+    for setting, report in kept.items():
+        hardware_line = report["hardware"]
+        lines += [
+            f"ViT-B/32, {setting}, {hardware_line['cores']} cores ({hardware_line['processor']}), torch "
+            f"{report['versions']['torch']}, {report['rounds']} rounds:",
+            "",
+            "| step | seconds | times an ordinary one (range) | peak memory, MB | ratio |",
+            "| :-- | --: | --: | --: | --: |",
+        ]
+        ordinary = report["time"]["ordinary"]["seconds"]
+        for name, megabytes in report["memory_mb"].items():
+            row = report["time"][name]
+            reference = "linearized" if "ratio_to_linearized" in row else "ordinary"
+            low, high = row["ratio_spread"]
+            ratio = f"{row['seconds'] / ordinary:.2f}"
+            ratio += (
+                f" ({row['ratio_to_linearized']:.2f} × linearised, {low:.2f}–{high:.2f})"
+                if reference == "linearized"
+                else f" ({low:.2f}–{high:.2f})"
+            )
+            cells = [name, f"{row['seconds']:.2f}", ratio, f"{megabytes:,}", f"{report['memory_ratio'][name]:.2f}"]
+            lines.append(f"| {' | '.join(cells)} |")
+        lines.append("")
+    lines.append("From `benchmarks/results/linearized.json`, written by `benchmarks/linearized.py`.")
+    return "\n".join(lines)
+
+
+def place(kept: dict[str, Any]) -> None:
+    """Put the table into docs/regimes.md."""
+    path = Path(__file__).parents[1] / "docs/regimes.md"
+    before, rest = path.read_text(encoding="utf-8").split(START)
+    write_text(path, f"{before}{START}\n\n{table(kept)}\n\n{END}{rest.split(END)[1]}")
+
+
 def main() -> None:
     """Measure, print and write JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -202,6 +240,7 @@ def main() -> None:
         "hardware": hardware(),
     }
     write_text(options.output, json.dumps(kept, indent=2) + "\n")
+    place(kept)
     print(json.dumps(report, indent=2))
 
 

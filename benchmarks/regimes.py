@@ -7,9 +7,9 @@ compared at about the same accuracy and no vector is longer than it needs to be.
 ``fit``: all eight tasks, three seeds; two fits run side by side, one thread each.
 
 ``measure``: individual accuracy, task arithmetic at coefficient 1.0 and at the coefficient that validation images
-choose, normalised accuracy, the mean norm of τJp on other tasks' unlabelled test images; for the regimes that are about
-forgetting, the accuracy on the own task (target) and the mean over the other seven (control, on the first 512 test
-images of each).
+choose, normalised accuracy, the mean norm of τJp on 64 unlabelled test images of each other task; for the regimes that
+are about forgetting, the accuracy on the own task (target) and the mean over the other seven (control, on the first 256
+test images of each). Evaluations are in the fits' precision, the search is in float32.
 
 ``place``: writes the tables of docs/regimes.md. Goes on where it stopped: what is in runs/regimes or in the JSON is not
 done again.
@@ -81,7 +81,7 @@ SAME_AS = {
     "exp_lr": "full",
     "half_ft": "full",
 }
-GRID = [*(round(0.05 * point, 2) for point in range(1, 13)), 0.8, 1.0]
+GRID = [0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5, 0.6, 0.8, 1.0]
 STEPS = [30, 60]
 TARGET = 0.89  # mean validation accuracy of the individual models of the three tasks
 CLAIMS = [  # what a paper orders: claim, source, and the difference that should be positive
@@ -212,12 +212,15 @@ def vectors(regime: str, seed: int, choice: dict[str, Any]) -> list[TaskVector]:
     return [TaskVector.load(folder / f"{task}.safetensors") for task in TASKS]
 
 
-def evaluate(vector: Any, tasks: list[str], linearized: bool, tau_jp: bool = False, batches: int | None = None) -> dict:
-    """Test metrics of one vector on some tasks."""
-    module, data = MultiTaskModule(linearized=linearized, tau_jp=tau_jp), MultiTaskDataModule(tasks=tasks)
+def evaluate(
+    vector: Any, tasks: list[str], linearized: bool, tau_jp: bool = False, images: int | None = None
+) -> dict[str, float]:
+    """Test metrics of one vector on some tasks, on all or the first of their images."""
+    module = MultiTaskModule(linearized=linearized, tau_jp=tau_jp)
+    data = MultiTaskDataModule(tasks=tasks, evaluation_batch_size=images or 256)
     with quiet():
         module.load_task_vector(vector)
-        trainer = silent_trainer(limit_test_batches=batches or 1.0)
+        trainer = silent_trainer(precision=PRECISION, limit_test_batches=1 if images else 1.0)
         trainer.test(module, data, verbose=False)
     return {name.removeprefix("test/"): float(value) for name, value in trainer.callback_metrics.items()}
 
@@ -230,7 +233,8 @@ def measure(name: str, seed: int, choices: dict[str, Any]) -> dict[str, Any]:
     row: dict[str, Any] = {"regime": name, "seed": seed}
     if name in CONTROLLED or name == "full":
         others = [
-            evaluate(vector, [task for task in TASKS if task != vector.task], linearized, batches=2) for vector in stack
+            evaluate(vector, [task for task in TASKS if task != vector.task], linearized, images=256)
+            for vector in stack
         ]
         row["control"] = statistics.mean(tested["accuracy"] for tested in others)
     individual = {v.task: evaluate(v, [v.task], linearized)[f"{v.task}/accuracy"] for v in stack}
@@ -253,9 +257,9 @@ def measure(name: str, seed: int, choices: dict[str, Any]) -> dict[str, Any]:
             "normalised": normalised_accuracy(accuracy, individual),
         }
     norms = []
-    for vector in stack:  # one batch of 256 images of each other task
+    for vector in stack:
         others = [task for task in TASKS if task != vector.task]
-        measured = evaluate(vector, others, linearized, tau_jp=True, batches=1)
+        measured = evaluate(vector, others, linearized, tau_jp=True, images=64)
         norms += [measured[f"{task}/tau_jp"] for task in others]
     row["tau_jp"] = statistics.mean(norms)
     return row
