@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -78,8 +77,10 @@ def variant(name: str, device: torch.device, batch: int) -> tuple[Callable[[], T
         tau = {key: torch.zeros_like(value).requires_grad_() for key, value in initial.items()}
 
         def plain() -> Tensor:
+            torch.backends.mha.set_fastpath_enabled(False)
             with sdpa_kernel(SDPBackend.MATH):
                 value, tangent = jvp(lambda point: functional_call(model, point, (images,)), (initial,), (tau,))
+            torch.backends.mha.set_fastpath_enabled(True)
             return objective(value + tangent)
 
         return plain, list(tau.values())
@@ -158,7 +159,7 @@ def peak(name: str, options: argparse.Namespace, device: torch.device) -> float:
     """Megabytes at the peak of three steps with AdamW, less what the process had before."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    before = _resident()
     loss, trained = variant(name, device, options.batch_size)
     optimizer = torch.optim.AdamW(trained)
     for _ in range(3):
@@ -166,7 +167,13 @@ def peak(name: str, options: argparse.Namespace, device: torch.device) -> float:
         optimizer.step()
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - before
+    return _resident() - before
+
+
+def _resident() -> float:
+    """Largest resident size so far, in megabytes; ``getrusage`` would count the parent's at the fork."""
+    status = Path("/proc/self/status").read_text()
+    return int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1]) / 1024
 
 
 def table(kept: dict[str, Any]) -> str:

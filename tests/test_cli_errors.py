@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 from collections.abc import Callable
@@ -285,6 +286,125 @@ def test_checkpoints_that_are_none(tiny, clip_weights, refused) -> None:
         assert line.startswith(f"{name}: expected a checkpoint of such a run, got")
     for name in ("no.ckpt", "best"):
         assert f"got {name}, which does not exist" in refused([*predict, f"--ckpt_path={name}"], 2)
+
+
+# Regimes
+
+SHORT = ["--data.batch_size=8", "--trainer.max_steps=1", "--trainer.limit_val_batches=0", "--output=R"]
+ONE = "expected one of them, got both"
+REGIMES = [
+    (
+        "--model.trainable=Matching --model.trainable.pattern=nothing",
+        "Matching(pattern='nothing'): expected to select some parameters, got none of 32 parameters (class_embedding",
+    ),
+    (
+        "--model.trainable=Matching --model.trainable.pattern=(",
+        "Matching.pattern: expected a regular expression, got '(",
+    ),
+    ("--model.trainable=Attention --model.trainable.paradigm=5", "paradigm: expected Literal[1, 2, 3, 4], got '5'"),
+    ("--model.trainable=Attention --model.trainable.paradim=2", "Did you mean paradigm?"),
+    ("--model.trainable=Attenton", "trainable: expected a class, got 'Attenton', which there is not."),
+    ("--model.lora.rank=4 --model.linearized=true", f"lora and linearized: {ONE}: the encoder is not linear in LoRA's"),
+    ("--model.lora.rank=4 --model.trainable=Attention", f"lora and trainable: {ONE}: LoRA's factors are what trains."),
+    ("--model.lora.rank=4 --model.penalty.schedule=strict", f"penalty and lora: {ONE}: the tangent is not linear in"),
+    ("--model.lora.rank=0", "LoRA.rank: expected an integer of at least 1, got 0."),
+    ("--model=MultiTaskModule --model.lora.rank=4 --model.tau_jp=true", f"tau_jp and lora: {ONE}"),
+    ("--model.penalty.weight=-1", "penalty.weight: expected a finite number of at least 0, got -1.0. Change it."),
+    ("--model.penalty.schedule=weekly", "schedule: expected Literal['cyclic', 'strict'], got 'weekly'"),
+    ("--model.penalty.schdule=strict", "Did you mean schedule?"),
+    (
+        "--model.penalty.weight=1 --data.other_tasks=[]",
+        "penalty: expected at least one other task, got none. Set data.oth",
+    ),
+    (
+        "--model.penalty.tasks=[shapes] --data.other_tasks=[signs]",
+        "penalty.tasks: expected names among signs, each once, got shapes. Choose some of them.",
+    ),
+    (
+        "--model.penalty.schedule=strict --model.penalty.batch_size=5000 --data.other_tasks=[signs]",
+        "penalty.batch_size: expected at most the 3000 images used of signs for all processes together, got 5000 x 1 =",
+    ),
+    (
+        "--model.penalty.weight=1 --data=MultiTaskDataModule --data.tasks=[digits]",
+        "with other tasks, got MultiTaskDataM",
+    ),
+]
+
+
+@pytest.mark.parametrize(("line", "expected"), REGIMES, ids=[line for line, _ in REGIMES])
+def test_regimes_that_cannot_be(line, expected, tiny, refused) -> None:
+    options = line.split()
+    first = [
+        option for option in options if option.startswith(("--model=", "--data="))
+    ]  # the class before its settings
+    task = [] if "--data=MultiTaskDataModule" in first else ["--data.task=digits"]
+    assert expected in refused(["fit", *first, *tiny, *task, *SHORT, *(o for o in options if o not in first)], 2)
+
+
+def test_a_penalty_beside_own_images_alone(colour_folder, tiny, refused) -> None:
+    own = ["fit", f"--data.path={colour_folder()}", *tiny, *SHORT, "--model.penalty.schedule=cyclic"]
+    assert "Set data.other_tasks or data.other_paths, or remove the penalty." in refused(own, 2)
+    few = [*own, f"--data.other_paths={{few: {colour_folder('few', 3)}}}", "--model.penalty.schedule=strict"]
+    line = refused([*few, "--model.penalty.batch_size=7"], 2)
+    assert line.startswith("penalty.batch_size: expected at most the 3 images used of few for all processes together")
+
+
+OWN = """
+import torch
+
+class Plain(torch.nn.Sequential):
+    def __init__(self):
+        super().__init__(torch.nn.Flatten(), torch.nn.Linear(3 * 32 * 32, 4))
+
+class Odd(Plain):
+    def forward(self, images):
+        return Doubled.apply(super().forward(images))
+
+class Doubled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, features):
+        return features * 2
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * 2
+"""
+
+
+def test_networks_without_what_a_regime_is_about(tiny, clip_config, refused) -> None:
+    vision = {"image_size": 32, "layers": [1, 1, 1, 1], "width": 16, "head_width": 8}
+    config = {**json.loads(Path(clip_config).read_text(encoding="utf-8")), "vision_cfg": vision}
+    Path("resnet.json").write_text(json.dumps(config), encoding="utf-8")
+    Path("own_networks.py").write_text(OWN, encoding="utf-8")
+    resnet = ["fit", *QUIET, "--model.model=resnet.json", "--model.pretrained=random", "--data.task=digits", *SHORT]
+    line = refused([*resnet, "--model.trainable=Attention"], 2)
+    assert line.startswith("attention paradigm 1: expected a network with attention blocks, got")
+    own = ["fit", *QUIET, "--model.encoder=own_networks.Plain", "--model.preprocessing.image_size=32", *SHORT]
+    own += ["--data.task=digits"]
+    for options, expected in (
+        (["--model.trainable=Attention"], "attention paradigm 1: expected a network with attention blocks, got 2 para"),
+        (["--model.trainable=LastBlocks", "--model.trainable.count=1"], "LastBlocks: expected a network with numbered"),
+        (["--model.rates=LinLR"], "LinLR(): expected a network with numbered blocks, got 2 parameters without"),
+        (["--model.lora.rank=2"], "attention paradigm 1: expected a network with attention blocks"),
+        (["--model.linearized=true"], "head: expected one for a module that is no CLIP, got none. Pass head="),
+    ):
+        assert refused([*own, *options], 2).startswith(expected)
+    odd = [*own, "--model.encoder=own_networks.Odd", "--model.head=torch.nn.Identity", "--model.linearized=true"]
+    line = refused(odd, 1)
+    assert line.startswith("linearised: expected operators with a forward-mode derivative, got an autograd.Function")
+
+
+def test_task_vectors_that_do_not_belong_to_a_linearised_model(tiny, clip_config, clip_weights, refused) -> None:
+    assert main(["fit", "--data.task=digits", *SHORT, *tiny]) == 0
+    vector = "--model.task_vector=R/task_vector.safetensors"
+    linear = ["--model.linearized=true", "--output=T"]
+    other = ["--model.model", clip_config, "--model.pretrained=random", "--seed_everything=1"]
+    for command, model in (("test", QUIET), ("fit", QUIET), ("test", [*QUIET, *other])):
+        line = refused([command, "--data.task=digits", *model, vector, *linear], 1)
+        assert "expected the base model tiny-clip (fingerprint " in line
+    partly = [*linear, "--model.trainable=Attention"]
+    line = refused(["fit", "--data.task=digits", *tiny, vector, *partly], 2)
+    assert line.startswith("task vector: expected zeros outside of the 4 parameters that train, got other values in 28")
 
 
 # A loss that is not finite

@@ -32,6 +32,32 @@ def environment(**more: str) -> dict[str, str]:
     return {**os.environ, **threads, "PYTHONPATH": str(ROOT), **more}
 
 
+def run_on_two(commands: list[list[str]]) -> None:
+    """Run commands on two processes, as torchrun starts them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    program = EVERYTHING.format(commands=[[*arguments, *TWO] for arguments in commands])
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    shared |= {"TORCHELASTIC_RUN_ID": "none", "GROUP_RANK": "0"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", program],
+            env=environment(**shared, RANK=rank, LOCAL_RANK=rank),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in ("0", "1")
+    ]
+    try:
+        said = [process.communicate(timeout=240)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0, 0], "\n".join(said)
+
+
 @pytest.fixture(scope="module")
 def place(tmp_path_factory, clip_config, clip_weights, write_colours) -> Path:
     """A folder with images; ``one`` and ``two`` hold the task vectors of one process and of two."""
@@ -57,6 +83,49 @@ def test_the_same_global_batches_give_the_same_task_vector(place) -> None:
     assert [path.name for path in (place / "two").glob("*.safetensors")] == ["task_vector.safetensors"]
 
 
+LINEAR = ["--model.linearized=true"]
+PENALTY = ["--model.penalty.weight=1", "--model.penalty.batch_size={others}"]
+REGIMES = {
+    "linearised": LINEAR,
+    "linearised, cyclic": [*LINEAR, *PENALTY],
+    "direct, strict": [*PENALTY, "--model.penalty.schedule=strict"],
+    "linearised, attention": [*LINEAR, "--model.trainable=Attention"],
+    "low rank": ["--model.lora.rank=2"],
+}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, clip_config, clip_weights) -> Path:
+    """``one`` and ``two`` hold the task vectors of every regime; the same images, of the own task and of others."""
+    folder = tmp_path_factory.mktemp("regimes")
+    fit = ["fit", *PLAIN, "--model.model", clip_config, "--model.pretrained", clip_weights]
+    fit += ["--model.learning_rate=1e-3", "--data.task=digits", "--data.other_tasks=[signs, letters]"]
+    fit += ["--trainer.max_steps=4", "--trainer.limit_val_batches=0"]
+
+    def commands(output: str, processes: int) -> list[list[str]]:
+        fits = {name: [option.format(others=4 // processes) for option in options] for name, options in REGIMES.items()}
+        own = f"--data.batch_size={32 // processes}"
+        return [[*fit, own, *options, f"--output={folder / output / name}"] for name, options in fits.items()]
+
+    run_on_two(commands("two", 2))
+    assert [main([*arguments, "--trainer.devices=1"]) for arguments in commands("one", 1)] == [0] * len(REGIMES)
+    return folder
+
+
+@pytest.mark.parametrize("name", REGIMES)
+def test_of_every_regime_two_processes_give_the_same_task_vector(name, trained) -> None:
+    one, two = (
+        TaskVector.load(trained / side / name / "task_vector.safetensors", verify=True) for side in ("one", "two")
+    )
+    assert one.metadata["regime"].replace("batch_size=4", "batch_size=2") == two.metadata["regime"]
+    assert one.norm() > 0.01
+    assert (one - two).norm() / one.norm() <= 1e-5
+    others = [vector for vector in REGIMES if vector != name]
+    for other in others:  # the regimes differ by far more
+        different = TaskVector.load(trained / "one" / other / "task_vector.safetensors")
+        assert (one - different).norm() / one.norm() > 1e-2
+
+
 def test_evaluation_counts_every_image_once_and_predictions_are_in_order(place, clip_config, clip_weights) -> None:
     tuned = ["--model.model", clip_config, "--model.pretrained", clip_weights]
     images = [*PLAIN, *tuned, f"--data.path={place / 'colours'}", "--data.fractions=[0.4, 0.3, 0.3]"]
@@ -75,30 +144,7 @@ def test_evaluation_counts_every_image_once_and_predictions_are_in_order(place, 
         return [[*arguments, f"--output={place / output / name}"] for name, arguments in evaluations.items()]
 
     assert [main([*arguments, "--trainer.devices=1"]) for arguments in commands("alone")] == [0] * 6
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    # As torchrun starts them.
-    program = EVERYTHING.format(commands=[[*arguments, *TWO] for arguments in commands("together")])
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    shared |= {"TORCHELASTIC_RUN_ID": "none", "GROUP_RANK": "0"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", program],
-            env=environment(**shared, RANK=rank, LOCAL_RANK=rank),
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in ("0", "1")
-    ]
-    try:
-        said = [process.communicate(timeout=240)[1] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(said)
-
+    run_on_two(commands("together"))
     for name, file in {"test": "test", "validate": "validate", "digits": "test", "several": "test"}.items():
         alone, together = (
             json.loads((place / side / name / f"{file}_metrics.json").read_text()) for side in ("alone", "together")

@@ -124,7 +124,7 @@ class FineTuneModule(FineTuningProtocol):
                 )
         else:
             self.task, self.classes = data.name or "", tuple(data.classes)
-            if self.clip is not None and (self.head is None or self._head_is_of_other_classes()):
+            if self.head is None or (self.clip is not None and self._head_is_of_other_classes()):
                 self.head = self.make_head(data.classes, data.templates).to(self.device)
         self.accuracy = nn.ModuleDict({split: MeanMetric() for split in ("fit", "val", "test")}).to(self.device)
 
