@@ -1,7 +1,8 @@
 """A 21-point coefficient search on linearised models, beside 21 evaluations of the validation images.
 
 Both in one run, in turns: the cached search from an empty cache, once more from a full one, and one evaluation per grid
-point with ``MultiTaskModule(linearized=True)``. The accuracies must be the same.
+point with ``MultiTaskModule(linearized=True)``. Either way the individual models are evaluated on their own tasks too,
+as the normalised criterion wants it. The accuracies must be the same.
 
     python benchmarks/linear_search.py --vectors runs/*/task_vector.safetensors
 """
@@ -43,8 +44,12 @@ def stand_ins() -> list[TaskVector]:
 
 
 def one_by_one(vectors: TaskVectors, values: list[float], data: MultiTaskDataModule) -> list[dict[str, float]]:
-    """An evaluation per grid point."""
+    """An evaluation of every individual model on its task, and one of all tasks per grid point."""
     module, curve = MultiTaskModule(linearized=True), []
+    for task in vectors.tasks:
+        module.load_task_vector(vectors.vector(task))
+        with quiet():
+            silent_trainer().validate(module, data.subset([task]), verbose=False)
     for value in values:
         module.load_task_vector(task_arithmetic(value)(vectors).single())
         trainer = silent_trainer()
@@ -85,7 +90,7 @@ def main() -> None:
     ratios = [row["evaluations"] / row["cached_search"] for row in rounds]
     report = {
         "points": len(search.values),
-        "vectors": [str(path) for path in options.vectors] or "random, 3 % of θ0",
+        "vectors": [path.stem for path in options.vectors] or "random, 3 % of θ0",
         "images": "validation split of every task, and every individual model on its own task",
         "rounds": rounds,
         "times_faster": round(statistics.median(ratios), 1),

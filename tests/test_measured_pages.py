@@ -1,0 +1,32 @@
+"""The tables of docs/regimes.md are what the committed JSON files say."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def script(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(("name", "written"), [("regimes", "tables"), ("linearized", "table")])
+def test_the_page_says_what_was_measured(name: str, written: str) -> None:
+    measured = json.loads((ROOT / f"benchmarks/results/{name}.json").read_text(encoding="utf-8"))
+    assert getattr(script(name), written)(measured) in (ROOT / "docs/regimes.md").read_text(encoding="utf-8")
+
+
+def test_claims_are_judged_from_the_rows() -> None:
+    measured = json.loads((ROOT / "benchmarks/results/regimes.json").read_text(encoding="utf-8"))
+    assert script("regimes").judge(measured["rows"]) == measured["claims"]
