@@ -6,6 +6,7 @@ The arithmetic itself is in ``oracles/test_linearize_oracle.py``.
 from __future__ import annotations
 
 import copy
+import operator
 import pickle
 from collections import Counter, namedtuple
 from contextlib import nullcontext
@@ -117,6 +118,25 @@ def test_a_layer_costs_one_product_per_term(names, extra):
     tau = draw_tau(module, names)
     assert operators(lambda: module(x)).products == 3
     assert operators(lambda: linearize(module, {}, tau, x)).products == 3 + extra
+
+
+@pytest.mark.parametrize("multiply", [operator.matmul, torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__])
+@pytest.mark.parametrize("shape", [(3, 4), (2, 3, 4), (2, 1, 3, 4)])
+def test_a_product_with_a_matrix_costs_one_per_term(multiply, shape):
+    class Multiply(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Parameter(torch.randn(4, 5)), nn.Parameter(torch.randn(5, 3))
+
+        def forward(self, x):
+            return multiply(multiply(x, self.first), self.second)
+
+    module, x = Multiply(), torch.randn(shape)
+    for names, extra in ((["second"], 1), (["first"], 2), (["first", "second"], 3)):
+        tau = draw_tau(module, names)
+        seen = operators(lambda tau=tau: linearize(module, {}, tau, x))
+        assert seen.products == 2 + extra
+        assert seen.counts["bmm"] == 0
 
 
 @pytest.mark.parametrize(("names", "extra"), [(["weight"], 1), (["bias"], 0), (["weight", "bias"], 1)])
@@ -282,22 +302,34 @@ def test_evaluation_gives_the_same_and_keeps_no_graph(mode):
 def test_everything_may_come_from_inference_mode():
     """θ0, τ, the input, and the inputs inside of it: all of them are inference tensors, and a gradient is wanted."""
 
-    class Add(nn.Module):
+    class Multiply(nn.Module):
         def __init__(self):
             super().__init__()
             self.norm = nn.LayerNorm(4)
 
         def forward(self, pair, *, others):
-            return self.norm(pair.first * pair.second + others["list"][0] + others["text"].count("a"))
+            return self.norm(pair.first) * pair.second * others["list"][0] * others["text"].count("a")
 
     with torch.inference_mode():
-        module, x, tau = Add(), torch.randn(3, 4), {"norm.weight": torch.randn(4)}
+        module, x, tau = Multiply(), torch.randn(3, 4), {"norm.weight": torch.randn(4)}
     learned = {"norm.bias": torch.randn(4, requires_grad=True)}
     _, tangent = linearize(module, {}, {**tau, **learned}, Pair(x, x), others={"list": [x, None], "text": "banana"})
     tangent.sum().backward()
-    expected = F.layer_norm(x * x + x + 3, (4,)) * tau["norm.weight"] + learned["norm.bias"]
+    x = x.clone()
+    expected = (F.layer_norm(x, (4,)) * tau["norm.weight"] + learned["norm.bias"]) * x * x * 3
     torch.testing.assert_close(tangent, expected)
-    torch.testing.assert_close(learned["norm.bias"].grad, torch.full((4,), 3.0))
+    torch.testing.assert_close(learned["norm.bias"].grad, (3 * x * x).sum(0))
+
+
+def test_a_part_of_tau_may_come_from_inference_mode():
+    module, x = nn.Conv1d(4, 3, 1), torch.randn(2, 4, 5)
+    with torch.inference_mode():
+        weight = torch.randn(3, 4, 1)
+    bias = torch.randn(3, requires_grad=True)
+    _, tangent = linearize(module, {}, {"weight": weight, "bias": bias}, x)
+    tangent.sum().backward()
+    torch.testing.assert_close(tangent, F.conv1d(x, weight.clone(), bias))
+    torch.testing.assert_close(bias.grad, torch.full((3,), 10.0))
 
 
 NETWORKS = {
@@ -825,12 +857,13 @@ NESTED = (
         lambda module, tau, x: torch.func.jvp(lambda x: linearize(module, {}, tau, x)[1], (x,), (x,)),
         lambda module, tau, x: torch.func.jvp(lambda tau: linearize(module, {}, tau, x)[1], (tau,), (tau,)),
         lambda module, tau, x: torch.func.vmap(lambda x: linearize(module, {}, tau, x)[1])(x),
+        lambda module, tau, x: torch.func.vmap(lambda b: linearize(module, {}, {"bias": b}, x)[1])(x),
         lambda module, tau, x: linearize(
             Through(lambda x: torch.func.jvp(torch.sin, (x,), (x,))[1]), {}, {"layer.bias": tau["bias"]}, x
         ),
         lambda module, tau, x: linearize(Through(LinearizedModel(nn.Linear(4, 4))), {}, {"layer.bias": tau["bias"]}, x),
     ],
-    ids=["jvp of x", "jvp of τ", "vmap", "jvp inside", "a linearised module inside"],
+    ids=["jvp of x", "jvp of τ", "vmap of x", "vmap of τ", "jvp inside", "a linearised module inside"],
 )
 def test_nesting_is_refused(evaluate):
     module = nn.Linear(4, 4)

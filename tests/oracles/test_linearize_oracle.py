@@ -187,8 +187,9 @@ RULES = {
     "attention boolean mask": (attention(HIDING), HEADS),
     "attention additive mask": (attention(ADDED), HEADS),
     "attention one mask per head": (attention(torch.stack([HIDING, HIDING.flip(0)])), HEADS),
-    "attention learned mask": (attention(), {**HEADS, "m": (2, 3, 4)}),
+    "attention learned mask": (attention(), {**HEADS, "v": (2, 2, 4, 5), "m": (2, 2, 3, 4)}),
     "attention shared keys": (attention(), {"q": (2, 2, 3, 5), "k": (1, 2, 4, 5), "v": (2, 2, 4, 6)}),
+    "attention shared scores": (attention(), {"q": (1, 2, 3, 5), "k": (1, 2, 4, 5), "v": (2, 2, 4, 6)}),
     "attention groups": (attention(enable_gqa=True), {"q": (2, 4, 3, 5), "k": (2, 2, 3, 5), "v": (2, 2, 3, 5)}),
 }
 
@@ -235,9 +236,9 @@ QUERY, KEY, OTHER = torch.randn(3, 3, 2, 4, generator=torch.Generator().manual_s
 
 
 class Attend(nn.Module):
-    """Self-attention behind a layer of its own, or attention of constant inputs."""
+    """Attention of the output of a layer, which an input None stands for, or of constants."""
 
-    def __init__(self, inputs=None, settings=None, output=0, **construction):
+    def __init__(self, inputs=(None, None, None), settings=None, output=0, **construction):
         super().__init__()
         self.inputs, self.settings, self.output = inputs, settings or {}, output
         self.inner = nn.Linear(4, 4)
@@ -246,11 +247,10 @@ class Attend(nn.Module):
             nn.init.normal_(value, 0, 0.5)
 
     def forward(self):
-        hidden = self.inner(QUERY)
-        inputs = (hidden,) * 3 if self.inputs is None else [hidden if each is None else each for each in self.inputs]
-        inputs = [each.transpose(0, 1) for each in inputs] if self.attn.batch_first and hidden.ndim == 3 else inputs
-        if self.inputs is None:
-            inputs = (inputs[0],) * 3
+        given = {None: self.inner(QUERY), **{each: each for each in self.inputs if each is not None}}
+        if self.attn.batch_first:
+            given = {key: each.transpose(0, 1) for key, each in given.items()}
+        inputs = [given[each] for each in self.inputs]  # what is one object stays one
         return self.attn(*inputs, **{"need_weights": False, **self.settings})[self.output]
 
 
@@ -260,6 +260,8 @@ ATTENTIONS = {
     "without bias": {"bias": False},
     "constant inputs": {"inputs": (QUERY, QUERY, QUERY)},
     "cross": {"inputs": (None, KEY, KEY), "batch_first": True},
+    "cross, length first": {"inputs": (KEY, None, None)},
+    "other values": {"inputs": (None, None, OTHER)},
     "three inputs": {"inputs": (QUERY, None, OTHER)},
     "separate projections": {"inputs": (None, KEY[..., :3], OTHER[..., :2]), "kdim": 3, "vdim": 2},
     "separate projections without bias": {"inputs": (None, KEY[..., :3], OTHER), "kdim": 3, "bias": False},
@@ -308,6 +310,26 @@ def test_the_function_below_multi_head_attention(mask, training):
             torch.manual_seed(7)  # the dropout's
             results.append(method(module, {}, tau) if method is linearize else by_jvp(module, tau))
         check_agreement(*results, tau)
+
+
+def test_separate_projections_of_one_input():
+    """As in the attention pool of CLIP's ResNets."""
+
+    def evaluate(x, q, k, v, b):
+        return F.multi_head_attention_forward(
+            *(x, x, x, 4, 2, None, b, None, None, False, 0.0, torch.eye(4, dtype=x.dtype), None),
+            need_weights=False,
+            use_separate_proj_weight=True,
+            q_proj_weight=q,
+            k_proj_weight=k,
+            v_proj_weight=v,
+        )[0]
+
+    module = Call(evaluate, x=(3, 2, 4), q=(4, 4), k=(4, 4), v=(4, 4), b=(12,))
+    reference = by_jacobian(module)
+    for names in subsets("xqkvb"):
+        tau = draw_tau(module, names)
+        check_agreement(linearize(module, {}, tau), reference(tau), tau)
 
 
 @pytest.mark.parametrize("batch_first", [False, True])
