@@ -11,16 +11,17 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "lit_merge"
 EVERYTHING = {"*"}
-BELOW_MODULES = {"errors", "params", "cache", "functional", "vectors", "transforms", "models", "metrics"}
+BELOW_MODULES = {"errors", "naming", "params", "cache", "functional", "vectors", "transforms", "models", "metrics"}
 LAYERS: dict[str, set[str]] = {  # room -> rooms of lit_merge and third-party packages that it may import
     "_version": set(),
     "errors": set(),
+    "naming": set(),
     "cache": {"errors"},
     "params": {"errors", "torch"},
     "functional": {"errors", "params", "torch"},
     "vectors": {"errors", "params", "functional", "torch", "safetensors", "numpy"},
-    "transforms": {"errors", "params", "functional", "vectors", "torch", "safetensors", "numpy"},
-    "models": {"errors", "params", "cache", "functional", "vectors", "torch", "torchvision", "numpy", "PIL"},
+    "transforms": {"errors", "naming", "params", "functional", "vectors", "torch", "safetensors", "numpy"},
+    "models": {"errors", "naming", "params", "cache", "functional", "vectors", "torch", "torchvision", "numpy", "PIL"},
     "linear_features": {"errors", "params", "cache", "functional", "vectors", "torch", "numpy"},
     "metrics": {"errors", "params", "functional", "torch", "torchmetrics"},
     "data": {"errors", "cache", "vectors", "torch", "torchvision", "lightning", "PIL", "numpy"},  # vectors: the store

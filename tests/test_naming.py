@@ -6,7 +6,7 @@ import open_clip
 import pytest
 import torch
 
-from lit_merge.models.naming import block_of, is_attention, is_behind_blocks, is_bias, is_mlp, number_of_blocks
+from lit_merge.naming import block_of, is_attention, is_behind_blocks, is_bias, is_mlp, number_of_blocks
 
 TEXT = {"context_length": 4, "vocab_size": 8, "width": 8, "heads": 1, "layers": 1}
 

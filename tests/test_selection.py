@@ -18,7 +18,7 @@ import torch
 import lit_merge
 from lit_merge.errors import ConfigurationError
 from lit_merge.models import All, Attention, LastBlocks, Matching, Selection
-from lit_merge.models.naming import is_bias
+from lit_merge.naming import is_bias
 
 BEFORE = ("class_embedding", "positional_embedding")
 STEM = ("conv1.weight", "ln_pre.weight", "ln_pre.bias")

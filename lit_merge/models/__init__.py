@@ -3,10 +3,10 @@
 from lit_merge.models.encoder import ClipModel, Preprocessing, full_clip_model, load_clip
 from lit_merge.models.heads import ZeroShotHead, build_head, zero_shot_weights
 from lit_merge.models.lora import LoRA
-from lit_merge.models.naming import block_of, is_attention, is_behind_blocks, number_of_blocks
 from lit_merge.models.rates import ExpLR, LinLR, Rates
 from lit_merge.models.selection import All, Attention, LastBlocks, Matching, Selection
 from lit_merge.models.weights import save_clip
+from lit_merge.naming import block_of, is_attention, is_behind_blocks, number_of_blocks
 
 __all__ = [
     "All",

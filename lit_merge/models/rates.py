@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from numbers import Real
 
 from lit_merge.errors import ConfigurationError, first_few
-from lit_merge.models.naming import block_of, is_behind_blocks, number_of_blocks
+from lit_merge.naming import block_of, is_behind_blocks, number_of_blocks
 
 __all__ = ["ExpLR", "LinLR", "Rates"]
 

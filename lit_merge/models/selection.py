@@ -19,7 +19,7 @@ from numbers import Real
 from typing import Literal
 
 from lit_merge.errors import ConfigurationError, first_few
-from lit_merge.models.naming import block_of, is_attention, is_behind_blocks, is_bias, is_mlp, number_of_blocks
+from lit_merge.naming import block_of, is_attention, is_behind_blocks, is_bias, is_mlp, number_of_blocks
 
 __all__ = ["All", "Attention", "LastBlocks", "Matching", "Selection"]
 

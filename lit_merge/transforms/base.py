@@ -32,7 +32,7 @@ from typing import Any
 from lit_merge.errors import ConfigurationError
 from lit_merge.vectors.task_vectors import TaskVectors
 
-__all__ = ["Chain", "Transform", "chain", "finite_number", "replace_field"]
+__all__ = ["Chain", "Transform", "chain", "finite_number", "replace_field", "whole_number"]
 
 
 @dataclass(frozen=True)
@@ -59,10 +59,28 @@ class Transform(ABC):
         arguments = {field.name: _plain(getattr(self, field.name)) for field in fields(self) if field.init}
         return {"class_path": _import_path(type(self)), "init_args": arguments}
 
-    def _number(self, field: str, minimum: float | None = None, maximum: float | None = None) -> None:
+    def _number(
+        self, field: str, minimum: float | None = None, maximum: float | None = None, below: float | None = None
+    ) -> None:
         """Check that a field is a finite number in a range, and make it a float."""
-        value = finite_number(f"{type(self).__name__}.{field}", getattr(self, field), minimum, maximum)
+        value = finite_number(f"{type(self).__name__}.{field}", getattr(self, field), minimum, maximum, below)
         object.__setattr__(self, field, value)
+
+    def _fraction(self, field: str) -> None:
+        """Check that a field is a share in (0, 1], and make it a float."""
+        what = f"{type(self).__name__}.{field}"
+        value = finite_number(what, getattr(self, field), minimum=0.0, maximum=1.0)
+        if value == 0:
+            raise ConfigurationError(f"{what}: expected a share above 0 and at most 1, got 0. Change this setting.")
+        object.__setattr__(self, field, value)
+
+    def _choice(self, field: str, valid: Sequence[str]) -> None:
+        """Check that a field is one of the given strings."""
+        value = getattr(self, field)
+        if value not in valid:
+            raise ConfigurationError(
+                f"{type(self).__name__}.{field}: expected {' or '.join(valid)}, got {value!r}. Use one of them."
+            )
 
 
 @dataclass(frozen=True, repr=False)
@@ -144,7 +162,13 @@ def replace_field(transform: Transform, field: str, value: Any, *, step: int | N
     return Chain((*steps[:index], changed, *steps[index + 1 :])) if isinstance(transform, Chain) else changed
 
 
-def finite_number(what: str, value: object, minimum: float | None = None, maximum: float | None = None) -> float:
+def finite_number(
+    what: str,
+    value: object,
+    minimum: float | None = None,
+    maximum: float | None = None,
+    below: float | None = None,
+) -> float:
     """Check a number and return it as a float.
 
     Args:
@@ -152,19 +176,33 @@ def finite_number(what: str, value: object, minimum: float | None = None, maximu
         value: what was given.
         minimum: smallest allowed value.
         maximum: largest allowed value.
+        below: a value that it must stay below.
 
     Raises:
         ConfigurationError: not a number (a bool is none), not finite, or out of range.
     """
     bounds = [f"at least {minimum:g}"] if minimum is not None else []
     bounds += [f"at most {maximum:g}"] if maximum is not None else []
+    bounds += [f"below {below:g}"] if below is not None else []
     number = float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
     too_small = minimum is not None and number < minimum
-    too_large = maximum is not None and number > maximum
+    too_large = (maximum is not None and number > maximum) or (below is not None and number >= below)
     if not math.isfinite(number) or too_small or too_large:
         expected = " ".join(["a finite number", " and ".join(bounds)]).strip()
         raise ConfigurationError(f"{what}: expected {expected}, got {value!r}. Change this setting.")
     return number
+
+
+def whole_number(what: str, value: object, minimum: int | None = None) -> int:
+    """Check a whole number.
+
+    Raises:
+        ConfigurationError: no whole number (a bool is none), or too small.
+    """
+    if not isinstance(value, int) or isinstance(value, bool) or (minimum is not None and value < minimum):
+        bound = f" of at least {minimum}" if minimum is not None else ""
+        raise ConfigurationError(f"{what}: expected a whole number{bound}, got {value!r}. Change this setting.")
+    return value
 
 
 def _plain(value: Any) -> Any:

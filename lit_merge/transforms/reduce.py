@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NoReturn
@@ -15,7 +15,7 @@ from lit_merge.errors import ConfigurationError
 from lit_merge.transforms.base import Transform, finite_number
 from lit_merge.vectors.task_vectors import TaskVectors
 
-__all__ = ["Mean", "Negate", "Scale", "Sum"]
+__all__ = ["Interpolate", "Mean", "Negate", "Scale", "Sum"]
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Sum(Transform):
 
     def __call__(self, vectors: TaskVectors) -> TaskVectors:
         """Reduce stacks ``(T, *shape)`` to ``(1, *shape)``."""
-        return vectors.reduce(_sum, note=self)
+        return vectors.reduce_entries(_sum, note=self)
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Mean(Transform):
 
     def __call__(self, vectors: TaskVectors) -> TaskVectors:
         """Reduce stacks ``(T, *shape)`` to ``(1, *shape)``."""
-        return vectors.reduce(partial(_mean, len(vectors.tasks)), note=self)
+        return vectors.reduce_entries(_mean, note=self)
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Negate(Transform):
 
     def __call__(self, vectors: TaskVectors) -> TaskVectors:
         """Negate every stack ``(T, *shape)``."""
-        return vectors.map(_negated, note=self)
+        return vectors.map_entries(_negated, note=self)
 
 
 class _PerTask(dict[str, float]):
@@ -76,64 +76,120 @@ class Scale(Transform):
     coefficient: float | Mapping[str, float] | Sequence[float]
 
     def __post_init__(self) -> None:
-        value: Any = self.coefficient
-        if isinstance(value, Mapping):
-            value = _PerTask(
-                {task: finite_number(f"Scale.coefficient[{task!r}]", number) for task, number in value.items()}
-            )
-        elif isinstance(value, Sequence) and not isinstance(value, str):
-            value = tuple(finite_number(f"Scale.coefficient[{index}]", number) for index, number in enumerate(value))
-        else:
-            value = finite_number("Scale.coefficient", value)
-        object.__setattr__(self, "coefficient", value)
+        object.__setattr__(self, "coefficient", per_task("Scale.coefficient", self.coefficient))
 
     def __call__(self, vectors: TaskVectors) -> TaskVectors:
         """Scale every stack ``(T, *shape)``."""
-        return vectors.map(partial(_scaled, self._coefficients(vectors.tasks)), note=self)
-
-    def _coefficients(self, tasks: tuple[str, ...]) -> float | tuple[float, ...]:
         if isinstance(self.coefficient, float):
-            return self.coefficient
-        if isinstance(self.coefficient, Mapping):
-            return self._by_name(self.coefficient, tasks)
-        if len(self.coefficient) != len(tasks):
+            return vectors.map_entries(partial(_scaled, self.coefficient), note=self)
+        coefficients = per_task_values("Scale.coefficient", self.coefficient, vectors.tasks)
+        return vectors.map_entries(partial(_scaled_by_task, coefficients), note=self)
+
+
+@dataclass(frozen=True)
+class Interpolate(Transform):
+    """(1 − f) τ_1 + f τ_2: the path between two vectors (rewarded soups, Ramé et al. 2023, equation 1).
+
+    Args:
+        fraction: f; 0 gives the first vector, 1 the second.
+
+    Raises:
+        ConfigurationError: ``fraction`` is not a finite number; on application, if there are not exactly two vectors.
+    """
+
+    fraction: float = 0.5
+
+    def __post_init__(self) -> None:
+        self._number("fraction")
+
+    def __call__(self, vectors: TaskVectors) -> TaskVectors:
+        """Reduce stacks ``(2, *shape)`` to ``(1, *shape)``."""
+        if len(vectors.tasks) != 2:
             raise ConfigurationError(
-                f"Scale.coefficient: expected one per task ({len(tasks)}: {', '.join(tasks)}), got "
-                f"{len(self.coefficient)}. Give as many as there are vectors, or one number."
+                f"Interpolate: expected two vectors, got {len(vectors.tasks)} ({', '.join(vectors.tasks)}). "
+                "Select two of them."
             )
-        return tuple(self.coefficient)
-
-    def _by_name(self, coefficient: Mapping[str, float], tasks: tuple[str, ...]) -> tuple[float, ...]:
-        unknown = [name for name in coefficient if name not in tasks]
-        missing = [task for task in tasks if task not in coefficient]
-        if unknown or missing:
-            got = [f"unknown {', '.join(map(repr, unknown))}"] if unknown else []
-            got += [f"nothing for {', '.join(map(repr, missing))}"] if missing else []
-            close = difflib.get_close_matches(unknown[0], tasks, n=1) if unknown else []
-            hint = f"Did you mean {close[0]!r}?" if close else "Name every task once."
-            raise ConfigurationError(
-                f"Scale.coefficient: expected the tasks {', '.join(tasks)}, got {' and '.join(got)}. {hint}"
-            )
-        return tuple(coefficient[task] for task in tasks)
+        return vectors.reduce_entries(partial(_interpolated, self.fraction), note=self)
 
 
-def _sum(name: str, rows: Iterator[Tensor]) -> Tensor:
-    total = next(rows).clone()
-    for row in rows:
-        total.add_(row)
+def per_task(what: str, value: Any, minimum: float | None = None) -> Any:
+    """Check one number for all tasks, or one per task, and make it hashable.
+
+    Args:
+        what: how the message calls it.
+        value: a number, a mapping task -> number, or a sequence of numbers.
+        minimum: smallest allowed number.
+
+    Returns:
+        A float, a mapping that cannot be changed, or a tuple.
+
+    Raises:
+        ConfigurationError: something is not a finite number or too small.
+    """
+    if isinstance(value, Mapping):
+        return _PerTask({task: finite_number(f"{what}[{task!r}]", number, minimum) for task, number in value.items()})
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return tuple(finite_number(f"{what}[{index}]", number, minimum) for index, number in enumerate(value))
+    return finite_number(what, value, minimum)
+
+
+def per_task_values(what: str, value: Any, tasks: tuple[str, ...]) -> tuple[float, ...]:
+    """One number for each of the tasks, in their order, from what :func:`per_task` returned.
+
+    Raises:
+        ConfigurationError: the names or the number do not fit the tasks.
+    """
+    if isinstance(value, Mapping):
+        return _by_name(what, value, tasks)
+    if isinstance(value, float):
+        return (value,) * len(tasks)
+    if len(value) != len(tasks):
+        raise ConfigurationError(
+            f"{what}: expected one per task ({len(tasks)}: {', '.join(tasks)}), got {len(value)}. "
+            "Give as many as there are vectors, or one number."
+        )
+    return tuple(value)
+
+
+def _by_name(what: str, value: Mapping[str, float], tasks: tuple[str, ...]) -> tuple[float, ...]:
+    unknown = [name for name in value if name not in tasks]
+    missing = [task for task in tasks if task not in value]
+    if unknown or missing:
+        got = [f"unknown {', '.join(map(repr, unknown))}"] if unknown else []
+        got += [f"nothing for {', '.join(map(repr, missing))}"] if missing else []
+        close = difflib.get_close_matches(unknown[0], tasks, n=1) if unknown else []
+        hint = f"Did you mean {close[0]!r}?" if close else "Name every task once."
+        raise ConfigurationError(f"{what}: expected the tasks {', '.join(tasks)}, got {' and '.join(got)}. {hint}")
+    return tuple(value[task] for task in tasks)
+
+
+def sum_rows(piece: Tensor) -> Tensor:
+    """``(T, n)`` to ``(1, n)``, one row after the other; the first row is written into."""
+    total = piece[:1]
+    for row in range(1, len(piece)):
+        total.add_(piece[row : row + 1])
     return total
 
 
-def _mean(count: int, name: str, rows: Iterator[Tensor]) -> Tensor:
-    return _sum(name, rows).div_(count)
+def _sum(name: str, start: int, piece: Tensor) -> Tensor:
+    return sum_rows(piece)
 
 
-def _negated(name: str, stack: Tensor) -> Tensor:
-    return stack.neg_()
+def _mean(name: str, start: int, piece: Tensor) -> Tensor:
+    return sum_rows(piece).div_(len(piece))
 
 
-def _scaled(coefficient: float | tuple[float, ...], name: str, stack: Tensor) -> Tensor:
-    if isinstance(coefficient, float):
-        return stack.mul_(coefficient)
-    factors = torch.tensor(coefficient, dtype=stack.dtype, device=stack.device)
-    return stack.mul_(factors.view(-1, *[1] * (stack.dim() - 1)))
+def _negated(name: str, start: int, piece: Tensor) -> Tensor:
+    return piece.neg_()
+
+
+def _scaled(coefficient: float, name: str, start: int, piece: Tensor) -> Tensor:
+    return piece.mul_(coefficient)
+
+
+def _scaled_by_task(coefficients: tuple[float, ...], name: str, start: int, piece: Tensor) -> Tensor:
+    return piece.mul_(torch.tensor(coefficients, dtype=piece.dtype, device=piece.device).unsqueeze(1))
+
+
+def _interpolated(fraction: float, name: str, start: int, piece: Tensor) -> Tensor:
+    return piece[:1].mul_(1 - fraction).add_(piece[1:], alpha=fraction)

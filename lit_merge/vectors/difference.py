@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from functools import partial
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from lit_merge.errors import ConfigurationError, NonFiniteError, StructureMismatchError, first_few
 from lit_merge.params import check_same_structure, dtype_of, fingerprint, is_finite, shape_of, working_dtype
-from lit_merge.vectors.lazy import Computed
+from lit_merge.vectors.lazy import Computed, Slicer, Structure
 from lit_merge.vectors.store import LazyTensors
 
 __all__ = ["Checkpoint", "checkpoint_difference"]
@@ -53,9 +55,26 @@ def checkpoint_difference(
         if dtypes[0].is_floating_point
     }
     identity = fingerprint(Computed(structure, base.__getitem__)) if with_fingerprint else ""
-    difference = Computed(structure, partial(_difference, base, tuned))
+    difference = _Difference(structure, partial(_difference, base, tuned), base, tuned)
     lazy = isinstance(base, LazyTensors) and isinstance(tuned, LazyTensors)
     return (difference if lazy else dict(difference)), identity
+
+
+class _Difference(Computed):
+    """A computed difference that can also be read in parts."""
+
+    def __init__(self, structure: Structure, compute: Any, base: Mapping[str, Tensor], tuned: Mapping[str, Tensor]):
+        super().__init__(structure, compute)
+        self._base, self._tuned = base, tuned
+
+    def slicer(self, name: str) -> Slicer:
+        """Differences part by part, small enough to stay in the processor's cache; whoever reads them checks them."""
+        first, second = self._base[name].detach().reshape(-1), self._tuned[name].detach().reshape(-1)
+        return partial(_part, first, second, self.dtype(name))
+
+
+def _part(base: Tensor, tuned: Tensor, dtype: torch.dtype, start: int, stop: int) -> Tensor:
+    return tuned[start:stop].to(dtype) - base[start:stop].to(tuned.device, dtype)
 
 
 def _opened(checkpoint: Checkpoint, what: str) -> Mapping[str, Tensor]:
@@ -80,7 +99,10 @@ def _opened(checkpoint: Checkpoint, what: str) -> Mapping[str, Tensor]:
 def _difference(base: Mapping[str, Tensor], tuned: Mapping[str, Tensor], name: str) -> Tensor:
     first, second = base[name].detach(), tuned[name].detach()
     dtype = working_dtype(first.dtype, second.dtype)
-    difference = second.to(dtype) - first.to(second.device, dtype)
+    return _finite(second.to(dtype) - first.to(second.device, dtype), name)
+
+
+def _finite(difference: Tensor, name: str) -> Tensor:
     if not is_finite(difference):
         raise NonFiniteError(
             f"task vector: expected a finite difference, got NaN or infinity in {name}. "

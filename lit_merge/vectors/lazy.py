@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor
 
-__all__ = ["Computed", "LazyMapping", "Structure"]
+__all__ = ["Computed", "LazyMapping", "Slicer", "Structure"]
+
+Slicer = Callable[[int, int], Tensor]
+"""``(start, stop)`` -> those entries of a flattened tensor, 1-D."""
 
 Structure = dict[str, tuple[torch.Size, torch.dtype]]
 """Name -> shape and dtype."""
@@ -30,6 +34,13 @@ class LazyMapping(Mapping[str, Tensor]):
     @abstractmethod
     def dtype(self, name: str) -> torch.dtype:
         """Dtype of one tensor."""
+
+    def slicer(self, name: str) -> Slicer:
+        """A function ``(start, stop)`` that gives those entries of one flattened tensor, to be read only.
+
+        By default the tensor is read once, and its parts are views of it.
+        """
+        return partial(_slice, self[name].reshape(-1))
 
 
 class Computed(LazyMapping):
@@ -65,3 +76,7 @@ class Computed(LazyMapping):
     def dtype(self, name: str) -> torch.dtype:
         """Dtype of one tensor, without computing it."""
         return self._structure[name][1]
+
+
+def _slice(flat: Tensor, start: int, stop: int) -> Tensor:
+    return flat[start:stop]

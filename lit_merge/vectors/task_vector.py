@@ -16,7 +16,7 @@ from lit_merge.errors import ConfigurationError, FileFormatError, StructureMisma
 from lit_merge.params import Params, check_same_structure, dtype_of, shape_of, working_dtype
 from lit_merge.vectors.apply import apply_vector
 from lit_merge.vectors.difference import Checkpoint, checkpoint_difference
-from lit_merge.vectors.lazy import LazyMapping
+from lit_merge.vectors.lazy import LazyMapping, Slicer
 from lit_merge.vectors.rounding import Rounded
 from lit_merge.vectors.store import LazyTensors, write_tensors
 
@@ -186,6 +186,10 @@ class TaskVector(LazyMapping):
     def dtype(self, name: str) -> torch.dtype:
         """Dtype of one tensor as it is held or stored, without reading it from disk."""
         return dtype_of(self._tensors, name)
+
+    def slicer(self, name: str) -> Slicer:
+        """A function ``(start, stop)`` that reads those entries of one flattened tensor."""
+        return self._tensors.slicer(name) if isinstance(self._tensors, LazyMapping) else super().slicer(name)
 
     def __add__(self, other: TaskVector) -> TaskVector:
         return self._combined(other, 1.0, joined_task((self.task, getattr(other, "task", ""))))

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,15 +14,18 @@ from torch import Tensor
 from lit_merge.errors import ConfigurationError, StructureMismatchError, first_few
 from lit_merge.params import working_dtype
 from lit_merge.vectors.lazy import Computed, LazyMapping, Structure
+from lit_merge.vectors.sources import Entries, Rows, Source, Stacks, Subset, Union
+from lit_merge.vectors.statistic import Statistic
 from lit_merge.vectors.task_vector import TaskVector, joined_task, same_base
 
-__all__ = ["RowFunction", "StackFunction", "TaskVectors"]
+__all__ = ["EntryFunction", "StackFunction", "TaskVectors"]
 
 StackFunction = Callable[[str, Tensor], Tensor]
 """``function(name, stack)``: from a parameter's stack ``(T, *shape)`` to its new stack ``(T', *shape)``."""
 
-RowFunction = Callable[[str, Iterator[Tensor]], Tensor]
-"""``function(name, rows)``: from a parameter's T rows, each ``shape``, to one tensor of that shape."""
+EntryFunction = Callable[..., Tensor]
+"""``function(name, start, piece, *others)``: from the entries ``start … start + n`` of a parameter's flattened stack,
+``(T, n)``, and of those of other views, to ``(T', n)``."""
 
 
 class TaskVectors(LazyMapping):
@@ -33,13 +37,21 @@ class TaskVectors(LazyMapping):
 
     Args:
         vectors: at least one :class:`TaskVector`, all of one architecture and one base model.
+        base: θ0, name -> tensor, for the few transforms that need it; it has at least the vectors' names.
+        device: where stacks are computed; by default where the vectors are. Inputs are moved one stack at a time.
 
     Raises:
         ConfigurationError: ``vectors`` is empty or holds something else than task vectors.
-        StructureMismatchError: names, shapes or known base fingerprints differ.
+        StructureMismatchError: names, shapes or known base fingerprints differ, or the base lacks a parameter.
+        NonFiniteError: on reading, a vector holds NaN or infinity; the vector and the parameter are named.
     """
 
-    def __init__(self, vectors: Sequence[TaskVector]) -> None:
+    def __init__(
+        self,
+        vectors: Sequence[TaskVector],
+        base: Mapping[str, Tensor] | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
         if isinstance(vectors, TaskVector):
             raise ConfigurationError(
                 "task vectors: expected a sequence, got one TaskVector. Use TaskVectors([vector])."
@@ -53,14 +65,24 @@ class TaskVectors(LazyMapping):
             )
         for index, row in enumerate(rows[1:], start=1):
             _check_same_structure(rows[0], row, index)
+        missing = [name for name in rows[0] if name not in base] if base is not None else []
+        if missing:
+            raise StructureMismatchError(
+                f"base: expected every parameter of the task vectors, got nothing for {len(missing)} "
+                f"({first_few(missing)}). Use the pre-trained parameters that the vectors start from."
+            )
         self._rows: tuple[TaskVector, ...] | None = rows
         self._structure: Structure = {
             name: (rows[0].shape(name), working_dtype(*(row.dtype(name) for row in rows))) for name in rows[0]
         }
-        self._read: Callable[[str], Tensor] = partial(_stacked, rows, self._structure)
+        self._source: Source = Rows(rows, self._structure, None if device is None else torch.device(device))
         self._tasks = tuple(row.task for row in rows)
         self._metadata = same_base(rows)
         self._provenance = tuple(_identity(row) for row in rows)
+        self._inputs: TaskVectors = self
+        self._model_names = tuple(self._structure)
+        self._base = base
+        self._statistics: tuple[Statistic[Any], ...] = ()
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -71,6 +93,11 @@ class TaskVectors(LazyMapping):
     def names(self) -> tuple[str, ...]:
         """The parameter names, in the order of the first vector."""
         return tuple(self._structure)
+
+    @property
+    def model_names(self) -> tuple[str, ...]:
+        """The names before :meth:`restrict`, which tell how many blocks the whole network has."""
+        return self._model_names
 
     @property
     def base_fingerprint(self) -> str:
@@ -87,10 +114,48 @@ class TaskVectors(LazyMapping):
         """What the vectors were, one entry each, then every transform that was applied."""
         return self._provenance
 
+    @property
+    def inputs(self) -> TaskVectors:
+        """The vectors before any transform, restricted to the same names."""
+        return self._inputs
+
+    @property
+    def base(self) -> Mapping[str, Tensor]:
+        """θ0, name -> tensor.
+
+        Raises:
+            ConfigurationError: the vectors were built without it.
+        """
+        if self._base is None:
+            raise ConfigurationError(
+                "base: expected the pre-trained parameters, got none. Use TaskVectors(vectors, base=parameters)."
+            )
+        return self._base
+
+    @property
+    def statistics(self) -> tuple[Statistic[Any], ...]:
+        """What has to be known about all parameters before a stack can be computed, in the order it is needed."""
+        return self._statistics
+
+    @property
+    def reads(self) -> int:
+        """How often going through all stacks once reads every input, the statistics included; at most."""
+        return self._source.reads + sum(statistic.reads for statistic in self._statistics)
+
+    @property
+    def walk(self) -> int:
+        """How often going through all stacks once reads every input, when the statistics are known."""
+        return self._source.reads
+
+    @property
+    def by_pieces(self) -> bool:
+        """Whether a stack can be computed piece by piece, so that it need not be in memory as a whole."""
+        return self._source.by_pieces
+
     def __getitem__(self, name: str) -> Tensor:
         if name not in self._structure:
             raise KeyError(name)
-        return self._read(name)
+        return self._source.stack(name)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._structure)
@@ -113,47 +178,117 @@ class TaskVectors(LazyMapping):
         """Dtype of one stack, float32 or float64, without reading it."""
         return self._structure[name][1]
 
-    def map(self, function: StackFunction, tasks: Sequence[str] | None = None, note: object = "") -> TaskVectors:
-        """A new lazy view whose stacks are ``function(name, stack)``.
+    def pieces(self, name: str, length: int | None = None) -> Iterator[tuple[int, Tensor]]:
+        """The stack of one parameter in pieces that stay in the processor's cache, in order.
+
+        Args:
+            name: a parameter.
+            length: entries per piece; by default about two MiB per piece, and the whole stack on an accelerator.
+
+        Yields:
+            The position of the piece in the flattened parameter, and the piece ``(T, n)``, which is the caller's own to
+            write into. A parameter without entries gives one empty piece.
+        """
+        if name not in self._structure:
+            raise KeyError(name)
+        return self._source.pieces(name, length or self.piece_length(name))
+
+    def piece_length(self, name: str) -> int:
+        """Entries per piece: about two MiB for all inputs together; on an accelerator the whole parameter."""
+        return self._inputs._source.piece_length(name)
+
+    def map(
+        self,
+        function: StackFunction,
+        tasks: Sequence[str] | None = None,
+        note: object = "",
+        statistics: Sequence[Statistic[Any]] = (),
+    ) -> TaskVectors:
+        """A new lazy view whose stacks are ``function(name, stack)``, for what needs whole parameters.
 
         Args:
             function: called whenever a stack is asked for, with a stack ``(T, *shape)`` that is its own to write
                 into; it returns ``(T', *shape)`` of the same dtype, and does not keep what it returns.
             tasks: the T' tasks of the result; by default the present ones.
             note: added to the provenance as a string; a transform passes itself.
+            statistics: what the function calls to know about all parameters.
 
         Returns:
             The view. ``StructureMismatchError`` is raised on access if the function returns another shape or dtype.
         """
         names = self._tasks if tasks is None else tuple(tasks)
-        read = partial(_mapped, self, function, len(names), str(note) or "function")
-        return self._view(read, names, str(note))
+        source = Stacks(self, function, len(names), str(note) or "function")
+        return self._view(source, names, str(note), statistics)
 
-    def reduce(self, function: RowFunction, note: object = "") -> TaskVectors:
-        """A new lazy view with T = 1, whose only row is ``function(name, rows)``.
-
-        For reducers that need one row after the other: unlike :meth:`map`, no stack is built.
+    def map_entries(
+        self,
+        function: EntryFunction,
+        tasks: Sequence[str] | None = None,
+        note: object = "",
+        others: Sequence[TaskVectors] = (),
+        statistics: Sequence[Statistic[Any]] = (),
+    ) -> TaskVectors:
+        """A new lazy view for what treats every entry by itself: computed piece by piece, fast and in little memory.
 
         Args:
-            function: called whenever a parameter is asked for, with an iterator over its T rows of shape ``shape``,
-                which it must not write into; it returns a new tensor of the same shape and dtype.
+            function: called with the parameter's name, the position of the piece in the flattened parameter, the piece
+                ``(T, n)``, which is its own to write into, and the same piece of each of ``others``; it returns
+                ``(T', n)`` of the same dtype, and does not keep what it returns.
+            tasks: the T' tasks of the result; by default the present ones.
             note: added to the provenance as a string; a transform passes itself.
+            others: more views of the same parameters, read side by side.
+            statistics: what the function calls to know about all parameters.
 
         Returns:
-            The view; its task is named after all tasks. ``StructureMismatchError`` is raised on access if the function
-            returns another shape or dtype.
+            The view. ``StructureMismatchError`` is raised on access if the function returns another shape or dtype.
         """
-        read = partial(_reduced, self, function, str(note) or "function")
-        return self._view(read, (joined_task(self._tasks),), str(note))
+        names = self._tasks if tasks is None else tuple(tasks)
+        source = Entries(self, tuple(others), function, len(names), str(note) or "function")
+        known = [*(statistic for view in others for statistic in view.statistics), *statistics]
+        return self._view(source, names, str(note), known)
 
-    def rows(self, name: str) -> Iterator[Tensor]:
-        """The rows of one stack, one at a time, each of shape ``shape``; they must not be written into."""
-        if self._rows is None:
-            yield from self[name].unbind()
-            return
-        first = self._rows[0][name]
-        for index, row in enumerate(self._rows):
-            yield (row[name] if index else first).to(first.device, self.dtype(name))
+    def reduce_entries(
+        self,
+        function: EntryFunction,
+        note: object = "",
+        others: Sequence[TaskVectors] = (),
+        statistics: Sequence[Statistic[Any]] = (),
+    ) -> TaskVectors:
+        """As :meth:`map_entries`, from T vectors to one that is named after all tasks."""
+        return self.map_entries(function, (joined_task(self._tasks),), note, others, statistics)
+
+    def restrict(self, names: Sequence[str]) -> TaskVectors:
+        """The same vectors with some of the parameters only; statistics of what is applied next are over these.
+
+        Raises:
+            ConfigurationError: no name is given, or one is unknown.
+        """
+        unknown = [name for name in names if name not in self._structure]
+        if unknown or not names:
+            raise ConfigurationError(
+                f"names: expected parameters of the task vectors, got {first_few(unknown) or 'none'}. Use their names."
+            )
+        view = self._view(Subset(self), self._tasks, "", ())
+        view._structure = {name: self._structure[name] for name in names}
+        view._rows = None
+        view._inputs = view if self._inputs is self else self._inputs.restrict(names)
+        return view
+
+    def united(self, views: Sequence[TaskVectors], note: object = "") -> TaskVectors:
+        """A view made of views that each have some of the parameters, all together every one of them once.
+
+        Raises:
+            ConfigurationError: the views differ in the number of vectors.
+        """
+        counts = sorted({len(view.tasks) for view in views})
+        if len(counts) > 1:
+            raise ConfigurationError(
+                f"{note or 'united'}: expected parts with the same number of vectors, got "
+                f"{' and '.join(map(str, counts))}. Let all of them reduce, or none."
+            )
+        owners = {name: view for view in views for name in view}
+        known = [statistic for view in views for statistic in view.statistics]
+        return self._view(Union({name: owners[name] for name in self}), views[0].tasks, str(note), known)
 
     def select(self, tasks: Sequence[str | int]) -> TaskVectors:
         """The rows of the given tasks (names or positions), in the given order.
@@ -167,8 +302,9 @@ class TaskVectors(LazyMapping):
             )
         indices = [self._index(task) for task in tasks]
         if self._rows is not None:
-            return TaskVectors([self._rows[index] for index in indices])
-        return self.map(
+            assert isinstance(self._source, Rows)
+            return TaskVectors([self._rows[index] for index in indices], self._base, self._source.device)
+        return self.map_entries(
             partial(_selected, indices),
             tasks=[self._tasks[index] for index in indices],
             note=f"select({[self._tasks[index] or index for index in indices]})",
@@ -199,14 +335,20 @@ class TaskVectors(LazyMapping):
             )
         return self.vector(0)
 
-    def _view(self, read: Callable[[str], Tensor], tasks: tuple[str, ...], note: str) -> TaskVectors:
+    def _view(
+        self, source: Source, tasks: tuple[str, ...], note: str, statistics: Sequence[Statistic[Any]]
+    ) -> TaskVectors:
         view = object.__new__(TaskVectors)
         view._rows = None
-        view._read = read
+        view._source = source
         view._structure = self._structure
         view._tasks = tasks
         view._metadata = self._metadata
         view._provenance = (*self._provenance, note) if note else self._provenance
+        view._inputs = self._inputs
+        view._model_names = self._model_names
+        view._base = self._base
+        view._statistics = tuple(dict.fromkeys((*self._statistics, *statistics)))
         return view
 
     def _index(self, task: str | int) -> int:
@@ -252,36 +394,8 @@ def _identity(vector: TaskVector) -> str:
     return f"TaskVector(task={vector.task!r}{content})"
 
 
-def _stacked(rows: tuple[TaskVector, ...], structure: Structure, name: str) -> Tensor:
-    shape, dtype = structure[name]
-    first = rows[0][name]
-    stack = torch.empty((len(rows), *shape), dtype=dtype, device=first.device)
-    stack[0].copy_(first)
-    for index, row in enumerate(rows[1:], start=1):
-        stack[index].copy_(row[name])
-    return stack
-
-
-def _mapped(source: TaskVectors, function: StackFunction, count: int, note: str, name: str) -> Tensor:
-    return _checked(function(name, source[name]), source, count, note, name)
-
-
-def _reduced(source: TaskVectors, function: RowFunction, note: str, name: str) -> Tensor:
-    return _checked(function(name, source.rows(name)).unsqueeze(0), source, 1, note, name)
-
-
-def _checked(stack: Tensor, source: TaskVectors, count: int, note: str, name: str) -> Tensor:
-    expected = (count, *source.shape(name)[1:])
-    if tuple(stack.shape) != expected or stack.dtype != source.dtype(name):
-        raise StructureMismatchError(
-            f"{note}: expected {source.dtype(name)} {expected} for {name}, got {stack.dtype} {tuple(stack.shape)}. "
-            "Let the function return (T', *shape) in the dtype of its input, and pass the T' tasks to map."
-        )
-    return stack
-
-
-def _selected(indices: list[int], name: str, stack: Tensor) -> Tensor:
-    return stack[indices]
+def _selected(indices: list[int], name: str, start: int, piece: Tensor) -> Tensor:
+    return piece[indices]
 
 
 def _row(vectors: TaskVectors, index: int, name: str) -> Tensor:

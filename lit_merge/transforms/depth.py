@@ -1,0 +1,161 @@
+"""Scaling by depth: a factor per block."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lit_merge.errors import ConfigurationError
+from lit_merge.naming import block_of, number_of_blocks
+from lit_merge.transforms.base import Transform, finite_number
+from lit_merge.transforms.reduce import Sum
+from lit_merge.vectors import TaskVectors
+from lit_merge.vectors.statistic import Statistic
+
+__all__ = ["LiNeS", "ScaleBlocks"]
+
+
+@dataclass(frozen=True)
+class ScaleBlocks(Transform):
+    """λ_ℓ τ for the parameters of block ℓ.
+
+    Args:
+        coefficients: one finite number per block, the first block first.
+        outside: the factor of the parameters outside the blocks.
+
+    Raises:
+        ConfigurationError: a number is not finite; on application, if the number of blocks is another one.
+    """
+
+    coefficients: Sequence[float]
+    outside: float = 1.0
+
+    def __post_init__(self) -> None:
+        if isinstance(self.coefficients, str) or not isinstance(self.coefficients, Sequence):
+            raise ConfigurationError(
+                f"ScaleBlocks.coefficients: expected one number per block, got {self.coefficients!r}. Give a list."
+            )
+        numbers = [
+            finite_number(f"ScaleBlocks.coefficients[{index}]", value) for index, value in enumerate(self.coefficients)
+        ]
+        object.__setattr__(self, "coefficients", tuple(numbers))
+        self._number("outside")
+
+    def __call__(self, vectors: TaskVectors) -> TaskVectors:
+        """Scale every stack ``(T, *shape)``."""
+        count = _blocks_of(self, vectors)
+        if count != len(self.coefficients):
+            raise ConfigurationError(
+                f"ScaleBlocks.coefficients: expected one per block ({count}), got {len(self.coefficients)}. "
+                "Give as many as the network has blocks."
+            )
+        return vectors.map_entries(partial(_scaled_by_block, tuple(self.coefficients), self.outside), note=self)
+
+
+@dataclass(frozen=True)
+class LiNeS(Transform):
+    """Scales block ℓ = 0 … L − 1 by ``α + β · s(ℓ / (L − 1))``: little below, much above (Wang et al. 2025, eq. 3).
+
+    For one task, ``α`` is chosen and ``β = 1 − α``. For several, ``alpha="norm_ratio"`` is the paper's
+    ``α = (‖Σ_t τ_t‖₁ / ‖τ‖₁) / T``, where τ is the merged vector that the transform is applied to and τ_t are the
+    inputs of the chain, and β is searched. It follows any other transform.
+
+    Args:
+        alpha: the factor of the first block; or ``norm_ratio``, which takes one more pass over the inputs and one over
+            the merged vector.
+        beta: what is added at the last block; by default ``1 − alpha``.
+        schedule: s, the growth with depth: linear, the square root, or quadratic.
+        outside: the factor of the parameters outside the blocks (embeddings, the last normalisation, the projection);
+            by default ``alpha``, as in the authors' program.
+
+    Raises:
+        ConfigurationError: a number is not finite, or there is no such schedule; on application, if no parameter
+            belongs to a block, or ``norm_ratio`` meets several vectors.
+    """
+
+    alpha: float | Literal["norm_ratio"]
+    beta: float | None = None
+    schedule: Literal["linear", "sqrt", "quadratic"] = "linear"
+    outside: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.alpha != "norm_ratio":
+            if isinstance(self.alpha, str):
+                raise ConfigurationError(
+                    f"LiNeS.alpha: expected a finite number or norm_ratio, got {self.alpha!r}. Use one of them."
+                )
+            self._number("alpha")
+        for name in ("beta", "outside"):
+            if getattr(self, name) is not None:
+                self._number(name)
+        self._choice("schedule", ("linear", "sqrt", "quadratic"))
+
+    def __call__(self, vectors: TaskVectors) -> TaskVectors:
+        """Scale every stack ``(T, *shape)``."""
+        blocks = _blocks_of(self, vectors)
+        if self.alpha != "norm_ratio":
+            assert not isinstance(self.alpha, str)
+            function = partial(_lines, self, blocks, self.alpha)
+            return vectors.map_entries(function, note=self)
+        if len(vectors.tasks) != 1:
+            raise ConfigurationError(
+                f"LiNeS.alpha: expected one merged vector for norm_ratio, got {len(vectors.tasks)}. "
+                "Reduce them first, e.g. with Sum(), or give a number."
+            )
+        reads = vectors.inputs.walk + vectors.walk
+        ratio = Statistic("LiNeS: ratio of norms", reads, partial(_norm_ratio, vectors))
+        return vectors.map_entries(partial(_lines, self, blocks, ratio), note=self, statistics=[ratio])
+
+    def factors(self, blocks: int, alpha: float) -> list[float]:
+        """The factor of each block, the first one first.
+
+        Args:
+            blocks: their number L.
+            alpha: the value of ``alpha``, or what ``norm_ratio`` came to.
+        """
+        beta = 1 - alpha if self.beta is None else self.beta
+        grow = {"linear": float, "sqrt": math.sqrt, "quadratic": lambda depth: depth**2}[self.schedule]
+        return [alpha + beta * grow(index / (blocks - 1) if blocks > 1 else 1.0) for index in range(blocks)]
+
+
+def _blocks_of(transform: Transform, vectors: TaskVectors) -> int:
+    blocks = number_of_blocks(vectors.model_names)
+    if not blocks:
+        name = type(transform).__name__
+        raise ConfigurationError(
+            f"{name}: expected parameters in numbered blocks, such as blocks.3.mlp.weight, got none among "
+            f"{len(vectors)} names. Use another transform for this network."
+        )
+    return blocks
+
+
+def _scaled_by_block(factors: tuple[float, ...], outside: float, name: str, start: int, piece: Tensor) -> Tensor:
+    block = block_of(name)
+    return piece.mul_(outside if block is None else factors[block])
+
+
+def _lines(
+    transform: LiNeS, blocks: int, alpha: float | Statistic[float], name: str, start: int, piece: Tensor
+) -> Tensor:
+    first = alpha() if isinstance(alpha, Statistic) else alpha
+    outside = first if transform.outside is None else transform.outside
+    return _scaled_by_block(tuple(transform.factors(blocks, first)), outside, name, start, piece)
+
+
+def _norm_ratio(vectors: TaskVectors) -> float:
+    """(‖Σ τ_t‖₁ / ‖τ‖₁) / T; 1 / T for a merged vector of zeros, which no factor changes."""
+    inputs = vectors.inputs
+    merged = _total(vectors)
+    return (_total(Sum()(inputs)) / merged if merged else 1.0) / len(inputs.tasks)
+
+
+def _total(vectors: TaskVectors) -> float:
+    return math.fsum(
+        float(piece.abs().sum(dtype=torch.float64)) for name in vectors for _, piece in vectors.pieces(name)
+    )

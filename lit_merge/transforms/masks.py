@@ -1,0 +1,104 @@
+"""Masks that say which entries of a merged vector belong to which task."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from lit_merge.errors import ConfigurationError
+from lit_merge.transforms.base import Transform, whole_number
+from lit_merge.transforms.reduce import Sum, per_task, per_task_values
+from lit_merge.vectors import TaskVectors
+
+__all__ = ["ConsensusMask", "TallMask"]
+
+
+@dataclass(frozen=True)
+class TallMask(Transform):
+    """A vector per task, cut out of the merged one: ``m_t ⊙ τ_MTL`` with ``m_t = |τ_t| > λ |τ_MTL − τ_t|``.
+
+    TALL masks (Wang et al. 2024, equation 5): adding row t to θ0 rebuilds task t.
+
+    Args:
+        threshold: λ, at least 0; one number for all tasks, or one per task, by name or in the order of the vectors. The
+            paper chooses each of 0.2 … 0.6 on validation data.
+        merge: how τ_MTL is made of the vectors; it reduces them to one.
+
+    Raises:
+        ConfigurationError: a threshold is negative; on application, if the per-task thresholds do not fit the tasks, or
+            ``merge`` leaves several vectors.
+    """
+
+    threshold: float | Mapping[str, float] | Sequence[float] = 0.4
+    merge: Transform = Sum()  # noqa: RUF009 - frozen, so it can be shared
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "threshold", per_task("TallMask.threshold", self.threshold, minimum=0.0))
+
+    def __call__(self, vectors: TaskVectors) -> TaskVectors:
+        """From stacks ``(T, *shape)`` to masked copies of the merged vector, ``(T, *shape)``."""
+        merged = _merged(self, self.merge, vectors)
+        thresholds = per_task_values("TallMask.threshold", self.threshold, vectors.tasks)
+        return vectors.map_entries(partial(_cut_out, thresholds), note=self, others=[merged])
+
+
+@dataclass(frozen=True)
+class ConsensusMask(Transform):
+    """The merged vector without the entries that fewer than k tasks use: an entry stays if k TALL masks have it.
+
+    Consensus merging (Wang et al. 2024, section 4.2).
+
+    Args:
+        k: from 1 to the number of tasks.
+        threshold: λ of the masks, as for :class:`TallMask`.
+        merge: how τ_MTL is made of the vectors; it reduces them to one.
+
+    Raises:
+        ConfigurationError: as for :class:`TallMask`; on application, if there are fewer than k tasks.
+    """
+
+    k: int = 2
+    threshold: float | Mapping[str, float] | Sequence[float] = 0.4
+    merge: Transform = Sum()  # noqa: RUF009 - frozen, so it can be shared
+
+    def __post_init__(self) -> None:
+        whole_number("ConsensusMask.k", self.k, minimum=1)
+        object.__setattr__(self, "threshold", per_task("ConsensusMask.threshold", self.threshold, minimum=0.0))
+
+    def __call__(self, vectors: TaskVectors) -> TaskVectors:
+        """Reduce stacks ``(T, *shape)`` to ``(1, *shape)``."""
+        if self.k > len(vectors.tasks):
+            raise ConfigurationError(
+                f"ConsensusMask.k: expected at most the number of task vectors ({len(vectors.tasks)}), got {self.k}. "
+                "Lower k, or give more vectors."
+            )
+        merged = _merged(self, self.merge, vectors)
+        thresholds = per_task_values("ConsensusMask.threshold", self.threshold, vectors.tasks)
+        return vectors.reduce_entries(partial(_agreed, self.k, thresholds), note=self, others=[merged])
+
+
+def _merged(transform: Transform, merge: Transform, vectors: TaskVectors) -> TaskVectors:
+    merged = merge(vectors)
+    if len(merged.tasks) != 1:
+        raise ConfigurationError(
+            f"{type(transform).__name__}.merge: expected a transform that leaves one vector, got {merge!r}, which "
+            f"leaves {len(merged.tasks)}. Use e.g. Sum()."
+        )
+    return merged
+
+
+def _mask(thresholds: tuple[float, ...], piece: Tensor, merged: Tensor) -> Tensor:
+    factors = torch.tensor(thresholds, dtype=piece.dtype, device=piece.device).unsqueeze(1)
+    return piece.abs() > (merged - piece).abs_().mul_(factors)
+
+
+def _cut_out(thresholds: tuple[float, ...], name: str, start: int, piece: Tensor, merged: Tensor) -> Tensor:
+    return merged * _mask(thresholds, piece, merged)
+
+
+def _agreed(k: int, thresholds: tuple[float, ...], name: str, start: int, piece: Tensor, merged: Tensor) -> Tensor:
+    return merged.masked_fill_(_mask(thresholds, piece, merged).sum(0, keepdim=True) < k, 0)

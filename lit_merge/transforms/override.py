@@ -1,0 +1,106 @@
+"""Other transforms for some of the parameters."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lit_merge.errors import ConfigurationError, first_few
+from lit_merge.naming import block_of, number_of_blocks
+from lit_merge.transforms.base import Transform, whole_number
+from lit_merge.vectors import TaskVectors
+
+__all__ = ["Override", "WithOverrides"]
+
+
+@dataclass(frozen=True)
+class Override:
+    """Which parameters are treated in another way, and how.
+
+    Args:
+        transform: what is applied to them.
+        names: a regular expression that is searched for in the parameters' names.
+        blocks: indices of blocks, from 0. With both, a parameter must fit both.
+
+    Raises:
+        ConfigurationError: neither is given, or the expression or an index is none.
+    """
+
+    transform: Transform
+    names: str | None = None
+    blocks: Sequence[int] | None = None
+
+    def __post_init__(self) -> None:
+        if self.names is None and self.blocks is None:
+            raise ConfigurationError("Override: expected names or blocks, got neither. Say which parameters are meant.")
+        try:
+            re.compile(self.names or "")
+        except (re.error, TypeError) as error:
+            raise ConfigurationError(
+                f"Override.names: expected a regular expression, got {self.names!r} ({error}). Correct it."
+            ) from error
+        if self.blocks is not None:
+            if isinstance(self.blocks, str) or not isinstance(self.blocks, Sequence) or not self.blocks:
+                raise ConfigurationError(
+                    f"Override.blocks: expected a list of block indices, got {self.blocks!r}. Use e.g. [0, 1, 2]."
+                )
+            for index in self.blocks:
+                whole_number("Override.blocks", index, minimum=0)
+            object.__setattr__(self, "blocks", tuple(self.blocks))
+
+    def selects(self, name: str) -> bool:
+        """Whether a parameter is meant."""
+        by_name = self.names is None or re.search(self.names, name) is not None
+        return by_name and (self.blocks is None or block_of(name) in self.blocks)
+
+
+@dataclass(frozen=True)
+class WithOverrides(Transform):
+    """One transform for most parameters, and others for those that overrides name; the first one that fits counts.
+
+    Each part sees its own parameters only: what it has to know of all of them, such as the threshold of a global trim,
+    is taken over these.
+
+    Args:
+        transform: what is applied to the parameters that no override names.
+        overrides: in order of precedence; all of them reduce to one vector, or none does.
+
+    Raises:
+        ConfigurationError: on application, an override fits no parameter, names a block that there is not, or the parts
+            differ in the number of vectors.
+    """
+
+    transform: Transform
+    overrides: Sequence[Override]
+
+    def __post_init__(self) -> None:
+        wrong: list[Any] = [one for one in self.overrides if not isinstance(one, Override)]
+        if wrong:
+            raise ConfigurationError(f"WithOverrides.overrides: expected overrides, got {wrong[0]!r}. Use Override(…).")
+        object.__setattr__(self, "overrides", tuple(self.overrides))
+
+    def __call__(self, vectors: TaskVectors) -> TaskVectors:
+        """Apply each part to its own parameters."""
+        count = number_of_blocks(vectors.model_names)
+        left = list(vectors)
+        views = []
+        for override in self.overrides:
+            beyond = [index for index in override.blocks or () if index >= count]
+            if beyond:
+                raise ConfigurationError(
+                    f"Override.blocks: expected indices below the number of blocks ({count}), got {first_few(beyond)}. "
+                    "Correct them."
+                )
+            meant = [name for name in left if override.selects(name)]
+            if not meant:
+                raise ConfigurationError(
+                    f"Override: expected at least one parameter for {override!r}, got none of {len(vectors)} "
+                    f"(such as {first_few(vectors, 2)}). Correct the pattern, or the order of the overrides."
+                )
+            views.append(override.transform(vectors.restrict(meant)))
+            left = [name for name in left if name not in set(meant)]
+        if left:
+            views.append(self.transform(vectors.restrict(left)))
+        return vectors.united(views, note=self)

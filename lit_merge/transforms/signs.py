@@ -1,0 +1,93 @@
+"""Electing a sign for every entry, and reducing the entries that agree with it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lit_merge.transforms.base import Transform
+from lit_merge.transforms.reduce import sum_rows
+from lit_merge.vectors import TaskVectors
+from lit_merge.vectors.statistic import Statistic
+
+__all__ = ["DisjointMean", "DisjointSum", "ElectSign"]
+
+
+@dataclass(frozen=True)
+class ElectSign(Transform):
+    """Elects a sign for every entry and sets to zero what disagrees with it; there are T vectors still.
+
+    The second step of TIES (Yadav et al. 2023, section 4): the elected sign is that of Σ_t τ_t. Where the sum is zero,
+    although some entry is not, the sign that was elected most often over the whole vector is taken, as in the authors'
+    program; finding it takes one more pass, only if there is such an entry.
+
+    Args:
+        weighting: ``mass`` elects by the sum of the values, as the paper does; ``count`` by the number of positive and
+            negative ones.
+
+    Raises:
+        ConfigurationError: there is no such weighting.
+    """
+
+    weighting: Literal["mass", "count"] = "mass"
+
+    def __post_init__(self) -> None:
+        self._choice("weighting", ("mass", "count"))
+
+    def __call__(self, vectors: TaskVectors) -> TaskVectors:
+        """Keep what agrees, in every stack ``(T, *shape)``."""
+        compute = partial(_majority, vectors, self.weighting)
+        majority = Statistic("ElectSign: majority sign, where votes are even", vectors.walk, compute, at_most=True)
+        return vectors.map_entries(partial(_elected, self.weighting, majority), note=self, statistics=[majority])
+
+
+@dataclass(frozen=True)
+class DisjointMean(Transform):
+    """The mean of the entries that are not zero, 0 where all are.
+
+    The third step of TIES (Yadav et al. 2023, section 4).
+    """
+
+    def __call__(self, vectors: TaskVectors) -> TaskVectors:
+        """Reduce stacks ``(T, *shape)`` to ``(1, *shape)``."""
+        return vectors.reduce_entries(_disjoint_mean, note=self)
+
+
+@dataclass(frozen=True)
+class DisjointSum(Transform):
+    """The sum of the entries that are not zero: the same as ``Sum``, under the name that goes with ``DisjointMean``."""
+
+    def __call__(self, vectors: TaskVectors) -> TaskVectors:
+        """Reduce stacks ``(T, *shape)`` to ``(1, *shape)``."""
+        return vectors.reduce_entries(_disjoint_sum, note=self)
+
+
+def _votes(weighting: str, piece: Tensor) -> Tensor:
+    """The elected signs, ``(1, n)``; 0 where votes are even."""
+    return (piece.sign() if weighting == "count" else piece).sum(0, keepdim=True).sign_()
+
+
+def _majority(vectors: TaskVectors, weighting: str) -> float:
+    total = sum(int(_votes(weighting, piece).sum()) for name in vectors for _, piece in vectors.pieces(name))
+    return float((total > 0) - (total < 0))
+
+
+def _elected(weighting: str, majority: Statistic[float], name: str, start: int, piece: Tensor) -> Tensor:
+    sign = _votes(weighting, piece)
+    even = sign == 0
+    if bool((even & piece.ne(0).any(0)).any()):
+        sign.masked_fill_(even, majority())
+    return piece.masked_fill_(piece * sign <= 0, 0)
+
+
+def _disjoint_mean(name: str, start: int, piece: Tensor) -> Tensor:
+    count = torch.count_nonzero(piece, dim=0).clamp_(min=1)
+    return sum_rows(piece).div_(count)
+
+
+def _disjoint_sum(name: str, start: int, piece: Tensor) -> Tensor:
+    return sum_rows(piece)

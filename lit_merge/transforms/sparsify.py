@@ -1,0 +1,233 @@
+"""Setting entries to zero: the smallest, the largest, or some at random."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lit_merge.errors import ConfigurationError
+from lit_merge.transforms.base import Transform, whole_number
+from lit_merge.transforms.magnitudes import Cut, below, common_dtype, count_of, find_cuts, walk_all, walk_stack
+from lit_merge.transforms.random import Uniform, labels_of
+from lit_merge.vectors import TaskVectors
+from lit_merge.vectors.statistic import Statistic
+
+__all__ = ["Drop", "DropByRank", "MagnitudeWindow", "Trim"]
+
+Scope = Literal["global", "tensor"]
+
+
+@dataclass(frozen=True)
+class Trim(Transform):
+    """Keeps the entries of largest magnitude of every task vector, and sets the others to zero.
+
+    The first step of TIES (Yadav et al. 2023, section 4: "keep only the influential values"). Exactly
+    ⌊density · n⌋ entries are kept, at least one; among entries of equal magnitude those that come first in the sorted
+    order of the parameter names.
+
+    Args:
+        density: share of the entries that is kept, in (0, 1].
+        scope: ``global`` ranks the entries of the whole flattened vector, as the paper does, in two more passes over
+            the inputs (three if equal magnitudes must be told apart; two more for float64); ``tensor`` ranks those of
+            every parameter by itself, as some libraries do.
+
+    Raises:
+        ConfigurationError: ``density`` is not in (0, 1], or there is no such scope.
+    """
+
+    density: float = 0.2
+    scope: Scope = "global"
+
+    def __post_init__(self) -> None:
+        self._fraction("density")
+        self._choice("scope", ("global", "tensor"))
+
+    def __call__(self, vectors: TaskVectors) -> TaskVectors:
+        """Trim every row of the stacks ``(T, *shape)``."""
+        if self.density == 1.0:
+            return vectors.map_entries(_unchanged, note=self)
+        if self.scope == "tensor":
+            return vectors.map(partial(_window_of_tensor, self.density, 0.0), note=self)
+        return _global_window(self, vectors, self.density, 0.0)
+
+
+@dataclass(frozen=True)
+class MagnitudeWindow(Transform):
+    """Leaves out the largest entries of every task vector and keeps the next largest ones.
+
+    Model breadcrumbs (Davari and Belilovsky 2024, equation 2): outliers and small perturbations are masked, per layer.
+
+    Args:
+        density: share of the entries that is kept, in (0, 1].
+        outliers: share of the entries, the largest ones, that is left out, in [0, 1).
+        scope: ``tensor`` ranks within every parameter, as the paper does; ``global`` within the whole vector.
+
+    Raises:
+        ConfigurationError: a share is out of range, their sum is above 1, or there is no such scope.
+    """
+
+    density: float = 0.85
+    outliers: float = 0.01
+    scope: Scope = "tensor"
+
+    def __post_init__(self) -> None:
+        self._fraction("density")
+        self._number("outliers", minimum=0.0, maximum=1.0)
+        self._choice("scope", ("global", "tensor"))
+        if self.density + self.outliers > 1 + 1e-12:
+            raise ConfigurationError(
+                f"MagnitudeWindow: expected density + outliers of at most 1, got {self.density:g} + {self.outliers:g}. "
+                "Lower one of them."
+            )
+
+    def __call__(self, vectors: TaskVectors) -> TaskVectors:
+        """Window every row of the stacks ``(T, *shape)``."""
+        if self.scope == "tensor":
+            return vectors.map(partial(_window_of_tensor, self.density, self.outliers), note=self)
+        return _global_window(self, vectors, self.density, self.outliers)
+
+
+@dataclass(frozen=True)
+class Drop(Transform):
+    """Sets entries to zero at random, and scales the others so that the expectation stays.
+
+    DARE (Yu et al. 2024, equation 1).
+
+    Which entries depends on the seed, the task's name, the parameter's name and the position alone: not on the order of
+    tasks or parameters, on the number of processes, the device or the version of torch.
+
+    Args:
+        p: probability of being dropped, in [0, 1).
+        rescale: whether what is kept is divided by 1 − p.
+        seed: a whole number.
+
+    Raises:
+        ConfigurationError: ``p`` is not in [0, 1), or the seed is no whole number.
+    """
+
+    p: float = 0.9
+    rescale: bool = True
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        self._number("p", minimum=0.0, below=1.0)
+        whole_number("Drop.seed", self.seed)
+
+    def __call__(self, vectors: TaskVectors) -> TaskVectors:
+        """Drop entries of every row of the stacks ``(T, *shape)``."""
+        uniform = Uniform(self.seed, labels_of(vectors))
+        return vectors.map_entries(partial(_dropped, self.p, self.rescale, uniform), note=self)
+
+
+@dataclass(frozen=True)
+class DropByRank(Transform):
+    """Drops entries at random, small ones more often than large ones.
+
+    MAGPRUNE of DELLA (Deep et al. 2024, section 3.1).
+
+    Within every row of a matrix (all entries of a vector), the entry of rank r = 0 (smallest) … n − 1 is kept with
+    probability ``density − epsilon + 2 · epsilon · r / (n − 1)``, and divided by that probability.
+
+    Args:
+        density: mean probability of being kept, in (0, 1].
+        epsilon: half the spread of the probabilities; both ends stay within (0, 1].
+        rescale: whether what is kept is divided by its probability.
+        seed: a whole number, as for :class:`Drop`.
+
+    Raises:
+        ConfigurationError: a probability leaves (0, 1], or the seed is no whole number.
+    """
+
+    density: float = 0.7
+    epsilon: float = 0.1
+    rescale: bool = True
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        self._fraction("density")
+        self._number("epsilon", minimum=0.0)
+        whole_number("DropByRank.seed", self.seed)
+        if self.density - self.epsilon <= 0 or self.density + self.epsilon > 1:
+            raise ConfigurationError(
+                f"DropByRank: expected 0 < density − epsilon and density + epsilon ≤ 1, got {self.density:g} and "
+                f"{self.epsilon:g}. Lower epsilon."
+            )
+
+    def __call__(self, vectors: TaskVectors) -> TaskVectors:
+        """Drop entries of every row of the stacks ``(T, *shape)``."""
+        return vectors.map(partial(_dropped_by_rank, self, Uniform(self.seed, labels_of(vectors))), note=self)
+
+
+def _global_window(transform: Transform, vectors: TaskVectors, density: float, outliers: float) -> TaskVectors:
+    size = sum(vectors.shape(name)[1:].numel() for name in vectors)
+    reads = vectors.walk * (5 if common_dtype(vectors) == torch.float64 else 3)
+    name = type(transform).__name__
+    top = count_of(outliers, size)
+    kept = Statistic(
+        f"{name}: threshold", reads, partial(_global_cuts, vectors, top + _kept(density, size)), at_most=True
+    )
+    found = [kept]
+    if top:
+        found.append(
+            Statistic(f"{name}: threshold of outliers", reads, partial(_global_cuts, vectors, top), at_most=True)
+        )
+    return vectors.map_entries(partial(_windowed, tuple(found)), note=transform, statistics=found)
+
+
+def _kept(density: float, size: int) -> int:
+    return max(count_of(density, size), 1)
+
+
+def _global_cuts(vectors: TaskVectors, kept: int) -> tuple[Cut, ...]:
+    size = sum(vectors.shape(name)[1:].numel() for name in vectors)
+    return find_cuts(partial(walk_all, vectors), min(kept, size), common_dtype(vectors)) if size else ()
+
+
+def _windowed(found: tuple[Statistic[tuple[Cut, ...]], ...], name: str, start: int, piece: Tensor) -> Tensor:
+    if piece.numel() == 0:
+        return piece
+    out = below(found[0](), name, start, piece)
+    if len(found) > 1:
+        out |= ~below(found[1](), name, start, piece)
+    return piece.masked_fill_(out, 0)
+
+
+def _window_of_tensor(density: float, outliers: float, name: str, stack: Tensor) -> Tensor:
+    size = stack[0].numel()
+    if size == 0:
+        return stack
+    flat = stack.view(len(stack), -1)
+    top = count_of(outliers, size)
+    kept = min(top + _kept(density, size), size)
+    walk = partial(walk_stack, name, flat)
+    out = below(find_cuts(walk, kept, flat.dtype), name, 0, flat)
+    if top:
+        out |= ~below(find_cuts(walk, top, flat.dtype), name, 0, flat)
+    return flat.masked_fill_(out, 0).view_as(stack)
+
+
+def _unchanged(name: str, start: int, piece: Tensor) -> Tensor:
+    return piece
+
+
+def _dropped(p: float, rescale: bool, uniform: Uniform, name: str, start: int, piece: Tensor) -> Tensor:
+    piece.masked_fill_(uniform.less_than(p, name, start, piece), 0)
+    return piece.div_(1 - p) if rescale and p else piece
+
+
+def _dropped_by_rank(transform: DropByRank, uniform: Uniform, name: str, stack: Tensor) -> Tensor:
+    if stack.numel() == 0:
+        return stack
+    width = stack.shape[-1] if stack.ndim >= 3 else stack[0].numel()
+    rows = stack.reshape(-1, width)
+    ranks = rows.abs().argsort(dim=-1, stable=True).argsort(dim=-1, stable=True).to(stack.dtype)
+    spread = 2 * transform.epsilon / (width - 1) if width > 1 else 0.0
+    least = transform.density - transform.epsilon if width > 1 else transform.density
+    kept = (least + spread * ranks).view(len(stack), -1)
+    flat = stack.view(len(stack), -1)
+    flat.masked_fill_(uniform.values(name, 0, flat) >= kept, 0)
+    return (flat.div_(kept) if transform.rescale else flat).view_as(stack)
