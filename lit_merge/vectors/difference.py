@@ -68,13 +68,17 @@ class _Difference(Computed):
         self._base, self._tuned = base, tuned
 
     def slicer(self, name: str) -> Slicer:
-        """Differences part by part, small enough to stay in the processor's cache; whoever reads them checks them."""
-        first, second = self._base[name].detach().reshape(-1), self._tuned[name].detach().reshape(-1)
-        return partial(_part, first, second, self.dtype(name))
+        """Differences part by part; whoever reads them checks that they are finite."""
+        return partial(_part, self._base[name].detach().reshape(-1), self._tuned[name].detach().reshape(-1))
 
 
-def _part(base: Tensor, tuned: Tensor, dtype: torch.dtype, start: int, stop: int) -> Tensor:
-    return tuned[start:stop].to(dtype) - base[start:stop].to(tuned.device, dtype)
+def _part(base: Tensor, tuned: Tensor, start: int, stop: int, out: Tensor) -> None:
+    first, second = base[start:stop], tuned[start:stop]
+    if first.dtype == second.dtype == out.dtype and first.device == second.device == out.device:
+        torch.sub(second, first, out=out)
+    else:
+        out.copy_(second)
+        out.sub_(first.to(out.device, out.dtype))
 
 
 def _opened(checkpoint: Checkpoint, what: str) -> Mapping[str, Tensor]:

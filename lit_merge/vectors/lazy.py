@@ -11,8 +11,8 @@ from torch import Tensor
 
 __all__ = ["Computed", "LazyMapping", "Slicer", "Structure"]
 
-Slicer = Callable[[int, int], Tensor]
-"""``(start, stop)`` -> those entries of a flattened tensor, 1-D."""
+Slicer = Callable[[int, int, Tensor], object]
+"""``(start, stop, out)``: writes those entries of a flattened tensor into ``out``, 1-D, of any dtype and device."""
 
 Structure = dict[str, tuple[torch.Size, torch.dtype]]
 """Name -> shape and dtype."""
@@ -36,11 +36,11 @@ class LazyMapping(Mapping[str, Tensor]):
         """Dtype of one tensor."""
 
     def slicer(self, name: str) -> Slicer:
-        """A function ``(start, stop)`` that gives those entries of one flattened tensor, to be read only.
+        """A function ``(start, stop, out)`` that writes those entries of one flattened tensor into ``out``.
 
-        By default the tensor is read once, and its parts are views of it.
+        By default the tensor is read once, when the slicer is asked for.
         """
-        return partial(_slice, self[name].reshape(-1))
+        return partial(_copy_slice, self[name].reshape(-1))
 
 
 class Computed(LazyMapping):
@@ -78,5 +78,5 @@ class Computed(LazyMapping):
         return self._structure[name][1]
 
 
-def _slice(flat: Tensor, start: int, stop: int) -> Tensor:
-    return flat[start:stop]
+def _copy_slice(flat: Tensor, start: int, stop: int, out: Tensor) -> None:
+    out.copy_(flat[start:stop])

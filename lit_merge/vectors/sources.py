@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,10 +20,14 @@ if TYPE_CHECKING:
     from lit_merge.vectors.task_vector import TaskVector
     from lit_merge.vectors.task_vectors import TaskVectors
 
-__all__ = ["Entries", "Rows", "Source", "Stacks", "Subset", "Union"]
+__all__ = ["Entries", "Reader", "Rows", "Source", "Stacks", "Subset", "Union"]
 
 _ENTRIES_IN_CACHE = 1 << 19  # two MiB of float32: a piece, and what is computed from it, stays near the processor
 _FEWEST_ENTRIES = 1 << 12  # below, the cost of calling an operator is no longer small beside its work
+
+
+Reader = Callable[[int, int], Tensor]
+"""``(start, stop)`` -> those entries of a flattened stack, a new piece ``(T, stop - start)``."""
 
 
 class Source(ABC):
@@ -39,8 +43,8 @@ class Source(ABC):
         """A new stack ``(T, *shape)``."""
 
     @abstractmethod
-    def pieces(self, name: str, length: int) -> Iterator[tuple[int, Tensor]]:
-        """Positions and new pieces ``(T, n)`` of the flattened stack, ``n`` at most ``length``."""
+    def reader(self, name: str) -> Reader:
+        """Reads any piece of the flattened stack; what several pieces need is done once."""
 
     def piece_length(self, name: str) -> int:
         """How many entries a piece should have."""
@@ -54,24 +58,21 @@ class Rows(Source):
         self.rows, self.structure, self.device = rows, structure, device
 
     def stack(self, name: str) -> Tensor:
-        shape, dtype = self.structure[name]
-        first = self.rows[0][name]
-        stack = torch.empty((len(self.rows), *shape), dtype=dtype, device=self.device or first.device)
-        for index, row in enumerate(self.rows):
-            stack[index].copy_(row[name] if index else first)
-        return self._finite(stack, name)
+        shape = self.structure[name][0]
+        return self.reader(name)(0, shape.numel()).view(len(self.rows), *shape)
 
-    def pieces(self, name: str, length: int) -> Iterator[tuple[int, Tensor]]:
-        shape, dtype = self.structure[name]
+    def reader(self, name: str) -> Reader:
+        dtype = self.structure[name][1]
+        device = self.device or self.rows[0].device(name)
         slicers = [row.slicer(name) for row in self.rows]
-        size = shape.numel()
-        for start in range(0, max(size, 1), length):
-            stop = min(start + length, size)
-            first = slicers[0](start, stop)
-            piece = torch.empty((len(slicers), stop - start), dtype=dtype, device=self.device or first.device)
-            for index, read in enumerate(slicers):
-                piece[index].copy_(read(start, stop) if index else first)
-            yield start, self._finite(piece, name)
+
+        def read(start: int, stop: int) -> Tensor:
+            piece = torch.empty((len(slicers), stop - start), dtype=dtype, device=device)
+            for row, fill in zip(piece, slicers, strict=True):
+                fill(start, stop, row)
+            return self._finite(piece, name)
+
+        return read
 
     def piece_length(self, name: str) -> int:
         on_accelerator = self.device is not None and self.device.type != "cpu"
@@ -82,11 +83,12 @@ class Rows(Source):
     def _finite(self, piece: Tensor, name: str) -> Tensor:
         if math.isfinite(float(piece.sum())):  # a sum may overflow by itself, but it never hides what is not finite
             return piece
-        for row, values in zip(self.rows, piece, strict=True):
+        for index, values in enumerate(piece):
             if not is_finite(values):
+                task = self.rows[index].task
                 raise NonFiniteError(
-                    f"task vector {row.task!r}: expected finite values, got NaN or infinity in {name}. "
-                    "Train again with a lower learning rate, or remove this input."
+                    f"task vector {repr(task) if task else f'number {index}'}: expected finite values, got NaN or "
+                    f"infinity in {name}. Train again with a lower learning rate, or remove this input."
                 )
         return piece
 
@@ -102,12 +104,12 @@ class Stacks(Source):
 
     def stack(self, name: str) -> Tensor:
         stack = self.function(name, self.source[name])
-        return _checked(stack, (self.count, *self.source.shape(name)[1:]), self.source.dtype(name), self.note, name)
+        shape = (self.count, *self.source.shape(name)[1:])
+        return _own(_checked(stack, shape, self.source.dtype(name), self.note, name))
 
-    def pieces(self, name: str, length: int) -> Iterator[tuple[int, Tensor]]:
+    def reader(self, name: str) -> Reader:
         flat = self.stack(name).reshape(self.count, -1)
-        for start in range(0, max(flat.shape[1], 1), length):
-            yield start, flat[:, start : start + length]
+        return lambda start, stop: flat[:, start:stop].clone()
 
 
 class Entries(Source):
@@ -127,24 +129,25 @@ class Entries(Source):
 
     def stack(self, name: str) -> Tensor:
         shape = (self.count, *self.source.shape(name)[1:])
-        stack: Tensor | None = None
-        for start, piece in self.pieces(name, self.source.piece_length(name)):
-            if piece.shape[1] * self.count == math.prod(shape):
-                return piece.reshape(shape)
-            if stack is None:
-                stack = torch.empty(shape, dtype=piece.dtype, device=piece.device)
-                flat = stack.view(self.count, -1)
-            flat[:, start : start + piece.shape[1]] = piece
-        assert stack is not None
-        return stack
+        size, length, read = math.prod(shape[1:]), self.source.piece_length(name), self.reader(name)
+        if size <= length:
+            return read(0, size).reshape(shape)
+        first = read(0, length)
+        flat = torch.empty((self.count, size), dtype=first.dtype, device=first.device)
+        flat[:, :length] = first
+        for start in range(length, size, length):
+            flat[:, start : start + length] = read(start, min(start + length, size))
+        return flat.view(shape)
 
-    def pieces(self, name: str, length: int) -> Iterator[tuple[int, Tensor]]:
-        views = (self.source, *self.others)
-        for parts in zip(*(view.pieces(name, length) for view in views), strict=True):
-            start, piece = parts[0]
-            size = piece.shape[1]
-            result = self.function(name, start, *(part for _, part in parts))
-            yield start, _checked(result, (self.count, size), self.source.dtype(name), self.note, name)
+    def reader(self, name: str) -> Reader:
+        readers = [view.reader(name) for view in (self.source, *self.others)]
+        dtype = self.source.dtype(name)
+
+        def read(start: int, stop: int) -> Tensor:
+            result = self.function(name, start, *(part(start, stop) for part in readers))
+            return _checked(result, (self.count, stop - start), dtype, self.note, name)
+
+        return read
 
 
 class Subset(Source):
@@ -157,11 +160,11 @@ class Subset(Source):
     def stack(self, name: str) -> Tensor:
         return self.source[name]
 
-    def pieces(self, name: str, length: int) -> Iterator[tuple[int, Tensor]]:
-        return self.source.pieces(name, length)
+    def reader(self, name: str) -> Reader:
+        return self.source.reader(name)
 
     def piece_length(self, name: str) -> int:
-        return self.source.inputs.piece_length(name)
+        return self.source.piece_length(name)
 
 
 class Union(Source):
@@ -175,8 +178,8 @@ class Union(Source):
     def stack(self, name: str) -> Tensor:
         return self.views[name][name]
 
-    def pieces(self, name: str, length: int) -> Iterator[tuple[int, Tensor]]:
-        return self.views[name].pieces(name, length)
+    def reader(self, name: str) -> Reader:
+        return self.views[name].reader(name)
 
 
 def _checked(stack: Tensor, shape: tuple[int, ...], dtype: torch.dtype, note: str, name: str) -> Tensor:
@@ -186,3 +189,10 @@ def _checked(stack: Tensor, shape: tuple[int, ...], dtype: torch.dtype, note: st
             "Let the function return (T', …) in the dtype of its input, and pass the T' tasks to map."
         )
     return stack
+
+
+def _own(stack: Tensor) -> Tensor:
+    """A stack to write into, which does not keep in memory what it was cut out of."""
+    if stack.is_contiguous() and stack.untyped_storage().nbytes() == stack.nbytes:
+        return stack
+    return stack.clone(memory_format=torch.contiguous_format)

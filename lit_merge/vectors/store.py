@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import mmap
 import os
 import secrets
 from collections.abc import Callable, Iterator, Mapping
@@ -123,7 +124,7 @@ class LazyTensors(LazyMapping):
     def __init__(self, path: str | os.PathLike[str], verify: bool = False) -> None:
         self.path = Path(path)
         self._identity = _identity(self.path)
-        header = _read_header(self.path, size=self._identity[0])
+        header, begin = _read_header(self.path, size=self._identity[0])
         self.content_digest: str | None = header.pop("__metadata__", {}).pop(CONTENT_KEY, None)
         self.metadata: dict[str, str] = {}
         self._entries: dict[str, tuple[torch.dtype, torch.Size]] = {}
@@ -132,6 +133,7 @@ class LazyTensors(LazyMapping):
                 self.metadata = {key: value for key, value in (file.metadata() or {}).items() if key != CONTENT_KEY}
         except (SafetensorError, OSError) as error:
             raise FileFormatError(f"{self.path}: expected a safetensors file, got {_line(error)}. {_ADVICE}") from error
+        self._places: dict[str, tuple[int, int]] = {}
         for name, entry in header.items():
             if entry["dtype"] not in _DTYPES:
                 raise FileFormatError(
@@ -139,22 +141,34 @@ class LazyTensors(LazyMapping):
                     "Convert that tensor first."
                 )
             self._entries[name] = (_DTYPES[entry["dtype"]], torch.Size(entry["shape"]))
+            first, last = entry["data_offsets"]
+            self._places[name] = (begin + first, begin + last)
         if verify:
             self.verify()
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self._entries:
             raise KeyError(name)
-        if _identity(self.path) != self._identity:
-            raise FileFormatError(
-                f"{self.path}: expected the file as it was opened, but it has changed. Load it again."
-            )
+        dtype, shape = self._entries[name]
+        start, stop = self._places[name]
         try:
-            # Opened anew for each read: a shared handle gives tensors that share their memory with each other.
-            with safe_open(self.path, framework="pt") as file:
-                return file.get_tensor(name)
-        except (SafetensorError, OSError) as error:
+            with self.path.open("rb") as file:
+                status = os.fstat(file.fileno())
+                if (status.st_size, status.st_mtime_ns, status.st_ino) != self._identity:
+                    raise FileFormatError(
+                        f"{self.path}: expected the file as it was opened, but it has changed. Load it again."
+                    )
+                if start == stop:
+                    return torch.empty(shape, dtype=dtype)
+                # A private map of this tensor alone: what is not touched is not read, and what is written stays here.
+                offset = start // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
+                memory = mmap.mmap(file.fileno(), stop - offset, access=mmap.ACCESS_COPY, offset=offset)
+        except (OSError, ValueError) as error:
             raise FileFormatError(f"{self.path}: could not read {name}: {_line(error)}. {_ADVICE}") from error
+        if (start - offset) % dtype.itemsize:  # other writers need not align tensors
+            aligned = bytearray(memory[start - offset :])
+            return torch.frombuffer(aligned, dtype=dtype).view(shape)
+        return torch.frombuffer(memory, dtype=dtype, offset=start - offset).view(shape)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._entries)
@@ -240,8 +254,8 @@ def _identity(path: Path) -> tuple[int, int, int]:
     return (status.st_size, status.st_mtime_ns, status.st_ino)
 
 
-def _read_header(path: Path, size: int) -> dict[str, Any]:
-    """Parse the header; check its length, its entries and that the last offset is the end of the file."""
+def _read_header(path: Path, size: int) -> tuple[dict[str, Any], int]:
+    """The header, and where the data begins; its length, entries and that the file ends with the data are checked."""
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > min(size - 8, _LONGEST_HEADER):
@@ -264,7 +278,7 @@ def _read_header(path: Path, size: int) -> dict[str, Any]:
         raise FileFormatError(
             f"{path}: expected {8 + length + end:,} bytes according to the header, got {size:,}. {_ADVICE}"
         )
-    return header
+    return header, 8 + length
 
 
 def _check_strings(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> None:

@@ -187,8 +187,12 @@ class TaskVector(LazyMapping):
         """Dtype of one tensor as it is held or stored, without reading it from disk."""
         return dtype_of(self._tensors, name)
 
+    def device(self, name: str) -> torch.device:
+        """Device on which one tensor is, or will be when it is read."""
+        return torch.device("cpu") if isinstance(self._tensors, LazyMapping) else self._tensors[name].device
+
     def slicer(self, name: str) -> Slicer:
-        """A function ``(start, stop)`` that reads those entries of one flattened tensor."""
+        """A function ``(start, stop, out)`` that writes those entries of one flattened tensor into ``out``."""
         return self._tensors.slicer(name) if isinstance(self._tensors, LazyMapping) else super().slicer(name)
 
     def __add__(self, other: TaskVector) -> TaskVector:

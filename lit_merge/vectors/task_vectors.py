@@ -14,7 +14,7 @@ from torch import Tensor
 from lit_merge.errors import ConfigurationError, StructureMismatchError, first_few
 from lit_merge.params import working_dtype
 from lit_merge.vectors.lazy import Computed, LazyMapping, Structure
-from lit_merge.vectors.sources import Entries, Rows, Source, Stacks, Subset, Union
+from lit_merge.vectors.sources import Entries, Reader, Rows, Source, Stacks, Subset, Union
 from lit_merge.vectors.statistic import Statistic
 from lit_merge.vectors.task_vector import TaskVector, joined_task, same_base
 
@@ -189,9 +189,16 @@ class TaskVectors(LazyMapping):
             The position of the piece in the flattened parameter, and the piece ``(T, n)``, which is the caller's own to
             write into. A parameter without entries gives one empty piece.
         """
+        read, size = self.reader(name), self.shape(name)[1:].numel()
+        length = length or self.piece_length(name)
+        for start in range(0, max(size, 1), length):
+            yield start, read(start, min(start + length, size))
+
+    def reader(self, name: str) -> Reader:
+        """Reads any piece of one parameter: ``(start, stop)`` -> a new ``(T, stop - start)`` of the flattened stack."""
         if name not in self._structure:
             raise KeyError(name)
-        return self._source.pieces(name, length or self.piece_length(name))
+        return self._source.reader(name)
 
     def piece_length(self, name: str) -> int:
         """Entries per piece: about two MiB for all inputs together; on an accelerator the whole parameter."""
