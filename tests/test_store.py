@@ -174,13 +174,13 @@ def test_a_failure_in_the_middle_changes_nothing(tmp_path, error, existing):
     assert not existing or file.read_bytes() == before
 
 
-@pytest.mark.parametrize("where", ["_write_entry", "os.fsync"])
+@pytest.mark.parametrize("where", ["_write", "os.fsync"])
 def test_a_full_disk_changes_nothing(path, monkeypatch, where):
     def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     before = path.read_bytes()
-    monkeypatch.setattr(store if where == "_write_entry" else os, where.removeprefix("os."), full)
+    monkeypatch.setattr(store._Behind if where == "_write" else os, where.removeprefix("os."), full)
     with pytest.raises(OSError, match="No space left on device"):
         write_tensors(path, {"a": torch.zeros(100)}, {})
     assert path.read_bytes() == before

@@ -14,6 +14,7 @@ import mmap
 import os
 import secrets
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -88,8 +89,9 @@ def write_tensors(
         with temporary.open("xb") as file:
             file.write(reserved)
             digest = hashlib.sha256()
-            for name, (dtype, shape, _, _) in layout.items():
-                _write_entry(file, digest, name, tensors[name], dtype, shape)
+            with _Behind(file, digest) as behind:
+                for name, (dtype, shape, _, _) in layout.items():
+                    behind.add(_entry_line(name, dtype, shape), _raw(_announced(name, tensors[name], dtype, shape)))
             header.update(late_metadata() if late_metadata else {})
             _digest_metadata(digest, header)
             final = _header_bytes(layout, {**header, CONTENT_KEY: digest.hexdigest()}, length=len(reserved))
@@ -322,16 +324,49 @@ def _header_bytes(
     return padded.to_bytes(8, "little") + text.ljust(padded)
 
 
-def _write_entry(file: BinaryIO, digest: Any, name: str, tensor: Tensor, dtype: torch.dtype, shape: torch.Size) -> None:
+class _Behind:
+    """Writes and digests one tensor while the next one is computed; two are in memory at most.
+
+    Leaving the context waits for the last one; what failed on the way is raised by the next call.
+    """
+
+    def __init__(self, file: BinaryIO, digest: Any) -> None:
+        self._file, self._digest = file, digest
+        self._threads = ThreadPoolExecutor(max_workers=1)
+        self._last: Future[None] | None = None
+
+    def __enter__(self) -> _Behind:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        try:
+            if kind is None:
+                self._wait()
+        finally:
+            self._threads.shutdown()
+
+    def add(self, entry: bytes, data: memoryview) -> None:
+        """Write the data; the digest takes the entry first."""
+        self._wait()
+        self._last = self._threads.submit(self._write, entry, data)
+
+    def _wait(self) -> None:
+        if self._last is not None:
+            self._last.result()
+
+    def _write(self, entry: bytes, data: memoryview) -> None:
+        self._digest.update(entry)
+        self._digest.update(data)
+        self._file.write(data)
+
+
+def _announced(name: str, tensor: Tensor, dtype: torch.dtype, shape: torch.Size) -> Tensor:
     if tensor.dtype != dtype or tensor.shape != shape:
         raise ConfigurationError(
             f"{name}: expected {dtype} {tuple(shape)} as announced, got {tensor.dtype} {tuple(tensor.shape)}. "
             "Make shape(name) and dtype(name) of the lazy mapping agree with its tensors."
         )
-    raw = _raw(tensor)
-    digest.update(_entry_line(name, dtype, shape))
-    digest.update(raw)
-    file.write(raw)
+    return tensor
 
 
 def _raw(tensor: Tensor) -> memoryview:
