@@ -98,12 +98,21 @@ class Stacks(Source):
 
     by_pieces = False
 
-    def __init__(self, source: TaskVectors, function: Callable[[str, Tensor], Tensor], count: int, note: str) -> None:
-        self.source, self.function, self.count, self.note = source, function, count, note
-        self.reads = source.walk
+    def __init__(
+        self,
+        source: TaskVectors,
+        others: tuple[TaskVectors, ...],
+        function: Callable[..., Tensor],
+        count: int,
+        note: str,
+    ) -> None:
+        self.source, self.others, self.function, self.count, self.note = source, others, function, count, note
+        self.reads = source.walk + sum(view.walk for view in others)
 
     def stack(self, name: str) -> Tensor:
-        stack = self.function(name, self.source[name])
+        stacks = [view[name] for view in (self.source, *self.others)]
+        with torch.autocast(stacks[0].device.type, enabled=False):  # merging inside mixed-precision training is exact too
+            stack = self.function(name, *stacks)
         shape = (self.count, *self.source.shape(name)[1:])
         return _own(_checked(stack, shape, self.source.dtype(name), self.note, name))
 
@@ -131,10 +140,11 @@ class Entries(Source):
         shape = (self.count, *self.source.shape(name)[1:])
         size, length, read = math.prod(shape[1:]), self.source.piece_length(name), self.reader(name)
         if size <= length:
-            return read(0, size).reshape(shape)
+            return _own(read(0, size).reshape(shape))
         first = read(0, length)
         flat = torch.empty((self.count, size), dtype=first.dtype, device=first.device)
         flat[:, :length] = first
+        del first
         for start in range(length, size, length):
             flat[:, start : start + length] = read(start, min(start + length, size))
         return flat.view(shape)

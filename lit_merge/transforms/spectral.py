@@ -1,0 +1,195 @@
+"""Merging by singular vectors: every weight is a matrix, not a list of entries.
+
+What a float cannot tell from zero has no direction: singular values below ``eps · max(m, n)`` times the largest are
+left out, with their vectors, which would be arbitrary. So a task vector of low rank, such as one from LoRA, brings only
+directions of its own. Matrices of full rank are merged to the letter.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from lit_merge.errors import ConfigurationError
+from lit_merge.params import is_finite
+from lit_merge.transforms.base import Transform
+from lit_merge.transforms.magnitudes import count_of
+from lit_merge.vectors import TaskVectors
+from lit_merge.vectors.task_vector import joined_task
+
+__all__ = ["IsoC", "IsoCTS", "TSVMerge"]
+
+_Triplets = tuple[Tensor, Tensor, Tensor]
+"""Left singular vectors ``(m, k)``, singular values ``(k,)``, right singular vectors ``(k, n)``."""
+
+
+@dataclass(frozen=True)
+class TSVMerge(Transform):
+    """Gives every task a share of the rank, and makes the tasks' singular vectors orthogonal to each other.
+
+    TSV-M (Gargiulo et al. 2025, algorithm 1): of every ``τ_t = U_t S_t V_tᵀ`` the ⌊r/T⌋ largest singular values stay,
+    r = min(m, n); ``U = [U_1 … U_T]`` and ``V`` are replaced by the nearest orthogonal matrices (Procrustes: P Qᵀ of
+    their singular value decompositions), and the merged weight is ``U S Vᵀ``. Parameters that are no matrices (vectors,
+    convolutions, patch embeddings) are averaged, as in the authors' program.
+
+    A matrix with fewer rows or columns than there are tasks keeps one singular value per task, where the program keeps
+    none; the nearest "orthogonal" matrix then has orthogonal rows instead of columns.
+
+    Args:
+        rank_fraction: share of the rank that every task keeps, in (0, 1], at least one singular value; by default 1/T.
+        exclude: a regular expression; matrices in whose names it is found are averaged too. The authors' program
+            excludes ``text_projection``, which an image tower does not have.
+
+    Raises:
+        ConfigurationError: ``rank_fraction`` is not in (0, 1], or ``exclude`` is no regular expression; on access, a
+            singular value decomposition fails.
+    """
+
+    rank_fraction: float | None = None
+    exclude: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.rank_fraction is not None:
+            self._fraction("rank_fraction")
+        _check_pattern(self, self.exclude)
+
+    def __call__(self, vectors: TaskVectors) -> TaskVectors:
+        """Reduce stacks ``(T, *shape)`` to ``(1, *shape)``."""
+        return _reduced(self, self.exclude, vectors, partial(_tsv_merged, self.rank_fraction))
+
+
+@dataclass(frozen=True)
+class IsoC(Transform):
+    """Sums the task vectors and makes the spectrum of every weight flat.
+
+    Iso-C (Marczak et al. 2025, algorithm 1): with ``Σ_t τ_t = U S Vᵀ``, the merged weight is ``s̄ U Vᵀ``, s̄ the mean
+    singular value (of those that are not zero). Parameters that are no matrices are averaged, as in the authors'
+    program.
+
+    Args:
+        exclude: a regular expression; matrices in whose names it is found are averaged too.
+
+    Raises:
+        ConfigurationError: ``exclude`` is no regular expression; on access, a singular value decomposition fails.
+    """
+
+    exclude: str | None = None
+
+    def __post_init__(self) -> None:
+        _check_pattern(self, self.exclude)
+
+    def __call__(self, vectors: TaskVectors) -> TaskVectors:
+        """Reduce stacks ``(T, *shape)`` to ``(1, *shape)``."""
+        return _reduced(self, self.exclude, vectors, _iso_c)
+
+
+@dataclass(frozen=True)
+class IsoCTS(Transform):
+    """Keeps the strongest directions of the sum, adds directions of every task, and makes the spectrum flat.
+
+    Iso-CTS (Marczak et al. 2025, algorithm 2): the common space is spanned by the first k singular vectors of
+    ``Σ_t τ_t``; every task adds the first (r − k)/T of ``τ_t − U_k U_kᵀ τ_t``; left and right vectors of all are made
+    orthogonal as in :class:`TSVMerge`, and every singular value is replaced by the mean of all that were taken. As in
+    the authors' program, (r − k)/T is rounded (but never to more than r/T) and k takes what is left. Parameters that
+    are no matrices are averaged.
+
+    Args:
+        common_fraction: k / r, in [0, 1], r = min(m, n); 1 is Iso-C.
+        exclude: a regular expression; matrices in whose names it is found are averaged too.
+
+    Raises:
+        ConfigurationError: ``common_fraction`` is not in [0, 1], or ``exclude`` is no regular expression; on access, a
+            singular value decomposition fails.
+    """
+
+    common_fraction: float = 0.8
+    exclude: str | None = None
+
+    def __post_init__(self) -> None:
+        self._number("common_fraction", minimum=0.0, maximum=1.0)
+        _check_pattern(self, self.exclude)
+
+    def __call__(self, vectors: TaskVectors) -> TaskVectors:
+        """Reduce stacks ``(T, *shape)`` to ``(1, *shape)``."""
+        return _reduced(self, self.exclude, vectors, partial(_iso_cts, self.common_fraction))
+
+
+def _check_pattern(transform: Transform, pattern: str | None) -> None:
+    try:
+        re.compile(pattern or "")
+    except (re.error, TypeError) as error:
+        raise ConfigurationError(
+            f"{type(transform).__name__}.exclude: expected a regular expression, got {pattern!r} ({error}). Correct it."
+        ) from error
+
+
+def _reduced(
+    transform: Transform, exclude: str | None, vectors: TaskVectors, merge: Callable[[Tensor], Tensor]
+) -> TaskVectors:
+    function = partial(_matrices_merged, type(transform).__name__, exclude, merge)
+    return vectors.map(function, tasks=(joined_task(vectors.tasks),), note=transform)
+
+
+def _matrices_merged(
+    who: str, exclude: str | None, merge: Callable[[Tensor], Tensor], name: str, stack: Tensor
+) -> Tensor:
+    excluded = exclude is not None and re.search(exclude, name) is not None
+    if stack.ndim != 3 or stack.numel() == 0 or excluded:
+        return stack.mean(0, keepdim=True)
+    try:
+        return merge(stack).unsqueeze(0)
+    except torch.linalg.LinAlgError as error:
+        raise ConfigurationError(
+            f"{who}: expected a singular value decomposition of {name}, got none (it fails). "
+            "Look for huge values in it, use float64 vectors, or name it in exclude."
+        ) from error
+
+
+def _triplets(matrix: Tensor, most: int, largest: Tensor | None = None) -> _Triplets:
+    """The first singular triplets, without those that are zero beside ``largest``, by default the largest of them."""
+    left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+    if not is_finite(values):  # of a sum that overflowed; some libraries do not refuse it
+        raise torch.linalg.LinAlgError
+    floor = torch.finfo(values.dtype).eps * max(matrix.shape) * (values[:1] if largest is None else largest)
+    kept = min(most, int((values > floor).sum()))
+    return left[:, :kept], values[:kept], right[:kept]
+
+
+def _nearest_orthogonal(matrix: Tensor) -> Tensor:
+    left, _, right = _triplets(matrix, min(matrix.shape))
+    return left @ right
+
+
+def _joined(parts: list[_Triplets]) -> _Triplets:
+    """The triplets of all parts beside each other, their vectors made orthogonal."""
+    left, values, right = zip(*parts, strict=True)
+    return _nearest_orthogonal(torch.cat(left, 1)), torch.cat(values), _nearest_orthogonal(torch.cat(right, 0))
+
+
+def _tsv_merged(rank_fraction: float | None, stack: Tensor) -> Tensor:
+    rank = min(stack.shape[1:])
+    share = rank // len(stack) if rank_fraction is None else count_of(rank_fraction, rank)
+    left, values, right = _joined([_triplets(matrix, max(share, 1)) for matrix in stack])
+    return (left * values) @ right
+
+
+def _iso_c(stack: Tensor) -> Tensor:
+    left, values, right = _triplets(stack.sum(0), min(stack.shape[1:]))
+    return (left * values.mean()) @ right
+
+
+def _iso_cts(common_fraction: float, stack: Tensor) -> Tensor:
+    rank, tasks = min(stack.shape[1:]), len(stack)
+    share = min(round((rank - count_of(common_fraction, rank)) / tasks), rank // tasks)
+    common = _triplets(stack.sum(0), rank - tasks * share)
+    parts = [common]
+    for matrix in stack if share else ():
+        rest = matrix - common[0] @ (common[0].T @ matrix)
+        parts.append(_triplets(rest, share, torch.linalg.matrix_norm(matrix, 2)))  # rounding leaves a rest of nothing
+    left, values, right = _joined(parts)
+    return (left * values.mean()) @ right
