@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import parity_table
 import torch
 from fusion_bench.method.dare.utils import param_random_drop_
 from fusion_bench.method.isotropic_merging.iso_utils import iso_c, iso_cts
@@ -361,17 +362,6 @@ def measured(library: str, row: Row) -> dict[str, Any]:
     return {"library": library, "method": row.method, "lit_merge": repr(row.ours), **found, **outcome}
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """The rows in Markdown."""
-    lines = ["| library | method | float32 | float64 | | as published |", "|---|---|---|---|---|---|"]
-    for row in rows:
-        outcome = "agrees" if row["agrees"] else row["reason"]
-        numbers = " | ".join(f"{row[name]:.1e}" for name in ("float32", "float64"))
-        name, paper = f"{row['library']} | {row['method']}", row.get("as_published", "both")
-        lines.append(f"| {name} | {numbers} | {outcome} | {paper} |")
-    return "\n".join(lines)
-
-
 def main() -> None:
     """Measure, print and write JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -389,7 +379,7 @@ def main() -> None:
         "hardware": hardware(),
     }
     options.output.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    print(table(rows))
+    parity_table.place(report)
 
 
 if __name__ == "__main__":
