@@ -21,6 +21,8 @@ _COMMANDS = {
     "test": "evaluate on the test split",
     "predict": "write class names and probabilities for images",
     "merge": "merge task vectors into one model",
+    "soup": "average the models that do not lower the average's validation accuracy",
+    "statistics": "collect what Fisher merging and RegMean need of a task",
     "suite": "fine-tune every task, merge, evaluate, report: the whole experiment",
     "data": "draw a contact sheet of the embedded suite",
 }

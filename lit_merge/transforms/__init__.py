@@ -3,8 +3,10 @@
 Imports torch and safetensors only.
 """
 
-from lit_merge.transforms.base import Chain, Transform, chain, replace_field
+from lit_merge.transforms.base import Chain, Transform, chain
 from lit_merge.transforms.depth import LiNeS, ScaleBlocks
+from lit_merge.transforms.fields import replace_field
+from lit_merge.transforms.geometry import KarcherMean, ModelStock, Slerp
 from lit_merge.transforms.masks import ConsensusMask, TallMask
 from lit_merge.transforms.override import Override, WithOverrides
 from lit_merge.transforms.recipes import (
@@ -16,19 +18,29 @@ from lit_merge.transforms.recipes import (
     dare_linear,
     dare_ties,
     della,
+    fisher,
+    iso_c,
+    iso_cts,
+    karcher,
     lines,
+    model_stock,
     negation,
     recipe,
+    regmean,
     rewarded_soup,
+    slerp,
     tall_masks,
     task_arithmetic,
     ties,
+    tsv_m,
     weight_average,
 )
 from lit_merge.transforms.reduce import Interpolate, Mean, Negate, Scale, Sum
 from lit_merge.transforms.rescale import Rescale
 from lit_merge.transforms.signs import DisjointMean, DisjointSum, ElectSign
 from lit_merge.transforms.sparsify import Drop, DropByRank, MagnitudeWindow, Trim
+from lit_merge.transforms.spectral import IsoC, IsoCTS, TSVMerge
+from lit_merge.transforms.weighted import FisherMean, RegMean
 
 __all__ = [
     "RECIPES",
@@ -39,16 +51,24 @@ __all__ = [
     "Drop",
     "DropByRank",
     "ElectSign",
+    "FisherMean",
     "Interpolate",
+    "IsoC",
+    "IsoCTS",
+    "KarcherMean",
     "LiNeS",
     "MagnitudeWindow",
     "Mean",
+    "ModelStock",
     "Negate",
     "Override",
+    "RegMean",
     "Rescale",
     "Scale",
     "ScaleBlocks",
+    "Slerp",
     "Sum",
+    "TSVMerge",
     "TallMask",
     "Transform",
     "Trim",
@@ -61,13 +81,21 @@ __all__ = [
     "dare_linear",
     "dare_ties",
     "della",
+    "fisher",
+    "iso_c",
+    "iso_cts",
+    "karcher",
     "lines",
+    "model_stock",
     "negation",
     "recipe",
+    "regmean",
     "replace_field",
     "rewarded_soup",
+    "slerp",
     "tall_masks",
     "task_arithmetic",
     "ties",
+    "tsv_m",
     "weight_average",
 ]

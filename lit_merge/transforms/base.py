@@ -25,14 +25,14 @@ import math
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields, is_dataclass
 from numbers import Real
 from typing import Any
 
 from lit_merge.errors import ConfigurationError
 from lit_merge.vectors.task_vectors import TaskVectors
 
-__all__ = ["Chain", "Transform", "chain", "finite_number", "replace_field", "whole_number"]
+__all__ = ["Chain", "Transform", "chain", "check_transform", "finite_number", "whole_number"]
 
 
 @dataclass(frozen=True)
@@ -125,43 +125,6 @@ def chain(*steps: Transform) -> Chain:
     return Chain(steps)
 
 
-def replace_field(transform: Transform, field: str, value: Any, *, step: int | None = None) -> Transform:
-    """The same transform with another value of one field, e.g. to search over a chain's ``coefficient``.
-
-    Args:
-        transform: a transform or a chain.
-        field: name of a field that exactly one step has.
-        value: its new value, a number for a number and per-task values for per-task values.
-        step: position of the step in the chain, for a field that several steps have.
-
-    Returns:
-        A new transform of the same kind; ``transform`` is unchanged.
-
-    Raises:
-        ConfigurationError: no step or several steps have the field, or the value is of another kind or refused.
-    """
-    steps = transform.steps if isinstance(transform, Chain) else (transform,)
-    having = [index for index, part in enumerate(steps) if field in {item.name for item in fields(part)}]
-    if step is not None:
-        having = [index for index in having if index == step]
-    if len(having) != 1:
-        found = f"{len(having)} (steps {', '.join(map(str, having))}; choose with step=…)" if having else "none"
-        known = sorted({item.name for part in steps for item in fields(part)})
-        raise ConfigurationError(
-            f"{field}: expected exactly one step of {transform!r} with this field, got {found}. "
-            f"Its fields are {', '.join(known) or 'none'}."
-        )
-    index = having[0]
-    present = getattr(steps[index], field)
-    if isinstance(present, Real) != isinstance(value, Real):
-        raise ConfigurationError(
-            f"{field}: expected a value of the kind of {present!r} in {steps[index]!r}, got {value!r}. "
-            "Build the transform anew instead."
-        )
-    changed = replace(steps[index], **{field: value})
-    return Chain((*steps[:index], changed, *steps[index + 1 :])) if isinstance(transform, Chain) else changed
-
-
 def finite_number(
     what: str,
     value: object,
@@ -205,9 +168,23 @@ def whole_number(what: str, value: object, minimum: int | None = None) -> int:
     return value
 
 
+def check_transform(what: str, value: object) -> None:
+    """Check that a field is a transform.
+
+    Raises:
+        ConfigurationError: it is something else, such as a class.
+    """
+    if not isinstance(value, Transform):
+        raise ConfigurationError(
+            f"{what}: expected a transform, got {value!r}. Pass an instance, such as Sum() rather than Sum."
+        )
+
+
 def _plain(value: Any) -> Any:
     if isinstance(value, Transform):
         return value.to_config()
+    if is_dataclass(value) and not isinstance(value, type):  # part of a transform, such as an override
+        return {field.name: _plain(getattr(value, field.name)) for field in fields(value) if field.init}
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     if value is None or isinstance(value, (bool, int, float, str)):

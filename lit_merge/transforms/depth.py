@@ -157,5 +157,5 @@ def _norm_ratio(vectors: TaskVectors) -> float:
 
 def _total(vectors: TaskVectors) -> float:
     return math.fsum(
-        float(piece.abs().sum(dtype=torch.float64)) for name in vectors for _, piece in vectors.pieces(name)
+        float(piece.abs_().sum(dtype=torch.float64)) for name in vectors for _, piece in vectors.pieces(name)
     )

@@ -3,20 +3,36 @@
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from lit_merge.vectors import TaskVectors
 
-__all__ = ["Cut", "Walk", "below", "common_dtype", "count_of", "find_cuts", "walk_all", "walk_stack"]
+__all__ = [
+    "Cut",
+    "Walk",
+    "common_dtype",
+    "count_of",
+    "find_cuts",
+    "find_global_cuts",
+    "keep_largest",
+    "sampled",
+    "size_of",
+    "walk_all",
+    "walk_stack",
+]
 
 Walk = Callable[[], Iterator[tuple[str, int, Tensor]]]
 """Starts a pass: parameter names in sorted order, positions in them, pieces ``(T, n)``."""
 
+_SAMPLE = 1 << 21  # entries of a sample
+_CHUNK = 1 << 10  # that lie side by side
 _LENGTH = 1 << 18  # entries per row and piece: a histogram of 2^16 counters should cost little beside them
 _DIGITS: dict[torch.dtype, tuple[torch.dtype, list[tuple[int, int]]]] = {  # shift and number of bits, the highest first
     torch.float32: (torch.int32, [(15, 16), (0, 15)]),
@@ -30,13 +46,13 @@ class Cut:
 
     Attributes:
         threshold: the smallest magnitude that is kept.
-        name: the parameter, in sorted order, up to which entries of just this magnitude are kept.
+        name: the parameter, in sorted order, up to which entries of just this magnitude are kept; None for all.
         position: the last such entry in that parameter's flattened order.
     """
 
     threshold: float
-    name: str
-    position: int
+    name: str | None = None
+    position: int = 0
 
 
 def count_of(fraction: float, size: int) -> int:
@@ -57,19 +73,23 @@ def walk_all(vectors: TaskVectors) -> Iterator[tuple[str, int, Tensor]]:
 
 
 def walk_stack(name: str, stack: Tensor) -> Iterator[tuple[str, int, Tensor]]:
-    """One pass over one parameter's stack ``(T, *shape)``."""
-    yield name, 0, stack.reshape(len(stack), -1)
+    """One pass over one parameter's stack ``(T, *shape)``, in pieces that are views of it."""
+    flat = stack.reshape(len(stack), -1)
+    length = _LENGTH if flat.device.type == "cpu" else flat.shape[1]
+    for start in range(0, flat.shape[1], length):
+        yield name, start, flat[:, start : start + length]
 
 
 def find_cuts(walk: Walk, kept: int, dtype: torch.dtype) -> tuple[Cut, ...]:
     """The cuts that keep exactly ``kept`` entries of every row, in memory that does not depend on their number.
 
     The threshold's bit pattern is found digit by digit, each by a histogram over one pass: two passes for float32, four
-    for float64. Only if several entries have just that magnitude, and not all of them are kept, one more looks for the
-    place up to which they are: in the sorted order of the names, so that the order of the parameters does not matter.
+    for float64. Only if several entries have just that magnitude (which is not zero), and not all of them are kept, one
+    more looks for the place up to which they are: in the sorted order of the names, so that the order of the parameters
+    does not matter.
 
     Args:
-        walk: starts a pass.
+        walk: starts a pass; the pieces are read only.
         kept: how many, from 1 to the number of entries.
         dtype: float32, or float64 if any piece is.
 
@@ -82,14 +102,14 @@ def find_cuts(walk: Walk, kept: int, dtype: torch.dtype) -> tuple[Cut, ...]:
     for shift, bits in digits:
         counts: Tensor | None = None
         for _, _, piece in walk():
-            keys = piece.to(dtype).abs_().view(integer)
-            missing = missing or [kept] * len(keys)
+            missing = missing or [kept] * len(piece)
             if counts is None:
-                counts = torch.zeros(len(keys), 1 << bits, dtype=torch.int64, device=keys.device)
-            for row, row_keys in enumerate(keys):
+                counts = torch.zeros(len(piece), 1 << bits, dtype=torch.int64, device=piece.device)
+            for row, values in enumerate(piece):
+                keys = values.to(dtype).abs().view(integer)
                 if prefixes:
-                    row_keys = row_keys[(row_keys >> (shift + bits)) == prefixes[row]]
-                counts[row] += torch.bincount((row_keys >> shift) & ((1 << bits) - 1), minlength=1 << bits)
+                    keys = keys[(keys >> (shift + bits)) == prefixes[row]]
+                counts[row] += torch.bincount((keys >> shift) & ((1 << bits) - 1), minlength=1 << bits)
         assert counts is not None
         found = [_digit(row, rest) for row, rest in zip(counts.cpu(), missing, strict=True)]
         prefixes = [
@@ -97,24 +117,137 @@ def find_cuts(walk: Walk, kept: int, dtype: torch.dtype) -> tuple[Cut, ...]:
         ]
         missing = [rest - above for rest, (_, above, _) in zip(missing, found, strict=True)]
     thresholds = torch.tensor(prefixes, dtype=integer).view(dtype).tolist()
-    equal = [count for _, _, count in found]
-    places = _places(walk, thresholds, missing, equal, dtype)
-    return tuple(Cut(value, *place) for value, place in zip(thresholds, places, strict=True))
+    every = [
+        rest == count or value == 0  # whether zeros are kept makes no difference
+        for value, rest, (_, _, count) in zip(thresholds, missing, found, strict=True)
+    ]
+    cuts = [Cut(value) if all_of_them else None for value, all_of_them in zip(thresholds, every, strict=True)]
+    return _placed(cuts, walk, thresholds, missing, dtype)
 
 
-def below(cuts: tuple[Cut, ...], name: str, start: int, piece: Tensor) -> Tensor:
-    """Which entries of a piece ``(T, n)`` the cuts leave out: a mask of its shape."""
-    compared = piece.abs()
-    limits = torch.tensor([cut.threshold for cut in cuts], dtype=piece.dtype, device=piece.device)
-    behind = torch.tensor([name > cut.name for cut in cuts], device=piece.device)
-    # Behind the place, what equals the threshold is left out as well.
-    limits = torch.where(behind, torch.nextafter(limits, torch.full_like(limits, math.inf)), limits)
-    left_out = compared < limits.unsqueeze(1)
-    for row, cut in enumerate(cuts):
-        first = max(cut.position + 1 - start, 0)
-        if name == cut.name and first < piece.shape[1]:
-            left_out[row, first:] |= compared[row, first:] == cut.threshold
-    return left_out
+def keep_largest(cuts: tuple[Cut, ...], name: str, start: int, piece: Tensor) -> Tensor:
+    """What the cuts keep of a piece ``(T, n)`` that begins at a position; the rest is 0. The piece is written into."""
+    for row, cut in zip(piece, cuts, strict=True):
+        # Up to the place what equals the threshold is kept, behind it is not: hardshrink keeps what is above a number.
+        place = len(row) if cut.name is None or name < cut.name else 0
+        if name == cut.name:
+            place = min(max(cut.position + 1 - start, 0), len(row))
+        for part, equal_too in ((row[:place], True), (row[place:], False)):
+            if len(part):
+                torch.hardshrink(part, _limit(cut.threshold, equal_too, row.dtype), out=part)
+    return piece
+
+
+def _limit(threshold: float, equal_too: bool, dtype: torch.dtype) -> float:
+    """The number of a dtype that what is above the threshold, or equals it too, is above, and nothing else is."""
+    wanted = math.nextafter(threshold, -math.inf) if equal_too else threshold
+    limit = torch.tensor(wanted, dtype=dtype)
+    if float(limit) > wanted:  # float32 entries, and a threshold that is not
+        limit = torch.nextafter(limit, torch.tensor(-math.inf, dtype=dtype))
+    return float(limit)
+
+
+def find_global_cuts(vectors: TaskVectors, kept: int) -> tuple[Cut, ...]:
+    """The cuts that keep exactly ``kept`` entries of every row, of all parameters together.
+
+    For large models a sample tells between which two magnitudes the threshold lies; one pass counts what is above and
+    collects what is between, well below one percent. Should the sample have misled, the digits decide.
+    """
+    if not sampled(vectors):
+        return find_cuts(partial(walk_all, vectors), kept, common_dtype(vectors))
+    brackets = _brackets(vectors, kept)
+    return _cuts_within(vectors, kept, brackets) or find_cuts(partial(walk_all, vectors), kept, common_dtype(vectors))
+
+
+def sampled(vectors: TaskVectors) -> bool:
+    """Whether there are so many entries that a sample of them pays."""
+    return size_of(vectors) >= 4 * _SAMPLE
+
+
+def size_of(vectors: TaskVectors) -> int:
+    """The number of entries of each vector."""
+    return sum(vectors.shape(name)[1:].numel() for name in vectors)
+
+
+def _brackets(vectors: TaskVectors, kept: int) -> list[tuple[float, float]]:
+    """Two magnitudes per row between which the kept-th largest lies, all but certainly."""
+    stride = size_of(vectors) * _CHUNK // _SAMPLE
+    generator = random.Random(0)  # a regular grid could meet the same columns of every matrix
+    parts, before = [], 0
+    wanted = generator.randrange(stride)
+    for name in sorted(vectors):
+        size = vectors.shape(name)[1:].numel()
+        read = None
+        while wanted < before + size:
+            read = read or vectors.reader(name)
+            start = min(wanted - before, max(size - _CHUNK, 0))
+            parts.append(read(start, min(start + _CHUNK, size)).abs_().cpu())
+            wanted = wanted // stride * stride + stride + generator.randrange(stride)
+        before += size
+    sample = torch.cat([part.to(common_dtype(vectors)) for part in parts], dim=1).numpy()
+    share = kept / before
+    count = sample.shape[1]
+    margin = 9 * math.sqrt(count * share * (1 - share)) + 1  # entries of a chunk are alike: wider than chance asks for
+    low = max(math.floor(count * (1 - share) - margin), 0)
+    high = min(math.ceil(count * (1 - share) + margin), count - 1)
+    sample.partition([low, high], axis=1)
+    return [(float(row[low]), float(row[high])) for row in sample]
+
+
+def _cuts_within(vectors: TaskVectors, kept: int, brackets: Sequence[tuple[float, float]]) -> tuple[Cut, ...] | None:
+    """The cuts, if every row's threshold is within its bracket; None if one is not, is 0, or is too wide."""
+    if min(low for low, _ in brackets) == 0:
+        return None
+    dtype = common_dtype(vectors)
+    above, collected = [0] * len(brackets), [0] * len(brackets)
+    between: list[list[tuple[str, Tensor, Tensor]]] = [[] for _ in brackets]  # name, positions and magnitudes
+    limits = [(_limit(low, True, dtype), high) for low, high in brackets]
+    for name, start, piece in walk_all(vectors):
+        for row, (low, high) in enumerate(limits):
+            values = piece[row].to(dtype)
+            top = torch.hardshrink(values, high)
+            found = torch.hardshrink(values, low).sub_(top).abs_()
+            above[row] += _count(top)
+            positions = _nonzero(found)
+            if len(positions):
+                between[row].append((name, (positions + start).to(torch.int32), found[positions]))
+                collected[row] += len(positions)
+        if max(collected) > _SAMPLE + size_of(vectors) // 32:  # many equal magnitudes: memory has to stay bounded
+            return None
+    cuts = []
+    for row, parts in enumerate(between):
+        missing = kept - above[row]
+        magnitudes = torch.cat([values for _, _, values in parts]) if parts else torch.empty(0)
+        if not 1 <= missing <= len(magnitudes):
+            return None
+        threshold = float(magnitudes.kthvalue(len(magnitudes) - missing + 1).values)
+        left = missing - int((magnitudes > threshold).sum())
+        cut = Cut(threshold)
+        if left < int((magnitudes == threshold).sum()):
+            for name, positions, values in parts:  # in sorted order
+                equal = (values == threshold).nonzero().flatten()
+                if len(equal) >= left:
+                    cut = Cut(threshold, name, int(positions[equal[left - 1]]))
+                    break
+                left -= len(equal)
+        cuts.append(cut)
+    return tuple(cuts)
+
+
+def _count(values: Tensor) -> int:
+    """How many entries are not 0; ``values`` is written into. Several times as fast as ``count_nonzero``."""
+    exact = torch.float64 if len(values) > 1 << 24 else None  # float32 counts no further
+    return int(values.sign_().abs_().sum(dtype=exact))
+
+
+def _nonzero(values: Tensor) -> Tensor:
+    """Positions of the few entries that are above 0, in order; far faster than ``nonzero`` where they are few."""
+    if len(values) % 16:
+        return values.nonzero().flatten()
+    columns = values.view(16, -1)
+    candidates = columns.amax(0).nonzero().flatten()
+    row, column = columns[:, candidates].nonzero().unbind(1)
+    return (row * columns.shape[1] + candidates[column]).sort().values
 
 
 def _digit(counts: Tensor, kept: int) -> tuple[int, int, int]:
@@ -126,27 +259,18 @@ def _digit(counts: Tensor, kept: int) -> tuple[int, int, int]:
     return digit, int(from_above[place]) - count, count
 
 
-def _places(
-    walk: Walk, thresholds: Sequence[float], missing: Sequence[int], equal: Sequence[int], dtype: torch.dtype
-) -> list[tuple[str, int]]:
-    """Up to where the entries that equal the threshold are kept."""
-    places: list[tuple[str, int] | None] = [
-        _EVERYWHERE if rest == count else None for rest, count in zip(missing, equal, strict=True)
-    ]
-    if None not in places:
-        return [_EVERYWHERE] * len(places)
+def _placed(
+    cuts: list[Cut | None], walk: Walk, thresholds: Sequence[float], missing: Sequence[int], dtype: torch.dtype
+) -> tuple[Cut, ...]:
+    """The cuts, with those that are None replaced by one with the place up to which equal entries are kept."""
     left = list(missing)
-    for name, start, piece in walk():
-        keys = piece.to(dtype).abs_()
-        for row, place in enumerate(places):
-            if place is None:
-                positions = (keys[row] == thresholds[row]).nonzero().flatten()
+    for name, start, piece in walk() if None in cuts else ():
+        for row, threshold in enumerate(thresholds):
+            if cuts[row] is None:
+                positions = (piece[row].to(dtype).abs() == threshold).nonzero().flatten()
                 if len(positions) >= left[row]:
-                    places[row] = (name, start + int(positions[left[row] - 1]))
+                    cuts[row] = Cut(threshold, name, start + int(positions[left[row] - 1]))
                 left[row] -= len(positions)
-        if None not in places:
+        if None not in cuts:
             break
-    return [place or _EVERYWHERE for place in places]
-
-
-_EVERYWHERE = (chr(0x10FFFF), 0)  # behind every name
+    return tuple(cut for cut in cuts if cut is not None)

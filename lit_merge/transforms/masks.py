@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lit_merge.errors import ConfigurationError
-from lit_merge.transforms.base import Transform, whole_number
+from lit_merge.transforms.base import Transform, check_transform, whole_number
 from lit_merge.transforms.reduce import Sum, per_task, per_task_values
 from lit_merge.vectors import TaskVectors
 
@@ -29,8 +29,8 @@ class TallMask(Transform):
         merge: how τ_MTL is made of the vectors; it reduces them to one.
 
     Raises:
-        ConfigurationError: a threshold is negative; on application, if the per-task thresholds do not fit the tasks, or
-            ``merge`` leaves several vectors.
+        ConfigurationError: a threshold is negative or not finite, or ``merge`` is no transform; on application, if the
+            per-task thresholds do not fit the tasks, or ``merge`` leaves several vectors.
     """
 
     threshold: float | Mapping[str, float] | Sequence[float] = 0.4
@@ -38,6 +38,7 @@ class TallMask(Transform):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "threshold", per_task("TallMask.threshold", self.threshold, minimum=0.0))
+        check_transform("TallMask.merge", self.merge)
 
     def __call__(self, vectors: TaskVectors) -> TaskVectors:
         """From stacks ``(T, *shape)`` to masked copies of the merged vector, ``(T, *shape)``."""
@@ -58,7 +59,8 @@ class ConsensusMask(Transform):
         merge: how τ_MTL is made of the vectors; it reduces them to one.
 
     Raises:
-        ConfigurationError: as for :class:`TallMask`; on application, if there are fewer than k tasks.
+        ConfigurationError: as for :class:`TallMask`, or k is not a whole number of at least 1; on application, if there
+            are fewer than k tasks.
     """
 
     k: int = 2
@@ -68,6 +70,7 @@ class ConsensusMask(Transform):
     def __post_init__(self) -> None:
         whole_number("ConsensusMask.k", self.k, minimum=1)
         object.__setattr__(self, "threshold", per_task("ConsensusMask.threshold", self.threshold, minimum=0.0))
+        check_transform("ConsensusMask.merge", self.merge)
 
     def __call__(self, vectors: TaskVectors) -> TaskVectors:
         """Reduce stacks ``(T, *shape)`` to ``(1, *shape)``."""
@@ -92,8 +95,10 @@ def _merged(transform: Transform, merge: Transform, vectors: TaskVectors) -> Tas
 
 
 def _mask(thresholds: tuple[float, ...], piece: Tensor, merged: Tensor) -> Tensor:
+    """The TALL masks; the piece is written into."""
     factors = torch.tensor(thresholds, dtype=piece.dtype, device=piece.device).unsqueeze(1)
-    return piece.abs() > (merged - piece).abs_().mul_(factors)
+    others = (merged - piece).abs_().mul_(factors)
+    return piece.abs_() > others
 
 
 def _cut_out(thresholds: tuple[float, ...], name: str, start: int, piece: Tensor, merged: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Any
 
 from lit_merge.errors import ConfigurationError, first_few
 from lit_merge.naming import block_of, number_of_blocks
-from lit_merge.transforms.base import Transform, whole_number
+from lit_merge.transforms.base import Transform, check_transform, whole_number
 from lit_merge.vectors import TaskVectors
 
 __all__ = ["Override", "WithOverrides"]
@@ -25,7 +25,7 @@ class Override:
         blocks: indices of blocks, from 0. With both, a parameter must fit both.
 
     Raises:
-        ConfigurationError: neither is given, or the expression or an index is none.
+        ConfigurationError: neither names nor blocks are given, or the transform, the expression or an index is none.
     """
 
     transform: Transform
@@ -33,6 +33,7 @@ class Override:
     blocks: Sequence[int] | None = None
 
     def __post_init__(self) -> None:
+        check_transform("Override.transform", self.transform)
         if self.names is None and self.blocks is None:
             raise ConfigurationError("Override: expected names or blocks, got neither. Say which parameters are meant.")
         try:
@@ -68,17 +69,20 @@ class WithOverrides(Transform):
         overrides: in order of precedence; all of them reduce to one vector, or none does.
 
     Raises:
-        ConfigurationError: on application, an override fits no parameter, names a block that there is not, or the parts
-            differ in the number of vectors.
+        ConfigurationError: ``transform`` is no transform, or ``overrides`` no list of overrides; on application, an
+            override fits no parameter or names a block that there is not, or the parts differ in the number of vectors.
     """
 
     transform: Transform
     overrides: Sequence[Override]
 
     def __post_init__(self) -> None:
-        wrong: list[Any] = [one for one in self.overrides if not isinstance(one, Override)]
-        if wrong:
-            raise ConfigurationError(f"WithOverrides.overrides: expected overrides, got {wrong[0]!r}. Use Override(…).")
+        check_transform("WithOverrides.transform", self.transform)
+        overrides: Any = self.overrides
+        if not isinstance(overrides, Sequence) or not all(isinstance(one, Override) for one in overrides):
+            raise ConfigurationError(
+                f"WithOverrides.overrides: expected a list of overrides, got {overrides!r}. Use [Override(…), …]."
+            )
         object.__setattr__(self, "overrides", tuple(self.overrides))
 
     def __call__(self, vectors: TaskVectors) -> TaskVectors:
@@ -100,7 +104,7 @@ class WithOverrides(Transform):
                     f"(such as {first_few(vectors, 2)}). Correct the pattern, or the order of the overrides."
                 )
             views.append(override.transform(vectors.restrict(meant)))
-            left = [name for name in left if name not in set(meant)]
+            left = [name for name in left if not override.selects(name)]
         if left:
             views.append(self.transform(vectors.restrict(left)))
         return vectors.united(views, note=self)

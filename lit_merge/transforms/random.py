@@ -14,12 +14,15 @@ from lit_merge.vectors import TaskVectors
 __all__ = ["Uniform", "labels_of"]
 
 
-def labels_of(vectors: TaskVectors) -> tuple[str, ...]:
-    """One label per row: the task's name, and a number from the second row of the same name on."""
+Label = tuple[str, int]
+
+
+def labels_of(vectors: TaskVectors) -> tuple[Label, ...]:
+    """One label per row: the task's name, and how many rows before it have the same name."""
     seen: Counter[str] = Counter()
     labels = []
     for task in vectors.tasks:
-        labels.append(f"{task}#{seen[task]}" if seen[task] else task)
+        labels.append((task, seen[task]))
         seen[task] += 1
     return tuple(labels)
 
@@ -35,25 +38,25 @@ class Uniform:
         labels: one per row.
     """
 
-    def __init__(self, seed: int, labels: tuple[str, ...]) -> None:
+    def __init__(self, seed: int, labels: tuple[Label, ...]) -> None:
         self.seed, self.labels = seed, labels
 
-    def values(self, name: str, start: int, piece: Tensor) -> Tensor:
-        """The numbers of a piece ``(T, n)`` that begins at a position, in float32."""
-        bits = self._bits(name, start, piece)
+    def values(self, row: int, name: str, vector: Tensor) -> Tensor:
+        """The numbers of one row of a whole parameter, ``(n,)``, in float32."""
+        bits = self._bits(self.labels[row : row + 1], name, 0, vector.unsqueeze(0))[0]
         return ((bits >> 8) & 0xFFFFFF).float().mul_(2.0**-24)
 
     def less_than(self, p: float, name: str, start: int, piece: Tensor) -> Tensor:
         """A mask of the piece's shape that is true with probability p, to 32 bits."""
         limit = round(p * 2**32) - 2**31  # the bits are signed
-        bits = self._bits(name, start, piece)
+        bits = self._bits(self.labels, name, start, piece)
         return bits < limit if limit < 2**31 else torch.ones_like(bits, dtype=torch.bool)
 
-    def _bits(self, name: str, start: int, piece: Tensor) -> Tensor:
+    def _bits(self, labels: tuple[Label, ...], name: str, start: int, piece: Tensor) -> Tensor:
         positions = torch.arange(start, start + piece.shape[1], device=piece.device).to(torch.int32)  # wraps at 2^32
         bits = torch.empty(piece.shape, dtype=torch.int32, device=piece.device)
-        for row, label in enumerate(self.labels):
-            digest = hashlib.sha256(json.dumps([self.seed, label, name]).encode()).digest()
+        for row, label in enumerate(labels):
+            digest = hashlib.sha256(json.dumps([self.seed, *label, name]).encode()).digest()
             factor, offset = (int.from_bytes(part, "little", signed=True) for part in (digest[:4], digest[4:8]))
             torch.mul(positions, factor | 1, out=bits[row]).add_(offset)
         return _mix(bits)

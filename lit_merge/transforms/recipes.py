@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 from lit_merge.errors import ConfigurationError
 from lit_merge.transforms.base import Chain, Transform, chain
 from lit_merge.transforms.depth import LiNeS
+from lit_merge.transforms.geometry import KarcherMean, ModelStock, Slerp, Space
 from lit_merge.transforms.masks import ConsensusMask, TallMask
 from lit_merge.transforms.reduce import Interpolate, Mean, Negate, Scale, Sum
 from lit_merge.transforms.signs import DisjointMean, ElectSign
 from lit_merge.transforms.sparsify import Drop, DropByRank, MagnitudeWindow, Trim
+from lit_merge.transforms.spectral import IsoC, IsoCTS, TSVMerge
+from lit_merge.transforms.weighted import FisherMean, RegMean
 
 __all__ = [
     "RECIPES",
@@ -24,13 +27,21 @@ __all__ = [
     "dare_linear",
     "dare_ties",
     "della",
+    "fisher",
+    "iso_c",
+    "iso_cts",
+    "karcher",
     "lines",
+    "model_stock",
     "negation",
     "recipe",
+    "regmean",
     "rewarded_soup",
+    "slerp",
     "tall_masks",
     "task_arithmetic",
     "ties",
+    "tsv_m",
     "weight_average",
 ]
 
@@ -183,11 +194,95 @@ def della(density: float = 0.7, epsilon: float = 0.1, coefficient: float = 1.0, 
     return chain(DropByRank(density, epsilon, seed=seed), ElectSign(), DisjointMean(), Scale(coefficient))
 
 
+def tsv_m(coefficient: float = 1.0) -> Chain:
+    """An equal share of the rank for every task, its singular vectors orthogonal to the others' (Gargiulo et al. 2025).
+
+    Args:
+        coefficient: α; the paper's default is 1.
+    """
+    return chain(TSVMerge(), Scale(coefficient))
+
+
+def iso_c(coefficient: float = 1.0) -> Chain:
+    """Task arithmetic with a flat spectrum (Marczak et al. 2025).
+
+    Args:
+        coefficient: α, usually searched on validation data.
+    """
+    return chain(IsoC(), Scale(coefficient))
+
+
+def iso_cts(common_fraction: float = 0.8, coefficient: float = 1.0) -> Chain:
+    """A flat spectrum over directions of the sum and directions of every task (Marczak et al. 2025).
+
+    Args:
+        common_fraction: share of the rank that the sum takes.
+        coefficient: α, usually searched on validation data.
+    """
+    return chain(IsoCTS(common_fraction), Scale(coefficient))
+
+
+def slerp(fraction: float = 0.5, space: Space = "weights") -> Chain:
+    """A point of the arc between two models (Shoemake 1985); for exactly two vectors.
+
+    Args:
+        fraction: 0 gives the first model, 1 the second.
+        space: ``weights`` for the arc between the models, which needs the vectors' ``base``; ``task_vectors`` for the
+            one between the vectors.
+    """
+    return chain(Slerp(fraction, space))
+
+
+def karcher(space: Space = "weights") -> Chain:
+    """The mean on the sphere of directions, times the mean norm (Wang, Ye and Yin 2026).
+
+    Args:
+        space: ``weights`` for the mean of the models, which needs the vectors' ``base``; ``task_vectors`` for that of
+            the vectors.
+    """
+    return chain(KarcherMean(space))
+
+
+def model_stock() -> Chain:
+    """The mean, shortened by how much the vectors differ (Jang et al. 2024); for at least two vectors."""
+    return chain(ModelStock())
+
+
+def fisher(
+    statistics: Mapping[str, str],
+    floor: float = 1e-6,
+    normalise: Literal["norm", "mean"] | None = "norm",
+    coefficient: float = 1.0,
+) -> Chain:
+    """The mean of the weights, each entry weighted by its Fisher information (Matena and Raffel 2022).
+
+    Args:
+        statistics: task -> file of its Fisher information, from ``lit-merge statistics --kind fisher``.
+        floor: smallest Fisher information.
+        normalise: by what that of each task is divided.
+        coefficient: α; the paper has none, which is 1.
+    """
+    return chain(FisherMean(statistics, floor=floor, normalise=normalise), Scale(coefficient))
+
+
+def regmean(statistics: Mapping[str, str], off_diagonal: float = 0.9, coefficient: float = 1.0) -> Chain:
+    """The weights that best reproduce every task's linear layers on its own inputs (Jin et al. 2023).
+
+    Args:
+        statistics: task -> file of its Gram matrices, from ``lit-merge statistics --kind gram``.
+        off_diagonal: factor of the Gram matrices' off-diagonal entries.
+        coefficient: α; the paper has none, which is 1.
+    """
+    return chain(RegMean(statistics, off_diagonal), Scale(coefficient))
+
+
 RECIPES: dict[str, Callable[..., Chain]] = {
     function.__name__: function
     for function in (
         *(weight_average, task_arithmetic, negation, analogy, rewarded_soup),
         *(ties, dare_linear, dare_ties, breadcrumbs, della, consensus_ta, consensus_ties, tall_masks, lines),
+        *(tsv_m, iso_c, iso_cts, slerp, karcher, model_stock),
+        *(fisher, regmean),
     )
 }
 """Name -> function that builds the chain."""
@@ -217,6 +312,9 @@ def recipe(name: str, **fields: Any) -> Chain:
             f"recipe {name}: expected fields among {', '.join(known) or 'none'}, got {unknown[0]!r}. "
             f"{_suggestion(unknown[0], known)}"
         )
+    needed = [field for field, one in known.items() if one.default is one.empty and field not in fields]
+    if needed:
+        raise ConfigurationError(f"recipe {name}: expected a value for {', '.join(needed)}, got none. Add it.")
     return RECIPES[name](**fields)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -50,29 +51,24 @@ class Rescale(Transform):
                 "Put it before the vectors are selected."
             )
         if self.scope == "tensor":
-            return vectors.map(partial(_rescaled_stack, self.norm, inputs), note=self)
+            return vectors.map(partial(_rescaled_stack, self.norm), note=self, others=[inputs])
         compute = partial(_global_factors, self.norm, inputs, vectors)
         factors = Statistic("Rescale: norms", inputs.walk + vectors.walk, compute)
         return vectors.map_entries(partial(_rescaled, factors), note=self, statistics=[factors])
 
 
-def _norms(kind: str, vectors: TaskVectors, names: tuple[str, ...]) -> list[float]:
-    totals = [0.0] * len(vectors.tasks)
-    for name in names:
-        for _, piece in vectors.pieces(name):
-            for row, value in enumerate(_powers(kind, piece)):
-                totals[row] = max(totals[row], value) if kind == "linf" else totals[row] + value
-    return [math.sqrt(total) if kind == "l2" else total for total in totals]
+_ORDERS = {"l1": 1.0, "l2": 2.0, "linf": math.inf}
 
 
-def _powers(kind: str, piece: Tensor) -> list[float]:
-    """Σ|x|, Σx² or max|x| of every row, in float64."""
-    if piece.shape[1] == 0:
-        return [0.0] * len(piece)
-    values = piece.double()
-    if kind == "linf":
-        return values.abs_().amax(1).tolist()
-    return (values.square_() if kind == "l2" else values.abs_()).sum(1).tolist()
+def _norms(kind: str, pieces: Iterable[Tensor]) -> list[float]:
+    """The norm of every row, from those of its pieces, in float64; no numbers if there is no entry."""
+    order = _ORDERS[kind]
+    found = [torch.linalg.vector_norm(piece, order, dim=1, dtype=torch.float64) for piece in pieces if piece.numel()]
+    return torch.linalg.vector_norm(torch.stack(found), order, dim=0).tolist() if found else []
+
+
+def _all_pieces(vectors: TaskVectors) -> Iterator[Tensor]:
+    return (piece for name in vectors for _, piece in vectors.pieces(name))
 
 
 def _factors(before: list[float], after: list[float]) -> tuple[float, ...]:
@@ -81,18 +77,19 @@ def _factors(before: list[float], after: list[float]) -> tuple[float, ...]:
 
 
 def _global_factors(kind: str, inputs: TaskVectors, vectors: TaskVectors) -> tuple[float, ...]:
-    return _factors(_norms(kind, inputs, inputs.names), _norms(kind, vectors, vectors.names))
+    return _factors(_norms(kind, _all_pieces(inputs)), _norms(kind, _all_pieces(vectors)))
 
 
 def _rescaled(factors: Statistic[tuple[float, ...]], name: str, start: int, piece: Tensor) -> Tensor:
-    return piece.mul_(torch.tensor(factors(), dtype=piece.dtype, device=piece.device).unsqueeze(1))
+    return _scaled_rows(factors(), piece) if piece.numel() else piece
 
 
-def _rescaled_stack(kind: str, inputs: TaskVectors, name: str, stack: Tensor) -> Tensor:
-    flat = stack.view(len(stack), -1)
-    found = _factors(_norms(kind, inputs, (name,)), [_root(kind, value) for value in _powers(kind, flat)])
-    return flat.mul_(torch.tensor(found, dtype=flat.dtype, device=flat.device).unsqueeze(1)).view_as(stack)
+def _rescaled_stack(kind: str, name: str, stack: Tensor, before: Tensor) -> Tensor:
+    if stack.numel() == 0:
+        return stack
+    found = _factors(_norms(kind, [before.view(len(before), -1)]), _norms(kind, [stack.view(len(stack), -1)]))
+    return _scaled_rows(found, stack.view(len(stack), -1)).view_as(stack)
 
 
-def _root(kind: str, value: float) -> float:
-    return math.sqrt(value) if kind == "l2" else value
+def _scaled_rows(factors: tuple[float, ...], rows: Tensor) -> Tensor:
+    return rows.mul_(torch.tensor(factors, dtype=rows.dtype, device=rows.device).unsqueeze(1))

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from lit_merge.transforms.base import Transform
@@ -67,11 +68,19 @@ class DisjointSum(Transform):
 
 def _votes(weighting: str, piece: Tensor) -> Tensor:
     """The elected signs, ``(1, n)``; 0 where votes are even."""
-    return (piece.sign() if weighting == "count" else piece).sum(0, keepdim=True).sign_()
+    if weighting == "count":
+        return sum_rows(piece.sign()).sign_()
+    # In float64 the sum of float32 values is exact, but for extreme ratios: neither the order of the tasks nor the
+    # length of the piece decides.
+    total = piece[:1].to(torch.float64, copy=True)
+    for row in range(1, len(piece)):
+        total.add_(piece[row : row + 1])
+    return total.sign_().to(piece.dtype)
 
 
 def _majority(vectors: TaskVectors, weighting: str) -> float:
-    total = sum(int(_votes(weighting, piece).sum()) for name in vectors for _, piece in vectors.pieces(name))
+    votes = (_votes(weighting, piece) for name in vectors for _, piece in vectors.pieces(name))
+    total = sum(int(signs.sum(dtype=torch.float64)) for signs in votes)
     return float((total > 0) - (total < 0))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -11,7 +12,17 @@ from torch import Tensor
 
 from lit_merge.errors import ConfigurationError
 from lit_merge.transforms.base import Transform, whole_number
-from lit_merge.transforms.magnitudes import Cut, below, common_dtype, count_of, find_cuts, walk_all, walk_stack
+from lit_merge.transforms.magnitudes import (
+    Cut,
+    common_dtype,
+    count_of,
+    find_cuts,
+    find_global_cuts,
+    keep_largest,
+    sampled,
+    size_of,
+    walk_stack,
+)
 from lit_merge.transforms.random import Uniform, labels_of
 from lit_merge.vectors import TaskVectors
 from lit_merge.vectors.statistic import Statistic
@@ -48,11 +59,7 @@ class Trim(Transform):
 
     def __call__(self, vectors: TaskVectors) -> TaskVectors:
         """Trim every row of the stacks ``(T, *shape)``."""
-        if self.density == 1.0:
-            return vectors.map_entries(_unchanged, note=self)
-        if self.scope == "tensor":
-            return vectors.map(partial(_window_of_tensor, self.density, 0.0), note=self)
-        return _global_window(self, vectors, self.density, 0.0)
+        return _window(self, vectors, self.density, 0.0, self.scope)
 
 
 @dataclass(frozen=True)
@@ -76,7 +83,7 @@ class MagnitudeWindow(Transform):
 
     def __post_init__(self) -> None:
         self._fraction("density")
-        self._number("outliers", minimum=0.0, maximum=1.0)
+        self._number("outliers", minimum=0.0, below=1.0)
         self._choice("scope", ("global", "tensor"))
         if self.density + self.outliers > 1 + 1e-12:
             raise ConfigurationError(
@@ -86,9 +93,7 @@ class MagnitudeWindow(Transform):
 
     def __call__(self, vectors: TaskVectors) -> TaskVectors:
         """Window every row of the stacks ``(T, *shape)``."""
-        if self.scope == "tensor":
-            return vectors.map(partial(_window_of_tensor, self.density, self.outliers), note=self)
-        return _global_window(self, vectors, self.density, self.outliers)
+        return _window(self, vectors, self.density, self.outliers, self.scope)
 
 
 @dataclass(frozen=True)
@@ -103,7 +108,7 @@ class Drop(Transform):
     Args:
         p: probability of being dropped, in [0, 1).
         rescale: whether what is kept is divided by 1 − p.
-        seed: a whole number.
+        seed: a whole number. Two in one chain need two seeds, otherwise they drop the same entries.
 
     Raises:
         ConfigurationError: ``p`` is not in [0, 1), or the seed is no whole number.
@@ -129,8 +134,9 @@ class DropByRank(Transform):
 
     MAGPRUNE of DELLA (Deep et al. 2024, section 3.1).
 
-    Within every row of a matrix (all entries of a vector), the entry of rank r = 0 (smallest) … n − 1 is kept with
-    probability ``density − epsilon + 2 · epsilon · r / (n − 1)``, and divided by that probability.
+    Within every row of a matrix (all weights of one output channel of a convolution, all entries of a vector), the
+    entry of rank r = 0 (smallest) … n − 1 is kept with probability ``density − epsilon + 2 · epsilon · r / (n − 1)``,
+    and divided by that probability. A row of one entry has probability ``density``.
 
     Args:
         density: mean probability of being kept, in (0, 1].
@@ -162,19 +168,21 @@ class DropByRank(Transform):
         return vectors.map(partial(_dropped_by_rank, self, Uniform(self.seed, labels_of(vectors))), note=self)
 
 
-def _global_window(transform: Transform, vectors: TaskVectors, density: float, outliers: float) -> TaskVectors:
-    size = sum(vectors.shape(name)[1:].numel() for name in vectors)
-    reads = vectors.walk * (5 if common_dtype(vectors) == torch.float64 else 3)
-    name = type(transform).__name__
+def _window(transform: Transform, vectors: TaskVectors, density: float, outliers: float, scope: Scope) -> TaskVectors:
+    if density == 1.0:
+        return vectors.map_entries(_unchanged, note=transform)
+    if scope == "tensor":
+        return vectors.map(partial(_window_of_tensor, density, outliers), note=transform)
+    size, name = size_of(vectors), type(transform).__name__
+    digits = 5 if common_dtype(vectors) == torch.float64 else 3
+    reads = vectors.walk * (digits + 2 if sampled(vectors) else digits)
     top = count_of(outliers, size)
-    kept = Statistic(
-        f"{name}: threshold", reads, partial(_global_cuts, vectors, top + _kept(density, size)), at_most=True
-    )
-    found = [kept]
+    wanted = {f"{name}: threshold": min(top + _kept(density, size), size)}
     if top:
-        found.append(
-            Statistic(f"{name}: threshold of outliers", reads, partial(_global_cuts, vectors, top), at_most=True)
-        )
+        wanted[f"{name}: threshold of outliers"] = top
+    found = [
+        Statistic(what, reads, partial(find_global_cuts, vectors, kept), at_most=True) for what, kept in wanted.items()
+    ]
     return vectors.map_entries(partial(_windowed, tuple(found)), note=transform, statistics=found)
 
 
@@ -182,18 +190,15 @@ def _kept(density: float, size: int) -> int:
     return max(count_of(density, size), 1)
 
 
-def _global_cuts(vectors: TaskVectors, kept: int) -> tuple[Cut, ...]:
-    size = sum(vectors.shape(name)[1:].numel() for name in vectors)
-    return find_cuts(partial(walk_all, vectors), min(kept, size), common_dtype(vectors)) if size else ()
-
-
 def _windowed(found: tuple[Statistic[tuple[Cut, ...]], ...], name: str, start: int, piece: Tensor) -> Tensor:
-    if piece.numel() == 0:
-        return piece
-    out = below(found[0](), name, start, piece)
-    if len(found) > 1:
-        out |= ~below(found[1](), name, start, piece)
-    return piece.masked_fill_(out, 0)
+    return _between([statistic() for statistic in found], name, start, piece) if piece.numel() else piece
+
+
+def _between(cuts: Sequence[tuple[Cut, ...]], name: str, start: int, piece: Tensor) -> Tensor:
+    """What the first cuts keep and the second ones, if there are any, do not."""
+    largest = keep_largest(cuts[1], name, start, piece.clone()) if len(cuts) > 1 else None
+    kept = keep_largest(cuts[0], name, start, piece)
+    return kept if largest is None else kept.sub_(largest)
 
 
 def _window_of_tensor(density: float, outliers: float, name: str, stack: Tensor) -> Tensor:
@@ -202,12 +207,9 @@ def _window_of_tensor(density: float, outliers: float, name: str, stack: Tensor)
         return stack
     flat = stack.view(len(stack), -1)
     top = count_of(outliers, size)
-    kept = min(top + _kept(density, size), size)
-    walk = partial(walk_stack, name, flat)
-    out = below(find_cuts(walk, kept, flat.dtype), name, 0, flat)
-    if top:
-        out |= ~below(find_cuts(walk, top, flat.dtype), name, 0, flat)
-    return flat.masked_fill_(out, 0).view_as(stack)
+    wanted = [min(top + _kept(density, size), size), *([top] if top else [])]
+    cuts = [find_cuts(partial(walk_stack, name, flat), kept, flat.dtype) for kept in wanted]
+    return _between(cuts, name, 0, flat).view_as(stack)
 
 
 def _unchanged(name: str, start: int, piece: Tensor) -> Tensor:
@@ -222,12 +224,15 @@ def _dropped(p: float, rescale: bool, uniform: Uniform, name: str, start: int, p
 def _dropped_by_rank(transform: DropByRank, uniform: Uniform, name: str, stack: Tensor) -> Tensor:
     if stack.numel() == 0:
         return stack
-    width = stack.shape[-1] if stack.ndim >= 3 else stack[0].numel()
-    rows = stack.reshape(-1, width)
-    ranks = rows.abs().argsort(dim=-1, stable=True).argsort(dim=-1, stable=True).to(stack.dtype)
-    spread = 2 * transform.epsilon / (width - 1) if width > 1 else 0.0
-    least = transform.density - transform.epsilon if width > 1 else transform.density
-    kept = (least + spread * ranks).view(len(stack), -1)
-    flat = stack.view(len(stack), -1)
-    flat.masked_fill_(uniform.values(name, 0, flat) >= kept, 0)
-    return (flat.div_(kept) if transform.rescale else flat).view_as(stack)
+    width = stack[0, 0].numel() if stack.ndim >= 3 else stack[0].numel()
+    spread = transform.epsilon if width > 1 else 0.0
+    ranks = torch.arange(width, dtype=torch.float64, device=stack.device).div_(max(width - 1, 1))
+    levels = ranks.mul_(2 * spread).add_(transform.density - spread).to(stack.dtype)
+    for index, vector in enumerate(stack.view(len(stack), -1)):  # one after the other: sorting needs memory
+        rows = vector.view(-1, width)
+        order = rows.abs().argsort(dim=1, stable=True)
+        kept = torch.empty_like(rows).scatter_(1, order, levels.expand_as(rows)).view(-1)
+        vector.masked_fill_(uniform.values(index, name, vector) >= kept, 0)
+        if transform.rescale:
+            vector.div_(kept)
+    return stack

@@ -1,11 +1,47 @@
-"""Every recipe against its definition, restated in float64."""
+"""Every recipe against its definition, restated in float64, or against its chain, written out.
+
+The definitions of the chains' parts are restated beside their own oracles.
+"""
 
 from __future__ import annotations
+
+import inspect
 
 import pytest
 import torch
 
-from lit_merge.transforms import Mean, Scale, Sum, analogy, chain, negation, task_arithmetic, weight_average
+from lit_merge.errors import ConfigurationError
+from lit_merge.transforms import (
+    RECIPES,
+    ConsensusMask,
+    DisjointMean,
+    Drop,
+    DropByRank,
+    ElectSign,
+    FisherMean,
+    Interpolate,
+    IsoC,
+    IsoCTS,
+    KarcherMean,
+    LiNeS,
+    MagnitudeWindow,
+    Mean,
+    ModelStock,
+    Negate,
+    RegMean,
+    Scale,
+    Slerp,
+    Sum,
+    TallMask,
+    Trim,
+    TSVMerge,
+    analogy,
+    chain,
+    negation,
+    recipe,
+    task_arithmetic,
+    weight_average,
+)
 from lit_merge.vectors import TaskVector, TaskVectors, merged_parameters
 
 SHAPES = {"weight": (6, 5), "bias": (6,), "scale": ()}
@@ -104,3 +140,118 @@ def test_mean_is_task_arithmetic_at_one_over_t(problem):
 def test_one_task_at_coefficient_one_gives_the_fine_tuned_model(problem):
     base, tuned, tolerance = problem
     check(merge(base, tuned[:1], task_arithmetic(1.0)), base, lambda n: tuned[0][n].double(), tolerance)
+
+
+ELECT = (ElectSign(), DisjointMean())
+FILES = {"digits": "digits.safetensors", "signs": "signs.safetensors"}
+CHAINS = {  # name -> the chain by default, and with all fields
+    "task_arithmetic": [({}, chain(Sum(), Scale(0.3))), ({"coefficient": 0.5}, chain(Sum(), Scale(0.5)))],
+    "weight_average": [({}, chain(Mean()))],
+    "negation": [({}, chain(Negate(), Scale(1.0))), ({"coefficient": 0.5}, chain(Negate(), Scale(0.5)))],
+    "analogy": [
+        ({}, chain(Scale((-1.0, 1.0, 1.0)), Sum())),
+        ({"coefficient": 0.5}, chain(Scale((-0.5, 0.5, 0.5)), Sum())),
+    ],
+    "rewarded_soup": [({}, chain(Interpolate(0.5))), ({"fraction": 0.2}, chain(Interpolate(0.2)))],
+    "ties": [
+        ({}, chain(Trim(0.2, "global"), *ELECT, Scale(1.0))),
+        (
+            {"density": 0.1, "coefficient": 0.5, "scope": "tensor"},
+            chain(Trim(0.1, "tensor"), *ELECT, Scale(0.5)),
+        ),
+    ],
+    "dare_linear": [
+        ({}, chain(Drop(0.9, True, 0), Sum(), Scale(0.3))),
+        ({"p": 0.5, "coefficient": 0.2, "seed": 3}, chain(Drop(0.5, True, 3), Sum(), Scale(0.2))),
+    ],
+    "dare_ties": [
+        ({}, chain(Drop(0.9, True, 0), Trim(1.0), *ELECT, Scale(1.0))),
+        (
+            {"p": 0.5, "density": 0.3, "coefficient": 0.2, "seed": 3},
+            chain(Drop(0.5, True, 3), Trim(0.3), *ELECT, Scale(0.2)),
+        ),
+    ],
+    "breadcrumbs": [
+        ({}, chain(MagnitudeWindow(0.85, 0.01, "tensor"), Sum(), Scale(0.3))),
+        (
+            {"density": 0.5, "outliers": 0.1, "coefficient": 0.2},
+            chain(MagnitudeWindow(0.5, 0.1, "tensor"), Sum(), Scale(0.2)),
+        ),
+    ],
+    "della": [
+        ({}, chain(DropByRank(0.7, 0.1, True, 0), *ELECT, Scale(1.0))),
+        (
+            {"density": 0.5, "epsilon": 0.2, "coefficient": 0.3, "seed": 4},
+            chain(DropByRank(0.5, 0.2, True, 4), *ELECT, Scale(0.3)),
+        ),
+    ],
+    "consensus_ta": [
+        ({}, chain(ConsensusMask(2, 0.4, Sum()), Scale(0.3))),
+        ({"k": 3, "threshold": 0.2, "coefficient": 0.1}, chain(ConsensusMask(3, 0.2, Sum()), Scale(0.1))),
+    ],
+    "consensus_ties": [
+        ({}, chain(ConsensusMask(2, 0.4, chain(Trim(0.2), *ELECT, Scale(1.0))), Scale(1.0))),
+        (
+            {"k": 3, "threshold": 0.3, "density": 0.1, "coefficient": 0.5},
+            chain(ConsensusMask(3, 0.3, chain(Trim(0.1), *ELECT, Scale(1.0))), Scale(0.5)),
+        ),
+    ],
+    "tall_masks": [
+        ({}, chain(TallMask(0.4, Sum()))),
+        ({"threshold": 0.2, "density": 0.1}, chain(TallMask(0.2, chain(Trim(0.1), *ELECT, Scale(1.0))))),
+    ],
+    "lines": [
+        ({}, chain(Sum(), LiNeS("norm_ratio", 1.0, "linear"))),
+        (
+            {"merge": chain(Mean(), Scale(2.0)), "alpha": 0.3, "beta": 0.5, "schedule": "sqrt"},
+            chain(Mean(), Scale(2.0), LiNeS(0.3, 0.5, "sqrt")),
+        ),
+    ],
+    "tsv_m": [({}, chain(TSVMerge(None), Scale(1.0))), ({"coefficient": 0.5}, chain(TSVMerge(None), Scale(0.5)))],
+    "iso_c": [({}, chain(IsoC(), Scale(1.0))), ({"coefficient": 0.5}, chain(IsoC(), Scale(0.5)))],
+    "iso_cts": [
+        ({}, chain(IsoCTS(0.8), Scale(1.0))),
+        ({"common_fraction": 0.6, "coefficient": 0.5}, chain(IsoCTS(0.6), Scale(0.5))),
+    ],
+    "slerp": [
+        ({}, chain(Slerp(0.5, "weights", 0.9995))),
+        ({"fraction": 0.2, "space": "task_vectors"}, chain(Slerp(0.2, "task_vectors", 0.9995))),
+    ],
+    "karcher": [
+        ({}, chain(KarcherMean("weights", 100, 1e-10))),
+        ({"space": "task_vectors"}, chain(KarcherMean("task_vectors", 100, 1e-10))),
+    ],
+    "model_stock": [({}, chain(ModelStock(True)))],
+    "fisher": [
+        ({"statistics": FILES}, chain(FisherMean(FILES, None, 1e-6, "norm"), Scale(1.0))),
+        (
+            {"statistics": FILES, "floor": 0.1, "normalise": "mean", "coefficient": 0.5},
+            chain(FisherMean(FILES, None, 0.1, "mean"), Scale(0.5)),
+        ),
+    ],
+    "regmean": [
+        ({"statistics": FILES}, chain(RegMean(FILES, 0.9), Scale(1.0))),
+        (
+            {"statistics": FILES, "off_diagonal": 0.5, "coefficient": 0.5},
+            chain(RegMean(FILES, 0.5), Scale(0.5)),
+        ),
+    ],
+}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_is_its_chain(name):
+    assert name in CHAINS, "write the chain of a new recipe out in CHAINS"
+    for fields, expected in CHAINS[name]:
+        assert recipe(name, **fields) == RECIPES[name](**fields) == expected
+    assert set(fields) == set(inspect.signature(RECIPES[name]).parameters)  # the last one sets them all
+
+
+def test_every_chain_is_a_recipe():
+    assert set(CHAINS) == set(RECIPES)
+
+
+@pytest.mark.parametrize("name", ["fisher", "regmean"])
+def test_a_recipe_says_what_it_needs(name):
+    with pytest.raises(ConfigurationError, match=rf"^recipe {name}: expected a value for statistics, got none\. Add"):
+        recipe(name)

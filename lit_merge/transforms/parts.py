@@ -1,0 +1,143 @@
+"""Transforms written as plain data: names with settings, as they stand in a short YAML list.
+
+``[{Trim: {density: 0.2}}, ElectSign, DisjointMean, {LiNeS: {alpha: norm_ratio}}]`` is a chain of four. A name is that
+of a transform of :mod:`lit_merge.transforms` or of a recipe; where a field is a transform itself, its value is written
+the same way: a name, a name with settings, or a list of them.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, get_args, get_type_hints
+
+from lit_merge.errors import ConfigurationError, first_few
+from lit_merge.transforms.base import Chain, Transform, chain
+from lit_merge.transforms.override import Override, WithOverrides
+from lit_merge.transforms.recipes import RECIPES
+
+__all__ = ["from_parts", "known_parts", "with_overrides"]
+
+_OVERRIDE_FIELDS = ("names", "blocks", "parts")
+
+
+def from_parts(parts: Sequence[str | Mapping[str, Any]]) -> Chain:
+    """The chain that a list of parts stands for.
+
+    Args:
+        parts: at least one; each the name of a transform or recipe, or a mapping from one such name to its fields.
+
+    Raises:
+        ConfigurationError: there is no part, one is of another form, or a name, a field or a value is refused; what is
+            misspelt gets the nearest valid name.
+
+    Examples:
+        >>> from_parts([{"Trim": {"density": 0.2}}, "Sum"])
+        chain(Trim(density=0.2, scope='global'), Sum())
+    """
+    if isinstance(parts, (str, Mapping)) or not isinstance(parts, Sequence) or not parts:
+        raise ConfigurationError(
+            f"parts: expected a list of at least one part, got {parts!r}. Use e.g. [{{Trim: {{density: 0.2}}}}, Sum]."
+        )
+    return chain(*(_part(part) for part in parts))
+
+
+def with_overrides(transform: Transform, overrides: Sequence[Mapping[str, Any]]) -> WithOverrides:
+    """A transform with other parts for some of the parameters.
+
+    Args:
+        transform: for all other parameters.
+        overrides: in order of precedence, each a mapping with ``parts`` and ``names`` (a regular expression that is
+            searched for), ``blocks`` (a list of indices), or both.
+
+    Raises:
+        ConfigurationError: there is none, or one has another form, or something in it is refused.
+    """
+    if isinstance(overrides, (str, Mapping)) or not overrides:
+        raise ConfigurationError(
+            f"overrides: expected a list of at least one, got {overrides!r}. Leave them out, or list them."
+        )
+    built = []
+    for override in overrides:
+        if not isinstance(override, Mapping) or "parts" not in override:
+            raise ConfigurationError(
+                f"overrides: expected mappings with parts, and names or blocks, got {override!r}. Add what is missing."
+            )
+        _check_fields("overrides", override, _OVERRIDE_FIELDS)
+        built.append(Override(from_parts(override["parts"]), override.get("names"), override.get("blocks")))
+    return WithOverrides(transform, built)
+
+
+def known_parts() -> dict[str, Callable[..., Transform]]:
+    """Every name that a part can have, and what builds it: the transforms of this package, then the recipes."""
+    from lit_merge import transforms  # when the package is complete
+
+    exposed = {name: vars(transforms)[name] for name in transforms.__all__}
+    classes: dict[str, Callable[..., Transform]] = {
+        name: value
+        for name, value in exposed.items()
+        if inspect.isclass(value) and issubclass(value, Transform) and not inspect.isabstract(value)
+    }
+    return {name: value for name, value in classes.items() if value not in (Chain, WithOverrides)} | dict(RECIPES)
+
+
+def _part(part: Any) -> Transform:
+    if isinstance(part, str):
+        return _build(part, {})
+    if isinstance(part, Mapping) and len(part) == 1:
+        ((name, fields),) = part.items()
+        if fields is None:  # YAML's "- ElectSign:"
+            fields = {}
+        if not isinstance(fields, Mapping):
+            raise ConfigurationError(
+                f"part {name}: expected its fields by name, got {fields!r}. Use e.g. {{Trim: {{density: 0.2}}}}."
+            )
+        return _build(name, fields)
+    raise ConfigurationError(
+        f"parts: expected a name, or one name with its fields, got {part!r}. Make every part an entry of its own."
+    )
+
+
+def _build(name: Any, fields: Mapping[str, Any]) -> Transform:
+    known = known_parts()
+    if name not in known:
+        raise ConfigurationError(f"part: expected a transform or recipe, got {name!r}. {_suggestion(str(name), known)}")
+    signature = inspect.signature(known[name]).parameters
+    _check_fields(f"part {name}", fields, signature)
+    needed = [field for field, one in signature.items() if one.default is one.empty and field not in fields]
+    if needed:
+        raise ConfigurationError(f"part {name}: expected a value for {', '.join(needed)}, got none. Add it.")
+    hints = get_type_hints(known[name])
+    nested = {field: _transform(value) if _is_transform(hints[field]) else value for field, value in fields.items()}
+    return known[name](**nested)
+
+
+def _is_transform(hint: Any) -> bool:
+    return any(inspect.isclass(one) and issubclass(one, Transform) for one in (hint, *get_args(hint)))
+
+
+def _transform(value: Any) -> Any:
+    """A field that is a transform: None and transforms stay, a list is a chain."""
+    if value is None or isinstance(value, Transform):
+        return value
+    return _part(value) if isinstance(value, (str, Mapping)) else from_parts(value)
+
+
+def _check_fields(what: str, fields: Mapping[str, Any], known: Iterable[str]) -> None:
+    known = tuple(known)
+    unknown = [field for field in fields if field not in known]
+    if unknown:
+        raise ConfigurationError(
+            f"{what}: expected fields among {', '.join(known) or 'none'}, got {unknown[0]!r}. "
+            f"{_suggestion(str(unknown[0]), known)}"
+        )
+
+
+def _suggestion(name: str, known: Iterable[str]) -> str:
+    """The names that are most like this one, whatever their capitals and underscores; otherwise some of them."""
+    listed = list(known)
+    plain = [one.lower().replace("_", "") for one in listed]
+    close = dict.fromkeys(difflib.get_close_matches(name.lower().replace("_", ""), plain, n=2))
+    near = [one for match in close for one, simple in zip(listed, plain, strict=True) if simple == match]
+    return f"Did you mean {' or '.join(map(repr, near))}?" if near else f"Use one of {first_few(listed, 12) or 'none'}."

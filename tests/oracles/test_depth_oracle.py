@@ -1,0 +1,122 @@
+"""Scaling by depth against its definition, restated in NumPy."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from lit_merge.naming import block_of
+from lit_merge.transforms import DisjointMean, LiNeS, Scale, ScaleBlocks, Sum, Trim, chain, lines, ties
+from lit_merge.vectors import TaskVector, TaskVectors
+
+SHAPES = {
+    "proj": (2, 3),
+    "blocks.2.weight": (3, 3),
+    "blocks.0.weight": (3, 3),
+    "blocks.0.bias": (),
+    "blocks.11.weight": (4,),
+    "blocks.1.empty": (0,),
+    "ln_post.bias": (5,),
+}
+BLOCKS = 12
+
+
+@pytest.fixture(params=[torch.float64, torch.float32], ids=str)
+def vectors(request):
+    generator = torch.Generator().manual_seed(0)
+    rows = []
+    for task in "abc":
+        tensors = {
+            name: torch.randn(shape, generator=generator, dtype=torch.float64).to(request.param)
+            for name, shape in SHAPES.items()
+        }
+        rows.append(TaskVector(tensors, task))
+    return TaskVectors(rows)
+
+
+def check(result, before, factor):
+    assert result.tasks == before.tasks
+    for name in SHAPES:
+        expected = before[name].double().numpy() * factor(block_of(name))
+        np.testing.assert_allclose(result[name].double().numpy(), expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("outside", [None, 0.0, -2.0])
+@pytest.mark.parametrize(("alpha", "beta"), [(0.2, None), (0.0, None), (1.5, None), (0.3, 0.4), (-0.5, 0.0)])
+@pytest.mark.parametrize(
+    ("schedule", "growth"), [("linear", lambda x: x), ("sqrt", math.sqrt), ("quadratic", lambda x: x * x)]
+)
+def test_lines(vectors, schedule, growth, alpha, beta, outside):
+    slope = 1 - alpha if beta is None else beta
+    transform = LiNeS(alpha, beta, schedule, outside)
+
+    def factor(block):
+        if block is None:
+            return alpha if outside is None else outside
+        return alpha + slope * growth(block / (BLOCKS - 1))
+
+    for view in (vectors, Sum()(vectors)):
+        check(transform(view), view, factor)
+    assert transform.factors(BLOCKS, alpha) == pytest.approx([factor(block) for block in range(BLOCKS)], abs=1e-15)
+
+
+def l1(rows) -> float:
+    return math.fsum(abs(float(entry)) for tensor in rows.values() for entry in np.ravel(tensor))
+
+
+@pytest.mark.parametrize(
+    "merge", [Sum(), chain(Sum(), Scale(-0.3)), ties(0.4), chain(Trim(0.5), DisjointMean())], ids=repr
+)
+def test_norm_ratio(vectors, merge):
+    """α = (‖Σ_t τ_t‖₁ / ‖τ‖₁) / T over all parameters, those outside the blocks too."""
+    merged = merge(vectors)
+    total = l1({name: vectors[name].double().numpy().sum(0) for name in SHAPES})
+    alpha = total / l1({name: merged[name].double().numpy() for name in SHAPES}) / 3
+    check(
+        lines(merge, beta=0.7)(vectors),
+        merged,
+        lambda block: alpha if block is None else alpha + 0.7 * block / (BLOCKS - 1),
+    )
+
+
+def test_norm_ratio_is_one_over_the_number_of_tasks_for_task_arithmetic(vectors):
+    merged = Sum()(vectors)
+    check(lines(beta=0.0)(vectors), merged, lambda block: 1 / 3)
+    # any coefficient before it cancels
+    check(lines(chain(Sum(), Scale(0.3)), beta=0.0)(vectors), merged, lambda block: 1 / 3)
+    check(lines(beta=None)(vectors), merged, lambda block: 1 / 3 + (2 / 3) * ((block or 0) / (BLOCKS - 1)))
+
+
+def test_norm_ratio_of_zeros_is_zero():
+    zeros = TaskVectors([TaskVector({"blocks.0.weight": torch.zeros(3), "blocks.1.bias": torch.zeros(())}, "a")] * 2)
+    assert lines()(zeros)["blocks.0.weight"].tolist() == [[0, 0, 0]]
+    opposite = TaskVectors([TaskVector({"blocks.0.weight": torch.tensor([value])}, "a") for value in (2.0, -2.0)])
+    assert lines(chain(Trim(1.0), Scale([1, 0]), Sum()), beta=0.0)(opposite)["blocks.0.weight"].tolist() == [[0.0]]
+
+
+def test_one_block_is_the_last_one():
+    vectors = TaskVectors([TaskVector({"blocks.0.weight": torch.ones(2), "proj": torch.ones(1)}, "a")])
+    result = LiNeS(0.25, 0.5)(vectors)
+    assert result["blocks.0.weight"].tolist() == [[0.75, 0.75]]
+    assert result["proj"].tolist() == [[0.25]]
+
+
+@pytest.mark.parametrize("outside", [1.0, 0.0, -0.5])
+def test_scale_blocks(vectors, outside):
+    coefficients = [0.1 * (index - 3) for index in range(BLOCKS)]
+    for view in (vectors, Sum()(vectors)):
+        check(
+            ScaleBlocks(coefficients, outside)(view),
+            view,
+            lambda block: outside if block is None else coefficients[block],
+        )
+
+
+def test_the_number_of_blocks_is_that_of_the_whole_network(vectors):
+    part = vectors.restrict(["blocks.2.weight", "proj"])
+    result = LiNeS(0.0, 1.0)(part)
+    torch.testing.assert_close(result["blocks.2.weight"], vectors["blocks.2.weight"] * (2 / 11))
+    assert result["proj"].count_nonzero() == 0
