@@ -57,11 +57,11 @@ TASKS = list(EMBEDDED_TASKS)
 START, END = "<!-- recipes: written by benchmarks/recipes.py -->", "<!-- end of recipes -->"
 REGIMES = ["full", "attention_1"]
 REFERENCES, SINGLE = "references", "single task"
-VALIDATION_IMAGES, CONTROL_IMAGES = 200, 256
-SMALL = [0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5]
-LARGE = [0.3, 0.5, 0.7, 0.9, 1.1, 1.4, 1.8]
-BETA = [0.0, 0.1, 0.2, 0.3, 0.4, 0.6, 0.8, 1.0]
-ALPHA = [0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0]
+VALIDATION_IMAGES, CONTROL_IMAGES = 100, 256
+SMALL = [0.1, 0.15, 0.2, 0.25, 0.3, 0.4]
+LARGE = [0.3, 0.5, 0.7, 1.0, 1.4, 2.0]
+BETA = [0.0, 0.1, 0.2, 0.3, 0.45, 0.7, 1.0]
+ALPHA = [0.0, 0.15, 0.3, 0.45, 0.6, 0.8, 1.0]
 RECIPES: dict[str, tuple[Transform, list[float]]] = {  # what is merged, and the coefficients that are tried
     "task arithmetic": (Sum(), SMALL),
     "TIES": (chain(Trim(0.2), ElectSign(), DisjointMean()), LARGE),
@@ -71,7 +71,7 @@ RECIPES: dict[str, tuple[Transform, list[float]]] = {  # what is merged, and the
     "DELLA": (chain(DropByRank(0.7, 0.1), ElectSign(), DisjointMean()), LARGE),
     "consensus": (ConsensusMask(2, 0.4, Sum()), SMALL),
     "consensus TIES": (ConsensusMask(2, 0.4, ties(0.2)), LARGE),
-    "model stock": (ModelStock(), [0.5, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0]),
+    "model stock": (ModelStock(), [1.0, 2.0, 4.0, 6.0, 8.0, 12.0]),
     "TSV-M": (TSVMerge(), LARGE),
     "Iso-C": (IsoC(), LARGE),
     "Iso-CTS": (IsoCTS(), LARGE),
@@ -111,14 +111,6 @@ class Evaluator:
             for part, truth in zip(images.split(256), labels.split(256), strict=True)
         ]
         return float(torch.cat(hits).float().mean())
-
-
-def _scaled(transform: Transform, coefficient: float) -> Transform:
-    return chain(transform, Scale(coefficient))
-
-
-def _with_lines(transform: Transform, beta: float) -> Transform:
-    return chain(transform, LiNeS("norm_ratio", beta))
 
 
 def mean(values: Any) -> float:
@@ -165,15 +157,18 @@ def recipe(
     """One recipe with its coefficient, and with LiNeS instead."""
     transform, coefficients = RECIPES[name]
     rows = []
-    for with_lines, build, values in (
-        (False, partial(_scaled, transform), coefficients),
-        (True, partial(_with_lines, transform), BETA),
-    ):
-        value, curve = choose(evaluate, vectors, build, values, individual["val"])
-        accuracy = evaluate(build(value)(vectors).single(), "test", TASKS)
+    merged = TaskVectors([TaskVector(dict(transform(vectors).single()), "merged")])  # once, for all the points
+    ratio = _total(Sum()(vectors)) / _total(merged) / len(TASKS)  # what LiNeS("norm_ratio") comes to
+    for with_lines, build, values in ((False, Scale, coefficients), (True, partial(LiNeS, ratio), BETA)):
+        value, curve = choose(evaluate, merged, build, values, individual["val"])
+        accuracy = evaluate(build(value)(merged).single(), "test", TASKS)
         more = {"lines": with_lines, "value": value, "values": values, "validation": curve}
         rows.append(_row(name, accuracy, individual["test"]) | more)
     return rows
+
+
+def _total(vectors: TaskVectors) -> float:
+    return sum(float(vectors[name].abs().sum(dtype=torch.float64)) for name in vectors)
 
 
 def _row(name: str, accuracy: dict[str, float], individual: dict[str, float]) -> dict[str, Any]:

@@ -16,6 +16,8 @@ __all__ = ["run_command"]
 
 _FUNCTIONS = {
     "merge": ("lit_merge.merging", "merge"),
+    "soup": ("lit_merge.soup", "soup"),
+    "statistics": ("lit_merge.statistics.command", "statistics"),
     "suite": ("lit_merge.suite", "suite"),
     "data": ("lit_merge.data", "contact_sheet"),
 }
@@ -50,13 +52,17 @@ def run_command(command: str, arguments: Sequence[str], description: str = "") -
     settings = parser.instantiate_classes(config)
     settings.pop("config", None)
     result = function(**settings.as_dict())
-    if command == "merge":
+    if command == "merge" and not result.written:
+        sys.stdout.write(f"{result.plan}\n")
+    elif command == "merge":
         from lit_merge.callbacks.writing import write_text
         from lit_merge.merging import beside
 
         write_text(beside(result.output, "merge.yaml"), resolved)
-        found = f", {result.search.field} {result.search.best:g} chosen on validation data" if result.search else ""
+        found = f", {result.search.describe()}" if result.search else ""
         sys.stdout.write(f"{result.transform!r}{found} -> {result.output}\n")
+    elif command == "soup":
+        sys.stdout.write(f"{result.describe()}\n")
     elif isinstance(result, Path):
         sys.stdout.write(f"{result}\n")
     return result

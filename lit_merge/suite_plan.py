@@ -7,7 +7,7 @@ import json
 import re
 import sys
 from contextlib import redirect_stdout
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from lit_merge.merging import resolve_transform
 from lit_merge.report.results import INDIVIDUAL, ZERO_SHOT
 from lit_merge.search import CoefficientSearch, quiet
 from lit_merge.stages import Conductor, folder_digest
-from lit_merge.transforms import Transform, replace_field
+from lit_merge.transforms import Transform
 from lit_merge.vectors import TaskVector
 
 __all__ = ["Recipe", "SuitePlan", "combine"]
@@ -48,7 +48,7 @@ class Recipe:
         recipe: name of a method of :data:`lit_merge.transforms.RECIPES`.
         settings: its arguments.
         transform: instead, any transform by class path, or a Chain of them.
-        search: the grid of one of its fields, chosen on validation data.
+        search: what is varied, and chosen on validation data.
     """
 
     recipe: str | None = None
@@ -64,8 +64,7 @@ class Recipe:
         """
         transform = resolve_transform(self.recipe, self.settings or None, self.transform)
         if self.search:
-            for value in self.search.values:
-                replace_field(transform, self.search.field, value)
+            self.search.check(transform)
 
     def description(self) -> dict[str, Any]:
         """The recipe as plain data."""
@@ -73,7 +72,7 @@ class Recipe:
             "recipe": self.recipe,
             "settings": self.settings,
             "transform": self.transform.to_config() if self.transform else None,
-            "search": asdict(self.search) if self.search else None,
+            "search": self.search.to_config() if self.search else None,
         }
 
 
@@ -227,7 +226,7 @@ class SuitePlan:
             "recipe": recipe.recipe,
             "settings": recipe.settings or None,
             "transform": recipe.transform.to_config() if recipe.transform else None,
-            "search": asdict(recipe.search) if recipe.search else None,
+            "search": recipe.search.to_config() if recipe.search else None,
             "data": self._all_data() if recipe.search else None,
             **({"linearized": True} if self.evaluated_linearized else {}),
         }
@@ -243,8 +242,8 @@ class SuitePlan:
         curve = json.loads(search[0].read_text(encoding="utf-8")) if search else None
         return {
             "transform": header["transform"],
-            "coefficient": curve["best"] if curve else recipe.settings.get("coefficient"),
-            "search": {key: curve[key] for key in ("values", "normalised", "absolute")} if curve else None,
+            "coefficient": curve.get("best") if curve else recipe.settings.get("coefficient"),
+            "search": _curve(curve) if curve else None,
             "accuracy": self._test_all(conductor, f"seed-{seed}/test/{name}", base, merged),
         }
 
@@ -334,6 +333,11 @@ def combine(*parts: dict[str, Any]) -> dict[str, Any]:
             inner = combined.get(key)
             combined[key] = combine(inner, value) if isinstance(inner, dict) and isinstance(value, dict) else value
     return combined
+
+
+def _curve(search: dict[str, Any]) -> dict[str, Any] | None:
+    """A search's curve, of one field that was judged by normalised accuracy; what else it found is in its own file."""
+    return {key: search[key] for key in ("values", "normalised", "absolute")} if search.get("normalised") else None
 
 
 def _describe(vector: TaskVector) -> dict[str, Any]:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import sys
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
+import lightning as L
 import pytest
 import torch
 from PIL import Image
@@ -15,23 +19,54 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 
 import lit_merge.linear_features
-import lit_merge.search
 from lit_merge.data import MultiTaskDataModule
 from lit_merge.data.datasets import FileImages
+from lit_merge.data.embedded.tasks import EMBEDDED_TASKS
 from lit_merge.errors import ConfigurationError, DataError, StructureMismatchError
 from lit_merge.functional import linearize
+from lit_merge.linear_features import LinearFeatureCache
 from lit_merge.merging import merge
 from lit_merge.models import load_clip, zero_shot_weights
 from lit_merge.modules import MultiTaskModule
-from lit_merge.search import CoefficientSearch, direction_of, normalised_accuracy, search_coefficient
-from lit_merge.transforms import Chain, Mean, Negate, Scale, Sum, Transform, negation, task_arithmetic
+from lit_merge.search import (
+    CoefficientSearch,
+    Evaluation,
+    OptunaStudy,
+    direction_of,
+    normalised_accuracy,
+    search_coefficient,
+)
+from lit_merge.transforms import (
+    Chain,
+    Mean,
+    Negate,
+    Scale,
+    ScaleBlocks,
+    Sum,
+    Transform,
+    chain,
+    consensus_ta,
+    negation,
+    replace_field,
+    rewarded_soup,
+    task_arithmetic,
+    ties,
+)
 from lit_merge.vectors import TaskVector, TaskVectors
 
 GRID = [0.6, 0.0, 1.0, 0.3, 0.8]
 
 
+@pytest.fixture(scope="module")
+def heads(tmp_path_factory):
+    return tmp_path_factory.mktemp("heads")
+
+
 @pytest.fixture
-def base(clip_config, clip_weights, own_cache):
+def base(clip_config, clip_weights, own_cache, heads):
+    """A cache of the test's own, but for the heads, which take long to build."""
+    own_cache.mkdir()
+    (own_cache / "heads").symlink_to(heads)
     return load_clip(clip_config, clip_weights)
 
 
@@ -132,20 +167,22 @@ def test_among_equals_the_smallest_is_chosen(vectors, data, clip_config, clip_we
 
 
 INDIVIDUAL = {"shapes": 0.5, "things": 1.0}
+ZERO_SHOT = {"shapes": 0.4, "things": 0.5}
 CURVE = {0.2: {"shapes": 0.5, "things": 0.6}, 0.4: {"shapes": 0.3, "things": 0.9}, 0.6: {"shapes": 0.1, "things": 0.2}}
 
 
 @pytest.fixture
 def scripted(monkeypatch):
-    """Validation gives :data:`INDIVIDUAL`, then :data:`CURVE`."""
-    answers = [*({task: value} for task, value in INDIVIDUAL.items()), *CURVE.values()]
+    """Validation gives :data:`CURVE` at a coefficient, :data:`INDIVIDUAL` and :data:`ZERO_SHOT`."""
     asked = []
 
-    def validate(module, data):
-        asked.append(data.task_names)
-        return answers[len(asked) - 1]
+    def accuracy(self, vector, coefficient=1.0, tasks=None):
+        asked.append((None if vector is None else vector.task, coefficient, tasks))
+        if vector is None:
+            return dict(ZERO_SHOT)
+        return dict(CURVE[coefficient]) if tasks is None else {task: INDIVIDUAL[task] for task in tasks}
 
-    monkeypatch.setattr(lit_merge.search, "_validate", validate)
+    monkeypatch.setattr(Evaluation, "accuracy", accuracy)
     return asked
 
 
@@ -156,18 +193,17 @@ def test_the_criterion_decides(criterion, best, scripted, vectors, data, clip_co
     assert result.normalised == pytest.approx([0.8, 0.75, 0.2])
     assert result.absolute == pytest.approx([0.55, 0.6, 0.15])
     assert (result.best, result.criterion) == (best, criterion)
-    assert scripted == [("shapes",), ("things",), *[("shapes", "things")] * 3]
-
-
-def test_normalised_accuracy_by_hand():
-    assert normalised_accuracy({"a": 0.45, "b": 0.6}, {"a": 0.9, "b": 0.8}) == pytest.approx((0.5 + 0.75) / 2)
-    assert normalised_accuracy({"a": 0.9}, {"a": 0.6, "b": 0.0}) == pytest.approx(1.5)
-    with pytest.raises(DataError, match="got 0 for b"):
-        normalised_accuracy({"a": 0.9, "b": 0.1}, {"a": 0.6, "b": 0.0})
-
-
-def test_the_default_grid_is_the_papers():
-    assert CoefficientSearch().values == [round(number / 20, 2) for number in range(21)]
+    assert [point.score for point in result.points] == (
+        result.normalised if criterion == "normalised" else result.absolute
+    )
+    assert result.transform == task_arithmetic(best)
+    assert result.describe() == f"coefficient {best} chosen on validation data"
+    assert result.pareto == [0, 1]
+    assert (result.target, result.control) == (["shapes", "things"], [])
+    assert (result.individual, result.zero_shot) == (INDIVIDUAL, None)
+    merged = [("shapes+things", value, None) for value in CURVE]
+    own = [("shapes", 1.0, ["shapes"]), ("things", 1.0, ["things"])]
+    assert scripted == [merged[0], *own, *merged[1:]]
 
 
 def test_a_merge_with_a_search_is_the_merge_at_its_best(scripted, vectors, data, clip_config, clip_weights, tmp_path):
@@ -185,8 +221,8 @@ def test_a_merge_with_a_search_is_the_merge_at_its_best(scripted, vectors, data,
     curve = json.loads((tmp_path / "found-search.json").read_text(encoding="utf-8"))
     assert curve["values"] == [0.2, 0.4, 0.6]
     assert curve["best"] == 0.2
-    assert curve["accuracy"] == list(CURVE.values())
-    assert curve["normalised"] == result.search.normalised
+    assert [point["accuracy"] for point in curve["points"]] == list(CURVE.values())
+    assert curve["normalised"] == [point["normalised"] for point in curve["points"]] == result.search.normalised
     with safe_open(result.output, framework="pt") as file:
         header = file.metadata()
     assert json.loads(header["search"]) == curve
@@ -194,13 +230,6 @@ def test_a_merge_with_a_search_is_the_merge_at_its_best(scripted, vectors, data,
 
 
 def test_searches_that_make_no_sense_are_refused(vectors, data, clip_config, clip_weights):
-    for settings, part in (
-        ({"values": []}, "search.values: expected at least one value, got none"),
-        ({"criterion": "normalized"}, "search.criterion: expected normalised or absolute, got 'normalized'"),
-    ):
-        with pytest.raises(ConfigurationError) as error:
-            CoefficientSearch(**settings)
-        assert part in str(error.value)
     model = (clip_config, clip_weights)
     for transform, search, other, part in (
         (task_arithmetic(), CoefficientSearch(), data.subset(["shapes"]), "got none of 'things' (data: shapes)"),
@@ -213,6 +242,399 @@ def test_searches_that_make_no_sense_are_refused(vectors, data, clip_config, cli
             search_coefficient(vectors, transform, search, *model, other)
         assert part in str(error.value)
         assert "\n" not in str(error.value)
+
+
+# Target and control tasks
+
+
+@pytest.mark.parametrize(
+    ("settings", "best", "scores", "front"),
+    [
+        ({"criterion": "negation"}, 0.4, [-0.5, -0.3, -1 - (0.95 * 0.5 - 0.2)], [1, 2]),
+        ({"criterion": "negation", "control_share": 0.3}, 0.6, [-0.5, -0.3, -0.1], [1, 2]),
+        ({"criterion": "target_control"}, 0.2, [(2 * 1 + 1.2) / 3, (2 * 0.6 + 1.8) / 3, (2 * 0.2 + 0.4) / 3], [0, 1]),
+        (
+            {"criterion": "target_control", "target_weight": 1.0},
+            0.4,
+            [(1 + 1.2) / 2, (0.6 + 1.8) / 2, (0.2 + 0.4) / 2],
+            [0, 1],
+        ),
+        ({"criterion": "normalised"}, 0.2, [1.0, 0.6, 0.2], [0, 1]),
+        ({"criterion": "absolute", "target": ["things"]}, 0.4, [0.6, 0.9, 0.2], [0, 1]),
+    ],
+    ids=str,
+)
+def test_one_tasks_vector_and_the_others(
+    settings, best, scores, front, scripted, vectors, data, clip_config, clip_weights
+):
+    search, one = CoefficientSearch(list(CURVE), **settings), vectors.select(["shapes"])
+    result = search_coefficient(one, task_arithmetic(), search, clip_config, clip_weights, data)
+    assert result.best == best
+    assert [point.score for point in result.points] == pytest.approx(scores)
+    assert result.pareto == front
+    needed = result.criterion in ("target_control", "negation")
+    assert result.zero_shot == (ZERO_SHOT if needed else None)
+    if "target" not in settings:
+        assert (result.target, result.control) == (["shapes"], ["things"])
+        assert [point.control for point in result.points] == [0.6, 0.9, 0.2]
+        assert result.individual == (None if result.criterion == "negation" else {"shapes": 0.5})
+    else:
+        assert (result.target, result.control) == (["things"], ["shapes"])
+        assert result.individual is None  # no vector is called things
+        assert result.normalised == []
+
+
+def test_nothing_keeps_the_control_accuracy(scripted, vectors, data, clip_config, clip_weights):
+    one, search = vectors.select(["shapes"]), CoefficientSearch([0.6], criterion="negation")
+    with pytest.raises(ConfigurationError) as error:
+        search_coefficient(one, negation(), search, clip_config, clip_weights, data)
+    assert str(error.value) == (
+        "search: expected a point that keeps 0.95 of the control accuracy 0.5, got at most 0.2 (coefficient 0.6). "
+        "Add smaller values; 0 keeps all of it."
+    )
+
+
+@pytest.mark.parametrize("linearized", [False, True])
+@pytest.mark.parametrize("criterion", ["negation", "target_control"])
+def test_control_criteria_are_measured(criterion, linearized, vectors, many, evaluated, clip_config, clip_weights):
+    """From the accuracies of single evaluations, whichever way they were measured."""
+    one, grid = vectors.select(["shapes"]), [0.0, 0.4, 1.0]
+    search = CoefficientSearch(grid, criterion=criterion, control_share=0.5)
+    settings = {"model": clip_config, "pretrained": clip_weights, "data": many, "linearized": linearized}
+    result = search_coefficient(one, negation(), search, **settings)
+    points = [evaluated(negation(value)(one).single(), many, linearized) for value in grid]
+    assert result.accuracy == points
+    assert result.zero_shot == points[0]
+    assert points[0] != points[1] != points[2]
+    own = evaluated(one.vector(0), many, linearized)["shapes"]
+    if criterion == "negation":
+        kept = [index for index in range(3) if points[index]["things"] >= 0.5 * points[0]["things"]]
+        expected = min(kept, key=lambda index: (points[index]["shapes"], grid[index]))
+        assert result.individual is None
+    else:
+        scores = [(2 * point["shapes"] / own + point["things"] / points[0]["things"]) / 3 for point in points]
+        assert [point.score for point in result.points] == pytest.approx(scores)
+        expected = max(range(3), key=lambda index: (scores[index], -grid[index]))
+        assert result.individual == {"shapes": own}
+    assert result.chosen == expected
+
+
+@pytest.mark.parametrize(
+    ("tasks", "settings", "message"),
+    [
+        (["shapes", "things"], {"criterion": "negation"}, "expected control tasks for negation, got none. Give data"),
+        (["shapes"], {"criterion": "target_control", "control": []}, "expected control tasks for target_control, got"),
+        (["shapes"], {"control": ["signs"]}, "of every task, got none of 'signs' (data: shapes, things). Name"),
+        (["shapes"], {"target": ["signs"]}, "expected data of every task, got none of 'signs'"),
+        (["shapes"], {"control": ["shapes"]}, "search.control: expected other tasks than the targets, got shapes."),
+        (["shapes", "shapes"], {}, "expected one vector of every target task for normalised, got 2 of shapes. Use"),
+        (["shapes"], {"target": ["things"]}, "expected one vector of every target task for normalised, got 0 of thi"),
+    ],
+    ids=str,
+)
+def test_roles_that_make_no_sense(tasks, settings, message, vectors, data, clip_config, clip_weights):
+    chosen = vectors.select([vectors.tasks.index(task) for task in tasks])
+    search = CoefficientSearch([0.5], **settings)
+    with pytest.raises(ConfigurationError) as error:
+        search_coefficient(chosen, task_arithmetic(), search, clip_config, clip_weights, data)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_two_vectors_of_one_task_are_judged_by_accuracy(vectors, data, clip_config, clip_weights, base):
+    """A rewarded soup between them, with its front over the tasks of the data."""
+    rows = [vectors.vector(0), TaskVector(vectors.vector(1), "shapes")]
+    both, search = TaskVectors(rows), CoefficientSearch([0.0, 0.5, 1.0], "fraction", "absolute")
+    result = search_coefficient(both, rewarded_soup(), search, clip_config, clip_weights, data)
+    first, second = dict(rows[0]), dict(rows[1])
+    for fraction, found in zip([0.0, 0.5, 1.0], result.accuracy, strict=True):
+        between = {name: (1 - fraction) * first[name] + fraction * second[name] for name in first}
+        assert found == pytest.approx(accuracies(base, moved(base, between, 1.0), data))
+    assert (result.target, result.control, result.normalised) == (["shapes"], ["things"], [])
+    points = [tuple(point.values()) for point in result.accuracy]
+    assert result.pareto == [
+        index
+        for index, (a, b) in enumerate(points)
+        if not any(c >= a and d >= b and (c, d) != (a, b) for c, d in points)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, ["digits", "signs"]),
+        ({"control": ["land"]}, ["digits", "signs", "land"]),
+        ({"target": ["scenes"]}, ["scenes"]),
+        ({"criterion": "negation", "target": ["scenes"], "control": ["land"]}, ["scenes", "land"]),
+        (
+            {"criterion": "target_control"},
+            ["digits", "signs", *(task for task in EMBEDDED_TASKS if task not in ("digits", "signs"))],
+        ),
+    ],
+    ids=str,
+)
+def test_without_data_the_embedded_tasks_are_meant(settings, expected, vectors, monkeypatch):
+    named = TaskVectors([TaskVector(vectors.vector(row), task) for row, task in enumerate(("digits", "signs"))])
+    asked = []
+
+    class Noted(MultiTaskDataModule):
+        def __init__(self, tasks):
+            asked.append(tasks)
+            raise DataError("enough")
+
+    monkeypatch.setattr("lit_merge.data.multitask.MultiTaskDataModule", Noted)
+    with pytest.raises(DataError, match="enough"):
+        search_coefficient(named, task_arithmetic(), CoefficientSearch(**settings))
+    assert asked == [expected]
+
+
+# Several fields, and what is merged
+
+
+@dataclass(frozen=True)
+class Counted(Transform):
+    """Adds a number; says how often it was read."""
+
+    offset: float = 0.0
+    seen: ClassVar[Counter[float]] = Counter()
+
+    def __call__(self, vectors):
+        self.seen[self.offset] += 1
+        return vectors.map(lambda name, stack: stack.add_(self.offset), note=self)
+
+
+def test_a_factor_among_other_fields_is_merged_once(base, vectors, data, clip_config, clip_weights):
+    Counted.seen.clear()
+    transform = chain(Counted(), Sum(), Scale(0.3))
+    search = CoefficientSearch(fields={"coefficient": [0.2, 0.7, 0.9], "Counted.offset": [0.0, 0.05]})
+    result = search_coefficient(vectors, transform, search, clip_config, clip_weights, data)
+    assert Counted.seen == {0.0: 1, 0.05: 1}
+    assert len(result.points) == 6
+    for point in result.points:
+        factor, offset = point.fields["coefficient"], point.fields["Counted.offset"]
+        total = {name: (vectors[name] + offset).sum(0) for name in vectors}
+        assert point.accuracy == pytest.approx(accuracies(base, moved(base, total, factor), data))
+    scores = [point.score for point in result.points]
+    tied = [tuple(p.fields.values()) for p in result.points if p.score == max(scores)]
+    assert tuple(result.fields.values()) == min(tied)
+    factor, offset = result.fields.values()
+    assert result.transform == chain(Counted(offset), Sum(), Scale(factor))
+    assert list(result.fields) == ["coefficient", "Counted.offset"]
+
+
+@pytest.mark.parametrize(
+    "transform", [task_arithmetic(), negation(), chain(Mean(), Scale(2.0), ScaleBlocks([0.5, 2.0]))], ids=repr
+)
+def test_the_scaled_direction_is_the_merge(transform, vectors, data, clip_config, clip_weights, monkeypatch):
+    asked = []
+
+    def accuracy(self, vector, coefficient=1.0, tasks=None):
+        if tasks is None:
+            asked.append((vector, coefficient))
+        return dict.fromkeys(self.loaders, 0.5)
+
+    monkeypatch.setattr(Evaluation, "accuracy", accuracy)
+    chosen = vectors.select([0]) if transform == negation() else vectors
+    search_coefficient(chosen, transform, CoefficientSearch(GRID), clip_config, clip_weights, data)
+    assert [coefficient for _, coefficient in asked] == GRID
+    assert len({id(direction) for direction, _ in asked}) == 1
+    for direction, value in asked:
+        anew = replace_field(transform, "coefficient", value)(chosen).single()
+        for name in anew:
+            torch.testing.assert_close(direction[name] * value, anew[name], rtol=1e-6, atol=1e-7)
+    asked.clear()
+    search_coefficient(vectors, ties(), CoefficientSearch([0.1, 0.2], "density"), clip_config, clip_weights, data)
+    for (merged, coefficient), density in zip(asked, [0.1, 0.2], strict=True):
+        assert coefficient == 1.0
+        assert all(torch.equal(merged[name], value) for name, value in ties(density)(vectors).single().items())
+
+
+# What was measured before
+
+
+def test_a_repeated_search_reads_no_image(vectors, data, counted, clip_config, clip_weights):
+    settings = {"model": clip_config, "pretrained": clip_weights, "data": data}
+    first = search_coefficient(vectors, task_arithmetic(), CoefficientSearch([0.2, 0.4]), **settings)
+    assert counted["read"] == 2 * (15 + 21) + 15 + 21
+    counted.clear()
+    assert search_coefficient(vectors, task_arithmetic(0.9), CoefficientSearch([0.2, 0.4]), **settings) == first
+    assert not counted
+    more = search_coefficient(vectors, task_arithmetic(), CoefficientSearch([0.4, 0.5]), **settings)
+    assert counted["read"] == 15 + 21
+    assert more.points[0] == first.points[1]
+    counted.clear()
+    twice_the_mean, finer = chain(Scale(2.0), Mean(), Scale(1.0)), CoefficientSearch([0.5], "2.coefficient")
+    assert search_coefficient(vectors, twice_the_mean, finer, **settings).accuracy == more.accuracy[1:]
+    assert not counted  # another way to the same model
+    linear = search_coefficient(vectors, Chain((Clip(), Sum())), CoefficientSearch([0.2]), **settings, linearized=True)
+    direct = search_coefficient(vectors, Chain((Clip(), Sum())), CoefficientSearch([0.2]), **settings)
+    assert counted["read"] == 3 * (15 + 21)  # two points, and the linearised models of one task each
+    assert linear.accuracy != direct.accuracy
+
+
+def test_an_interrupted_search_goes_on(vectors, data, counted, clip_config, clip_weights, monkeypatch):
+    settings = {"model": clip_config, "pretrained": clip_weights, "data": data}
+    measure, left = Evaluation._measure, [7]
+
+    def interrupted(self, task):
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+        return measure(self, task)
+
+    monkeypatch.setattr(Evaluation, "_measure", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        search_coefficient(vectors, task_arithmetic(), CoefficientSearch(GRID), **settings)
+    assert counted["read"] == 2 * (15 + 21) + 15 + 21 + 15  # a point, single models, a point, and half a point
+    counted.clear()
+    left[0] = 100
+    whole = search_coefficient(vectors, task_arithmetic(), CoefficientSearch(GRID), **settings)
+    assert counted["read"] == 3 * (15 + 21)
+    assert len(whole.points) == 5
+
+
+def test_a_record_that_cannot_be_trusted_is_measured_again(
+    vectors, data, counted, own_cache, clip_config, clip_weights
+):
+    settings = {"model": clip_config, "pretrained": clip_weights, "data": data}
+    search = CoefficientSearch([0.4], criterion="absolute", target=["shapes"], control=[])
+    first = search_coefficient(vectors.select([1]), task_arithmetic(), search, **settings)
+    (file,) = (own_cache / "accuracies").iterdir()
+    sound = file.read_text(encoding="utf-8")
+    record = {"key": file.stem, "accuracy": first.accuracy[0]}
+    assert json.loads(sound) == record
+    for damage in (
+        "",
+        "[]",
+        sound[:-3],
+        json.dumps({**record, "key": "0" * 64}),
+        json.dumps({**record, "accuracy": {"shapes": 1.5}}),
+        json.dumps({**record, "accuracy": {"shapes": "much"}}),
+        json.dumps({**record, "accuracy": [0.5]}),
+        json.dumps({**record, "accuracy": {}}),
+    ):
+        file.write_text(damage, encoding="utf-8")
+        counted.clear()
+        assert search_coefficient(vectors.select([1]), task_arithmetic(), search, **settings) == first
+        assert counted["read"] == 15
+        assert file.read_text(encoding="utf-8") == sound
+
+
+def test_other_images_models_or_heads_are_measured_anew(vectors, data, counted, clip_config, clip_weights):
+    settings = {"model": clip_config, "pretrained": clip_weights}
+    search = CoefficientSearch([0.4], criterion="absolute")
+    first = search_coefficient(vectors, task_arithmetic(), search, **settings, data=data)
+    paths = {task: str(part.source.path) for task, part in data.tasks.items()}
+    counted.clear()
+    other = ValidationOnly(paths=paths, templates={"shapes": ["no {}, or?"]})
+    second = search_coefficient(vectors, task_arithmetic(), search, **settings, data=other)
+    assert counted["read"] == 15 + 21 + 15 + 21
+    assert second.accuracy != first.accuracy
+    counted.clear()
+    image = next(Path(paths["things"]).glob("val/*/0.png"))
+    Image.new("RGB", (32, 32)).save(image)
+    search_coefficient(vectors, task_arithmetic(), search, **settings, data=ValidationOnly(paths=paths))
+    assert counted["read"] == 15 + 21 + 21  # the model of shapes has seen other images
+
+
+def test_images_that_do_not_tell_what_they_are_are_not_recorded(
+    vectors, tiny_data, tiny_tasks, own_cache, clip_config, clip_weights
+):
+    data = tiny_tasks({task: tiny_data(name=task, side=32, seed=len(task)) for task in vectors.tasks})
+    search_coefficient(vectors, task_arithmetic(), CoefficientSearch([0.2]), clip_config, clip_weights, data)
+    assert not (own_cache / "accuracies").exists()
+
+
+# Only validation images
+
+
+def test_data_without_validation_images_are_refused(vectors, tiny_data, tiny_tasks, clip_config, clip_weights):
+    class Without(tiny_tasks):
+        val_dataloader = L.LightningDataModule.val_dataloader
+
+    class Fewer(tiny_tasks):
+        def val_dataloader(self):
+            return [self.tasks["shapes"].loader()]
+
+    class Empty(tiny_tasks):
+        def val_dataloader(self):
+            return [self.tasks["shapes"].loader(), []]
+
+    parts = {task: tiny_data(name=task, side=32) for task in vectors.tasks}
+    for kind, message in (
+        (Without, "search: expected validation data, got a Without without val_dataloader. Add a validation split"),
+        (Fewer, "search: expected validation images of every task, got none of things. Add a validation split; test"),
+        (Empty, "search: expected validation images of every task, got none of things. Add a validation split; test"),
+    ):
+        data = kind(parts)
+        with pytest.raises(DataError) as error:
+            search_coefficient(vectors, task_arithmetic(), CoefficientSearch([0.2]), clip_config, clip_weights, data)
+        assert message in str(error.value)
+    with pytest.raises(ConfigurationError, match=r"expected a data module of several tasks, got TinyData\. Use Multi"):
+        search_coefficient(
+            vectors, task_arithmetic(), CoefficientSearch([0.2]), clip_config, clip_weights, parts["shapes"]
+        )
+
+
+# Optuna
+
+
+def test_a_study_is_reproducible(vectors, data, counted, clip_config, clip_weights, base):
+    pytest.importorskip("optuna")
+    settings = {"model": clip_config, "pretrained": clip_weights, "data": data}
+    study = OptunaStudy({"coefficient": (0.1, 0.9), "Counted.offset": (0.0, 0.1)}, trials=12, seed=3)
+    transform, search = chain(Counted(), Sum(), Scale(0.3)), CoefficientSearch(optuna=study)
+    result = search_coefficient(vectors, transform, search, **settings)
+    assert len(result.points) == 12
+    assert len({tuple(point.fields.values()) for point in result.points}) == 12
+    for point in result.points:
+        assert 0.1 <= point.fields["coefficient"] <= 0.9
+        assert 0.0 <= point.fields["Counted.offset"] <= 0.1
+    scores = [point.score for point in result.points]
+    assert result.points[result.chosen].score == max(scores)
+    last = result.points[-1]
+    total = {name: (vectors[name] + last.fields["Counted.offset"]).sum(0) for name in vectors}
+    assert last.accuracy == pytest.approx(accuracies(base, moved(base, total, last.fields["coefficient"]), data))
+    counted.clear()
+    assert search_coefficient(vectors, transform, search, **settings) == result
+    assert not counted
+    other = CoefficientSearch(optuna=dataclasses.replace(study, seed=4, trials=1))
+    assert search_coefficient(vectors, transform, other, **settings).points[0].fields != result.points[0].fields
+
+
+def test_a_study_learns_from_the_scores(monkeypatch, vectors, data, clip_config, clip_weights):
+    """The more the further up: most trials after the first ten lie in the upper half."""
+    pytest.importorskip("optuna")
+
+    def accuracy(self, vector, coefficient=1.0, tasks=None):
+        return dict.fromkeys(self.loaders, coefficient / 10)
+
+    monkeypatch.setattr(Evaluation, "accuracy", accuracy)
+    search = CoefficientSearch(optuna=OptunaStudy({"coefficient": (0.0, 10.0)}, trials=40), criterion="absolute")
+    result = search_coefficient(vectors, task_arithmetic(), search, clip_config, clip_weights, data)
+    values = result.values
+    assert sum(values[10:]) / 30 > 7
+    assert result.best == max(values)
+
+
+def test_a_whole_number_is_suggested_whole(monkeypatch, vectors, data, clip_config, clip_weights):
+    pytest.importorskip("optuna")
+    monkeypatch.setattr(Evaluation, "accuracy", lambda self, *settings, **more: dict.fromkeys(self.loaders, 0.5))
+    search = CoefficientSearch(optuna=OptunaStudy({"k": (1, 2)}, trials=6), criterion="absolute")
+    result = search_coefficient(vectors, consensus_ta(), search, clip_config, clip_weights, data)
+    assert set(result.values) == {1, 2}
+    assert result.best == 1  # all are equal
+    assert result.transform == consensus_ta(k=1)
+
+
+def test_without_optuna_it_is_said_how_to_get_it(monkeypatch, vectors, data, clip_config, clip_weights):
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    search = CoefficientSearch(optuna=OptunaStudy({"coefficient": (0.0, 1.0)}))
+    with pytest.raises(ConfigurationError) as error:
+        search_coefficient(vectors, task_arithmetic(), search, clip_config, clip_weights, data)
+    assert str(error.value) == (
+        "search.optuna: expected the package optuna, got none installed. Run pip install lit-merge[optuna]."
+    )
 
 
 # Linearised
@@ -262,10 +684,13 @@ def counted(monkeypatch):
 
 @pytest.fixture
 def evaluated(clip_config, clip_weights, silent_trainer):
-    """``evaluated(vector, data)``: accuracies of the linearised module itself."""
-    module = MultiTaskModule(clip_config, clip_weights, linearized=True)
+    """``evaluated(vector, data, linearized=True)``: accuracies of the module itself."""
+    modules = {}
 
-    def evaluate(vector, data):
+    def evaluate(vector, data, linearized=True):
+        if linearized not in modules:
+            modules[linearized] = MultiTaskModule(clip_config, clip_weights, linearized=linearized)
+        module = modules[linearized]
         module.load_task_vector(vector)
         trainer = silent_trainer()
         trainer.validate(module, datamodule=data, verbose=False)
@@ -275,21 +700,21 @@ def evaluated(clip_config, clip_weights, silent_trainer):
 
 
 def test_a_linearised_curve_is_that_of_single_evaluations(vectors, many, counted, evaluated, clip_config, clip_weights):
-    search = CoefficientSearch()
+    search = CoefficientSearch(values=[0.0, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0])
     result = search_coefficient(vectors, task_arithmetic(), search, clip_config, clip_weights, many, linearized=True)
     sizes = {task: len(part.datasets["val"]) for task, part in many.tasks.items()}
     assert sizes == {"shapes": 90, "things": 60}
     assert counted == {"read": 150, "passes": 300}  # the direction, and the task's own vector
     points = [evaluated(task_arithmetic(value)(vectors).single(), many) for value in search.values]
     assert result.accuracy == points
-    assert len({json.dumps(point) for point in points}) > 10
+    assert len({json.dumps(point) for point in points}) > 5
     individual = {task: evaluated(vectors.vector(task), many.subset([task]))[task] for task in vectors.tasks}
     assert result.normalised == [normalised_accuracy(point, individual) for point in points]
     counted.clear()
     finer = CoefficientSearch([0.31, 0.32, 0.3])
     again = search_coefficient(vectors, task_arithmetic(1.0), finer, clip_config, clip_weights, many, linearized=True)
     assert not counted  # everything is kept
-    assert again.accuracy[2] == points[6]
+    assert again.accuracy[2] == points[3]
     plain = search_coefficient(vectors, task_arithmetic(1.0), finer, clip_config, clip_weights, many)
     assert plain.accuracy != again.accuracy
 
@@ -324,6 +749,29 @@ def test_what_comes_before_the_factor_may_be_anything(vectors, data, counted, ev
     points = [evaluated(chain(value)(vectors).single(), data) for value in search.values]
     assert result.accuracy == points
     assert points[0] != points[1]
+
+
+def test_a_factor_among_other_fields_is_linear_too(
+    vectors, data, counted, evaluated, monkeypatch, clip_config, clip_weights
+):
+    made = []
+
+    class Noted(LinearFeatureCache):
+        def __init__(self, network, directions, folder=None):
+            made.append(list(directions))
+            super().__init__(network, directions, folder)
+
+    monkeypatch.setattr(lit_merge.linear_features, "LinearFeatureCache", Noted)
+    transform = chain(Counted(), Sum(), Scale(0.3))
+    search = CoefficientSearch(fields={"coefficient": [0.05, 0.7], "Counted.offset": [0.0, 0.2]})
+    result = search_coefficient(vectors, transform, search, clip_config, clip_weights, data, linearized=True)
+    assert made == [["merged", "task shapes", "task things"]] * 2  # one for every offset
+    assert counted == {"read": 2 * (15 + 21), "passes": 3 * (15 + 21)}  # the single models' tangents are kept
+    for point in result.points:
+        factor, offset = point.fields.values()
+        merged = chain(Counted(offset), Sum(), Scale(factor))(vectors).single()
+        assert point.accuracy == evaluated(merged, data)
+    assert len({json.dumps(point.accuracy) for point in result.points}) > 2
 
 
 def test_data_that_do_not_tell_what_they_are_are_evaluated_point_by_point(
@@ -392,4 +840,5 @@ def test_fields_beside_others():
     assert direction_of(before, "coefficient") == Chain((Trim(), Sum(), Scale(1.0)))
     assert direction_of(before, "density") is None
     assert direction_of(after, "coefficient") is None  # a trim need not commute with a factor
-    assert direction_of(Chain((Sum(),)), "coefficient") is None
+    with pytest.raises(ConfigurationError, match=r"coefficient: expected exactly one step of chain\(Sum\(\)\)"):
+        direction_of(Chain((Sum(),)), "coefficient")

@@ -350,7 +350,7 @@ def test_a_refusing_stage_is_named_and_the_rest_is_kept(place, capsys, monkeypat
         (["--paths={a.b: colours}"], "expected letters, digits, _ and -, got 'a.b'", 2),
         (["--recipes={a/b: {recipe: weight_average}}"], "expected letters, digits, _ and -, got 'a/b'", 2),
         (["--recipes={individual: {recipe: weight_average}}"], "expected other names than individual and zero-shot", 2),
-        (["--recipes={one: {}}"], "recipe and transform: expected exactly one of them, got none", 2),
+        (["--recipes={one: {}}"], "recipe, transform and parts: expected exactly one of them, got none", 2),
         (["--recipes.arithmetic.search.field=alpha"], "alpha: expected exactly one step", 2),
         (["--recipes.arithmetic.search.values=[]"], "search.values: expected at least one value", 2),
         (["--seeds=[]"], "seeds: expected at least one", 2),
