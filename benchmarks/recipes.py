@@ -18,10 +18,10 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
-import statistics
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
 
 import torch
@@ -32,17 +32,20 @@ from lit_merge.data import EMBEDDED_TASKS, MultiTaskDataModule
 from lit_merge.environment import hardware, versions
 from lit_merge.modules import MultiTaskModule
 from lit_merge.search import normalised_accuracy, quiet, silent_trainer
+from lit_merge.statistics.command import statistics
 from lit_merge.transforms import (
     ConsensusMask,
     DisjointMean,
     Drop,
     DropByRank,
     ElectSign,
+    FisherMean,
     IsoC,
     IsoCTS,
     LiNeS,
     MagnitudeWindow,
     ModelStock,
+    RegMean,
     Scale,
     Sum,
     TallMask,
@@ -60,7 +63,7 @@ REFERENCES, SINGLE = "references", "single task"
 VALIDATION_IMAGES, CONTROL_IMAGES = 100, 256
 SMALL = [0.1, 0.15, 0.2, 0.25, 0.3, 0.4]
 LARGE = [0.3, 0.5, 0.7, 1.0, 1.4, 2.0]
-BETA = [0.0, 0.1, 0.2, 0.3, 0.45, 0.7, 1.0]
+BETA = [0.0, 0.1, 0.2, 0.3, 0.45, 0.7, 1.0, 1.5, 2.5]
 ALPHA = [0.0, 0.15, 0.3, 0.45, 0.6, 0.8, 1.0]
 RECIPES: dict[str, tuple[Transform, list[float]]] = {  # what is merged, and the coefficients that are tried
     "task arithmetic": (Sum(), SMALL),
@@ -76,6 +79,11 @@ RECIPES: dict[str, tuple[Transform, list[float]]] = {  # what is merged, and the
     "Iso-C": (IsoC(), LARGE),
     "Iso-CTS": (IsoCTS(), LARGE),
 }
+STATISTICS: dict[str, tuple[Any, str, int, list[float]]] = {  # from unlabelled training images: kind and how many
+    "Fisher": (FisherMean, "fisher", 32, [1.0, 1.5, 2.0, 3.0, 4.0, 6.0]),
+    "RegMean": (RegMean, "gram", 128, [1.0, 1.5, 2.0, 2.5, 3.0, 4.0]),
+}
+NAMES = [*RECIPES, *STATISTICS]
 
 
 class Evaluator:
@@ -113,14 +121,14 @@ class Evaluator:
         return float(torch.cat(hits).float().mean())
 
 
-def mean(values: Any) -> float:
-    return statistics.mean(values)
-
-
-def load(folder: Path, regime: str, seed: int) -> TaskVectors:
-    """The task vectors of one regime and seed, in the order of the tasks."""
+def files_of(folder: Path, regime: str, seed: int) -> Path:
+    """Where the task vectors of one regime and seed are."""
     choice = json.loads(Path("benchmarks/results/regimes.json").read_text())["choices"][regime]
-    files = folder / regime / f"{choice['steps']}-{choice['learning_rate']:g}" / f"seed-{seed}"
+    return folder / regime / f"{choice['steps']}-{choice['learning_rate']:g}" / f"seed-{seed}"
+
+
+def load(files: Path) -> TaskVectors:
+    """The task vectors, in the order of the tasks."""
     return TaskVectors([TaskVector.load(files / f"{task}.safetensors") for task in TASKS])
 
 
@@ -151,11 +159,23 @@ def references(evaluate: Evaluator, vectors: TaskVectors) -> list[dict[str, Any]
     return rows
 
 
+def with_statistics(files: Path, name: str) -> tuple[Transform, list[float]]:
+    """A recipe that is weighted by statistics, which are collected unless they are there."""
+    build, kind, images, coefficients = STATISTICS[name]
+    paths = {task: files / f"{task}-{kind}.safetensors" for task in TASKS}
+    for task, path in paths.items():
+        if not path.exists():
+            with quiet():
+                statistics(kind, str(files / f"{task}.safetensors"), images=images)
+    return build({task: str(path) for task, path in paths.items()}), coefficients
+
+
 def recipe(
-    evaluate: Evaluator, vectors: TaskVectors, name: str, individual: dict[str, dict[str, float]]
+    evaluate: Evaluator, files: Path, name: str, individual: dict[str, dict[str, float]]
 ) -> list[dict[str, Any]]:
     """One recipe with its coefficient, and with LiNeS instead."""
-    transform, coefficients = RECIPES[name]
+    vectors = load(files)
+    transform, coefficients = RECIPES[name] if name in RECIPES else with_statistics(files, name)
     rows = []
     merged = TaskVectors([TaskVector(dict(transform(vectors).single()), "merged")])  # once, for all the points
     ratio = _total(Sum()(vectors)) / _total(merged) / len(TASKS)  # what LiNeS("norm_ratio") comes to
@@ -203,13 +223,13 @@ def measure(folder: Path, regime: str, seed: int, what: str, individual: Any = N
     torch.set_num_threads(1)
     if not _EVALUATORS:
         _EVALUATORS.append(Evaluator())
-    evaluate, vectors = _EVALUATORS[0], load(folder, regime, seed)
+    evaluate, files = _EVALUATORS[0], files_of(folder, regime, seed)
     if what == REFERENCES:
-        rows = references(evaluate, vectors)
+        rows = references(evaluate, load(files))
     elif what == SINGLE:
-        rows = [single(evaluate, vectors, with_lines) for with_lines in (False, True)]
+        rows = [single(evaluate, load(files), with_lines) for with_lines in (False, True)]
     else:
-        rows = recipe(evaluate, vectors, what, individual)
+        rows = recipe(evaluate, files, what, individual)
     return [{"regime": regime, "seed": seed, **row} for row in rows]
 
 
@@ -232,7 +252,7 @@ def jobs(result: dict[str, Any], seeds: list[int], folder: Path) -> list[tuple[A
     for place in places:
         own = next(row for row in rows if (row["regime"], row["seed"], row["recipe"]) == (*place[1:], "individual"))
         individual = {"val": own["validation"], "test": own["accuracy"]}
-        second += [(*place, name, individual) for name in [*RECIPES, SINGLE] if (*place[1:], name) not in done]
+        second += [(*place, name, individual) for name in [*NAMES, SINGLE] if (*place[1:], name) not in done]
     return second
 
 
@@ -243,7 +263,7 @@ def _of(rows: list[dict[str, Any]], regime: str, recipe: str, lines: bool | None
 
 def _shown(values: list[float]) -> str:
     values = [100 * value for value in values]
-    spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    spread = f" ± {stdev(values):.1f}" if len(values) > 1 else ""
     return f"{mean(values):.1f}{spread}" if values else "–"
 
 
@@ -261,7 +281,7 @@ def tables(result: dict[str, Any]) -> str:
         for name in ("zero-shot", "weight average", "individual", "TALL masks (a model per task)"):
             absolute, normalised = (_of(rows, regime, name, None, key) for key in ("absolute", "normalised"))
             lines.append(f"| {name} | {_shown(absolute)} | {_shown(normalised)} | | | |")
-        for name in RECIPES:
+        for name in NAMES:
             plain, scaled = (_of(rows, regime, name, one, "absolute") for one in (False, True))
             relative = [_of(rows, regime, name, one, "normalised") for one in (False, True)]
             gains = ", ".join(f"{100 * (more - less):+.1f}" for less, more in zip(plain, scaled, strict=True))

@@ -64,6 +64,7 @@ LAYERS: dict[str, set[str]] = {  # room -> rooms of lit_merge and third-party pa
 }
 ONLY_HERE = {  # third-party package -> the only file that imports it
     "open_clip": "models/encoder.py",
+    "optuna": "search/study.py",
     "fontTools": "data/embedded/build_atlas.py",
     "sklearn": "data/embedded/build_digits.py",
 }

@@ -159,7 +159,7 @@ def test_a_users_own_class_is_looked_for_in_its_own_module(refused) -> None:
             [*MERGE, "--recipe=negation", "--kind=weigths"],
             "kind: expected Literal['weights', 'task_vector'], got 'weigths'",
         ),
-        (MERGE, "recipe and transform: expected exactly one of them, got none."),
+        (MERGE, "recipe, transform and parts: expected exactly one of them, got none."),
         (["suite"], "the following arguments are required: output."),
         (["fit"], "task and path: expected exactly one of them, got neither."),
         (["fit", "--data.task=digits", "--model.learning_rate=-1"], "learning_rate: expected a number in [0, inf)"),

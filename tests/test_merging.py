@@ -21,8 +21,8 @@ from lit_merge.errors import (
 from lit_merge.merging import merge
 from lit_merge.models import load_clip
 from lit_merge.modules import MultiTaskModule
-from lit_merge.search import CoefficientSearch, SearchResult
-from lit_merge.transforms import Chain, Mean, Negate, Scale, Sum
+from lit_merge.search import CoefficientSearch, SearchPoint, SearchResult
+from lit_merge.transforms import Chain, Mean, Negate, Scale, Sum, replace_field
 from lit_merge.vectors import TaskVector, file_digest
 
 TASKS = ("digits", "letters", "signs")
@@ -176,7 +176,8 @@ def test_the_header_tells_where_it_comes_from(kind, files, model, clip, tmp_path
     steps = json.loads(header["transform_config"])["init_args"]["steps"]
     assert [step["class_path"] for step in steps] == ["lit_merge.transforms.Sum", "lit_merge.transforms.Scale"]
     assert json.loads(header["inputs"]) == [
-        {"tasks": task, "sha256": file_digest(path)} for task, path in zip(TASKS, files, strict=True)
+        {"tasks": task, "content_sha256": TaskVector.load(path).content_digest}
+        for task, path in zip(TASKS, files, strict=True)
     ]
     assert "search" not in header
     assert "linearized" not in header
@@ -190,14 +191,34 @@ def test_the_search_evaluates_what_the_vectors_are_merged_for(linearized, files,
 
     def search(vectors, transform, search, model, pretrained, data, linearized):
         asked.append(linearized)
-        return SearchResult("coefficient", [0.2], [1.0], [1.0], 0.2, "normalised", "val", [{}])
+        point = SearchPoint({"coefficient": 0.2}, {"digits": 1.0}, 1.0, 1.0, None, 1.0)
+        return SearchResult([point], 0, [0], replace_field(transform, "coefficient", 0.2), "normalised", "val", [], [])
 
     monkeypatch.setattr(lit_merge.merging, "search_coefficient", search)
-    settings = {"search": CoefficientSearch([0.2]), "linearized": linearized, **model}
+    settings = {"search": CoefficientSearch([0.1, 0.2]), "linearized": linearized, **model}
+    planned = merge(files, str(tmp_path / "found.safetensors"), "task_arithmetic", dry_run=True, **settings)
+    assert asked == []  # a dry run only asks whether there is such a field
+    assert planned.search is None
     result = merge(files, str(tmp_path / "found.safetensors"), "task_arithmetic", **settings)
     assert asked == [linearized]
     assert result.transform == Chain((Sum(), Scale(0.2)))
-    assert ("linearized" in header_of(result.output)) == linearized
+    header = header_of(result.output)
+    assert ("linearized" in header) == linearized
+    assert json.loads(header["search"])["fields"] == {"coefficient": 0.2}
+    assert json.loads((tmp_path / "found-search.json").read_text())["best"] == 0.2
+    assert "A search has coefficient 0.2 chosen on validation data." in (tmp_path / "found.md").read_text()
+    again = {"vectors": files, "output": str(result.output), "recipe": "task_arithmetic", **settings}
+    refused(ConfigurationError, "found.safetensors, which exists", **again)
+    assert len(asked) == 1  # what is refused is refused before a search
+    refused(
+        ConfigurationError,
+        "field",
+        vectors=files,
+        output=str(tmp_path / "none.safetensors"),
+        recipe="weight_average",
+        dry_run=True,
+        **settings,
+    )
 
 
 @pytest.mark.parametrize(
@@ -271,9 +292,10 @@ def test_paths_that_would_destroy_something_are_refused(settings, tmp_path, monk
 def test_recipes_that_make_no_sense_are_refused(settings):
     for changed, parts in (
         ({"recipe": "task_arithmetics"}, ("got 'task_arithmetics'", "Did you mean 'task_arithmetic'?")),
-        ({"recipe": "qqq"}, ("expected one of analogy, negation, task_arithmetic, weight_average",)),
+        ({"recipe": "qqq"}, ("expected one of analogy, breadcrumbs", "weight_average, got 'qqq'")),
         ({"recipe": None}, ("exactly one of them, got none",)),
-        ({"transform": Mean()}, ("exactly one of them, got both",)),
+        ({"transform": Mean()}, ("exactly one of them, got recipe and transform",)),
+        ({"parts": ["Mean"]}, ("exactly one of them, got recipe and parts",)),
         ({"recipe": None, "transform": Mean(), "settings": {"coefficient": 1}}, ("none beside transform",)),
         ({"recipe": "task_arithmetic", "settings": {"coeficient": 1}}, ("Did you mean 'coefficient'?",)),
         ({"recipe": "task_arithmetic", "settings": {"coefficient": "a"}}, ("a finite number, got 'a'",)),
@@ -297,8 +319,8 @@ def test_vectors_of_another_architecture_are_refused(settings, tmp_path):
     path = tmp_path / "narrow.safetensors"
     vector = TaskVector.load(settings["vectors"][0])
     for tensors, part in (
-        ({**vector, "proj": torch.zeros(1, 2)}, "proj (1, 2) for (32, 12)"),
-        ({**vector, "extra": torch.zeros(2)}, "names of the base model, got 1 others (extra)"),
+        ({**vector, "proj": torch.zeros(1, 2)}, "proj (32, 12) instead of (1, 2)"),
+        ({**vector, "extra": torch.zeros(2)}, "every parameter of the task vectors, got nothing for 1 (extra)"),
     ):
         TaskVector(tensors, "narrow").save(path)
         refused(StructureMismatchError, part, **{**settings, "vectors": [str(path)]})
@@ -309,12 +331,13 @@ def test_damaged_files_are_refused(settings, tmp_path, clip_weights):
     path = tmp_path / "damaged.safetensors"
     flipped = bytearray(content)
     flipped[-5] ^= 1
-    for damaged, part in ((content[:-100], "bytes according to the header"), (flipped, "the file has changed")):
-        path.write_bytes(damaged)
-        refused(FileFormatError, part, str(path), **{**settings, "vectors": [*settings["vectors"], str(path)]})
+    several = {**settings, "vectors": [*settings["vectors"], str(path)]}
+    path.write_bytes(content[:-100])
+    refused(FileFormatError, "bytes according to the header", str(path), **several)
+    path.write_bytes(flipped)
+    refused(FileFormatError, "the file has changed", str(path), **several, verify=True)
     missing = str(tmp_path / "missing.safetensors")
     refused(FileFormatError, missing, **{**settings, "vectors": [missing]})
-    refused(FileFormatError, "task-vector", "from_checkpoints", **{**settings, "vectors": [clip_weights]})
 
 
 @pytest.mark.parametrize("kind", ["weights", "task_vector"])

@@ -13,11 +13,22 @@ from lit_merge.errors import ConfigurationError, StructureMismatchError
 from lit_merge.transforms import (
     RECIPES,
     Chain,
+    ConsensusMask,
+    Drop,
+    DropByRank,
+    ElectSign,
+    Interpolate,
+    LiNeS,
+    MagnitudeWindow,
     Mean,
     Negate,
+    Rescale,
     Scale,
+    ScaleBlocks,
     Sum,
+    TallMask,
     Transform,
+    Trim,
     analogy,
     chain,
     negation,
@@ -168,3 +179,136 @@ def test_to_config_refuses_what_is_not_plain():
     for item in (torch.zeros(1), lambda: None, Path("x")):
         with pytest.raises(ConfigurationError, match="to_config: expected numbers"):
             Holding(item).to_config()
+
+
+@pytest.mark.parametrize("transform", [Trim, MagnitudeWindow, DropByRank])
+@pytest.mark.parametrize("density", [0.0, -0.1, 1.5, math.nan, "0.2", True, None])
+def test_a_density_is_a_share(transform, density):
+    expected = "a share above 0 and at most 1" if density == 0 else "a finite number at least 0 and at most 1"
+    with pytest.raises(ConfigurationError, match=rf"{transform.__name__}\.density: expected {expected}, got "):
+        transform(density)
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: Trim(0.2, "layer"), r"Trim\.scope: expected global or tensor, got 'layer'\. Use one of them\."),
+        (lambda: MagnitudeWindow(scope=""), r"MagnitudeWindow\.scope: expected global or tensor, got ''\."),
+        (
+            lambda: MagnitudeWindow(0.1, 1.0),
+            r"MagnitudeWindow\.outliers: expected a finite number at least 0 and below 1",
+        ),
+        (
+            lambda: MagnitudeWindow(0.1, -0.1),
+            r"MagnitudeWindow\.outliers: expected a finite number at least 0 and below",
+        ),
+        (
+            lambda: MagnitudeWindow(0.9, 0.2),
+            r"MagnitudeWindow: expected density \+ outliers of at most 1, got 0\.9 \+ 0\.2\. Lower one of them\.",
+        ),
+        (lambda: Drop(1.0), r"Drop\.p: expected a finite number at least 0 and below 1, got 1\.0\."),
+        (lambda: Drop(-0.1), r"Drop\.p: expected a finite number at least 0 and below 1, got -0\.1\."),
+        (lambda: Drop(seed=1.5), r"Drop\.seed: expected a whole number, got 1\.5\."),
+        (lambda: DropByRank(seed=None), r"DropByRank\.seed: expected a whole number, got None\."),
+        (
+            lambda: DropByRank(0.9, 0.2),
+            r"DropByRank: expected 0 < density − epsilon and density \+ epsilon ≤ 1, got 0\.9 and 0\.2\. Lower",
+        ),
+        (lambda: DropByRank(0.2, 0.2), r"DropByRank: expected 0 < density − epsilon .*got 0\.2 and 0\.2\."),
+        (lambda: DropByRank(0.2, -0.2), r"DropByRank\.epsilon: expected a finite number at least 0, got -0\.2\."),
+        (lambda: ElectSign("sum"), r"ElectSign\.weighting: expected mass or count, got 'sum'\."),
+        (lambda: TallMask(-0.1), r"TallMask\.threshold: expected a finite number at least 0, got -0\.1\."),
+        (lambda: TallMask({"a": "x"}), r"TallMask\.threshold\['a'\]: expected a finite number at least 0, got 'x'\."),
+        (lambda: TallMask([0.2, -1]), r"TallMask\.threshold\[1\]: expected a finite number at least 0, got -1\."),
+        (
+            lambda: TallMask(merge=Sum),
+            r"TallMask\.merge: expected a transform, got <class .*\. Pass an instance, such as",
+        ),
+        (lambda: ConsensusMask(merge="ties"), r"ConsensusMask\.merge: expected a transform, got 'ties'\. Pass an inst"),
+        (lambda: ConsensusMask(0), r"ConsensusMask\.k: expected a whole number of at least 1, got 0\."),
+        (lambda: ConsensusMask(2.0), r"ConsensusMask\.k: expected a whole number of at least 1, got 2\.0\."),
+        (lambda: ConsensusMask(1, -2), r"ConsensusMask\.threshold: expected a finite number at least 0, got -2\."),
+        (lambda: Rescale("l3"), r"Rescale\.norm: expected l1 or l2 or linf, got 'l3'\."),
+        (lambda: Rescale(scope="row"), r"Rescale\.scope: expected global or tensor, got 'row'\."),
+        (lambda: Interpolate(None), r"Interpolate\.fraction: expected a finite number, got None\."),
+        (
+            lambda: LiNeS("ratio"),
+            r"LiNeS\.alpha: expected a finite number or norm_ratio, got 'ratio'\. Use one of them\.",
+        ),
+        (lambda: LiNeS(math.inf), r"LiNeS\.alpha: expected a finite number, got inf\."),
+        (lambda: LiNeS(1, "x"), r"LiNeS\.beta: expected a finite number, got 'x'\."),
+        (lambda: LiNeS(1, outside=math.nan), r"LiNeS\.outside: expected a finite number, got nan\."),
+        (lambda: LiNeS(1, schedule="cubic"), r"LiNeS\.schedule: expected linear or sqrt or quadratic, got 'cubic'\."),
+        (
+            lambda: ScaleBlocks(0.5),
+            r"ScaleBlocks\.coefficients: expected one number per block, got 0\.5\. Give a list\.",
+        ),
+        (
+            lambda: ScaleBlocks("12"),
+            r"ScaleBlocks\.coefficients: expected one number per block, got '12'\. Give a list\.",
+        ),
+        (lambda: ScaleBlocks([1, None]), r"ScaleBlocks\.coefficients\[1\]: expected a finite number, got None\."),
+        (lambda: ScaleBlocks([1], True), r"ScaleBlocks\.outside: expected a finite number, got True\."),
+    ],
+)
+def test_settings_out_of_range_are_refused(build, message):
+    with pytest.raises(ConfigurationError, match=message):
+        build()
+
+
+def test_shares_that_add_up_to_one_are_not_refused():
+    for tenths in range(1, 10):
+        assert MagnitudeWindow(tenths / 10, 1 - tenths / 10).outliers == 1 - tenths / 10
+        DropByRank(1 - tenths / 20, tenths / 20)
+
+
+@pytest.mark.parametrize(
+    ("transform", "message"),
+    [
+        (
+            ConsensusMask(3),
+            r"ConsensusMask\.k: expected at most the number of task vectors \(2\), got 3\. Lower k, or give more",
+        ),
+        (
+            ConsensusMask(merge=Negate()),
+            r"ConsensusMask\.merge: expected a transform that leaves one vector, got Negate\(\), which leaves 2\. Use",
+        ),
+        (
+            TallMask(merge=chain()),
+            r"TallMask\.merge: expected a transform that leaves one vector, got chain\(\), which",
+        ),
+        (TallMask([0.1]), r"TallMask\.threshold: expected one per task \(2: a, b\), got 1\."),
+        (
+            TallMask({"a": 1, "c": 1}),
+            r"TallMask\.threshold: expected the tasks a, b, got unknown 'c' and nothing for 'b'",
+        ),
+        (ConsensusMask(1, (1, 2, 3)), r"ConsensusMask\.threshold: expected one per task \(2: a, b\), got 3\."),
+        (
+            LiNeS(1),
+            r"LiNeS: expected parameters in numbered blocks, such as blocks\.3\.mlp\.weight, got none among 1 names\.",
+        ),
+        (ScaleBlocks([1]), r"ScaleBlocks: expected parameters in numbered blocks"),
+        (
+            chain(Sum(), Interpolate()),
+            r"Interpolate: expected two vectors, got 1 \(a\+b\)\. Select two of them\.",
+        ),
+    ],
+    ids=repr,
+)
+def test_vectors_that_do_not_fit_are_refused(transform, message, vectors):
+    with pytest.raises(ConfigurationError, match=message):
+        transform(vectors)
+
+
+def test_blocks_that_do_not_fit_are_refused():
+    vectors = TaskVectors([TaskVector({"blocks.1.weight": torch.ones(1)}, task) for task in "ab"])
+    with pytest.raises(
+        ConfigurationError,
+        match=r"ScaleBlocks\.coefficients: expected one per block \(2\), got 3\. Give as many as the network has",
+    ):
+        ScaleBlocks([1, 2, 3])(vectors)
+    with pytest.raises(
+        ConfigurationError,
+        match=r"LiNeS\.alpha: expected one merged vector for norm_ratio, got 2\. Reduce them first, e\.g\. with",
+    ):
+        LiNeS("norm_ratio")(vectors)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_merge.errors import ConfigurationError, FileFormatError
-from lit_merge.models.weights import read_weights
+from lit_merge.models.weights import open_weights
 from lit_merge.params import fingerprint
 
 __all__ = ["NOT_TEXT", "TextArchitecture", "TextTower"]
@@ -131,16 +131,20 @@ class TextTower:
         Raises:
             ConfigurationError: the tower was random and has been dropped.
         """
+        tensors = self.tensors()
+        return {name: tensors[name] for name in tensors if only is None or name == only}
+
+    def tensors(self) -> Mapping[str, Tensor]:
+        """As :meth:`state`, but of a safetensors file each tensor is read when it is asked for."""
         # The file comes first, so that the fingerprint does not depend on whether the tower is loaded.
         if self._path is not None:
-            return read_weights(self._path, lambda name: name == only if only else name.split(".")[0] not in NOT_TEXT)
+            return open_weights(self._path, lambda name: name.split(".")[0] not in NOT_TEXT)
         if self._module is None:
             raise ConfigurationError(
                 f"{self._architecture.name}: the text tower of a randomly initialised model was dropped, and there is "
                 "no file to load it from. Build the heads before drop_text()."
             )
-        state = self._module.state_dict()
-        return {name: tensor for name, tensor in state.items() if only is None or name == only}
+        return self._module.state_dict()
 
     def _load(self) -> nn.Module:
         state = self.state()

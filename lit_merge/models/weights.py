@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -11,9 +12,10 @@ from torch import Tensor
 
 from lit_merge.errors import ConfigurationError, FileFormatError, first_few
 from lit_merge.params import check_finite
+from lit_merge.vectors.lazy import Computed
 from lit_merge.vectors.store import LazyTensors, write_tensors
 
-__all__ = ["read_weights", "save_clip"]
+__all__ = ["open_weights", "read_weights", "save_clip"]
 
 # Three integers that OpenAI's published files carry beside the weights.
 _NOT_WEIGHTS = ("input_resolution", "context_length", "vocab_size")
@@ -82,16 +84,26 @@ def read_weights(path: str | Path, keep: Callable[[str], bool] | None = None) ->
         ConfigurationError: there is no such file.
         FileFormatError: the file is damaged, or holds anything but named tensors.
     """
+    return dict(open_weights(path, keep))
+
+
+def open_weights(path: str | Path, keep: Callable[[str], bool] | None = None) -> Mapping[str, Tensor]:
+    """As :func:`read_weights`, but of a safetensors file each tensor is read when it is asked for."""
     path = Path(path)
     if not path.is_file():
         raise ConfigurationError(f"weights: expected a file, got {path}, which is not one. Check the path.")
-    if path.suffix == ".safetensors":
-        stored = LazyTensors(path)
-        prefix = _common_prefix(stored)
-        names = {name.removeprefix(prefix): name for name in stored}
-        return {name: stored[key] for name, key in names.items() if keep is None or keep(name)}
-    state = _read_torch(path)
-    return {name: tensor for name, tensor in state.items() if keep is None or keep(name)}
+    if path.suffix != ".safetensors":
+        state = _read_torch(path)
+        return {name: tensor for name, tensor in state.items() if keep is None or keep(name)}
+    stored = LazyTensors(path)
+    prefix = _common_prefix(stored)
+    names = {name.removeprefix(prefix): name for name in stored}
+    kept = {name: (stored.shape(key), stored.dtype(key)) for name, key in names.items() if keep is None or keep(name)}
+    return Computed(kept, partial(_named, stored, prefix))
+
+
+def _named(stored: LazyTensors, prefix: str, name: str) -> Tensor:
+    return stored[prefix + name]
 
 
 def _read_torch(path: Path) -> dict[str, Tensor]:

@@ -12,13 +12,13 @@ from torch import Tensor
 
 from lit_merge.errors import ConfigurationError, NonFiniteError, StructureMismatchError, first_few
 from lit_merge.params import check_same_structure, dtype_of, fingerprint, is_finite, shape_of, working_dtype
-from lit_merge.vectors.lazy import Computed, Slicer, Structure
-from lit_merge.vectors.store import LazyTensors
+from lit_merge.vectors.lazy import Computed, LazyMapping, Slicer, Structure
+from lit_merge.vectors.sharded import open_tensors
 
 __all__ = ["Checkpoint", "checkpoint_difference"]
 
 Checkpoint = Mapping[str, Tensor] | str | os.PathLike[str]
-"""Name -> tensor, or the path of a safetensors file."""
+"""Name -> tensor, or the path of a safetensors file, or of the folder or index of a sharded model."""
 
 
 def checkpoint_difference(
@@ -27,8 +27,8 @@ def checkpoint_difference(
     """τ = θ − θ0 over the floating-point entries; see :meth:`TaskVector.from_checkpoints`.
 
     Returns:
-        The difference, lazy if both checkpoints are files, and the fingerprint of the floating-point entries of θ0
-        (empty without ``with_fingerprint``).
+        The difference, lazy if both checkpoints are files or lazy mappings, and the fingerprint of the floating-point
+        entries of θ0 (empty without ``with_fingerprint``).
 
     Raises:
         ConfigurationError: a checkpoint is neither a mapping of tensors nor a path.
@@ -56,7 +56,7 @@ def checkpoint_difference(
     }
     identity = fingerprint(Computed(structure, base.__getitem__)) if with_fingerprint else ""
     difference = _Difference(structure, partial(_difference, base, tuned), base, tuned)
-    lazy = isinstance(base, LazyTensors) and isinstance(tuned, LazyTensors)
+    lazy = isinstance(base, LazyMapping) and isinstance(tuned, LazyMapping)
     return (difference if lazy else dict(difference)), identity
 
 
@@ -83,13 +83,13 @@ def _part(base: Tensor, tuned: Tensor, start: int, stop: int, out: Tensor) -> No
 
 def _opened(checkpoint: Checkpoint, what: str) -> Mapping[str, Tensor]:
     if isinstance(checkpoint, (str, os.PathLike)):
-        return LazyTensors(checkpoint)
+        return open_tensors(checkpoint)
     if not isinstance(checkpoint, Mapping):
         raise ConfigurationError(
             f"{what}: expected a mapping name -> tensor or the path of a safetensors file, got "
             f"{type(checkpoint).__name__}. Use dict(model.named_parameters())."
         )
-    if not isinstance(checkpoint, LazyTensors):
+    if not isinstance(checkpoint, LazyMapping):
         others = [
             f"{name} ({type(value).__name__})" for name, value in checkpoint.items() if not hasattr(value, "shape")
         ]

@@ -35,6 +35,9 @@ class LazyMapping(Mapping[str, Tensor]):
     def dtype(self, name: str) -> torch.dtype:
         """Dtype of one tensor."""
 
+    def __contains__(self, name: object) -> bool:
+        return any(name == known for known in self)  # Mapping would read the tensor
+
     def slicer(self, name: str) -> Slicer:
         """A function ``(start, stop, out)`` that writes those entries of one flattened tensor into ``out``.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 __all__ = ["Statistic"]
 
@@ -33,6 +33,3 @@ class Statistic(Generic[_Value]):
 
     def __repr__(self) -> str:
         return f"{self.what} ({'at most ' if self.at_most else ''}{self.reads} reads)"
-
-    def __getstate__(self) -> dict[str, Any]:
-        return dict(self.__dict__)

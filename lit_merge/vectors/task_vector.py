@@ -18,6 +18,7 @@ from lit_merge.vectors.apply import apply_vector
 from lit_merge.vectors.difference import Checkpoint, checkpoint_difference
 from lit_merge.vectors.lazy import LazyMapping, Slicer
 from lit_merge.vectors.rounding import Rounded
+from lit_merge.vectors.sharded import ShardedTensors, open_tensors
 from lit_merge.vectors.store import LazyTensors, write_tensors
 
 __all__ = ["FORMAT", "TaskVector", "joined_task", "same_base"]
@@ -81,12 +82,12 @@ class TaskVector(LazyMapping):
         """The difference τ = θ − θ0 of two checkpoints of one architecture (Ilharco et al. 2023).
 
         Integer and boolean entries (counters, position indices) are left out. Two files are differenced tensor by
-        tensor whenever one is asked for; if a mapping is given, all is differenced now, so that later changes to a
-        live model do not reach the vector.
+        tensor whenever one is asked for; if a mapping that is not lazy is given, all is differenced now, so that later
+        changes to a live model do not reach the vector.
 
         Args:
-            pretrained: θ0, name -> tensor, or the path of a safetensors file.
-            finetuned: θ, name -> tensor, or the path of a safetensors file.
+            pretrained: θ0, name -> tensor, or the path of a safetensors file or of a sharded model's folder or index.
+            finetuned: θ, in the same way.
             task: name of the task.
             base_fingerprint: fingerprint of θ0 if it is known; otherwise it is computed (one pass over θ0).
 
@@ -106,13 +107,13 @@ class TaskVector(LazyMapping):
         """Open a task vector file; tensors are read when they are asked for, in the dtype in which they are stored.
 
         Args:
-            path: a file that :meth:`save` wrote.
+            path: a file that :meth:`save` wrote; or the folder or index of one that is sharded.
             verify: also compare all bytes with the content digest in the header (reads the whole file once).
 
         Raises:
             FileFormatError: the file is missing, damaged, or holds something else than a task vector.
         """
-        tensors = LazyTensors(path)
+        tensors = open_tensors(path)
         found = tensors.metadata.get("format")
         if found != FORMAT:
             advice = (
@@ -159,7 +160,7 @@ class TaskVector(LazyMapping):
     @property
     def content_digest(self) -> str | None:
         """The content digest of the file behind the vector; ``None`` for a vector in memory."""
-        return self._tensors.content_digest if isinstance(self._tensors, LazyTensors) else None
+        return self._tensors.content_digest if isinstance(self._tensors, (LazyTensors, ShardedTensors)) else None
 
     def __getitem__(self, name: str) -> Tensor:
         return self._tensors[name]

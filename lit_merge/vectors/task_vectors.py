@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lit_merge.errors import ConfigurationError, StructureMismatchError, first_few
-from lit_merge.params import working_dtype
+from lit_merge.params import shape_of, working_dtype
 from lit_merge.vectors.lazy import Computed, LazyMapping, Structure
 from lit_merge.vectors.sources import Entries, Reader, Rows, Source, Stacks, Subset, Union
 from lit_merge.vectors.statistic import Statistic
@@ -20,8 +20,9 @@ from lit_merge.vectors.task_vector import TaskVector, joined_task, same_base
 
 __all__ = ["EntryFunction", "StackFunction", "TaskVectors"]
 
-StackFunction = Callable[[str, Tensor], Tensor]
-"""``function(name, stack)``: from a parameter's stack ``(T, *shape)`` to its new stack ``(T', *shape)``."""
+StackFunction = Callable[..., Tensor]
+"""``function(name, stack, *others)``: from a parameter's stack ``(T, *shape)``, and those of other views, to its new
+stack ``(T', *shape)``."""
 
 EntryFunction = Callable[..., Tensor]
 """``function(name, start, piece, *others)``: from the entries ``start … start + n`` of a parameter's flattened stack,
@@ -42,7 +43,8 @@ class TaskVectors(LazyMapping):
 
     Raises:
         ConfigurationError: ``vectors`` is empty or holds something else than task vectors.
-        StructureMismatchError: names, shapes or known base fingerprints differ, or the base lacks a parameter.
+        StructureMismatchError: names, shapes or known base fingerprints differ, or the base lacks a parameter or has it
+            in another shape.
         NonFiniteError: on reading, a vector holds NaN or infinity; the vector and the parameter are named.
     """
 
@@ -65,12 +67,8 @@ class TaskVectors(LazyMapping):
             )
         for index, row in enumerate(rows[1:], start=1):
             _check_same_structure(rows[0], row, index)
-        missing = [name for name in rows[0] if name not in base] if base is not None else []
-        if missing:
-            raise StructureMismatchError(
-                f"base: expected every parameter of the task vectors, got nothing for {len(missing)} "
-                f"({first_few(missing)}). Use the pre-trained parameters that the vectors start from."
-            )
+        if base is not None:
+            _check_base(rows[0], base)
         self._rows: tuple[TaskVector, ...] | None = rows
         self._structure: Structure = {
             name: (rows[0].shape(name), working_dtype(*(row.dtype(name) for row in rows))) for name in rows[0]
@@ -209,23 +207,26 @@ class TaskVectors(LazyMapping):
         function: StackFunction,
         tasks: Sequence[str] | None = None,
         note: object = "",
+        others: Sequence[TaskVectors] = (),
         statistics: Sequence[Statistic[Any]] = (),
     ) -> TaskVectors:
         """A new lazy view whose stacks are ``function(name, stack)``, for what needs whole parameters.
 
         Args:
-            function: called whenever a stack is asked for, with a stack ``(T, *shape)`` that is its own to write
-                into; it returns ``(T', *shape)`` of the same dtype, and does not keep what it returns.
+            function: called whenever a stack is asked for, with the parameter's name, a stack ``(T, *shape)`` that is
+                its own to write into, and the stack of each of ``others``; it returns ``(T', *shape)`` of the same
+                dtype, and does not keep what it returns.
             tasks: the T' tasks of the result; by default the present ones.
             note: added to the provenance as a string; a transform passes itself.
+            others: more views of the same parameters, read side by side.
             statistics: what the function calls to know about all parameters.
 
         Returns:
             The view. ``StructureMismatchError`` is raised on access if the function returns another shape or dtype.
         """
         names = self._tasks if tasks is None else tuple(tasks)
-        source = Stacks(self, function, len(names), str(note) or "function")
-        return self._view(source, names, str(note), statistics)
+        source = Stacks(self, tuple(others), function, len(names), str(note) or "function")
+        return self._view(source, names, str(note), _needed(others, statistics))
 
     def map_entries(
         self,
@@ -251,8 +252,7 @@ class TaskVectors(LazyMapping):
         """
         names = self._tasks if tasks is None else tuple(tasks)
         source = Entries(self, tuple(others), function, len(names), str(note) or "function")
-        known = [*(statistic for view in others for statistic in view.statistics), *statistics]
-        return self._view(source, names, str(note), known)
+        return self._view(source, names, str(note), _needed(others, statistics))
 
     def reduce_entries(
         self,
@@ -294,8 +294,8 @@ class TaskVectors(LazyMapping):
                 f"{' and '.join(map(str, counts))}. Let all of them reduce, or none."
             )
         owners = {name: view for view in views for name in view}
-        known = [statistic for view in views for statistic in view.statistics]
-        return self._view(Union({name: owners[name] for name in self}), views[0].tasks, str(note), known)
+        source = Union({name: owners[name] for name in self})
+        return self._view(source, views[0].tasks, str(note), _needed(views, ()))
 
     def select(self, tasks: Sequence[str | int]) -> TaskVectors:
         """The rows of the given tasks (names or positions), in the given order.
@@ -311,11 +311,16 @@ class TaskVectors(LazyMapping):
         if self._rows is not None:
             assert isinstance(self._source, Rows)
             return TaskVectors([self._rows[index] for index in indices], self._base, self._source.device)
-        return self.map_entries(
+        view = self.map_entries(
             partial(_selected, indices),
             tasks=[self._tasks[index] for index in indices],
             note=f"select({[self._tasks[index] or index for index in indices]})",
         )
+        if self._inputs is self:
+            view._inputs = view
+        elif self._inputs.tasks == self._tasks:  # row by row what became of the inputs
+            view._inputs = self._inputs.select(indices)
+        return view
 
     def vector(self, task: str | int) -> TaskVector:
         """One row as a task vector: the original if nothing was applied, otherwise a lazy view of this mapping.
@@ -396,9 +401,29 @@ def _check_same_structure(first: TaskVector, other: TaskVector, index: int) -> N
         )
 
 
+def _check_base(vector: TaskVector, base: Mapping[str, Tensor]) -> None:
+    missing = [name for name in vector if name not in base]
+    if missing:
+        raise StructureMismatchError(
+            f"base: expected every parameter of the task vectors, got nothing for {len(missing)} "
+            f"({first_few(missing)}). Use the pre-trained parameters that the vectors start from."
+        )
+    shapes = {name: (tuple(shape_of(base, name)), tuple(vector.shape(name))) for name in vector}
+    others = [f"{name} {found} instead of {wanted}" for name, (found, wanted) in shapes.items() if found != wanted]
+    if others:
+        raise StructureMismatchError(
+            f"base: expected the shapes of the task vectors, got {len(others)} others: {first_few(others)}. "
+            "Use the pre-trained parameters that the vectors start from."
+        )
+
+
 def _identity(vector: TaskVector) -> str:
     content = f", content={vector.content_digest[:16]!r}" if vector.content_digest else ""
     return f"TaskVector(task={vector.task!r}{content})"
+
+
+def _needed(views: Sequence[TaskVectors], statistics: Sequence[Statistic[Any]]) -> list[Statistic[Any]]:
+    return [*(statistic for view in views for statistic in view.statistics), *statistics]
 
 
 def _selected(indices: list[int], name: str, start: int, piece: Tensor) -> Tensor:
