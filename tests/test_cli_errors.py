@@ -66,7 +66,11 @@ def tree() -> dict[str, int]:
 MISSPELT = [
     ("fti", "", "Did you mean fit?"),
     ("tset --data.task digits", "", "Did you mean test?"),
-    ("nonsense", "", "expected one of fit, validate, test, predict, merge, suite, data, got 'nonsense'"),
+    (
+        "nonsense",
+        "",
+        "expected one of fit, validate, test, predict, merge, soup, statistics, suite, data, got 'nonsense'",
+    ),
     ("fit --outptu R", "", "got 'outptu', which there is not. Did you mean output?"),
     ("fit --trainer.max_stepz 3", "", "Did you mean trainer.max_steps"),
     ("fit --trainr.max_steps 3", "", "Did you mean trainer.max_steps?"),

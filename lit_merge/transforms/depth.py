@@ -156,6 +156,8 @@ def _norm_ratio(vectors: TaskVectors) -> float:
 
 
 def _total(vectors: TaskVectors) -> float:
-    return math.fsum(
-        float(piece.abs_().sum(dtype=torch.float64)) for name in vectors for _, piece in vectors.pieces(name)
-    )
+    return math.fsum(vectors.over_pieces(_sum_of_magnitudes))
+
+
+def _sum_of_magnitudes(name: str, start: int, piece: Tensor) -> float:
+    return float(piece.abs_().sum(dtype=torch.float64))

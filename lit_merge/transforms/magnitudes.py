@@ -202,15 +202,11 @@ def _cuts_within(vectors: TaskVectors, kept: int, brackets: Sequence[tuple[float
     above, collected = [0] * len(brackets), [0] * len(brackets)
     between: list[list[tuple[str, Tensor, Tensor]]] = [[] for _ in brackets]  # name, positions and magnitudes
     limits = [(_limit(low, True, dtype), high) for low, high in brackets]
-    for name, start, piece in walk_all(vectors):
-        for row, (low, high) in enumerate(limits):
-            values = piece[row].to(dtype)
-            top = torch.hardshrink(values, high)
-            found = torch.hardshrink(values, low).sub_(top).abs_()
-            above[row] += _count(top)
-            positions = _nonzero(found)
+    for name, rows in vectors.over_pieces(partial(_compared, limits, dtype), sorted(vectors), _LENGTH):
+        for row, (count, positions, magnitudes) in enumerate(rows):
+            above[row] += count
             if len(positions):
-                between[row].append((name, (positions + start).to(torch.int32), found[positions]))
+                between[row].append((name, positions, magnitudes))
                 collected[row] += len(positions)
         if max(collected) > _SAMPLE + size_of(vectors) // 32:  # many equal magnitudes: memory has to stay bounded
             return None
@@ -232,6 +228,20 @@ def _cuts_within(vectors: TaskVectors, kept: int, brackets: Sequence[tuple[float
                 left -= len(equal)
         cuts.append(cut)
     return tuple(cuts)
+
+
+def _compared(
+    limits: Sequence[tuple[float, float]], dtype: torch.dtype, name: str, start: int, piece: Tensor
+) -> tuple[str, list[tuple[int, Tensor, Tensor]]]:
+    """Of every row how many entries are above its limits, and the positions and magnitudes of those between them."""
+    rows = []
+    for row, (low, high) in zip(piece, limits, strict=True):
+        values = row.to(dtype)
+        top = torch.hardshrink(values, high)
+        found = torch.hardshrink(values, low).sub_(top).abs_()
+        positions = _nonzero(found)
+        rows.append((_count(top), (positions + start).to(torch.int32), found[positions]))
+    return name, rows
 
 
 def _count(values: Tensor) -> int:

@@ -79,9 +79,12 @@ def _votes(weighting: str, piece: Tensor) -> Tensor:
 
 
 def _majority(vectors: TaskVectors, weighting: str) -> float:
-    votes = (_votes(weighting, piece) for name in vectors for _, piece in vectors.pieces(name))
-    total = sum(int(signs.sum(dtype=torch.float64)) for signs in votes)
+    total = sum(vectors.over_pieces(partial(_sum_of_votes, weighting)))
     return float((total > 0) - (total < 0))
+
+
+def _sum_of_votes(weighting: str, name: str, start: int, piece: Tensor) -> int:
+    return int(_votes(weighting, piece).sum(dtype=torch.float64))
 
 
 # In floating point throughout: operators on masks take several times as long as these.

@@ -15,6 +15,7 @@ from torch import Tensor
 from lit_merge.errors import NonFiniteError, StructureMismatchError
 from lit_merge.params import is_finite
 from lit_merge.vectors.lazy import Structure
+from lit_merge.vectors.threads import ordered_map
 
 if TYPE_CHECKING:
     from lit_merge.vectors.task_vector import TaskVector
@@ -111,7 +112,9 @@ class Stacks(Source):
 
     def stack(self, name: str) -> Tensor:
         stacks = [view[name] for view in (self.source, *self.others)]
-        with torch.autocast(stacks[0].device.type, enabled=False):  # merging inside mixed-precision training is exact too
+        with torch.autocast(
+            stacks[0].device.type, enabled=False
+        ):  # exact inside mixed-precision training too
             stack = self.function(name, *stacks)
         shape = (self.count, *self.source.shape(name)[1:])
         return _own(_checked(stack, shape, self.source.dtype(name), self.note, name))
@@ -141,12 +144,14 @@ class Entries(Source):
         size, length, read = math.prod(shape[1:]), self.source.piece_length(name), self.reader(name)
         if size <= length:
             return _own(read(0, size).reshape(shape))
-        first = read(0, length)
-        flat = torch.empty((self.count, size), dtype=first.dtype, device=first.device)
-        flat[:, :length] = first
-        del first
-        for start in range(length, size, length):
-            flat[:, start : start + length] = read(start, min(start + length, size))
+        starts = range(0, size, length)
+        pieces = ordered_map(read, ((start, min(start + length, size)) for start in starts))
+        flat: Tensor | None = None
+        for start, piece in zip(starts, pieces, strict=True):
+            if flat is None:
+                flat = torch.empty((self.count, size), dtype=piece.dtype, device=piece.device)
+            flat[:, start : start + length] = piece
+        assert flat is not None
         return flat.view(shape)
 
     def reader(self, name: str) -> Reader:

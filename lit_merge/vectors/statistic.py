@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
+from lit_merge.vectors.threads import NeededInMainThread, in_worker
+
 __all__ = ["Statistic"]
 
 _Value = TypeVar("_Value")
@@ -26,7 +28,9 @@ class Statistic(Generic[_Value]):
         self._values: list[_Value] = []
 
     def __call__(self) -> _Value:
-        """The value."""
+        """The value; in a thread that computes pieces it is asked of the main one."""
+        if not self._values and in_worker():
+            raise NeededInMainThread(self)
         if not self._values:
             self._values.append(self._compute())
         return self._values[0]

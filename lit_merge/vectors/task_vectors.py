@@ -6,7 +6,7 @@ import difflib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,6 +17,9 @@ from lit_merge.vectors.lazy import Computed, LazyMapping, Structure
 from lit_merge.vectors.sources import Entries, Reader, Rows, Source, Stacks, Subset, Union
 from lit_merge.vectors.statistic import Statistic
 from lit_merge.vectors.task_vector import TaskVector, joined_task, same_base
+from lit_merge.vectors.threads import ordered_map
+
+_Result = TypeVar("_Result")
 
 __all__ = ["EntryFunction", "StackFunction", "TaskVectors"]
 
@@ -197,6 +200,29 @@ class TaskVectors(LazyMapping):
         if name not in self._structure:
             raise KeyError(name)
         return self._source.reader(name)
+
+    def over_pieces(
+        self, function: Callable[[str, int, Tensor], _Result], names: Sequence[str] | None = None, length: int = 0
+    ) -> Iterator[_Result]:
+        """``function(name, start, piece)`` of all pieces of all or some parameters, in order, on several threads.
+
+        Args:
+            function: it may write into the piece, and may be called from several threads at once.
+            names: the parameters; all by default.
+            length: fewest entries per piece.
+        """
+
+        def jobs() -> Iterator[tuple[str, int, int, Reader]]:
+            for name in self.names if names is None else names:
+                read, size = self.reader(name), self.shape(name)[1:].numel()
+                step = max(self.piece_length(name), length)
+                for start in range(0, max(size, 1), step):
+                    yield name, start, min(start + step, size), read
+
+        def apply(name: str, start: int, stop: int, read: Reader) -> _Result:
+            return function(name, start, read(start, stop))
+
+        return ordered_map(apply, jobs())
 
     def piece_length(self, name: str) -> int:
         """Entries per piece: about two MiB for all inputs together; on an accelerator the whole parameter."""

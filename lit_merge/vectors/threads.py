@@ -1,0 +1,95 @@
+"""Pieces of task vectors on several threads, each computing by itself.
+
+A piece is small, so that the threads of a single operator would spend their time waiting for each other, above all
+beside other work. Here every thread computes whole pieces, and operators inside it use one thread.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, TypeVar
+
+import torch
+
+__all__ = ["NeededInMainThread", "in_worker", "ordered_map"]
+
+_Result = TypeVar("_Result")
+_state = threading.local()
+_executors: dict[int, ThreadPoolExecutor] = {}
+_lock = threading.Lock()
+
+
+class NeededInMainThread(Exception):  # noqa: N818 - a request, not an error
+    """A worker needs a value over all parameters, which is computed by all workers together."""
+
+    def __init__(self, compute: Callable[[], object]) -> None:
+        super().__init__()
+        self.compute = compute
+
+
+def in_worker() -> bool:
+    """Whether this thread computes pieces."""
+    return getattr(_state, "worker", False)
+
+
+def ordered_map(function: Callable[..., _Result], jobs: Iterable[tuple[Any, ...]]) -> Iterator[_Result]:
+    """``function(*job)`` of every job, in order, computed ahead on as many threads as torch uses for an operator.
+
+    Gradients are not recorded; inference mode is that of the caller. In a worker, and where torch uses one thread, it
+    is a plain loop.
+    """
+    threads = torch.get_num_threads()
+    if threads < 2 or in_worker():
+        for job in jobs:
+            yield function(*job)
+        return
+    executor, inference = _executor(threads), torch.is_inference_mode_enabled()
+    pending: deque[tuple[tuple[Any, ...], Future[_Result]]] = deque()
+    try:
+        for job in jobs:
+            pending.append((job, executor.submit(_run, function, job, inference)))
+            if len(pending) > threads:
+                yield _result(function, *pending.popleft())
+        while pending:
+            yield _result(function, *pending.popleft())
+    finally:
+        for _, future in pending:
+            future.cancel()
+
+
+def _result(function: Callable[..., _Result], job: tuple[Any, ...], future: Future[_Result]) -> _Result:
+    try:
+        return future.result()
+    except NeededInMainThread as request:
+        request.compute()
+    return function(*job)
+
+
+def _run(function: Callable[..., _Result], job: tuple[Any, ...], inference: bool) -> _Result:
+    with torch.no_grad(), torch.inference_mode(inference):
+        return function(*job)
+
+
+def _executor(threads: int) -> ThreadPoolExecutor:
+    with _lock:
+        if threads not in _executors:
+            ready = threading.Barrier(threads + 1)
+            executor = ThreadPoolExecutor(threads, "pieces", _begin)
+            for _ in range(threads):
+                executor.submit(ready.wait)
+            ready.wait()
+            torch.set_num_threads(threads)  # what the workers set for themselves is also the default of new threads
+            _executors[threads] = executor
+        return _executors[threads]
+
+
+def _begin() -> None:
+    _state.worker = True
+    torch.set_num_threads(1)
+
+
+os.register_at_fork(after_in_child=_executors.clear)  # threads do not survive a fork
