@@ -298,8 +298,8 @@ def tables(result: dict[str, Any]) -> str:
     lines += [
         "",
         f"Accuracy in percent on {TEST_IMAGES} test images a task, {len(seeds)} fine-tuning seeds (± their standard "
-        f"deviation), every recipe's one number chosen per seed on {VALIDATION_IMAGES} validation images a task; control "
-        f"accuracy on {CONTROL_IMAGES} images of each other task; bf16, torch "
+        f"deviation), every recipe's one number chosen per seed on {VALIDATION_IMAGES} validation images a task; "
+        f"control accuracy on {CONTROL_IMAGES} images of each other task; bf16, torch "
         f"{result['versions']['torch']}. From `benchmarks/results/recipes.json`, written by `benchmarks/recipes.py`.",
     ]
     return "\n".join(lines)

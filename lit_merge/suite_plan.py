@@ -48,12 +48,16 @@ class Recipe:
         recipe: name of a method of :data:`lit_merge.transforms.RECIPES`.
         settings: its arguments.
         transform: instead, any transform by class path, or a Chain of them.
+        parts: instead, a list of names of transforms and recipes, each with its fields if it needs any.
+        overrides: other parts for some of the parameters.
         search: what is varied, and chosen on validation data.
     """
 
     recipe: str | None = None
     settings: dict[str, Any] = field(default_factory=dict)
     transform: Transform | None = None
+    parts: list[str | dict[str, Any]] | None = None
+    overrides: list[dict[str, Any]] | None = None
     search: CoefficientSearch | None = None
 
     def check(self) -> None:
@@ -62,7 +66,7 @@ class Recipe:
         Raises:
             ConfigurationError: the recipe, a setting or the searched field is unknown, or a value is refused.
         """
-        transform = resolve_transform(self.recipe, self.settings or None, self.transform)
+        transform = resolve_transform(self.recipe, self.settings or None, self.transform, self.parts, self.overrides)
         if self.search:
             self.search.check(transform)
 
@@ -72,6 +76,8 @@ class Recipe:
             "recipe": self.recipe,
             "settings": self.settings,
             "transform": self.transform.to_config() if self.transform else None,
+            **({"parts": self.parts} if self.parts else {}),
+            **({"overrides": self.overrides} if self.overrides else {}),
             "search": self.search.to_config() if self.search else None,
         }
 
@@ -226,6 +232,8 @@ class SuitePlan:
             "recipe": recipe.recipe,
             "settings": recipe.settings or None,
             "transform": recipe.transform.to_config() if recipe.transform else None,
+            **({"parts": recipe.parts} if recipe.parts else {}),
+            **({"overrides": recipe.overrides} if recipe.overrides else {}),
             "search": recipe.search.to_config() if recipe.search else None,
             "data": self._all_data() if recipe.search else None,
             **({"linearized": True} if self.evaluated_linearized else {}),

@@ -420,3 +420,13 @@ def test_a_folders_digest_sees_names_sizes_and_times(tmp_path) -> None:
     (tmp_path / "dangling").symlink_to("nowhere")
     assert folder_digest(tmp_path) == digests[-1]
     assert len(set(digests)) == 3
+
+
+def test_a_recipe_may_be_a_list_of_parts():
+    recipe = Recipe(parts=[{"Trim": {"density": 0.5}}, "Sum"], overrides=[{"names": "ln_", "parts": ["Mean"]}])
+    recipe.check()
+    assert recipe.description()["parts"] == [{"Trim": {"density": 0.5}}, "Sum"]
+    with pytest.raises(ConfigurationError, match="Trim"):
+        Recipe(parts=[{"Trimm": {"density": 0.5}}, "Sum"]).check()
+    with pytest.raises(ConfigurationError, match="parts"):
+        Recipe(recipe="ties", parts=["Sum"]).check()

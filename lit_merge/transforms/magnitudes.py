@@ -20,6 +20,7 @@ __all__ = [
     "common_dtype",
     "count_of",
     "find_cuts",
+    "find_cuts_of_stack",
     "find_global_cuts",
     "keep_largest",
     "sampled",
@@ -123,6 +124,22 @@ def find_cuts(walk: Walk, kept: int, dtype: torch.dtype) -> tuple[Cut, ...]:
     ]
     cuts = [Cut(value) if all_of_them else None for value, all_of_them in zip(thresholds, every, strict=True)]
     return _placed(cuts, walk, thresholds, missing, dtype)
+
+
+def find_cuts_of_stack(name: str, stack: Tensor, kept: int) -> tuple[Cut, ...]:
+    """The cuts that keep exactly ``kept`` entries of every row of one parameter's stack ``(T, *shape)``."""
+    flat = stack.reshape(len(stack), -1)
+    size = flat.shape[1]
+    if size > _LENGTH:
+        return find_cuts(partial(walk_stack, name, flat), kept, flat.dtype)
+    magnitudes = flat.abs()  # few enough to be selected from directly
+    thresholds = magnitudes.kthvalue(size - kept + 1, dim=1, keepdim=True).values
+    missing = (kept - (magnitudes > thresholds).sum(1)).tolist()
+    cuts = []
+    for row, left in enumerate(missing):
+        equal = (magnitudes[row] == thresholds[row]).nonzero().flatten()
+        cuts.append(Cut(float(thresholds[row]), name, int(equal[left - 1])))
+    return tuple(cuts)
 
 
 def keep_largest(cuts: tuple[Cut, ...], name: str, start: int, piece: Tensor) -> Tensor:

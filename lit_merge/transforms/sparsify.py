@@ -16,12 +16,11 @@ from lit_merge.transforms.magnitudes import (
     Cut,
     common_dtype,
     count_of,
-    find_cuts,
+    find_cuts_of_stack,
     find_global_cuts,
     keep_largest,
     sampled,
     size_of,
-    walk_stack,
 )
 from lit_merge.transforms.random import Uniform, labels_of
 from lit_merge.vectors import TaskVectors
@@ -208,7 +207,7 @@ def _window_of_tensor(density: float, outliers: float, name: str, stack: Tensor)
     flat = stack.view(len(stack), -1)
     top = count_of(outliers, size)
     wanted = [min(top + _kept(density, size), size), *([top] if top else [])]
-    cuts = [find_cuts(partial(walk_stack, name, flat), kept, flat.dtype) for kept in wanted]
+    cuts = [find_cuts_of_stack(name, flat, kept) for kept in wanted]
     return _between(cuts, name, 0, flat).view_as(stack)
 
 

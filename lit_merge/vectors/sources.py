@@ -112,9 +112,7 @@ class Stacks(Source):
 
     def stack(self, name: str) -> Tensor:
         stacks = [view[name] for view in (self.source, *self.others)]
-        with torch.autocast(
-            stacks[0].device.type, enabled=False
-        ):  # exact inside mixed-precision training too
+        with torch.autocast(stacks[0].device.type, enabled=False):  # exact inside mixed-precision training too
             stack = self.function(name, *stacks)
         shape = (self.count, *self.source.shape(name)[1:])
         return _own(_checked(stack, shape, self.source.dtype(name), self.note, name))
