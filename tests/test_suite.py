@@ -19,9 +19,10 @@ import yaml
 from lit_merge import FineTuneModule
 from lit_merge.cli import main
 from lit_merge.data import MultiTaskDataModule, TaskDataModule
-from lit_merge.errors import DataError
+from lit_merge.errors import ConfigurationError, DataError
 from lit_merge.report import Results
 from lit_merge.stages import Conductor, folder_digest
+from lit_merge.suite_plan import Recipe
 
 ROOT = Path(__file__).parents[1]
 STAGES = 1 + 2 * (3 + 3)
