@@ -216,33 +216,35 @@ def _cuts_within(vectors: TaskVectors, kept: int, brackets: Sequence[tuple[float
     if min(low for low, _ in brackets) == 0:
         return None
     dtype = common_dtype(vectors)
-    above, collected = [0] * len(brackets), [0] * len(brackets)
-    between: list[list[tuple[str, Tensor, Tensor]]] = [[] for _ in brackets]  # name, positions and magnitudes
     limits = [(_limit(low, True, dtype), high) for low, high in brackets]
+    most = _SAMPLE + size_of(vectors) // 32
+    # Of what lies between. Thousands of small tensors instead would keep freed memory from being used again.
+    positions = torch.empty(len(brackets), most, dtype=torch.int32)
+    magnitudes = torch.empty(len(brackets), most, dtype=dtype)
+    ends: list[list[tuple[str, int]]] = [[] for _ in brackets]  # where each piece's part ends
+    above, filled = [0] * len(brackets), [0] * len(brackets)
     for name, rows in vectors.over_pieces(partial(_compared, limits, dtype), sorted(vectors), _LENGTH):
-        for row, (count, positions, magnitudes) in enumerate(rows):
+        for row, (count, found, values) in enumerate(rows):
             above[row] += count
-            if len(positions):
-                between[row].append((name, positions, magnitudes))
-                collected[row] += len(positions)
-        if max(collected) > _SAMPLE + size_of(vectors) // 32:  # many equal magnitudes: memory has to stay bounded
-            return None
+            begin, filled[row] = filled[row], filled[row] + len(found)
+            if filled[row] > most:  # many equal magnitudes: memory has to stay bounded
+                return None
+            positions[row, begin : filled[row]] = found
+            magnitudes[row, begin : filled[row]] = values
+            ends[row].append((name, filled[row]))
     cuts = []
-    for row, parts in enumerate(between):
-        missing = kept - above[row]
-        magnitudes = torch.cat([values for _, _, values in parts]) if parts else torch.empty(0)
-        if not 1 <= missing <= len(magnitudes):
+    for row, size in enumerate(filled):
+        missing, values = kept - above[row], magnitudes[row, :size]
+        if not 1 <= missing <= size:
             return None
-        threshold = float(magnitudes.kthvalue(len(magnitudes) - missing + 1).values)
-        left = missing - int((magnitudes > threshold).sum())
+        threshold = float(values.kthvalue(size - missing + 1).values)
+        left = missing - int((values > threshold).sum())
+        equal = (values == threshold).nonzero().flatten()
         cut = Cut(threshold)
-        if left < int((magnitudes == threshold).sum()):
-            for name, positions, values in parts:  # in sorted order
-                equal = (values == threshold).nonzero().flatten()
-                if len(equal) >= left:
-                    cut = Cut(threshold, name, int(positions[equal[left - 1]]))
-                    break
-                left -= len(equal)
+        if left < len(equal):
+            last = int(equal[left - 1])
+            name = next(name for name, end in ends[row] if last < end)
+            cut = Cut(threshold, name, int(positions[row, last]))
         cuts.append(cut)
     return tuple(cuts)
 
