@@ -225,10 +225,11 @@ def table(result: dict[str, Any]) -> str:
     lines = []
     for shapes in dict.fromkeys(row["shapes"] for row in result["rows"]):
         limit_row = found[shapes, "task_arithmetic", "limit"]
+        limit_seconds = min(limit_row["seconds"])  # the first time the files may not be in the page cache yet
         lines += [
             *([""] if lines else []),
             f"{TASKS} × {shapes} (float32); reading the inputs and writing the result takes "
-            f"{limit_row['median']:.1f} s, a stack of the largest parameter {limit_row['largest_stack_mib']:.0f} MiB:",
+            f"{limit_seconds:.1f} s, a stack of the largest parameter {limit_row['largest_stack_mib']:.0f} MiB:",
             "",
             "| method | tool | seconds (range) | times ours | times the limit | peak memory, MiB | in stacks |",
             "| :-- | :-- | --: | --: | --: | --: | --: |",
@@ -247,7 +248,7 @@ def table(result: dict[str, Any]) -> str:
                     tool,
                     f"{row['median']:.1f} ({min(row['seconds']):.1f}–{max(row['seconds']):.1f})",
                     f"{row['median'] / ours['median']:.1f}" if ours else "",
-                    f"{row['median'] / limit_row['median']:.1f}",
+                    f"{row['median'] / limit_seconds:.1f}",
                     f"{row['peak_mib']:,.0f}",
                     f"{row['peak_mib'] / row['largest_stack_mib']:.1f}",
                 ]
