@@ -70,7 +70,7 @@ def _result(function: Callable[..., _Result], job: tuple[Any, ...], future: Futu
 
 
 def _run(function: Callable[..., _Result], job: tuple[Any, ...], inference: bool) -> _Result:
-    with torch.no_grad(), torch.inference_mode(inference):
+    with torch.inference_mode(inference), torch.no_grad():  # in this order: leaving inference mode records gradients
         return function(*job)
 
 
@@ -90,6 +90,7 @@ def _executor(threads: int) -> ThreadPoolExecutor:
 def _begin() -> None:
     _state.worker = True
     torch.set_num_threads(1)
+    torch.get_num_threads()  # at its first use a thread takes over the setting of the process, which is to change back
 
 
 os.register_at_fork(after_in_child=_executors.clear)  # threads do not survive a fork

@@ -66,7 +66,7 @@ from lit_merge.transforms import (
     weight_average,
 )
 from lit_merge.transforms.statistics import write_statistics
-from lit_merge.vectors import TaskVector, TaskVectors
+from lit_merge.vectors import TaskVector, TaskVectors, sources
 
 TASKS = ("digits", "letters", "signs")
 SHAPES = {
@@ -372,6 +372,23 @@ def test_pieces_are_the_stack(case: Case, length: int) -> None:
         whole = torch.cat([piece for _, piece in pieces], dim=1)
         assert whole.dtype == stack.dtype
         assert torch.equal(whole, stack.reshape(len(stack), -1))
+
+
+@every_case
+def test_the_number_of_threads_does_not_matter(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "_ENTRIES_IN_CACHE", 3 * len(case.tasks))
+    monkeypatch.setattr(sources, "_FEWEST_ENTRIES", 2)
+    threads, results = torch.get_num_threads(), []
+    try:
+        for number in (1, 3):
+            torch.set_num_threads(number)
+            result = case.transform(TaskVectors(vectors_of(case)))
+            results.append({name: result[name] for name in result})
+            assert torch.get_num_threads() == number
+    finally:
+        torch.set_num_threads(threads)
+    for name, stack in results[0].items():
+        assert torch.equal(stack, results[1][name])
 
 
 @every_case
