@@ -40,7 +40,7 @@ LAYERS: dict[str, set[str]] = {  # room -> rooms of lit_merge and third-party pa
         "lightning",
         "matplotlib",
     },
-    "statistics": {"errors", "params", "vectors", "transforms", "data", "modules", "search", "torch"},
+    "statistics": {"errors", "functional", "params", "vectors", "transforms", "data", "modules", "search", "torch"},
     "report": EVERYTHING,
     "search": EVERYTHING,
     "soup": EVERYTHING,

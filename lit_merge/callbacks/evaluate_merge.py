@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from itertools import islice
 from typing import Any, cast
@@ -20,6 +19,7 @@ from lit_merge.data.embedded.tasks import EMBEDDED_TASKS
 from lit_merge.data.multitask import MultiTaskDataModule
 from lit_merge.errors import ConfigurationError, DataError, first_few
 from lit_merge.functional import linearize
+from lit_merge.functional.evaluation import evaluating
 from lit_merge.models.lora import own_parameters
 from lit_merge.modules.accuracy import hits
 from lit_merge.modules.finetune import FineTuneModule
@@ -231,7 +231,7 @@ class EvaluateMerge(L.Callback):
         """The metrics: name -> scalar, the same on every process."""
         # Outside of the inference mode in which Lightning validates: linearising would copy its tensors every time.
         randomness = isolate_rng(include_cuda=pl_module.device.type == "cuda")
-        with randomness, torch.inference_mode(False), torch.no_grad(), _evaluating(pl_module):
+        with randomness, torch.inference_mode(False), torch.no_grad(), evaluating(pl_module):
             encode = _merged_encoder(pl_module, self._merged(pl_module))
             counts = torch.stack([self._count(trainer, pl_module, encode, task) for task in self._loaders])
             counts = cast(Tensor, trainer.strategy.reduce(counts, reduce_op="sum"))
@@ -289,16 +289,3 @@ def _merged_encoder(pl_module: FineTuneModule, merged: TaskVector) -> Callable[[
     for name, value in merged_parameters(pl_module.initial_parameters, merged):
         weights[names[id(own[name])]] = value.to(own[name])
     return partial(functional_call, network, weights)
-
-
-@contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode of every part, and back to what each of them was in."""
-    training = [part for part in module.modules() if part.training]
-    for part in training:
-        part.training = False
-    try:
-        yield
-    finally:
-        for part in training:
-            part.training = True

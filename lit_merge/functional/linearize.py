@@ -20,6 +20,7 @@ from torch.autograd.graph import disable_saved_tensors_hooks
 from torch.func import functional_call
 
 from lit_merge.errors import ConfigurationError, LitMergeError, first_few
+from lit_merge.functional.evaluation import evaluating
 from lit_merge.functional.tangents import FastTangents
 
 __all__ = ["linearize"]
@@ -61,7 +62,7 @@ def linearize(
     records = torch.is_grad_enabled()  # asked here: leaving inference mode turns it on
     try:
         # Lightning evaluates in inference mode, where no tangent can be attached.
-        with torch.inference_mode(False), torch.set_grad_enabled(records), _evaluating(module), forward_ad.dual_level():
+        with torch.inference_mode(False), torch.set_grad_enabled(records), evaluating(module), forward_ad.dual_level():
             own = _constant({**own, **parameters})
             duals = {name: forward_ad.make_dual(own[name], _ordinary(value)) for name, value in tangents.items()}
             with _no_recomputation(), FastTangents():
@@ -104,18 +105,6 @@ def _no_recomputation() -> Iterator[None]:
         with suppress(RuntimeError):  # around us somebody else's hooks are in use, which do no harm
             stack.enter_context(disable_saved_tensors_hooks(_RECOMPUTATION))
         yield
-
-
-@contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
-    training = [part for part in module.modules() if part.training]
-    for part in training:
-        part.training = False
-    try:
-        yield
-    finally:
-        for part in training:
-            part.training = True
 
 
 _RECOMPUTATION = (

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from lit_merge.errors import ConfigurationError, DataError
+from lit_merge.functional.evaluation import evaluating
 from lit_merge.params import Params, check_finite, working_dtype
-from lit_merge.statistics.images import evaluating, images_and_labels
+from lit_merge.statistics.images import images_and_labels
 
 __all__ = ["LABELS", "collect_fisher"]
 

@@ -11,8 +11,9 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from lit_merge.errors import ConfigurationError
+from lit_merge.functional.evaluation import evaluating
 from lit_merge.params import Params, check_finite, working_dtype
-from lit_merge.statistics.images import evaluating, images_and_labels
+from lit_merge.statistics.images import images_and_labels
 
 __all__ = ["collect_gram"]
 

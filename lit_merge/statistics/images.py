@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 
 from lit_merge.errors import ConfigurationError, DataError
 
-__all__ = ["evaluating", "images_and_labels"]
+__all__ = ["images_and_labels"]
 
 
 def images_and_labels(loader: Iterable[Any], module: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
@@ -56,16 +55,3 @@ def _parts(batch: Any) -> tuple[Tensor, Tensor]:
         f"statistics: expected batches of images, or of images and labels, got {type(batch).__name__}. "
         "Use a loader of one task."
     )
-
-
-@contextmanager
-def evaluating(*modules: nn.Module | None) -> Iterator[None]:
-    """Dropout is off and batch normalisation uses its running statistics; afterwards all is as it was."""
-    training = [part for module in modules if module is not None for part in module.modules() if part.training]
-    for part in training:
-        part.training = False
-    try:
-        yield
-    finally:
-        for part in training:
-            part.training = True

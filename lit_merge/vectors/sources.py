@@ -94,10 +94,8 @@ class Rows(Source):
         return piece
 
 
-class Stacks(Source):
-    """A function of whole stacks."""
-
-    by_pieces = False
+class _Computed(Source):
+    """A function of one view's stacks, and of others' read side by side."""
 
     def __init__(
         self,
@@ -109,6 +107,12 @@ class Stacks(Source):
     ) -> None:
         self.source, self.others, self.function, self.count, self.note = source, others, function, count, note
         self.reads = source.walk + sum(view.walk for view in others)
+
+
+class Stacks(_Computed):
+    """A function of whole stacks."""
+
+    by_pieces = False
 
     def stack(self, name: str) -> Tensor:
         stacks = [view[name] for view in (self.source, *self.others)]
@@ -122,20 +126,12 @@ class Stacks(Source):
         return lambda start, stop: flat[:, start:stop].clone()
 
 
-class Entries(Source):
+class Entries(_Computed):
     """A function of single entries, applied to one piece after the other."""
 
-    def __init__(
-        self,
-        source: TaskVectors,
-        others: tuple[TaskVectors, ...],
-        function: Callable[..., Tensor],
-        count: int,
-        note: str,
-    ) -> None:
-        self.source, self.others, self.function, self.count, self.note = source, others, function, count, note
-        self.reads = source.walk + sum(view.walk for view in others)
-        self.by_pieces = all(view.by_pieces for view in (source, *others))
+    @property
+    def by_pieces(self) -> bool:  # type: ignore[override]
+        return all(view.by_pieces for view in (self.source, *self.others))
 
     def stack(self, name: str) -> Tensor:
         shape = (self.count, *self.source.shape(name)[1:])
