@@ -15,7 +15,7 @@ from lit_merge.errors import ConfigurationError, StructureMismatchError, first_f
 from lit_merge.models import ClipModel, load_clip
 from lit_merge.params import dtype_of, fingerprint, shape_of
 from lit_merge.vectors import LazyTensors, TaskVector, file_digest
-from lit_merge.vectors.lazy import Computed, LazyMapping
+from lit_merge.vectors.lazy import Computed, LazyMapping, Selected
 from lit_merge.vectors.sharded import INDEX_ENDING, ShardedTensors, bytes_of, open_tensors
 from lit_merge.vectors.task_vector import FORMAT
 
@@ -101,10 +101,7 @@ class ClipBase(Base):
                 f"{self.name}, got no {self.prefix} names for {len(missing)} of {len(self._parameters)} parameters "
                 f"({first_few(missing)}). For another model set base to its weights."
             )
-        structure = {
-            name: (tensors.shape(self.prefix + name), tensors.dtype(self.prefix + name)) for name in self._parameters
-        }
-        return Computed(structure, partial(_prefixed, tensors, self.prefix))
+        return Selected(tensors, {name: self.prefix + name for name in self._parameters})
 
 
 class FileBase(Base):
@@ -250,7 +247,3 @@ def _floating(tensors: LazyMapping) -> Computed:
 
 def _from_either(first: Mapping[str, Tensor], second: Mapping[str, Tensor], name: str) -> Tensor:
     return first[name] if name in first else second[name]
-
-
-def _prefixed(tensors: Mapping[str, Tensor], prefix: str, name: str) -> Tensor:
-    return tensors[prefix + name]

@@ -6,8 +6,9 @@ import contextlib
 import re
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,9 +16,9 @@ from torch import Tensor
 
 from lit_merge.errors import ConfigurationError, NonFiniteError
 from lit_merge.merge_inputs import Base
-from lit_merge.params import dtype_of, is_finite, shape_of, working_dtype
+from lit_merge.params import add_scaled, dtype_of, is_finite, shape_of, working_dtype
 from lit_merge.vectors import TaskVectors, merged_parameters
-from lit_merge.vectors.lazy import LazyMapping
+from lit_merge.vectors.lazy import LazyMapping, Slicer
 from lit_merge.vectors.rounding import Rounded
 from lit_merge.vectors.sharded import INDEX_ENDING, bytes_of, plan_shards
 
@@ -108,18 +109,57 @@ class MergedWeights(LazyMapping):
     def __init__(self, base: Base, merged: TaskVectors, dtype: torch.dtype | None) -> None:
         merged_parameters(base.parameters, merged)  # checks, and computes nothing yet
         self._whole, self._prefix, self._merged, self._dtype = base.whole(), base.prefix, merged, dtype
+        self._base = base.parameters
 
     def __getitem__(self, name: str) -> Tensor:
-        value, dtype = self._whole[name].detach(), self.dtype(name)
-        own = name.removeprefix(self._prefix)
-        if name.startswith(self._prefix) and own in self._merged:
-            start = value if value.dtype == dtype else value.to(working_dtype(value.dtype))
-            ((_, value),) = merged_parameters({own: start}, self._merged.restrict([own]))
-        stored = value.to(dtype)
+        if not self._is_merged(name):
+            return self._stored(name, self._whole[name].detach())
+        parameter = self._parameter(name)
+        value = self._sum(parameter, self._base[parameter].detach(), self._merged[parameter][0])
+        return self._stored(name, value)
+
+    def stream(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+        """The flattened tensors one after the other; merged ones in pieces, computed ahead on several threads."""
+        asked = list(names)
+        full = {self._parameter(name): name for name in asked if self._is_merged(name)}
+        starts = {parameter: self._base.slicer(parameter) for parameter in full}
+        pieces = self._merged.over_pieces(partial(self._piece, starts), list(full))
+        ready = next(pieces, None)
+        for name in asked:
+            if not self._is_merged(name):
+                yield name, self[name].reshape(-1)
+            while ready is not None and full[ready[0]] == name:
+                yield name, ready[1]
+                ready = next(pieces, None)
+
+    def _is_merged(self, name: str) -> bool:
+        return name.startswith(self._prefix) and self._parameter(name) in self._merged
+
+    def _parameter(self, name: str) -> str:
+        return name.removeprefix(self._prefix)
+
+    def _piece(self, starts: Mapping[str, Slicer], name: str, start: int, piece: Tensor) -> tuple[str, Tensor]:
+        base = torch.empty(piece.shape[1], dtype=dtype_of(self._base, name), device=piece.device)
+        starts[name](start, start + piece.shape[1], base)
+        return name, self._stored(self._prefix + name, self._sum(name, base, piece[0]))
+
+    def _sum(self, parameter: str, base: Tensor, merged: Tensor) -> Tensor:
+        """θ0 + τ in the base's dtype if that is stored, otherwise in float32 or better, to be rounded once."""
+        keep = base.dtype == self.dtype(self._prefix + parameter)
+        total = add_scaled(base if keep else base.to(working_dtype(base.dtype)), merged)
+        if not is_finite(total):
+            raise NonFiniteError(
+                f"merged parameters: expected finite values, got NaN or infinity in {parameter}. "
+                "Use a smaller coefficient, or remove the damaged input."
+            )
+        return total
+
+    def _stored(self, name: str, value: Tensor) -> Tensor:
+        stored = value.to(self.dtype(name))
         if stored.dtype != value.dtype and is_finite(value) and not is_finite(stored):
             raise NonFiniteError(
-                f"merged weights: expected values that fit into {dtype}, got {float(value.abs().max()):.3g} in {name}. "
-                "Store them as bfloat16 or float32."
+                f"merged weights: expected values that fit into {stored.dtype}, got "
+                f"{float(value.abs().max()):.3g} in {name}. Store them as bfloat16 or float32."
             )
         return stored
 

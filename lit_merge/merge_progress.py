@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -60,6 +60,11 @@ class _Watched(LazyMapping):
         tensor = self._tensors[name]
         self._bar.advance(self._task, bytes_of(self._tensors, name))
         return tensor
+
+    def stream(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+        for name, piece in self._tensors.stream(names):
+            self._bar.advance(self._task, piece.nbytes)
+            yield name, piece
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._tensors)

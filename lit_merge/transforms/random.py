@@ -43,30 +43,45 @@ class Uniform:
 
     def values(self, row: int, name: str, vector: Tensor) -> Tensor:
         """The numbers of one row of a whole parameter, ``(n,)``, in float32."""
-        bits = self._bits(self.labels[row : row + 1], name, 0, vector.unsqueeze(0))[0]
+        positions = _positions(0, vector)
+        bits = self._bits(self.labels[row], name, positions, torch.empty_like(positions), torch.empty_like(positions))
         return ((bits >> 8) & 0xFFFFFF).float().mul_(2.0**-24)
 
-    def less_than(self, p: float, name: str, start: int, piece: Tensor) -> Tensor:
-        """A mask of the piece's shape that is true with probability p, to 32 bits."""
+    def drop(self, p: float, name: str, start: int, piece: Tensor) -> Tensor:
+        """Set entries of a piece ``(T, n)`` to zero with probability p, to 32 bits, in place."""
         limit = round(p * 2**32) - 2**31  # the bits are signed
-        bits = self._bits(self.labels, name, start, piece)
-        return bits < limit if limit < 2**31 else torch.ones_like(bits, dtype=torch.bool)
+        if limit > -(2**31):
+            positions = _positions(start, piece[0])
+            bits, shifted = torch.empty_like(positions), torch.empty_like(positions)
+            for row, label in zip(piece, self.labels, strict=True):
+                _zero_below(limit, self._bits(label, name, positions, bits, shifted), row)
+        return piece
 
-    def _bits(self, labels: tuple[Label, ...], name: str, start: int, piece: Tensor) -> Tensor:
-        positions = torch.arange(start, start + piece.shape[1], device=piece.device).to(torch.int32)  # wraps at 2^32
-        bits = torch.empty(piece.shape, dtype=torch.int32, device=piece.device)
-        for row, label in enumerate(labels):
-            digest = hashlib.sha256(json.dumps([self.seed, *label, name]).encode()).digest()
-            factor, offset = (int.from_bytes(part, "little", signed=True) for part in (digest[:4], digest[4:8]))
-            torch.mul(positions, factor | 1, out=bits[row]).add_(offset)
-        return _mix(bits)
+    def _bits(self, label: Label, name: str, positions: Tensor, bits: Tensor, shifted: Tensor) -> Tensor:
+        """Written into ``bits``; ``shifted`` is to work in."""
+        digest = hashlib.sha256(json.dumps([self.seed, *label, name]).encode()).digest()
+        factor, offset = (int.from_bytes(part, "little", signed=True) for part in (digest[:4], digest[4:8]))
+        return _mix(torch.mul(positions, factor | 1, out=bits).add_(offset), shifted)
 
 
-def _mix(bits: Tensor) -> Tensor:
+def _positions(start: int, row: Tensor) -> Tensor:
+    return torch.arange(start, start + len(row), device=row.device).to(torch.int32)  # wraps at 2^32
+
+
+def _zero_below(limit: int, bits: Tensor, row: Tensor) -> None:
+    """Zero where ``bits < limit``; in integers where possible, as operators on masks take several times as long."""
+    if limit >= 2**31:
+        row.zero_()
+    elif row.dtype == torch.float32 and row.is_contiguous():
+        kept = bits.clamp_(limit - 1, limit).neg_().add_(limit - 1)  # 0 or −1, which has every bit
+        row.view(torch.int32).bitwise_and_(kept)
+    else:
+        row.masked_fill_(bits < limit, 0)
+
+
+def _mix(bits: Tensor, shifted: Tensor) -> Tensor:
     """lowbias32, in place; ``>>`` keeps the sign, so that what it brings in from above is masked out."""
-    bits ^= (bits >> 16) & 0xFFFF
-    bits *= 0x7FEB352D
-    bits ^= (bits >> 15) & 0x1FFFF
-    bits *= 0x846CA68B - (1 << 32)
-    bits ^= (bits >> 16) & 0xFFFF
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B - (1 << 32)), (16, 1)):
+        torch.bitwise_right_shift(bits, shift, out=shifted).bitwise_and_((1 << (32 - shift)) - 1)
+        bits.bitwise_xor_(shifted).mul_(factor)
     return bits

@@ -216,7 +216,7 @@ def _unchanged(name: str, start: int, piece: Tensor) -> Tensor:
 
 
 def _dropped(p: float, rescale: bool, uniform: Uniform, name: str, start: int, piece: Tensor) -> Tensor:
-    piece.masked_fill_(uniform.less_than(p, name, start, piece), 0)
+    uniform.drop(p, name, start, piece)
     return piece.div_(1 - p) if rescale and p else piece
 
 

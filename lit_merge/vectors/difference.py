@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -15,7 +16,7 @@ from lit_merge.params import check_same_structure, dtype_of, fingerprint, is_fin
 from lit_merge.vectors.lazy import Computed, LazyMapping, Slicer, Structure
 from lit_merge.vectors.sharded import open_tensors
 
-__all__ = ["Checkpoint", "checkpoint_difference"]
+__all__ = ["Checkpoint", "DifferenceSlicer", "checkpoint_difference"]
 
 Checkpoint = Mapping[str, Tensor] | str | os.PathLike[str]
 """Name -> tensor, or the path of a safetensors file, or of the folder or index of a sharded model."""
@@ -55,30 +56,50 @@ def checkpoint_difference(
         if dtypes[0].is_floating_point
     }
     identity = fingerprint(Computed(structure, base.__getitem__)) if with_fingerprint else ""
-    difference = _Difference(structure, partial(_difference, base, tuned), base, tuned)
-    lazy = isinstance(base, LazyMapping) and isinstance(tuned, LazyMapping)
-    return (difference if lazy else dict(difference)), identity
+    compute = partial(_difference, base, tuned)
+    if isinstance(base, LazyMapping) and isinstance(tuned, LazyMapping):
+        return _Difference(structure, compute, base, tuned), identity
+    return dict(Computed(structure, compute)), identity
 
 
 class _Difference(Computed):
     """A computed difference that can also be read in parts."""
 
-    def __init__(self, structure: Structure, compute: Any, base: Mapping[str, Tensor], tuned: Mapping[str, Tensor]):
+    def __init__(self, structure: Structure, compute: Any, base: LazyMapping, tuned: LazyMapping) -> None:
         super().__init__(structure, compute)
         self._base, self._tuned = base, tuned
 
     def slicer(self, name: str) -> Slicer:
         """Differences part by part; whoever reads them checks that they are finite."""
-        return partial(_part, self._base[name].detach().reshape(-1), self._tuned[name].detach().reshape(-1))
+        return DifferenceSlicer(self._tuned.slicer(name), self._base.slicer(name), self._base, self._base.dtype(name))
 
 
-def _part(base: Tensor, tuned: Tensor, start: int, stop: int, out: Tensor) -> None:
-    first, second = base[start:stop], tuned[start:stop]
-    if first.dtype == second.dtype == out.dtype and first.device == second.device == out.device:
-        torch.sub(second, first, out=out)
-    else:
-        out.copy_(second)
-        out.sub_(first.to(out.device, out.dtype))
+@dataclass(frozen=True)
+class DifferenceSlicer:
+    """Reads parts of θ − θ0; several vectors of one base can share the part of θ0.
+
+    Attributes:
+        tuned: reads θ.
+        base: reads θ0.
+        origin: the mapping that θ0 belongs to.
+        dtype: of θ0.
+    """
+
+    tuned: Slicer
+    base: Slicer
+    origin: LazyMapping
+    dtype: torch.dtype
+
+    def __call__(self, start: int, stop: int, out: Tensor) -> None:
+        """Write those entries of the flattened difference into ``out``."""
+        self.tuned(start, stop, out)
+        out.sub_(self.base_part(start, stop, out))
+
+    def base_part(self, start: int, stop: int, like: Tensor) -> Tensor:
+        """Those entries of the flattened θ0, as ``like`` is."""
+        part = torch.empty(stop - start, dtype=like.dtype, device=like.device)
+        self.base(start, stop, part)
+        return part
 
 
 def _opened(checkpoint: Checkpoint, what: str) -> Mapping[str, Tensor]:

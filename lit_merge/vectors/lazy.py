@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 
 import torch
 from torch import Tensor
 
-__all__ = ["Computed", "LazyMapping", "Slicer", "Structure"]
+__all__ = ["Computed", "LazyMapping", "Selected", "Slicer", "Structure", "stream"]
 
 Slicer = Callable[[int, int, Tensor], object]
 """``(start, stop, out)``: writes those entries of a flattened tensor into ``out``, 1-D, of any dtype and device."""
@@ -43,7 +43,15 @@ class LazyMapping(Mapping[str, Tensor]):
 
         By default the tensor is read once, when the slicer is asked for.
         """
-        return partial(_copy_slice, self[name].reshape(-1))
+        return partial(_copy_slice, self[name].detach().reshape(-1))
+
+    def stream(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+        """The flattened tensors one after the other, each in one or more consecutive pieces, as ``(name, piece)``.
+
+        By default a piece is a whole tensor.
+        """
+        for name in names:
+            yield name, self[name].reshape(-1)
 
 
 class Computed(LazyMapping):
@@ -79,6 +87,58 @@ class Computed(LazyMapping):
     def dtype(self, name: str) -> torch.dtype:
         """Dtype of one tensor, without computing it."""
         return self._structure[name][1]
+
+
+class Selected(LazyMapping):
+    """Some tensors of another lazy mapping, possibly under other names.
+
+    Args:
+        tensors: the other mapping.
+        names: name here -> name there.
+    """
+
+    def __init__(self, tensors: LazyMapping, names: Mapping[str, str]) -> None:
+        self._tensors, self._names = tensors, dict(names)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._tensors[self._names[name]]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
+
+    def shape(self, name: str) -> torch.Size:
+        """Shape of one tensor, without reading it."""
+        return self._tensors.shape(self._names[name])
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Dtype of one tensor, without reading it."""
+        return self._tensors.dtype(self._names[name])
+
+    def slicer(self, name: str) -> Slicer:
+        """As the other mapping reads parts."""
+        return self._tensors.slicer(self._names[name])
+
+    def stream(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+        """As the other mapping streams them, under the names here."""
+        asked = list(names)
+        back = {self._names[name]: name for name in asked}
+        for name, piece in self._tensors.stream(self._names[name] for name in asked):
+            yield back[name], piece
+
+
+def stream(tensors: Mapping[str, Tensor], names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+    """:meth:`LazyMapping.stream` of any mapping."""
+    if isinstance(tensors, LazyMapping):
+        yield from tensors.stream(names)
+    else:
+        for name in names:
+            yield name, tensors[name].reshape(-1)
 
 
 def _copy_slice(flat: Tensor, start: int, stop: int, out: Tensor) -> None:

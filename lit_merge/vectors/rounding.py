@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -48,7 +48,14 @@ class Rounded(LazyMapping):
         return f'{{"dtype": "{"+".join(dtypes)}", "relative_error": {self.relative_error:.6e}}}'
 
     def __getitem__(self, name: str) -> Tensor:
-        exact = self._tensors[name].detach()
+        return self._rounded(name, self._tensors[name].detach())
+
+    def stream(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+        """The flattened tensors one after the other, in the pieces in which they are computed."""
+        for name, piece in self._tensors.stream(names):
+            yield name, self._rounded(name, piece.detach())
+
+    def _rounded(self, name: str, exact: Tensor) -> Tensor:
         if not is_finite(exact):
             raise NonFiniteError(
                 f"{self._what}: expected finite values, got NaN or infinity in {name}. "

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lit_merge.errors import ConfigurationError, FileFormatError, first_few
 from lit_merge.params import dtype_of, shape_of
-from lit_merge.vectors.lazy import Computed, LazyMapping, Slicer
+from lit_merge.vectors.lazy import Computed, LazyMapping, Selected, Slicer
 from lit_merge.vectors.store import LazyTensors, write_tensors
 
 __all__ = ["INDEX_ENDING", "ShardedTensors", "open_tensors", "parse_size", "plan_shards", "write_shards"]
@@ -194,9 +194,11 @@ def write_shards(
     Raises:
         OSError: the disk is full or not writable; whole files may be left.
     """
+    if not isinstance(tensors, LazyMapping):
+        structure = {name: (shape_of(tensors, name), dtype_of(tensors, name)) for name in tensors}
+        tensors = Computed(structure, tensors.__getitem__)
     for file, names in shards.items():
-        structure = {name: (shape_of(tensors, name), dtype_of(tensors, name)) for name in names}
-        write_tensors(folder / file, Computed(structure, tensors.__getitem__), metadata)
+        write_tensors(folder / file, Selected(tensors, {name: name for name in names}), metadata)
     if len(shards) > 1:
         total = sum(bytes_of(tensors, name) for names in shards.values() for name in names)
         places = {name: file for file, names in shards.items() for name in names}

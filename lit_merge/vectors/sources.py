@@ -14,7 +14,8 @@ from torch import Tensor
 
 from lit_merge.errors import NonFiniteError, StructureMismatchError
 from lit_merge.params import is_finite
-from lit_merge.vectors.lazy import Structure
+from lit_merge.vectors.difference import DifferenceSlicer
+from lit_merge.vectors.lazy import LazyMapping, Structure
 from lit_merge.vectors.threads import ordered_map
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Entries", "Reader", "Rows", "Source", "Stacks", "Subset", "Union"]
 
-_ENTRIES_IN_CACHE = 1 << 19  # two MiB of float32: a piece, and what is computed from it, stays near the processor
+_ENTRIES_IN_CACHE = 1 << 20  # four MiB of float32: larger ones leave the processor's cache, smaller ones cost calls
 _FEWEST_ENTRIES = 1 << 12  # below, the cost of calling an operator is no longer small beside its work
 
 
@@ -69,8 +70,15 @@ class Rows(Source):
 
         def read(start: int, stop: int) -> Tensor:
             piece = torch.empty((len(slicers), stop - start), dtype=dtype, device=device)
+            shared: tuple[LazyMapping, Tensor] | None = None
             for row, fill in zip(piece, slicers, strict=True):
-                fill(start, stop, row)
+                if not isinstance(fill, DifferenceSlicer):
+                    fill(start, stop, row)
+                    continue
+                fill.tuned(start, stop, row)
+                if shared is None or shared[0] is not fill.origin:  # one base for all: it is read once
+                    shared = fill.origin, fill.base_part(start, stop, row)
+                row.sub_(shared[1])
             return self._finite(piece, name)
 
         return read

@@ -13,6 +13,8 @@ import json
 import mmap
 import os
 import secrets
+import weakref
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -24,7 +26,7 @@ from torch import Tensor
 
 from lit_merge.errors import ConfigurationError, FileFormatError
 from lit_merge.params import dtype_of, shape_of
-from lit_merge.vectors.lazy import LazyMapping
+from lit_merge.vectors.lazy import LazyMapping, Slicer, stream
 
 __all__ = ["CONTENT_KEY", "LazyTensors", "file_digest", "verify", "write_tensors"]
 
@@ -46,6 +48,7 @@ _DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,
 }
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_WAITING = 16 << 20  # bytes that are computed ahead of the disk
 _LONGEST_HEADER = 100_000_000  # the limit that the safetensors package sets
 
 
@@ -90,8 +93,7 @@ def write_tensors(
             file.write(reserved)
             digest = hashlib.sha256()
             with _Behind(file, digest) as behind:
-                for name, (dtype, shape, _, _) in layout.items():
-                    behind.add(_entry_line(name, dtype, shape), _raw(_announced(name, tensors[name], dtype, shape)))
+                _write_stream(behind, layout, stream(tensors, layout))
             header.update(late_metadata() if late_metadata else {})
             _digest_metadata(digest, header)
             final = _header_bytes(layout, {**header, CONTENT_KEY: digest.hexdigest()}, length=len(reserved))
@@ -126,6 +128,7 @@ class LazyTensors(LazyMapping):
     def __init__(self, path: str | os.PathLike[str], verify: bool = False) -> None:
         self.path = Path(path)
         self._identity = _identity(self.path)
+        self._file: weakref.ref[_OpenFile] | None = None
         header, begin = _read_header(self.path, size=self._identity[0])
         self.content_digest: str | None = header.pop("__metadata__", {}).pop(CONTENT_KEY, None)
         self.metadata: dict[str, str] = {}
@@ -155,11 +158,7 @@ class LazyTensors(LazyMapping):
         start, stop = self._places[name]
         try:
             with self.path.open("rb") as file:
-                status = os.fstat(file.fileno())
-                if (status.st_size, status.st_mtime_ns, status.st_ino) != self._identity:
-                    raise FileFormatError(
-                        f"{self.path}: expected the file as it was opened, but it has changed. Load it again."
-                    )
+                self._check_unchanged(file.fileno())
                 if start == stop:
                     return torch.empty(shape, dtype=dtype)
                 # A private map of this tensor alone: what is not touched is not read, and what is written stays here.
@@ -171,6 +170,32 @@ class LazyTensors(LazyMapping):
             aligned = bytearray(memory[start - offset :])
             return torch.frombuffer(aligned, dtype=dtype).view(shape)
         return torch.frombuffer(memory, dtype=dtype, offset=start - offset).view(shape)
+
+    def slicer(self, name: str) -> Slicer:
+        """A function that reads parts of one flattened tensor from the file, without mapping it.
+
+        Nothing but ``out`` is filled: parts that have been read do not add up in memory, as those of a map would.
+        """
+        if name not in self._entries:
+            raise KeyError(name)
+        if not hasattr(os, "preadv"):  # Windows
+            return super().slicer(name)
+        try:
+            file = self._file() if self._file is not None else None
+            if file is None:
+                file = _OpenFile(self.path)
+                self._file = weakref.ref(file)
+            self._check_unchanged(file.descriptor)
+        except OSError as error:
+            raise FileFormatError(f"{self.path}: could not read {name}: {_line(error)}. {_ADVICE}") from error
+        return _FileSlices(file, name, self._entries[name][0], self._places[name][0])
+
+    def _check_unchanged(self, descriptor: int) -> None:
+        status = os.fstat(descriptor)
+        if (status.st_size, status.st_mtime_ns, status.st_ino) != self._identity:
+            raise FileFormatError(
+                f"{self.path}: expected the file as it was opened, but it has changed. Load it again."
+            )
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._entries)
@@ -216,6 +241,45 @@ class LazyTensors(LazyMapping):
                 f"{self.path}: expected content {self.content_digest[:16]}…, got {digest.hexdigest()[:16]}…: "
                 "the file has changed since it was written. Copy or write it again."
             )
+
+
+class _OpenFile:
+    """A file that is open as long as anyone reads parts of it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.descriptor = path, os.open(path, os.O_RDONLY)
+        # Not by __del__, during which another thread could still get hold of this object by a weak reference.
+        weakref.finalize(self, os.close, self.descriptor).atexit = False
+
+
+class _FileSlices:
+    """Reads parts of one tensor; several threads may do so at once."""
+
+    def __init__(self, file: _OpenFile, name: str, dtype: torch.dtype, start: int) -> None:
+        self._file, self._name, self._dtype, self._start = file, name, dtype, start
+
+    def __call__(self, start: int, stop: int, out: Tensor) -> None:
+        if start == stop:
+            return
+        direct = out.dtype == self._dtype and out.device.type == "cpu" and out.is_contiguous()
+        part = out if direct else torch.empty(stop - start, dtype=self._dtype)
+        self._fill(_bytes_of(part), self._start + start * self._dtype.itemsize)
+        if not direct:
+            out.copy_(part)
+
+    def _fill(self, memory: memoryview, offset: int) -> None:
+        while memory:
+            try:
+                count = os.preadv(self._file.descriptor, [memory], offset)
+            except OSError as error:
+                raise FileFormatError(
+                    f"{self._file.path}: could not read {self._name}: {_line(error)}. {_ADVICE}"
+                ) from error
+            if not count:
+                raise FileFormatError(
+                    f"{self._file.path}: expected the file as it was opened, got its end inside {self._name}. {_ADVICE}"
+                )
+            memory, offset = memory[count:], offset + count
 
 
 def verify(path: str | os.PathLike[str]) -> None:
@@ -325,7 +389,7 @@ def _header_bytes(
 
 
 class _Behind:
-    """Writes and digests one tensor while the next one is computed; two are in memory at most.
+    """Writes and digests pieces in order while the next ones are computed; few MiB wait, or one larger piece.
 
     Leaving the context waits for the last one; what failed on the way is raised by the next call.
     """
@@ -333,7 +397,8 @@ class _Behind:
     def __init__(self, file: BinaryIO, digest: Any) -> None:
         self._file, self._digest = file, digest
         self._threads = ThreadPoolExecutor(max_workers=1)
-        self._last: Future[None] | None = None
+        self._pending: deque[tuple[int, Future[None]]] = deque()
+        self._bytes = 0
 
     def __enter__(self) -> _Behind:
         return self
@@ -341,18 +406,22 @@ class _Behind:
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         try:
             if kind is None:
-                self._wait()
+                self._wait(0)
         finally:
-            self._threads.shutdown()
+            self._threads.shutdown(cancel_futures=True)
 
     def add(self, entry: bytes, data: memoryview) -> None:
         """Write the data; the digest takes the entry first."""
-        self._wait()
-        self._last = self._threads.submit(self._write, entry, data)
+        self._wait(max(0, _WAITING - data.nbytes))
+        self._pending.append((data.nbytes, self._threads.submit(self._write, entry, data)))
+        self._bytes += data.nbytes
 
-    def _wait(self) -> None:
-        if self._last is not None:
-            self._last.result()
+    def _wait(self, most: int) -> None:
+        """Until at most so many bytes are left to write."""
+        while self._pending and (self._bytes > most or self._pending[0][1].done()):
+            size, written = self._pending.popleft()
+            self._bytes -= size
+            written.result()
 
     def _write(self, entry: bytes, data: memoryview) -> None:
         self._digest.update(entry)
@@ -360,18 +429,39 @@ class _Behind:
         self._file.write(data)
 
 
-def _announced(name: str, tensor: Tensor, dtype: torch.dtype, shape: torch.Size) -> Tensor:
-    if tensor.dtype != dtype or tensor.shape != shape:
-        raise ConfigurationError(
-            f"{name}: expected {dtype} {tuple(shape)} as announced, got {tensor.dtype} {tuple(tensor.shape)}. "
-            "Make shape(name) and dtype(name) of the lazy mapping agree with its tensors."
-        )
-    return tensor
+def _write_stream(
+    behind: _Behind,
+    layout: Mapping[str, tuple[torch.dtype, torch.Size, int, int]],
+    pieces: Iterator[tuple[str, Tensor]],
+) -> None:
+    """Write all tensors of the layout; their pieces come in its order."""
+    got, piece = next(pieces, (None, None))
+    for name, (dtype, shape, _, _) in layout.items():
+        line, count = _entry_line(name, dtype, shape), 0
+        while piece is not None and got == name:
+            if piece.dtype != dtype:
+                raise _not_announced(name, dtype, shape, f"{piece.dtype}")
+            behind.add(line, _raw(piece))
+            line, count = b"", count + piece.numel()
+            got, piece = next(pieces, (None, None))
+        if count != shape.numel() or line:
+            raise _not_announced(name, dtype, shape, f"{count} entries")
+
+
+def _not_announced(name: str, dtype: torch.dtype, shape: torch.Size, got: str) -> ConfigurationError:
+    return ConfigurationError(
+        f"{name}: expected {dtype} {tuple(shape)} as announced, got {got}. "
+        "Make shape(name) and dtype(name) of the lazy mapping agree with its tensors."
+    )
 
 
 def _raw(tensor: Tensor) -> memoryview:
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
+    return _bytes_of(tensor.detach().cpu().contiguous()) if tensor.numel() else memoryview(b"")
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous tensor with entries; NumPy does not know every dtype."""
+    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
 
 
 def _entry_line(name: str, dtype: torch.dtype, shape: torch.Size) -> bytes:

@@ -16,7 +16,7 @@ from lit_merge.errors import ConfigurationError, FileFormatError, StructureMisma
 from lit_merge.params import Params, check_same_structure, dtype_of, shape_of, working_dtype
 from lit_merge.vectors.apply import apply_vector
 from lit_merge.vectors.difference import Checkpoint, checkpoint_difference
-from lit_merge.vectors.lazy import LazyMapping, Slicer
+from lit_merge.vectors.lazy import LazyMapping, Slicer, stream
 from lit_merge.vectors.rounding import Rounded
 from lit_merge.vectors.sharded import ShardedTensors, open_tensors
 from lit_merge.vectors.store import LazyTensors, write_tensors
@@ -195,6 +195,10 @@ class TaskVector(LazyMapping):
     def slicer(self, name: str) -> Slicer:
         """A function ``(start, stop, out)`` that writes those entries of one flattened tensor into ``out``."""
         return self._tensors.slicer(name) if isinstance(self._tensors, LazyMapping) else super().slicer(name)
+
+    def stream(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+        """The flattened tensors one after the other, in pieces."""
+        return stream(self._tensors, names)
 
     def __add__(self, other: TaskVector) -> TaskVector:
         return self._combined(other, 1.0, joined_task((self.task, getattr(other, "task", ""))))

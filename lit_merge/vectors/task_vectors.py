@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
@@ -201,6 +201,13 @@ class TaskVectors(LazyMapping):
             raise KeyError(name)
         return self._source.reader(name)
 
+    def stream(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+        """The flattened stacks one after the other; those of one vector piece by piece, computed on several threads."""
+        if len(self._tasks) > 1:
+            yield from super().stream(names)
+        else:
+            yield from self.over_pieces(_flattened, list(names))
+
     def over_pieces(
         self, function: Callable[[str, int, Tensor], _Result], names: Sequence[str] | None = None, length: int = 0
     ) -> Iterator[_Result]:
@@ -358,7 +365,7 @@ class TaskVectors(LazyMapping):
         if self._rows is not None:
             return self._rows[index]
         metadata = {**self._metadata, "provenance": json.dumps(self._provenance)}
-        return TaskVector(Computed(self._structure, partial(_row, self, index)), self._tasks[index], metadata=metadata)
+        return TaskVector(_Row(self._structure, self, index), self._tasks[index], metadata=metadata)
 
     def single(self) -> TaskVector:
         """The only vector, when T = 1.
@@ -454,6 +461,22 @@ def _needed(views: Sequence[TaskVectors], statistics: Sequence[Statistic[Any]]) 
 
 def _selected(indices: list[int], name: str, start: int, piece: Tensor) -> Tensor:
     return piece[indices]
+
+
+class _Row(Computed):
+    """One row of the stacks."""
+
+    def __init__(self, structure: Structure, vectors: TaskVectors, index: int) -> None:
+        super().__init__(structure, partial(_row, vectors, index))
+        self._vectors = vectors
+
+    def stream(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+        only = len(self._vectors.tasks) == 1
+        yield from self._vectors.stream(names) if only else super().stream(names)
+
+
+def _flattened(name: str, start: int, piece: Tensor) -> tuple[str, Tensor]:
+    return name, piece.reshape(-1)
 
 
 def _row(vectors: TaskVectors, index: int, name: str) -> Tensor:

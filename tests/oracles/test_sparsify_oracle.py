@@ -225,8 +225,8 @@ def test_drop(seed, task, name, p):
 
 @pytest.mark.parametrize("start", [2**31 - 3, 2**32 - 3, 2**33 + 1])
 def test_positions_wrap_after_32_bits(start):
-    found = Uniform(1, (("t", 0),)).less_than(0.5, "n", start, torch.empty(1, 6))[0]
-    assert found.tolist() == [bits(1, "t", 0, "n", position) < 2**31 for position in range(start, start + 6)]
+    found = Uniform(1, (("t", 0),)).drop(0.5, "n", start, torch.ones(1, 6))[0]
+    assert (found == 0).tolist() == [bits(1, "t", 0, "n", position) < 2**31 for position in range(start, start + 6)]
 
 
 @pytest.mark.parametrize(
