@@ -15,14 +15,19 @@ if TYPE_CHECKING:
     from lit_merge import callbacks, functional, metrics, transforms
     from lit_merge.errors import LitMergeError
     from lit_merge.models.linearized import LinearizedModel
+    from lit_merge.models.merged import MergedModel
     from lit_merge.modules.finetune import FineTuneModule
+    from lit_merge.modules.merge import MergeModule
     from lit_merge.modules.multitask import MultiTaskModule
-    from lit_merge.vectors import TaskVector, TaskVectors
+    from lit_merge.vectors import Coefficients, TaskVector, TaskVectors
 
 _HOMES = {
+    "Coefficients": "lit_merge.vectors",
     "FineTuneModule": "lit_merge.modules",
     "LinearizedModel": "lit_merge.models.linearized",
     "LitMergeError": "lit_merge.errors",
+    "MergeModule": "lit_merge.modules",
+    "MergedModel": "lit_merge.models.merged",
     "MultiTaskModule": "lit_merge.modules",
     "TaskVector": "lit_merge.vectors",
     "TaskVectors": "lit_merge.vectors",
@@ -30,9 +35,12 @@ _HOMES = {
 _ROOMS = ("callbacks", "functional", "metrics", "transforms")
 
 __all__ = [
+    "Coefficients",
     "FineTuneModule",
     "LinearizedModel",
     "LitMergeError",
+    "MergeModule",
+    "MergedModel",
     "MultiTaskModule",
     "TaskVector",
     "TaskVectors",

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import logging
 import pickle
 import traceback
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -17,13 +19,14 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lit_merge.callbacks import ExtractTaskVector, WriteMetrics, WritePredictions
+from lit_merge.callbacks import ExtractTaskVector, WriteMerge, WriteMetrics, WritePredictions
 from lit_merge.command_parser import LightningCommandParser
+from lit_merge.data.adaptation import MergeDataModule
 from lit_merge.data.multitask import MultiTaskDataModule
 from lit_merge.data.pretraining import CaptionDataModule
 from lit_merge.data.task import TaskDataModule
 from lit_merge.errors import ConfigurationError, FileFormatError, LitMergeError
-from lit_merge.modules import ContrastiveModule, FineTuneModule, MultiTaskModule
+from lit_merge.modules import ContrastiveModule, FineTuneModule, MergeModule, MultiTaskModule
 from lit_merge.runs import RunDirectory
 
 __all__ = ["LitMergeCLI", "check_configuration"]
@@ -32,8 +35,10 @@ __all__ = ["LitMergeCLI", "check_configuration"]
 _SHORT_NAMES = (
     ContrastiveModule,
     FineTuneModule,
+    MergeModule,
     MultiTaskModule,
     CaptionDataModule,
+    MergeDataModule,
     MultiTaskDataModule,
     TaskDataModule,
 )
@@ -70,6 +75,7 @@ class LitMergeCLI(LightningCLI):
 
     def __init__(self, command: str, arguments: Sequence[str]) -> None:
         self.command = command
+        self._arguments = list(arguments)
         self.run_directory: RunDirectory | None = None
         _hush()
         try:
@@ -107,12 +113,10 @@ class LitMergeCLI(LightningCLI):
             "--output", type=str | None, default=None, help="Run directory (default: runs/COMMAND/TIME)."
         )
         parser.add_argument("--overwrite", type=bool, default=False, help="Replace an earlier run in that directory.")
-        parser.set_defaults(
-            {
-                "model": {"class_path": "lit_merge.modules.FineTuneModule"},
-                "data": {"class_path": "lit_merge.data.TaskDataModule"},
-            }
-        )
+        # Only where no other class is named: it would take over the default class's settings of the same names.
+        named = _named_classes(self._arguments)
+        defaults = {"model": "lit_merge.modules.FineTuneModule", "data": "lit_merge.data.TaskDataModule"}
+        parser.set_defaults({key: {"class_path": path} for key, path in defaults.items() if key not in named})
 
     def _parse_ckpt_path(self) -> None:
         """Claim the run directory before anything expensive happens, then take over the checkpoint's settings."""
@@ -151,8 +155,12 @@ class LitMergeCLI(LightningCLI):
 
     def _writers(self, callbacks: Sequence[L.Callback]) -> list[L.Callback]:
         if self.command == "fit":
-            given = any(isinstance(callback, ExtractTaskVector) for callback in callbacks)
-            return [ExtractTaskVector()] if isinstance(self.model, FineTuneModule) and not given else []
+            wanted = {FineTuneModule: ExtractTaskVector, MergeModule: WriteMerge}
+            return [
+                writer()
+                for module, writer in wanted.items()
+                if isinstance(self.model, module) and not any(isinstance(callback, writer) for callback in callbacks)
+            ]
         if self.command == "predict":
             return [WritePredictions()]
         return [WriteMetrics(f"{self.command}_metrics.json")]
@@ -175,6 +183,24 @@ class LitMergeCLI(LightningCLI):
             if checkpoint and _RESTORING in [frame.name for frame in traceback.extract_tb(error.__traceback__)]:
                 raise _no_checkpoint(checkpoint, error) from error
             raise
+
+
+def _named_classes(arguments: Sequence[str]) -> set[str]:
+    """Which of model and data have their class named on a command line or in one of its configuration files."""
+    found = set()
+    for place, argument in enumerate(arguments):
+        option, _, value = argument.partition("=")
+        value = value or next(iter(arguments[place + 1 : place + 2]), "")
+        key = option.removeprefix("--").removesuffix(".class_path")
+        if key in ("model", "data"):
+            found.add(key)
+        elif option == "--config":
+            with contextlib.suppress(OSError, ValueError, yaml.YAMLError):  # what is wrong with it is said in parsing
+                path = Path(value)
+                content = yaml.safe_load(path.read_text(encoding="utf-8") if path.is_file() else value)
+                entries = content.items() if isinstance(content, dict) else ()
+                found |= {name for name, entry in entries if isinstance(entry, dict) and "class_path" in entry}
+    return found & {"model", "data"}
 
 
 class _ParseOnly(LitMergeCLI):

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from lit_merge.errors import ConfigurationError, StructureMismatchError, first_few
 from lit_merge.models import ClipModel, load_clip
@@ -19,7 +19,7 @@ from lit_merge.vectors.lazy import Computed, LazyMapping, Selected
 from lit_merge.vectors.sharded import INDEX_ENDING, ShardedTensors, bytes_of, open_tensors
 from lit_merge.vectors.task_vector import FORMAT
 
-__all__ = ["Base", "ClipBase", "FileBase", "Input", "open_base", "open_inputs"]
+__all__ = ["Base", "ClipBase", "FileBase", "Input", "ModuleBase", "open_base", "open_inputs"]
 
 _NAMELESS = ("model", "pytorch_model", "task_vector", "weights")  # files that say what they are, not of what task
 
@@ -102,6 +102,34 @@ class ClipBase(Base):
                 f"({first_few(missing)}). For another model set base to its weights."
             )
         return Selected(tensors, {name: self.prefix + name for name in self._parameters})
+
+
+class ModuleBase(Base):
+    """Any network, in memory.
+
+    Args:
+        module: θ0 is its parameters.
+        name: of the model.
+        fingerprint: of θ0.
+    """
+
+    def __init__(self, module: nn.Module, name: str, fingerprint: str) -> None:
+        self.name, self._fingerprint = name, fingerprint
+        self._parameters = _lazily({name: value.detach() for name, value in module.named_parameters()})
+        self._whole = {name: value.detach() for name, value in module.state_dict().items()}
+
+    @property
+    def parameters(self) -> LazyMapping:
+        """The network's parameters."""
+        return self._parameters
+
+    def fingerprint(self) -> str:
+        """As it was given."""
+        return self._fingerprint
+
+    def whole(self) -> Mapping[str, Tensor]:
+        """Its parameters and buffers."""
+        return self._whole
 
 
 class FileBase(Base):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -13,21 +12,9 @@ import lightning as L
 import torch
 from torch import Tensor
 
+from lit_merge.vectors.text import write_text
+
 __all__ = ["WriteMetrics", "WritePredictions", "write_text"]
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file so that it appears whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with temporary.open("w", encoding="utf-8", newline="") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 class WriteMetrics(L.Callback):

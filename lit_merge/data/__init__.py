@@ -6,6 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lit_merge.data.adaptation import MergeDataModule
     from lit_merge.data.batch import ImageBatch, OtherBatch
     from lit_merge.data.embedded.tasks import EMBEDDED_TASKS, load_split
     from lit_merge.data.multitask import MultiTaskDataModule
@@ -18,6 +19,7 @@ __all__ = [
     "EMBEDDED_TASKS",
     "CaptionDataModule",
     "ImageBatch",
+    "MergeDataModule",
     "MultiTaskDataModule",
     "OtherBatch",
     "TaskDataModule",
@@ -30,6 +32,7 @@ _HOMES = {
     "EMBEDDED_TASKS": "embedded.tasks",
     "CaptionDataModule": "pretraining",
     "ImageBatch": "batch",
+    "MergeDataModule": "adaptation",
     "MultiTaskDataModule": "multitask",
     "OtherBatch": "batch",
     "TaskDataModule": "task",

@@ -74,6 +74,10 @@ class ImageDataset(Dataset[ImageBatch], ABC):
     def content(self) -> Iterator[bytes | memoryview]:
         """What tells the N images, before any preprocessing, from others."""
 
+    @abstractmethod
+    def subset(self, indices: Sequence[int]) -> ImageDataset:
+        """Some of the images, in the order given."""
+
     def digest(self) -> str:
         """SHA-256 of all that a batch depends on: images, labels, preprocessing (by its ``repr``) and augmentation.
 
@@ -147,6 +151,13 @@ class TensorImages(ImageDataset):
             images = TF.resize(images, size, InterpolationMode.BICUBIC, antialias=True)
         return self.preprocessing.normalise(images)
 
+    def subset(self, indices: Sequence[int]) -> TensorImages:
+        """See :meth:`ImageDataset.subset`."""
+        chosen = list(indices)
+        names = [self.names[index] for index in chosen]
+        kept = self.images[chosen], self.labels[chosen], names
+        return TensorImages(*kept, self.preprocessing, self.augmentation_seed)
+
     def content(self) -> Iterator[bytes | memoryview]:
         """The sizes and the pixels."""
         yield str(list(self.images.shape)).encode()
@@ -191,6 +202,12 @@ class FileImages(ImageDataset):
                 )
         finally:
             random.setstate(state)
+
+    def subset(self, indices: Sequence[int]) -> FileImages:
+        """See :meth:`ImageDataset.subset`."""
+        chosen = list(indices)
+        paths = [Path(self.names[index]) for index in chosen]
+        return FileImages(paths, self.labels[chosen], self.preprocessing, self.augmentation_seed)
 
     def content(self) -> Iterator[bytes | memoryview]:
         """Path, size and time of change of every file; they are not read."""

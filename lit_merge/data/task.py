@@ -68,6 +68,7 @@ class TaskDataModule(L.LightningDataModule):
             ``path``. Without a penalty no other task costs anything.
 
     Attributes:
+        whole: whether every process gets all images instead of its share.
         other_sources: name -> other task with its ``classes`` and ``templates``, of those that the penalty is about;
             after ``setup("fit")``.
 
@@ -146,6 +147,7 @@ class TaskDataModule(L.LightningDataModule):
         self.skip_corrupt, self.predict_path = skip_corrupt, predict_path
         self.preprocessing: ImagePreprocessing | None = preprocessing
         self.datasets: dict[str, ImageDataset] = {}
+        self.whole = False
 
     @property
     def name(self) -> str:  # type: ignore[override]
@@ -183,7 +185,7 @@ class TaskDataModule(L.LightningDataModule):
             ConfigurationError: the preprocessing is not known, or the module's penalty cannot be served.
             DataError: the images are missing or unreadable, or a split is empty; validation while fitting may be.
         """
-        preprocessing = self._known_preprocessing()
+        preprocessing = self.known_preprocessing()
         if stage == "fit":
             penalty = self._penalty()
             self.other_sources = {} if penalty is None else sources_in_use(penalty, self._known_others, self.trainer)
@@ -256,7 +258,21 @@ class TaskDataModule(L.LightningDataModule):
         dataset = self._dataset(split)
         return self._loader(dataset, EvaluationSampler(dataset, *self._place()), self.evaluation_batch_size)
 
-    def _known_preprocessing(self) -> ImagePreprocessing:
+    def ordered_loader(self, split: str) -> DataLoader[ImageBatch]:
+        """All images of a split in its own order, in every process; ``"train"`` too, as it was set up.
+
+        Raises:
+            ConfigurationError: the split has not been set up.
+        """
+        dataset = self._dataset(split)
+        return self._loader(dataset, EvaluationSampler(dataset), self.evaluation_batch_size)
+
+    def known_preprocessing(self) -> ImagePreprocessing:
+        """What the model expects of images: as it was given, or that of the trainer's module.
+
+        Raises:
+            ConfigurationError: neither is there.
+        """
         if self.preprocessing is not None:
             return self.preprocessing
         module = self.trainer.lightning_module if self.trainer is not None else None
@@ -301,7 +317,9 @@ class TaskDataModule(L.LightningDataModule):
         return self.datasets[split]
 
     def _place(self) -> tuple[int, int]:
-        """Number of processes, and which of them this is."""
+        """Number of processes that share the images, and which of them this is."""
+        if self.whole:
+            return (1, 0)
         return (1, 0) if self.trainer is None else (self.trainer.world_size, self.trainer.global_rank)
 
     def _loader(

@@ -1,5 +1,7 @@
 """Pure functions: what the modules compute, without their state."""
 
+from lit_merge.functional.combine import Directions, StackedDirections, combine
+from lit_merge.functional.entropy import shannon_entropy
 from lit_merge.functional.linearize import linearize
 
-__all__ = ["linearize"]
+__all__ = ["Directions", "StackedDirections", "combine", "linearize", "shannon_entropy"]

@@ -7,6 +7,7 @@ from lit_merge.models.rates import ExpLR, LinLR
 from lit_merge.models.selection import All, Attention, LastBlocks, Matching
 from lit_merge.modules.encoding import EncoderModule
 from lit_merge.modules.finetune import FineTuneModule
+from lit_merge.modules.merge import MergeModule
 from lit_merge.modules.multitask import MultiTaskModule
 from lit_merge.modules.penalty import TauJpPenalty
 from lit_merge.modules.pretrain import ContrastiveModule
@@ -17,6 +18,7 @@ __all__ = [
     "EncoderModule",
     "FineTuneModule",
     "FineTuningProtocol",
+    "MergeModule",
     "MultiTaskModule",
     "TauJpPenalty",
 ]

@@ -1,4 +1,7 @@
-"""Tables and a figure from the results JSON of a suite. Importing this imports neither rich nor matplotlib."""
+"""Tables and a figure from the results JSON of a suite; figures of merging coefficients.
+
+Importing this imports neither rich nor matplotlib.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,8 @@ from typing import Any
 __all__ = [
     "Results",
     "accuracy_table",
+    "coefficient_depth_figure",
+    "coefficient_heat_map",
     "display_name",
     "markdown_table",
     "results_figure",
@@ -19,6 +24,8 @@ __all__ = [
 _HOMES = {
     "Results": "results",
     "accuracy_table": "tables",
+    "coefficient_depth_figure": "coefficient_figures",
+    "coefficient_heat_map": "coefficient_figures",
     "display_name": "results",
     "markdown_table": "tables",
     "results_figure": "figures",

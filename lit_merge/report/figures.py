@@ -6,6 +6,8 @@ import contextlib
 import io
 import os
 import secrets
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,7 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["results_figure"]
+__all__ = ["results_figure", "save_figure"]
 
 # All lengths in inches.
 _WIDTH, _HEIGHT, _MARGIN = 13.0, 6.5, 0.3
@@ -56,12 +58,29 @@ def results_figure(results: Results, path: str | os.PathLike[str]) -> Path:
         ConfigurationError: the suffix is another one.
         OSError: the file cannot be written; what was at ``path`` is as it was before.
     """
+    return save_figure(path, partial(_arrange, results=results))
+
+
+def save_figure(path: str | os.PathLike[str], arrange: Callable[[Figure], None]) -> Path:
+    """Draw a figure to a file, atomically, in the style of the reports and without pyplot.
+
+    Args:
+        path: the file to write, ``.png`` or ``.svg``. Missing folders are created.
+        arrange: gives an empty figure its size and its content.
+
+    Returns:
+        The path written.
+
+    Raises:
+        ConfigurationError: the suffix is another one.
+        OSError: the file cannot be written; what was at ``path`` is as it was before.
+    """
     target = Path(path)
     if target.suffix not in _METADATA:
         raise ConfigurationError(
             f"{target}: expected a path that ends in {' or '.join(_METADATA)}, got {target.suffix!r}. Rename it."
         )
-    content = _drawn(results, target.suffix)
+    content = _drawn(arrange, target.suffix)
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{secrets.token_hex(8)}.temporary")
     try:
@@ -74,7 +93,7 @@ def results_figure(results: Results, path: str | os.PathLike[str]) -> Path:
     return target
 
 
-def _drawn(results: Results, suffix: str) -> bytes:
+def _drawn(arrange: Callable[[Figure], None], suffix: str) -> bytes:
     from matplotlib import style
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -83,7 +102,7 @@ def _drawn(results: Results, suffix: str) -> bytes:
     with style.context(["default", _SETTINGS]):  # whatever the user's matplotlibrc says
         figure = Figure(dpi=_RESOLUTION, facecolor="white")
         FigureCanvasAgg(figure)
-        _arrange(figure, results)
+        arrange(figure)
         figure.savefig(content, format=suffix[1:], dpi=_RESOLUTION, metadata=_METADATA[suffix])
     return content.getvalue()
 

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 __all__ = [
+    "FAINT",
     "INK",
     "QUIET",
     "draw_means",
@@ -19,6 +20,8 @@ __all__ = [
     "draw_search",
     "draw_tasks",
     "draw_vector_sizes",
+    "quieten",
+    "readable_on",
     "searched_methods",
     "shortened",
     "text_width",
@@ -55,7 +58,7 @@ def draw_means(axes: Axes, results: Results) -> None:
     axes.tick_params(axis="y", length=0, pad=10, labelcolor=INK, labelsize=12)
     axes.locator_params(axis="x", nbins=5)
     axes.grid(axis="x", color=FAINT, linewidth=0.6)
-    _quieten(axes, "bottom")
+    quieten(axes, "bottom")
     _heading(axes, "mean over tasks (%)")
 
 
@@ -89,11 +92,11 @@ def draw_tasks(axes: Axes, results: Results, rotated: bool) -> None:
     size, decimals = _cell_text(axes, len(results.tasks))
     for row, values in enumerate(cells):
         for column, value in enumerate(values):
-            text, colour = f"{value:.{decimals}f}", _readable_on(shades(scale(value)))
+            text, colour = f"{value:.{decimals}f}", readable_on(shades(scale(value)))
             axes.text(column + 0.5, row + 0.5, text, ha="center", va="center_baseline", color=colour, fontsize=size)
     _name_columns(axes, results, rotated)
     axes.tick_params(axis="x", top=False, labeltop=True, bottom=False, labelbottom=False)
-    _quieten(axes)
+    quieten(axes)
 
 
 def draw_vector_sizes(axes: Axes, results: Results, names: bool) -> None:
@@ -108,7 +111,7 @@ def draw_vector_sizes(axes: Axes, results: Results, names: bool) -> None:
     _name_columns(axes, results, rotated=False)
     axes.tick_params(axis="x", labelbottom=names)
     axes.margins(y=0.2)
-    _quieten(axes, "bottom")
+    quieten(axes, "bottom")
     _heading(axes, "distance from the pre-trained weights, ‖τ‖ / ‖θ₀‖ (%)")
 
 
@@ -148,7 +151,7 @@ def draw_search(axes: Axes, results: Results) -> None:
     axes.grid(color=FAINT, linewidth=0.6)
     axes.margins(x=0.03)
     axes.locator_params(axis="y", nbins=5)
-    _quieten(axes, "bottom", "left")
+    quieten(axes, "bottom", "left")
 
 
 def searched_methods(results: Results) -> dict[str, list[MergedResult]]:
@@ -190,7 +193,7 @@ def _cell_text(axes: Axes, columns: int) -> tuple[float, int]:
     return (13.0, 1) if width > 38 else (min(13.0, width / 2), 0)
 
 
-def _readable_on(colour: tuple[float, float, float, float]) -> str:
+def readable_on(colour: tuple[float, float, float, float]) -> str:
     """White as soon as it contrasts 3.2 to 1 (relative luminance as WCAG 2 defines it), else ink.
 
     The larger ratio would put ink on mid-blue, where white is easier to read.
@@ -211,7 +214,7 @@ def _heading(axes: Axes, text: str) -> None:
     axes.annotate(text, (0, 1), (0, 8), "axes fraction", textcoords="offset points", weight="bold")
 
 
-def _quieten(axes: Axes, *shown: str) -> None:
+def quieten(axes: Axes, *shown: str) -> None:
     """Thin grey axes: only the sides that are named, no tick marks."""
     axes.set_axisbelow(True)
     axes.tick_params(length=0)

@@ -7,10 +7,12 @@ from lit_merge.transforms.base import Chain, Transform, chain
 from lit_merge.transforms.depth import LiNeS, ScaleBlocks
 from lit_merge.transforms.fields import replace_field
 from lit_merge.transforms.geometry import KarcherMean, ModelStock, Slerp
+from lit_merge.transforms.learned import LearnedScale
 from lit_merge.transforms.masks import ConsensusMask, TallMask
 from lit_merge.transforms.override import Override, WithOverrides
 from lit_merge.transforms.recipes import (
     RECIPES,
+    adamerging,
     analogy,
     breadcrumbs,
     consensus_ta,
@@ -56,6 +58,7 @@ __all__ = [
     "IsoC",
     "IsoCTS",
     "KarcherMean",
+    "LearnedScale",
     "LiNeS",
     "MagnitudeWindow",
     "Mean",
@@ -73,6 +76,7 @@ __all__ = [
     "Transform",
     "Trim",
     "WithOverrides",
+    "adamerging",
     "analogy",
     "breadcrumbs",
     "chain",

@@ -11,6 +11,7 @@ from lit_merge.errors import ConfigurationError
 from lit_merge.transforms.base import Chain, Transform, chain
 from lit_merge.transforms.depth import LiNeS
 from lit_merge.transforms.geometry import KarcherMean, ModelStock, Slerp, Space
+from lit_merge.transforms.learned import LearnedScale, transform_before
 from lit_merge.transforms.masks import ConsensusMask, TallMask
 from lit_merge.transforms.reduce import Interpolate, Mean, Negate, Scale, Sum
 from lit_merge.transforms.signs import DisjointMean, ElectSign
@@ -20,6 +21,7 @@ from lit_merge.transforms.weighted import FisherMean, RegMean
 
 __all__ = [
     "RECIPES",
+    "adamerging",
     "analogy",
     "breadcrumbs",
     "consensus_ta",
@@ -276,13 +278,27 @@ def regmean(statistics: Mapping[str, str], off_diagonal: float = 0.9, coefficien
     return chain(RegMean(statistics, off_diagonal), Scale(coefficient))
 
 
+def adamerging(coefficients: str) -> Chain:
+    """Σ_t λ_t τ_t with learned coefficients, one per task and group of parameters (Yang et al. 2024).
+
+    What had been applied to the vectors when the coefficients were learned, such as the trimming and the election of
+    signs of AdaMerging++, is applied first, as the file says.
+
+    Args:
+        coefficients: file of coefficients, from ``lit-merge fit`` with ``MergeModule``, or
+            :meth:`lit_merge.vectors.Coefficients.save`.
+    """
+    before = transform_before(coefficients)
+    return chain(*([before] if before else []), LearnedScale(coefficients), Sum())
+
+
 RECIPES: dict[str, Callable[..., Chain]] = {
     function.__name__: function
     for function in (
         *(weight_average, task_arithmetic, negation, analogy, rewarded_soup),
         *(ties, dare_linear, dare_ties, breadcrumbs, della, consensus_ta, consensus_ties, tall_masks, lines),
         *(tsv_m, iso_c, iso_cts, slerp, karcher, model_stock),
-        *(fisher, regmean),
+        *(fisher, regmean, adamerging),
     )
 }
 """Name -> function that builds the chain."""

@@ -32,10 +32,10 @@ _Triplets = tuple[Tensor, Tensor, Tensor]
 class TSVMerge(Transform):
     """Gives every task a share of the rank, and makes the tasks' singular vectors orthogonal to each other.
 
-    TSV-M (Gargiulo et al. 2025, algorithm 1): of every ``τ_t = U_t S_t V_tᵀ`` the ⌊r/T⌋ largest singular values stay,
-    r = min(m, n); ``U = [U_1 … U_T]`` and ``V`` are replaced by the nearest orthogonal matrices (Procrustes: P Qᵀ of
-    their singular value decompositions), and the merged weight is ``U S Vᵀ``. Parameters that are no matrices (vectors,
-    convolutions, patch embeddings) are averaged, as in the authors' program.
+    TSV-M (Gargiulo et al. 2025, section 4.2 and algorithm 1): of every ``τ_t = U_t S_t V_tᵀ`` the ⌊r/T⌋ largest
+    singular values stay, r = min(m, n); ``U = [U_1 … U_T]`` and ``V`` are replaced by the nearest orthogonal matrices
+    (Procrustes, equation 8: P Qᵀ of their singular value decompositions), and the merged weight is ``U S Vᵀ``.
+    Parameters that are no matrices (vectors, convolutions, patch embeddings) are averaged, as in the authors' program.
 
     A matrix with fewer rows or columns than there are tasks keeps one singular value per task, where the program keeps
     none; the nearest "orthogonal" matrix then has orthogonal rows instead of columns.
@@ -67,9 +67,9 @@ class TSVMerge(Transform):
 class IsoC(Transform):
     """Sums the task vectors and makes the spectrum of every weight flat.
 
-    Iso-C (Marczak et al. 2025, algorithm 1): with ``Σ_t τ_t = U S Vᵀ``, the merged weight is ``s̄ U Vᵀ``, s̄ the mean
-    singular value (of those that are not zero). Parameters that are no matrices are averaged, as in the authors'
-    program.
+    Iso-C (Marczak et al. 2025, section 4.1 and algorithm 1): with ``Σ_t τ_t = U S Vᵀ``, the merged weight is
+    ``s̄ U Vᵀ`` (equation 8), s̄ the mean singular value (equation 7; of those that are not zero). Parameters that are no
+    matrices are averaged, as in the authors' program.
 
     Args:
         exclude: a regular expression; matrices in whose names it is found are averaged too.
@@ -92,11 +92,11 @@ class IsoC(Transform):
 class IsoCTS(Transform):
     """Keeps the strongest directions of the sum, adds directions of every task, and makes the spectrum flat.
 
-    Iso-CTS (Marczak et al. 2025, algorithm 2): the common space is spanned by the first k singular vectors of
-    ``Σ_t τ_t``; every task adds the first (r − k)/T of ``τ_t − U_k U_kᵀ τ_t``; left and right vectors of all are made
-    orthogonal as in :class:`TSVMerge`, and every singular value is replaced by the mean of all that were taken. As in
-    the authors' program, (r − k)/T is rounded (but never to more than r/T) and k takes what is left. Parameters that
-    are no matrices are averaged.
+    Iso-CTS (Marczak et al. 2025, section 4.2 and algorithm 2): the common space is spanned by the first k singular
+    vectors of ``Σ_t τ_t``; every task adds the first (r − k)/T of ``τ_t − U_k U_kᵀ τ_t`` (equation 10); left and right
+    vectors of all are made orthogonal as in :class:`TSVMerge` (equation 11), and every singular value is replaced by
+    the mean of all that were taken (equations 12 and 13). As in the authors' program, (r − k)/T is rounded (but never
+    to more than r/T) and k takes what is left. Parameters that are no matrices are averaged.
 
     Args:
         common_fraction: k / r, in [0, 1], r = min(m, n); 1 is Iso-C.

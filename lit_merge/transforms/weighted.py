@@ -35,7 +35,8 @@ class FisherMean(Transform):
     The Fisher information of one task may be larger than another's by orders of magnitude. As the authors' program
     does, each F_t is divided by its Euclidean norm; here it is its root mean square, the same but for a factor that
     all tasks share, so that ``floor`` means a share of a task's typical value. Their program applies the floor to the
-    values as they are, and in its default setting to the first model's only.
+    values as they are, and in its default setting to the first model's only, whose parameter stays where no model has
+    any information.
 
     Args:
         statistics: task -> file of its Fisher information, from ``lit-merge statistics --kind fisher``.
@@ -82,13 +83,14 @@ class RegMean(Transform):
 
     .. math:: W = \Big(\sum_t \tilde G_t\Big)^{-1} \sum_t \tilde G_t W_t, \qquad G_t = X_t^\top X_t / n_t
 
-    RegMean (Jin et al. 2023, section 3): of all W it has the smallest ``Σ_t ‖X_t W − X_t W_t‖² / n_t``. G̃_t is
-    G_t with its off-diagonal entries multiplied by ``off_diagonal``. For ``W_t = W0 + τ_t`` the result is W0 plus the
-    same formula of τ_t, as ``(Σ G̃_t)⁻¹ Σ G̃_t W0 = W0``. (W is ``[in, out]`` here; torch's is its transpose.)
+    RegMean (Jin et al. 2023, section 3): if nothing is damped, of all W it has the smallest
+    ``Σ_t ‖X_t W − X_t W_t‖² / n_t``. G̃_t is G_t with its off-diagonal entries multiplied by ``off_diagonal``. For
+    ``W_t = W0 + τ_t`` the result is W0 plus the same formula of τ_t, as ``(Σ G̃_t)⁻¹ Σ G̃_t W0 = W0``. (W is
+    ``[in, out]`` here; torch's is its transpose.)
 
-    As in the authors' program, G_t is the mean over the n_t rows that a layer saw, so that a task does not weigh more
-    because it has more images. Parameters of which there are no Gram matrices (biases, embeddings, normalisations)
-    take their plain mean.
+    The paper's G_t is the sum ``X_tᵀ X_t``; as in the authors' program, this one is the mean over the n_t rows that a
+    layer saw, so that a task does not weigh more because it has more images. Parameters of which there are no Gram
+    matrices (biases, embeddings, normalisations) take their plain mean.
 
     Where all inputs of a layer are zero, or linearly dependent, many W are equally good (with ``off_diagonal`` below 1
     only the former can happen). Then the one nearest to the plain mean is taken, each input measured in units of its
@@ -97,7 +99,7 @@ class RegMean(Transform):
     Args:
         statistics: task -> file of its Gram matrices, from ``lit-merge statistics --kind gram``.
         off_diagonal: factor α of the off-diagonal entries, in [0, 1]; the paper takes 0.9 for most models, and 0.1
-            for one.
+            for T5-base.
 
     Raises:
         ConfigurationError: a field is out of range; on application, a task has no file.

@@ -461,7 +461,7 @@ def _raw(tensor: Tensor) -> memoryview:
 
 def _bytes_of(tensor: Tensor) -> memoryview:
     """The memory of a contiguous tensor with entries; NumPy does not know every dtype."""
-    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
 def _entry_line(name: str, dtype: torch.dtype, shape: torch.Size) -> bytes:

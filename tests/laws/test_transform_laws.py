@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 import tempfile
 from collections.abc import Callable
@@ -26,6 +27,7 @@ from lit_merge.transforms import (
     IsoC,
     IsoCTS,
     KarcherMean,
+    LearnedScale,
     LiNeS,
     MagnitudeWindow,
     Mean,
@@ -43,6 +45,7 @@ from lit_merge.transforms import (
     Trim,
     TSVMerge,
     WithOverrides,
+    adamerging,
     analogy,
     breadcrumbs,
     chain,
@@ -66,7 +69,7 @@ from lit_merge.transforms import (
     weight_average,
 )
 from lit_merge.transforms.statistics import write_statistics
-from lit_merge.vectors import TaskVector, TaskVectors, sources
+from lit_merge.vectors import Coefficients, Granularity, TaskVector, TaskVectors, group_names, sources
 
 TASKS = ("digits", "letters", "signs")
 SHAPES = {
@@ -94,6 +97,17 @@ def files_of(kind: Literal["fisher", "gram"]) -> dict[str, str]:
         paths[task] = f"{FOLDER.name}/{task}-{kind}.safetensors"
         write_statistics(paths[task], kind, tensors, task)
     return paths
+
+
+def learned(granularity: Granularity, before: Transform | None = None, ending: str = "safetensors") -> str:
+    """Random coefficients of every task, learned over what a transform makes of the vectors."""
+    members = dict(zip(SHAPES, group_names(list(SHAPES), granularity), strict=True))
+    groups = tuple(dict.fromkeys(members.values()))
+    values = torch.rand(len(TASKS), len(groups), generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+    metadata = {"transform_config": json.dumps(before.to_config())} if before else {}
+    path = f"{FOLDER.name}/{granularity}-{'after' if before else 'plain'}.{ending}"
+    Coefficients(values, TASKS, groups, members, granularity, metadata).save(path)
+    return path
 
 
 @dataclass(frozen=True)
@@ -135,6 +149,8 @@ CASES = [
     Case(ConsensusMask(), reduces=True, single=False),
     Case(ConsensusMask(1, 0.6, merge=ties(0.5)), reduces=True),
     Case(ScaleBlocks((0.5, -1.0, 2.0))),
+    Case(LearnedScale(learned("tensor")), single=False),
+    Case(LearnedScale(learned("block", ending="json")), single=False),
     Case(LiNeS(0.3)),
     Case(LiNeS(0.3, 0.5, "sqrt", outside=0.0)),
     Case(chain(Trim(0.5), Rescale()), tolerance=1e-6),
@@ -178,6 +194,8 @@ CASES = [
     Case(karcher("task_vectors"), reduces=True, identity_at_one=True, tolerance=1e-5),
     Case(model_stock(), reduces=True, single=False),
     Case(lines(), reduces=True, tolerance=1e-6),
+    Case(adamerging(learned("task")), reduces=True, single=False),
+    Case(adamerging(learned("group", chain(Trim(0.4), ElectSign()))), reduces=True, single=False),
     Case(lines(ties(0.5), beta=0.5, schedule="quadratic"), reduces=True, tolerance=1e-6),
 ]
 NEUTRAL = [

@@ -6,6 +6,8 @@ The definitions of the chains' parts are restated beside their own oracles.
 from __future__ import annotations
 
 import inspect
+import json
+import tempfile
 
 import pytest
 import torch
@@ -23,6 +25,7 @@ from lit_merge.transforms import (
     IsoC,
     IsoCTS,
     KarcherMean,
+    LearnedScale,
     LiNeS,
     MagnitudeWindow,
     Mean,
@@ -42,7 +45,7 @@ from lit_merge.transforms import (
     task_arithmetic,
     weight_average,
 )
-from lit_merge.vectors import TaskVector, TaskVectors, merged_parameters
+from lit_merge.vectors import Coefficients, TaskVector, TaskVectors, merged_parameters
 
 SHAPES = {"weight": (6, 5), "bias": (6,), "scale": ()}
 
@@ -143,6 +146,20 @@ def test_one_task_at_coefficient_one_gives_the_fine_tuned_model(problem):
 
 
 ELECT = (ElectSign(), DisjointMean())
+FOLDER = tempfile.TemporaryDirectory()  # of learned coefficients, which a recipe reads when it is built
+
+
+def learned(name: str, **metadata: str) -> str:
+    path = f"{FOLDER.name}/{name}.json"
+    members = dict.fromkeys(SHAPES, "all")
+    Coefficients(torch.tensor([[0.3], [0.2]]), ("digits", "signs"), ("all",), members, "task", metadata).save(path)
+    return path
+
+
+LEARNED = learned("learned")
+LEARNED_OVER_TIES = learned(
+    "learned_over_ties", transform_config=json.dumps(chain(Trim(0.2, "tensor"), ElectSign()).to_config())
+)
 FILES = {"digits": "digits.safetensors", "signs": "signs.safetensors"}
 CHAINS = {  # name -> the chain by default, and with all fields
     "task_arithmetic": [({}, chain(Sum(), Scale(0.3))), ({"coefficient": 0.5}, chain(Sum(), Scale(0.5)))],
@@ -234,6 +251,13 @@ CHAINS = {  # name -> the chain by default, and with all fields
         (
             {"statistics": FILES, "off_diagonal": 0.5, "coefficient": 0.5},
             chain(RegMean(FILES, 0.5), Scale(0.5)),
+        ),
+    ],
+    "adamerging": [
+        ({"coefficients": LEARNED}, chain(LearnedScale(LEARNED), Sum())),
+        (
+            {"coefficients": LEARNED_OVER_TIES},
+            chain(Trim(0.2, "tensor"), ElectSign(), LearnedScale(LEARNED_OVER_TIES), Sum()),
         ),
     ],
 }

@@ -1,0 +1,105 @@
+"""What a learned merge leaves behind: its coefficients, and the merged weights."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.utilities import rank_zero_info
+
+from lit_merge._version import __version__
+from lit_merge.errors import ConfigurationError
+from lit_merge.merge_inputs import Base, ClipBase, ModuleBase
+from lit_merge.merge_output import MergedWeights
+from lit_merge.transforms import LearnedScale, Sum, chain
+from lit_merge.vectors.store import write_tensors
+
+__all__ = ["WriteMerge"]
+
+
+class WriteMerge(L.Callback):
+    """Writes the coefficients and the merged weights when fit ends, and coefficients on the way if asked to.
+
+    ``coefficients.safetensors`` can be merged with again (``recipe: adamerging`` of ``lit-merge merge``) and started
+    from (``init``); ``coefficients.json`` holds the same to be read; ``merged.safetensors`` is the whole model, of a
+    CLIP one that open_clip loads, computed from the coefficients exactly as ``lit-merge merge`` does. Rank zero writes,
+    each file atomically; the others wait.
+
+    Args:
+        weights: whether to write the merged weights.
+        every_n_steps: also write ``coefficients-step=<n>.safetensors`` every so many steps.
+
+    Raises:
+        ConfigurationError: ``every_n_steps`` is not positive; in fit, the module learns no coefficients.
+    """
+
+    def __init__(self, weights: bool = True, every_n_steps: int | None = None) -> None:
+        if every_n_steps is not None and every_n_steps < 1:
+            raise ConfigurationError(f"every_n_steps: expected a positive number or null, got {every_n_steps}.")
+        self.weights, self.every_n_steps = weights, every_n_steps
+        self._last_step = 0
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Refuse a module without coefficients before it has been trained."""
+        if not hasattr(pl_module, "merged") or not hasattr(pl_module, "describe"):
+            raise ConfigurationError(
+                f"WriteMerge: expected a module with merging coefficients, such as MergeModule, got "
+                f"{type(pl_module).__name__}. Remove the callback."
+            )
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Note the step, which is not 0 in a resumed run."""
+        self._last_step = trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Write intermediate coefficients when their step has come."""
+        step = trainer.global_step
+        if self.every_n_steps and step != self._last_step and step % self.every_n_steps == 0:
+            if trainer.is_global_zero:
+                self._write_coefficients(trainer, pl_module, Path(trainer.default_root_dir), f"-step={step}")
+            trainer.strategy.barrier("coefficients written")
+        self._last_step = step
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Write everything."""
+        if trainer.is_global_zero:
+            folder = Path(trainer.default_root_dir)
+            path = self._write_coefficients(trainer, pl_module, folder, "")
+            written = [path.name]
+            if self.weights:
+                self._write_weights(pl_module, path, folder / "merged.safetensors")
+                written.append("merged.safetensors")
+            rank_zero_info(f"Learned merge of {pl_module.task}: {' and '.join(written)} in {folder}")
+        trainer.strategy.barrier("merge written")
+
+    def _write_coefficients(self, trainer: L.Trainer, pl_module: Any, folder: Path, suffix: str) -> Path:
+        folder.mkdir(parents=True, exist_ok=True)
+        versions = {"lit_merge": __version__, "lightning": L.__version__}
+        found = pl_module.merged.to_coefficients({**pl_module.describe(), "versions": json.dumps(versions)})
+        path = folder / f"coefficients{suffix}.safetensors"
+        found.save(path)
+        if not suffix:
+            found.save(path.with_suffix(".json"))
+        return path
+
+    def _write_weights(self, pl_module: Any, coefficients: Path, path: Path) -> None:
+        clip = pl_module.clip
+        base: Base = (
+            ClipBase(clip)
+            if clip is not None
+            else ModuleBase(pl_module.network, pl_module.base_name, pl_module.base_fingerprint)
+        )
+        vectors = chain(LearnedScale(str(coefficients)), Sum())(pl_module.merged.task_vectors)
+        metadata = {
+            "format": "lit-merge/weights/1",
+            "base_model": base.name,
+            "base_fingerprint": base.fingerprint(),
+            "inputs": json.dumps(list(vectors.provenance)),
+            "lit_merge": __version__,
+            **({"linearized": "true"} if pl_module.linearized else {}),
+        }
+        write_tensors(path, MergedWeights(base, vectors, None), metadata)

@@ -1,0 +1,143 @@
+"""θ0 + Σ_t λ[t] τ_t with gradients of λ: every task vector is read once on the way there and once on the way back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from lit_merge.errors import ConfigurationError, StructureMismatchError
+from lit_merge.params import Params, working_dtype
+
+__all__ = ["Directions", "StackedDirections", "combine"]
+
+
+class Directions(Protocol):
+    """T task vectors of N parameters, wherever they are kept."""
+
+    @property
+    def names(self) -> Sequence[str]:
+        """The N parameters."""
+
+    def add_weighted(self, weights: Tensor, base: Mapping[str, Tensor] | None) -> Params:
+        """``base[n] + Σ_t weights[t, n] τ_t[n]`` of every parameter, new tensors; without a base the sum alone.
+
+        Args:
+            weights: ``(T, N)``.
+            base: θ0; the results have its dtypes and devices.
+        """
+
+    def inner_products(self, gradients: Mapping[str, Tensor]) -> Tensor:
+        """``⟨τ_t[n], gradients[n]⟩``, ``(T, N)``; a parameter without a gradient has 0."""
+
+
+class StackedDirections:
+    """Task vectors as one stack ``(T, *shape)`` per parameter, in memory.
+
+    Args:
+        stacks: name -> stack; all have the same T.
+    """
+
+    def __init__(self, stacks: Mapping[str, Tensor]) -> None:
+        self._stacks = dict(stacks)
+
+    @property
+    def names(self) -> Sequence[str]:
+        """The parameters."""
+        return tuple(self._stacks)
+
+    def add_weighted(self, weights: Tensor, base: Mapping[str, Tensor] | None) -> Params:
+        """See :class:`Directions`: one matrix–vector product per parameter."""
+        sums = {}
+        for column, (name, stack) in enumerate(self._stacks.items()):
+            total = weights[:, column].to(stack) @ stack.flatten(1)
+            sums[name] = total.view(stack.shape[1:])
+            if base is not None:
+                start = base[name]
+                dtype = working_dtype(start.dtype, total.dtype)
+                sums[name] = (start.to(dtype) + sums[name].to(dtype)).to(start.dtype)
+        return sums
+
+    def inner_products(self, gradients: Mapping[str, Tensor]) -> Tensor:
+        """See :class:`Directions`: one matrix–vector product per parameter."""
+        first = next(iter(self._stacks.values()))
+        products = torch.zeros(len(first), len(self._stacks), dtype=first.dtype, device=first.device)
+        for column, (name, stack) in enumerate(self._stacks.items()):
+            if name in gradients:
+                products[:, column] = stack.flatten(1) @ gradients[name].to(stack).flatten()
+        return products
+
+
+def combine(
+    base: Mapping[str, Tensor] | None,
+    directions: Directions | Mapping[str, Tensor],
+    coefficients: Tensor,
+    columns: Sequence[int] | None = None,
+) -> Params:
+    """``θ = θ0 + Σ_t λ[t, c(n)] τ_t[n]`` for every parameter n (Yang et al. 2024, equations 6 and 7).
+
+    The gradient of λ is computed by hand: ``∂L/∂λ[t, n] = ⟨τ_t[n], ∂L/∂θ[n]⟩``. Nothing of the size of the parameters
+    is kept for it, and no temporary is made per task. It is defined once: there is no second derivative. θ0 and the
+    task vectors get no gradient.
+
+    Args:
+        base: θ0, name -> tensor, which has every parameter of the task vectors; further ones are left out. None for 0:
+            the merged task vector alone.
+        directions: the task vectors: :class:`Directions`, or name -> stack ``(T, *shape)``.
+        coefficients: λ, ``(T, L)``.
+        columns: for every parameter which of the L columns is its own; by default the n-th one, L = N.
+
+    Returns:
+        Name -> merged tensor, in θ0's dtypes and devices.
+
+    Raises:
+        ConfigurationError: λ is no matrix with the columns that are asked for.
+        StructureMismatchError: θ0 lacks a parameter.
+
+    Examples:
+        >>> import torch
+        >>> coefficients = torch.tensor([[0.5], [1.0]], requires_grad=True)
+        >>> stack = torch.tensor([[2.0, 0.0], [0.0, 3.0]])
+        >>> merged = combine({"w": torch.ones(2)}, {"w": stack}, coefficients)["w"]
+        >>> merged.tolist()
+        [2.0, 4.0]
+        >>> merged.sum().backward()
+        >>> coefficients.grad.flatten().tolist()
+        [2.0, 3.0]
+    """
+    kept = StackedDirections(directions) if isinstance(directions, Mapping) else directions
+    names = tuple(kept.names)
+    places = list(range(len(names)) if columns is None else columns)
+    width = coefficients.shape[-1] if coefficients.ndim == 2 else 0
+    if len(places) != len(names) or not all(0 <= place < width for place in places):
+        raise ConfigurationError(
+            f"coefficients: expected a matrix with a column for each of {len(names)} parameters, got shape "
+            f"{tuple(coefficients.shape)} and {len(places)} columns. Give one column per parameter, or columns."
+        )
+    missing = [name for name in names if base is not None and name not in base]
+    if missing:
+        raise StructureMismatchError(
+            f"base: expected every parameter of the task vectors, got no {missing[0]} ({len(missing)} missing). Use "
+            "the parameters that they start from."
+        )
+    index = torch.tensor(places, device=coefficients.device)
+    merged: tuple[Tensor, ...] = _Combine.apply(kept, base, coefficients[:, index])
+    return dict(zip(names, merged, strict=True))
+
+
+class _Combine(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, directions: Directions, base: Mapping[str, Tensor] | None, weights: Tensor) -> Any:
+        ctx.set_materialize_grads(False)
+        ctx.directions, ctx.dtype, ctx.device = directions, weights.dtype, weights.device
+        sums = directions.add_weighted(weights.detach(), base)
+        return tuple(sums[name] for name in directions.names)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *gradients: Tensor | None) -> Any:
+        directions: Directions = ctx.directions
+        given = {name: one for name, one in zip(directions.names, gradients, strict=True) if one is not None}
+        return None, None, directions.inner_products(given).to(ctx.device, ctx.dtype)

@@ -1,0 +1,244 @@
+"""A network whose weights are θ0 + Σ_t λ_t τ_t, with the merging coefficients λ as its only trainable parameters."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from lit_merge.errors import ConfigurationError, StructureMismatchError, first_few
+from lit_merge.functional import combine
+from lit_merge.params import Params, shape_of
+from lit_merge.vectors.coefficients import Coefficients
+from lit_merge.vectors.groups import Granularity, group_names
+from lit_merge.vectors.kept import KeptVectors, Storage
+from lit_merge.vectors.task_vectors import TaskVectors
+
+__all__ = ["MergedModel", "swapped"]
+
+
+class MergedModel(nn.Module):
+    """``f(x; θ0 + Σ_t λ[t, g] τ_t)`` with learnable λ, one per task t and group g of parameters.
+
+    AdaMerging's model (Yang et al. 2024, equations 6 and 7). ``granularity="task"`` is its "task-wise", ``"tensor"``
+    its "layer-wise" form; with trimmed and sign-elected task vectors it is AdaMerging++. Buffers are the module's own.
+
+    The task vectors are read, and kept where ``storage`` says, when the weights are merged for the first time, on the
+    device on which the coefficients are then. They are no parameters and no buffers: neither moved, nor saved.
+
+    Args:
+        module: ``f``, with θ0 as its parameters, which stop requiring gradients. They are its own storage, no copy.
+        task_vectors: T of them, after any transforms, under the module's parameter names; parameters that they lack
+            stay at θ0.
+        granularity: which parameters share a coefficient, see :func:`lit_merge.vectors.groups.group_names`.
+        init: where λ starts: one number, one per task (in their order or by name), or :class:`Coefficients`.
+        clamp: the range that λ is clamped to whenever it is used, or None. The gradient of a coefficient outside it is
+            zero, on its border it is not, as ``torch.clamp`` has it.
+        storage: where the task vectors are kept, see :class:`lit_merge.vectors.kept.KeptVectors`.
+        sharded: whether each process keeps 1/W of every task vector only.
+
+    Attributes:
+        coefficients: λ before clamping, ``(T, L)``, float32 or float64 whatever the module is converted to.
+        tasks: the T tasks.
+        groups: the L groups' names.
+        members: parameter -> its group.
+        clamp: the range, or None.
+
+    Raises:
+        ConfigurationError: an argument is out of range, or λ starts outside of ``clamp``.
+        StructureMismatchError: the task vectors or coefficients are not this module's.
+
+    Examples:
+        >>> import torch
+        >>> from lit_merge.vectors import TaskVector, TaskVectors
+        >>> vectors = [TaskVector({"weight": torch.eye(2)}, "a"), TaskVector({"weight": torch.ones(2, 2)}, "b")]
+        >>> network = torch.nn.Linear(2, 2, bias=False)
+        >>> _ = torch.nn.init.zeros_(network.weight)
+        >>> MergedModel(network, TaskVectors(vectors), init=[0.5, 0.25])(torch.ones(1, 2)).tolist()
+        [[1.0, 1.0]]
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        task_vectors: TaskVectors,
+        granularity: Granularity = "tensor",
+        init: float | Sequence[float] | Mapping[str, float] | Coefficients = 0.3,
+        clamp: tuple[float, float] | None = (0.0, 1.0),
+        storage: Storage = "device",
+        sharded: bool = False,
+    ) -> None:
+        super().__init__()
+        own = dict(module.named_parameters())
+        _check_structure(own, task_vectors)
+        # In the module's order, which groups, files and figures then have; that of a file is alphabetical.
+        names = [name for name in own if name in task_vectors]
+        self._vectors = task_vectors if list(task_vectors.names) == names else task_vectors.restrict(names)
+        self.tasks = task_vectors.tasks
+        self.granularity = granularity
+        group_of = group_names(names, granularity)
+        self.members = dict(zip(names, group_of, strict=True))
+        self.groups = tuple(dict.fromkeys(group_of))
+        self._columns = [self.groups.index(group) for group in group_of]
+        self.clamp = _checked_range(clamp)
+        self.storage, self.sharded = storage, sharded
+        start = self._starting_values(init)
+        wide = any(task_vectors.dtype(name) == torch.float64 for name in names)
+        self.coefficients = nn.Parameter(start.to(torch.float64 if wide else torch.float32))
+        # Beside the registered modules: the coefficients are what trains and what a checkpoint holds.
+        self._base = [module.requires_grad_(False)]
+        self._kept: KeptVectors | None = None
+
+    @property
+    def module(self) -> nn.Module:
+        """``f``, with θ0 as its parameters."""
+        return self._base[0]
+
+    @property
+    def task_vectors(self) -> TaskVectors:
+        """What is merged, in the order of the module's parameters."""
+        return self._vectors
+
+    def applied(self) -> Tensor:
+        """λ as it is used, after clamping: ``(T, L)``, differentiable."""
+        return self.coefficients if self.clamp is None else self.coefficients.clamp(*self.clamp)
+
+    def merged_parameters(self, tangent: bool = False) -> Params:
+        """θ0 + Σ_t λ_t τ_t of the parameters that the task vectors have, differentiable with respect to λ.
+
+        Args:
+            tangent: without θ0: the merged task vector, for linearised networks.
+        """
+        base = None if tangent else {name: own for name, own in self.module.named_parameters() if name in self.members}
+        return combine(base, self.kept(), self.applied(), self._columns)
+
+    def kept(self) -> KeptVectors:
+        """The task vectors where they are kept; read when this is called for the first time on a device.
+
+        Raises:
+            ConfigurationError: there is too little memory; the message says which storage would fit.
+        """
+        device = self.coefficients.device
+        if self._kept is None or self._kept.device != device:
+            self._kept = None
+            self._kept = KeptVectors(self._vectors, self.storage, device, self.sharded)
+        return self._kept
+
+    def to_coefficients(self, metadata: Mapping[str, str] | None = None) -> Coefficients:
+        """λ as it is used, with the tasks and parameters that it belongs to."""
+        values = self.applied().detach()
+        return Coefficients(values, self.tasks, self.groups, self.members, self.granularity, metadata or {})
+
+    def forward(self, *inputs: Any, **keywords: Any) -> Tensor:
+        """``f`` with merged weights; they are merged anew in every call, differentiably."""
+        result: Tensor = functional_call(self.module, self.merged_parameters(), inputs, keywords)
+        return result
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MergedModel:
+        """Move or convert θ0 and the module's buffers too; λ keeps its precision, as small steps vanish in bfloat16."""
+        self.module._apply(fn, recurse)
+        precise = self.coefficients.detach()
+        super()._apply(fn, recurse)
+        if self.coefficients.dtype.itemsize < precise.dtype.itemsize:
+            self.coefficients.data = precise.to(self.coefficients.device)
+        return self
+
+    def _starting_values(self, init: float | Sequence[float] | Mapping[str, float] | Coefficients) -> Tensor:
+        shape = (len(self.tasks), len(self.groups))
+        if isinstance(init, Coefficients):
+            init.check_fits(self._vectors)
+            known = init.for_tasks(self.tasks)
+            columns = {group: known.of(name) for name, group in self.members.items()}
+            values = torch.stack([columns[group] for group in self.groups], dim=1)
+            spread = [name for name, group in self.members.items() if not torch.equal(known.of(name), columns[group])]
+            if spread:
+                raise ConfigurationError(
+                    f"init: expected coefficients that are equal within each group of granularity {self.granularity}, "
+                    f"got others for {first_few(spread)}. Use granularity {known.granularity}."
+                )
+        else:
+            if isinstance(init, Mapping):
+                if set(init) != set(self.tasks):
+                    raise ConfigurationError(
+                        f"init: expected a number for each of {first_few(self.tasks, 12)}, got {first_few(init, 12)}. "
+                        "Name every task once."
+                    )
+                init = [init[task] for task in self.tasks]
+            numbers = list(init) if isinstance(init, Sequence) else [init] * len(self.tasks)
+            valid = all(isinstance(one, (int, float)) and math.isfinite(one) for one in numbers)
+            if len(numbers) != len(self.tasks) or not valid:
+                raise ConfigurationError(
+                    f"init: expected a finite number, or one for each of {len(self.tasks)} tasks, got {init!r}. "
+                    "Use e.g. 0.3."
+                )
+            values = torch.tensor(numbers, dtype=torch.float64).unsqueeze(1).expand(shape)
+        values = values.clone()
+        if self.clamp is not None and bool(((values < self.clamp[0]) | (values > self.clamp[1])).any()):
+            raise ConfigurationError(
+                f"init: expected numbers within clamp, [{self.clamp[0]:g}, {self.clamp[1]:g}], got some from "
+                f"{float(values.min()):g} to {float(values.max()):g}, which could never be learned. Change one of them."
+            )
+        return values
+
+
+@contextmanager
+def swapped(module: nn.Module, parameters: Mapping[str, Tensor]) -> Iterator[None]:
+    """Let tensors stand in for parameters of a module for a while.
+
+    Unlike ``torch.func.functional_call`` they stay in place during the backward pass too, in which activation
+    checkpointing runs the module again.
+
+    Args:
+        module: put back as it was in the end; a parameter that it uses in several places is replaced in all of them.
+        parameters: under the names of ``module.named_parameters()``.
+    """
+    by_identity = {id(own): parameters[name] for name, own in module.named_parameters() if name in parameters}
+    replaced: list[tuple[nn.Module, str, nn.Parameter]] = []
+    for part in module.modules():
+        for leaf, own in list(part._parameters.items()):
+            if own is not None and id(own) in by_identity:
+                replaced.append((part, leaf, own))
+    try:
+        for part, leaf, own in replaced:
+            part._parameters[leaf] = by_identity[id(own)]  # type: ignore[assignment]
+        yield
+    finally:
+        for part, leaf, own in replaced:
+            part._parameters[leaf] = own
+
+
+def _check_structure(own: Mapping[str, Tensor], vectors: TaskVectors) -> None:
+    unknown = [name for name in vectors.names if name not in own]
+    if unknown:
+        raise StructureMismatchError(
+            f"task vectors: expected only parameters of the module, got {len(unknown)} others ({first_few(unknown)}). "
+            "Use the module that was fine-tuned."
+        )
+    shapes = [
+        f"{name} {tuple(vectors.shape(name)[1:])} instead of {tuple(shape_of(own, name))}"
+        for name in vectors.names
+        if vectors.shape(name)[1:] != shape_of(own, name)
+    ]
+    if shapes:
+        raise StructureMismatchError(
+            f"task vectors: {len(shapes)} parameters have another shape: {first_few(shapes)}. "
+            "Use the module that was fine-tuned."
+        )
+
+
+def _checked_range(clamp: tuple[float, float] | None) -> tuple[float, float] | None:
+    if clamp is None:
+        return None
+    numbers = tuple(clamp)
+    if len(numbers) != 2 or not all(isinstance(one, (int, float)) and not math.isnan(one) for one in numbers):
+        raise ConfigurationError(f"clamp: expected two numbers or null, got {clamp!r}. Use e.g. [0, 1].")
+    if numbers[0] > numbers[1]:
+        raise ConfigurationError(
+            f"clamp: expected the lower number first, got [{numbers[0]:g}, {numbers[1]:g}]. Swap them."
+        )
+    return float(numbers[0]), float(numbers[1])

@@ -1,0 +1,475 @@
+"""Learning merging coefficients: AdaMerging and its relatives as an ordinary fit."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchmetrics import MeanMetric
+
+from lit_merge.errors import ConfigurationError, NonFiniteError, StructureMismatchError, first_few
+from lit_merge.functional import linearize, shannon_entropy
+from lit_merge.functional.evaluation import evaluating
+from lit_merge.linear_features import LinearFeatureCache, LinearFeatures
+from lit_merge.models.encoder import Preprocessing
+from lit_merge.models.merged import MergedModel, swapped
+from lit_merge.modules.accuracy import UNLABELLED
+from lit_merge.modules.attention import fast_attention
+from lit_merge.modules.protocol import check_range
+from lit_merge.modules.task_heads import TaskHeads
+from lit_merge.params import Params
+from lit_merge.transforms import Transform
+from lit_merge.transforms.parts import from_parts
+from lit_merge.vectors import TaskVector, TaskVectors, check_base
+from lit_merge.vectors.coefficients import Coefficients
+from lit_merge.vectors.groups import Granularity
+from lit_merge.vectors.kept import Storage
+
+__all__ = ["MergeModule"]
+
+
+class MergeModule(TaskHeads):
+    """Learns the coefficients of a merge on images of the tasks (AdaMerging, Yang et al. 2024).
+
+    The weights are ``θ0 + Σ_t λ[t, g] τ_t``, and λ all that trains. In every step the weights are merged once, a batch
+    of every task goes through the encoder in one pass, each task's features go to its own head, and the gradient with
+    respect to the weights goes back through the merge once. The objective is the sum over the tasks of the mean entropy
+    of the predictions, which needs no labels; :meth:`compute_loss` may be overridden.
+
+    A linearised model ``f0 + Σ λ_t J τ_t`` with one coefficient per task is learned on ``f0`` and ``J τ_t`` of all
+    images, computed once and kept on disk: its steps contain no pass through the network.
+
+    Tasks of the data that no vector belongs to are evaluated only, which shows how the merge generalises.
+
+    Args:
+        vectors: task vector files, at least two.
+        granularity: which parameters share a coefficient: ``task``, ``block``, ``group`` (attention, MLP and the rest
+            of every block) or ``tensor`` (the paper's "layer-wise").
+        init: where λ starts: a number, one per task, or a file of coefficients.
+        clamp: the range that λ is clamped to when it is used, or null.
+        parts: transforms that are applied to the vectors first, e.g. [{Trim: {density: 0.2}}, ElectSign], which makes
+            it AdaMerging++.
+        transform: instead of parts, any transform that leaves a vector per task.
+        objective: ``entropy``, of all images, or ``cross_entropy``, of the labelled ones.
+        learning_rate: of Adam.
+        optimizer: another optimiser, from the parameters; learning_rate is ignored then.
+        scheduler: of the learning rate, from the optimiser, per step.
+        images_per_pass: most images that go through the encoder at once; batches of one task are not divided. None for
+            all tasks in one pass.
+        activation_checkpointing: whether the encoder's blocks are computed again on the way back, to save memory.
+        storage: where the vectors are kept: ``device``, ``bfloat16``, ``host`` or ``mapped``.
+        sharded: whether every process keeps only its share of every vector.
+        model: architecture, as for :func:`lit_merge.models.load_clip`.
+        pretrained: weights, as for :func:`lit_merge.models.load_clip`.
+        linearized: merge and evaluate ``f(x; θ0) + J τ``.
+        encoder: any module instead of a CLIP; then ``heads`` are needed.
+        heads: task -> module, features ``[B, d]`` -> logits ``[B, C]``; they are frozen.
+        preprocessing: how images become the encoder's input.
+
+    Attributes:
+        merged: the :class:`~lit_merge.models.merged.MergedModel` with the coefficients.
+        merged_tasks: the vectors' tasks.
+        transform: what is applied to the vectors first, or None.
+
+    Raises:
+        ConfigurationError: a setting is out of its range, or settings exclude each other.
+        FileFormatError: a file is no task vector, or holds no coefficients.
+        StructureMismatchError: a vector belongs to another base or architecture; when it is set up, a task of the data
+            has other classes than its vector.
+    """
+
+    def __init__(
+        self,
+        vectors: list[str],
+        granularity: Granularity = "tensor",
+        init: float | list[float] | dict[str, float] | str = 0.3,
+        clamp: tuple[float, float] | None = (0.0, 1.0),
+        parts: list[str | dict[str, Any]] | None = None,
+        transform: Transform | None = None,
+        objective: Literal["entropy", "cross_entropy"] = "entropy",
+        learning_rate: float = 1e-3,
+        optimizer: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer] | None = None,
+        scheduler: Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler] | None = None,
+        images_per_pass: int | None = None,
+        activation_checkpointing: bool = False,
+        storage: Storage = "device",
+        sharded: bool = False,
+        model: str = "lit-tiny",
+        pretrained: str | None = None,
+        linearized: bool = False,
+        encoder: nn.Module | None = None,
+        heads: Mapping[str, nn.Module] | None = None,
+        preprocessing: Preprocessing | None = None,
+    ) -> None:
+        check_range("learning_rate", learning_rate)
+        if isinstance(vectors, str) or len(vectors) < 2:
+            raise ConfigurationError(
+                f"vectors: expected a list of at least two task vector files, got {vectors!r}. List those of all "
+                "tasks; for a single vector let lit-merge merge search its coefficient."
+            )
+        if parts is not None and transform is not None:
+            raise ConfigurationError("parts and transform: expected at most one of them, got both. Remove one.")
+        if objective not in ("entropy", "cross_entropy"):
+            raise ConfigurationError(
+                f"objective: expected entropy or cross_entropy, got {objective!r}. Use one of them, or override "
+                "compute_loss."
+            )
+        if images_per_pass is not None and images_per_pass < 1:
+            raise ConfigurationError(
+                f"images_per_pass: expected a positive number or null, got {images_per_pass}. Change it."
+            )
+        super().__init__(
+            heads=heads,
+            model=model,
+            pretrained=pretrained,
+            encoder=encoder,
+            preprocessing=preprocessing,
+        )
+        self.linearized = linearized  # by encode(): a LinearizedModel would have a τ of its own to train
+        self.save_hyperparameters(ignore=["encoder", "heads", "optimizer", "preprocessing", "scheduler", "transform"])
+        rows = [TaskVector.load(path) for path in vectors]
+        for row in rows:
+            check_base(row, self.base_fingerprint, self.base_name)
+        self.transform = from_parts(parts) if parts is not None else transform
+        self._inputs = TaskVectors(rows, base=self.initial_parameters)
+        changed = self.transform(self._inputs) if self.transform else self._inputs
+        _check_tasks(self._inputs.tasks, changed.tasks, self.transform)
+        self.merged_tasks = tuple(part for task in changed.tasks for part in task.split("+"))
+        start = Coefficients.load(init) if isinstance(init, str) else init
+        self.merged = MergedModel(self.network, changed, granularity, start, clamp, storage, sharded)
+        self.objective, self.learning_rate = objective, learning_rate
+        self._optimizer, self._scheduler = optimizer, scheduler
+        self.images_per_pass = images_per_pass
+        self._checkpointed = activation_checkpointing
+        if activation_checkpointing:
+            self._checkpoint_activations()
+        self._held: Params | None = None
+        self._linear: dict[str, LinearFeatures] = {}
+
+    def _checkpoint_activations(self) -> None:
+        switch = getattr(self.network, "set_grad_checkpointing", None)
+        if self.linearized or switch is None:
+            raise ConfigurationError(
+                "activation_checkpointing: expected an encoder with set_grad_checkpointing() that is not linearised, "
+                f"got {'a linearised one' if self.linearized else type(self.network).__name__}. Set images_per_pass "
+                "instead."
+            )
+        switch(True)
+        # It needs the training mode, in which nothing else of the encoder may change.
+        droppers = [name for name, part in self.network.named_modules() if _drops(part)]
+        if droppers:
+            raise ConfigurationError(
+                f"activation_checkpointing: expected an encoder without dropout, got {first_few(droppers)}. "
+                "Set images_per_pass instead."
+            )
+
+    @property
+    def task(self) -> str:
+        """The merged tasks' common name, e.g. ``digits+letters``."""
+        return "+".join(self.merged_tasks)
+
+    def setup(self, stage: str) -> None:
+        """Build a head for every task of the data, and compare the data's tasks with those of the vectors."""
+        super().setup(stage)
+        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        missing = [task for task in self.merged_tasks if task not in self.tasks]
+        if missing:
+            raise ConfigurationError(
+                f"data: expected images of every merged task, got none of {first_few(missing)} (data: "
+                f"{', '.join(self.tasks)}). Name the tasks of data as the vectors'."
+            )
+        if stage == "fit" and self.objective == "cross_entropy" and not getattr(data, "labelled", True):
+            raise ConfigurationError(
+                "objective cross_entropy: expected labelled images, got data with labelled=False. Set data.labelled, "
+                "or use objective entropy."
+            )
+        for task in self._inputs.tasks:
+            self._check_classes(task, data)
+        self.entropy = nn.ModuleDict({str(index): MeanMetric() for index in range(len(self.tasks))}).to(self.device)
+
+    def _check_classes(self, task: str, data: Any) -> None:
+        known = self._inputs.vector(task).metadata.get("classes")
+        if known is None or task not in self.tasks:  # of several tasks, or of unknown origin
+            return
+        trained, given = tuple(json.loads(known)), tuple(data.tasks[task].classes)
+        if trained != given:
+            raise StructureMismatchError(
+                f"task {task}: expected the classes of its task vector, {len(trained)} ({first_few(trained)}), got "
+                f"{len(given)} ({first_few(given)}). Give data the images and class names that it was trained on."
+            )
+
+    def train(self, mode: bool = True) -> MergeModule:
+        """Only the coefficients train: the encoder stays in evaluation mode, unless its blocks are computed twice."""
+        super().train(mode)
+        self.encoder.train(mode and self._checkpointed)
+        return self
+
+    def compute_loss(self, logits: Tensor, batch: Any, task: str) -> Tensor:
+        """The objective of one task, of which the sum over the tasks is minimised; override it for another one.
+
+        Args:
+            logits: ``[B, C]``, of the task's images.
+            batch: an :class:`lit_merge.data.ImageBatch` with ``labels`` ``[B]``, -1 where they are not known.
+            task: the task's name.
+
+        Returns:
+            A scalar: here the mean entropy (Yang et al. 2024, equation 8), or the cross-entropy.
+        """
+        if self.objective == "cross_entropy":
+            return F.cross_entropy(logits, batch.labels, ignore_index=UNLABELLED)
+        return shannon_entropy(logits)[batch.indices >= 0].mean()
+
+    def encode(self, images: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
+        """Features ``[B, d]`` of images ``[B, 3, S, S]`` under given weights; linearised, under a given τ."""
+        with fast_attention(images.device):
+            if self.linearized:
+                return torch.add(*linearize(self.network, {}, dict(weights), images))
+            with swapped(self.network, weights):
+                features: Tensor = self.network(images)
+                return features
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Features ``[B, d]`` of images ``[B, 3, S, S]`` under the merged weights."""
+        held = self._held
+        return self.encode(images, self.merged.merged_parameters(self.linearized) if held is None else held)
+
+    @contextmanager
+    def merged_once(self) -> Iterator[None]:
+        """Within it the weights are merged once for all passes, without gradients."""
+        outer = self._held
+        with torch.inference_mode(False), torch.no_grad():
+            self._held = self.merged.merged_parameters(self.linearized) if outer is None else outer
+        try:
+            yield
+        finally:
+            self._held = outer
+
+    def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
+        """The sum over the tasks of their objectives; its gradient is that of the coefficients."""
+        present = {task: part for task, part in batch.items() if part is not None}
+        if self._linear:
+            losses = {task: self._loss_of_known(part, task) for task, part in present.items()}
+            loss = self._checked(losses)
+        else:
+            losses, gradient = self._accumulate(present)
+            loss = _KnownGradient.apply(self._checked(losses).detach(), self.merged.coefficients, gradient)
+        share = getattr(getattr(self.trainer, "datamodule", None), "task_share", 1.0)
+        count = sum(len(part.images) for part in present.values())
+        for task, value in losses.items():
+            self.log(f"train/{task}/loss", value.detach(), batch_size=count)
+        # Tasks divided over processes are summed up, although processes are averaged.
+        loss = loss / share
+        self.log("train/loss", loss.detach(), prog_bar=True, batch_size=count, sync_dist=True)
+        return loss
+
+    def _accumulate(self, present: Mapping[str, Any]) -> tuple[dict[str, Tensor], Tensor]:
+        """The tasks' losses, and the gradient of their sum with respect to the coefficients."""
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        scale = float(scaler.get_scale()) if scaler is not None else 1.0
+        weights = self.merged.merged_parameters(self.linearized)
+        leaves = {name: value.detach().requires_grad_() for name, value in weights.items()}
+        losses: dict[str, Tensor] = {}
+        for tasks in self._passes(present):
+            with ExitStack() as stack:
+                if not self.linearized:
+                    stack.enter_context(swapped(self.network, leaves))  # until the way back is done
+                features = self.encode(torch.cat([present[task].images for task in tasks]), leaves)
+                slices = features.split([len(present[task].images) for task in tasks])
+                for task, part in zip(tasks, slices, strict=True):
+                    losses[task] = self.compute_loss(self.classify(part, task), present[task], task)
+                total = torch.stack([losses[task] for task in tasks]).sum()
+                with torch.autocast(total.device.type, enabled=False):
+                    (total * scale).backward()
+            losses.update({task: losses[task].detach() for task in tasks})
+        names = [name for name, leaf in leaves.items() if leaf.grad is not None]
+        if not names:
+            return losses, torch.zeros_like(self.merged.coefficients)
+        (gradient,) = torch.autograd.grad(
+            [weights[name] for name in names], [self.merged.coefficients], [leaves[name].grad for name in names]
+        )
+        return losses, gradient / scale
+
+    def _passes(self, present: Mapping[str, Any]) -> list[list[str]]:
+        """Which tasks go through the encoder together."""
+        if self.images_per_pass is None:
+            return [list(present)]
+        passes: list[list[str]] = [[]]
+        count = 0
+        for task, part in present.items():
+            if passes[-1] and count + len(part.images) > self.images_per_pass:
+                passes.append([])
+                count = 0
+            passes[-1].append(task)
+            count += len(part.images)
+        return passes
+
+    def _checked(self, losses: Mapping[str, Tensor]) -> Tensor:
+        """Their sum; all processes stop together if one of them is not finite."""
+        values = torch.stack(list(losses.values()))
+        finite = bool(torch.isfinite(values.detach()).all())
+        everywhere = finite
+        if self.trainer.world_size > 1:
+            everywhere = self.trainer.strategy.reduce_boolean_decision(finite, all=True)
+        if not everywhere:
+            wrong = [task for task, value in losses.items() if not bool(torch.isfinite(value))]
+            raise NonFiniteError(
+                f"{self.objective}: expected finite values, got others for {first_few(wrong) or 'another process'} at "
+                f"step {self.trainer.global_step}. Lower learning_rate or init, set clamp, or look for damaged images; "
+                "the last checkpoint is untouched."
+            )
+        return values.sum()
+
+    def _loss_of_known(self, part: Any, task: str) -> Tensor:
+        """The objective of a linearised model from what is known of the images, without a pass."""
+        known, rows = self._linear[task], part.indices.cpu()
+        applied = self.merged.applied()[:, 0]
+        features = known.value[rows].to(self.device)
+        for factor, name in zip(applied, self.merged.tasks, strict=True):
+            features = features + factor * known.tangents[name][rows].to(self.device)
+        return self.compute_loss(self.classify(features, task), part, task)
+
+    def on_fit_start(self) -> None:
+        """Of a linearised model with task-wise coefficients, compute what its images need, or read what is known."""
+        self._linear = {}
+        if not (self.linearized and self.merged.granularity == "task"):
+            return
+        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        directions = {task: self.merged.task_vectors.vector(task) for task in self.merged.tasks}
+        with torch.inference_mode(False), evaluating(self.network):
+            # One process computes, the others find it.
+            for turn in (True, False):
+                if self.trainer.is_global_zero is turn:
+                    cache = LinearFeatureCache(self.network, directions)
+                    for task in data.adapted_tasks:
+                        loader = data.tasks[task].ordered_loader("train")
+                        self._linear[task] = cache.of(loader)
+                self.trainer.strategy.barrier("features of the linearised model")
+
+    def log_more(self, logits: Tensor, batch: Any, split: str, dataloader_idx: int) -> None:
+        """Log the mean entropy of a task's predictions, too; it needs no labels."""
+        metric: Any = self.entropy[str(dataloader_idx)]
+        metric.update(shannon_entropy(logits), (batch.indices >= 0).float())
+        name = f"{split}/{self.tasks[dataloader_idx]}/entropy"
+        self.log(name, metric, add_dataloader_idx=False, batch_size=len(batch.images))
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the means over the tasks, and the merged tasks' entropy, which training may stop on."""
+        super().on_validation_epoch_end()
+        metrics = [self.entropy[str(index)] for index, task in enumerate(self.tasks) if task in self.merged_tasks]
+        values = [metric.compute() for metric in metrics if metric.update_called]
+        if values:
+            self.log("val/entropy", torch.stack(values).mean())
+
+    def on_validation_start(self) -> None:
+        """Merge once for the whole validation."""
+        self._hold()
+
+    def on_validation_end(self) -> None:
+        """Let go of these weights."""
+        self._held = None
+
+    def on_test_start(self) -> None:
+        """Merge once for the whole test."""
+        self._hold()
+
+    def on_test_end(self) -> None:
+        """Let go of these weights."""
+        self._held = None
+
+    def _hold(self) -> None:
+        with torch.inference_mode(False), torch.no_grad():
+            self._held = self.merged.merged_parameters(self.linearized)
+
+    def configure_optimizers(self) -> Any:
+        """Adam with betas (0.9, 0.999) on the coefficients, or what was asked for."""
+        parameters = [self.merged.coefficients]
+        if self._optimizer is None:
+            optimizer: torch.optim.Optimizer = torch.optim.Adam(parameters, lr=self.learning_rate, betas=(0.9, 0.999))
+        else:
+            optimizer = self._optimizer(parameters)
+        if self._scheduler is None:
+            return optimizer
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self._scheduler(optimizer), "interval": "step"}}
+
+    def describe(self) -> dict[str, str]:
+        """Where the coefficients come from, as their file's header says it."""
+        data = getattr(self.trainer, "datamodule", None)
+        entries = {
+            **self.base_description(),
+            "objective": self.objective,
+            "clamp": json.dumps(self.merged.clamp),
+            "linearized": json.dumps(self.linearized),
+            "step": str(self.trainer.global_step),
+            "inputs": json.dumps(self._inputs.provenance),
+            "learned_on": str(getattr(data, "adapt_on", "unknown")),
+            "fraction": str(getattr(data, "fraction", 1.0)),
+        }
+        if self.transform is not None:
+            entries |= {"transform": repr(self.transform), "transform_config": json.dumps(self.transform.to_config())}
+        return entries
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the coefficients and whose they are; θ0 is not kept, it is that of the base model."""
+        super().on_save_checkpoint(checkpoint)
+        state = checkpoint["state_dict"]
+        checkpoint["state_dict"] = {name: value for name, value in state.items() if not name.startswith("encoder.")}
+        checkpoint["merging"] = {"tasks": list(self.merged.tasks), "members": dict(self.merged.members)}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Compare tasks and groups with those of this module, and take θ0 from it.
+
+        Raises:
+            StructureMismatchError: the checkpoint is of another base, of other tasks or another granularity.
+        """
+        super().on_load_checkpoint(checkpoint)
+        saved = checkpoint.get("merging", {})
+        mine = {"tasks": list(self.merged.tasks), "members": dict(self.merged.members)}
+        for key, what in (("tasks", "tasks"), ("members", "groups of parameters")):
+            if saved.get(key) != mine[key]:
+                got = first_few(dict.fromkeys(saved.get(key, {}).values() if key == "members" else saved.get(key, ())))
+                wanted = first_few(self.merged.groups if key == "members" else self.merged.tasks)
+                raise StructureMismatchError(
+                    f"checkpoint: expected one of coefficients for the {what} {wanted}, got {got or 'none'}. Use the "
+                    "vectors, their order and the granularity of that run."
+                )
+        own = {f"encoder.{name}": value for name, value in self.encoder.state_dict().items()}
+        checkpoint["state_dict"] = {**own, **checkpoint["state_dict"]}
+
+
+def _drops(part: nn.Module) -> bool:
+    shares = [getattr(part, name, 0) or 0 for name in ("p", "prob", "drop_prob")]
+    return "Drop" in type(part).__name__ and any(share > 0 for share in shares)
+
+
+class _KnownGradient(torch.autograd.Function):
+    """A scalar whose gradient has been computed already."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, coefficients: Tensor, gradient: Tensor) -> Tensor:
+        ctx.save_for_backward(gradient)
+        return value.clone()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, factor: Tensor) -> Any:
+        (gradient,) = ctx.saved_tensors
+        return None, gradient * factor, None
+
+
+def _check_tasks(before: Sequence[str], after: Sequence[str], transform: Transform | None) -> None:
+    if "" in before or len(set(before)) < len(before):
+        repeated = sorted({task for task in before if before.count(task) > 1})
+        raise ConfigurationError(
+            f"vectors: expected a name for every task, each once, got {first_few(repeated) or 'one without'}. "
+            "Load the vectors and save them with a task of their own."
+        )
+    if tuple(before) != tuple(after):
+        raise ConfigurationError(
+            f"transform: expected one that leaves a vector for each of {len(before)} tasks, got {len(after)} of "
+            f"{transform!r}. Leave out the part that sums them up; learning the coefficients takes its place."
+        )

@@ -1,0 +1,159 @@
+"""One encoder and a frozen head for each of several tasks: what evaluates merged models, and trains on all tasks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torchmetrics import MeanMetric
+
+from lit_merge.errors import ConfigurationError, StructureMismatchError, first_few
+from lit_merge.metrics.tau_jp import TauJp
+from lit_merge.models.heads import ZeroShotHead
+from lit_merge.modules.accuracy import hits
+from lit_merge.modules.encoding import EncoderModule
+from lit_merge.vectors.task_vector import joined_task
+
+__all__ = ["TaskHeads"]
+
+
+class TaskHeads(EncoderModule):
+    """An encoder module with one frozen head per task, which it is evaluated with on every task's images.
+
+    Args:
+        heads: task -> module, features ``[B, d]`` -> logits ``[B, C]``; by default, for CLIPs, zero-shot heads of the
+            data's tasks, built when it is set up.
+        tau_jp: evaluation also logs ``test/{task}/tau_jp``, the mean norm of J τ over a task's images.
+        **encoder_settings: of :class:`EncoderModule`.
+
+    Attributes:
+        tasks: names of the tasks, those of ``heads`` or, once set up, of the data.
+    """
+
+    classes: tuple[str, ...] = ()
+    """None of its own: every task has others."""
+
+    def __init__(
+        self, heads: Mapping[str, nn.Module] | None = None, tau_jp: bool = False, **encoder_settings: Any
+    ) -> None:
+        super().__init__(**encoder_settings)
+        self.tau_jp = tau_jp
+        self.tasks: tuple[str, ...] = tuple(heads or {})
+        self.heads = nn.ModuleDict()
+        for task, head in (heads or {}).items():
+            self.heads[_key(task)] = head.requires_grad_(False).eval()
+
+    @property
+    def task(self) -> str:
+        """The tasks' common name, e.g. ``digits+letters``."""
+        return joined_task(self.tasks)
+
+    def setup(self, stage: str) -> None:
+        """Build a head for every task of the data module."""
+        data = getattr(self.trainer, "datamodule", None)
+        if data is None or not hasattr(data, "task_names"):
+            raise ConfigurationError(
+                "data: expected a data module of several tasks, got "
+                f"{type(data).__name__ if data is not None else 'none'}. Use MultiTaskDataModule."
+            )
+        self.tasks = tuple(data.task_names)
+        for task in self.tasks:
+            if _key(task) not in self.heads or self._head_is_of_other_classes(task, data.tasks[task].classes):
+                head = self.make_head(data.tasks[task].classes, data.tasks[task].templates)
+                self.heads[_key(task)] = head.to(self.device)
+        keys = [_key(task, split) for split in ("val", "test") for task in self.tasks]
+        self.accuracy = nn.ModuleDict({key: MeanMetric() for key in keys}).to(self.device)
+        self.disturbance = nn.ModuleDict({key: TauJp() for key in keys if self.tau_jp}).to(self.device)
+
+    def _head_is_of_other_classes(self, task: str, classes: Sequence[str]) -> bool:
+        head = self.heads[_key(task)]
+        return isinstance(head, ZeroShotHead) and head.classes != tuple(classes)
+
+    def classify(self, features: Tensor, task: str) -> Tensor:
+        """Features ``[B, d]`` to the logits ``[B, C]`` of one task."""
+        return self.heads[_key(task)](features)
+
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Accuracy of one task on its validation split."""
+        self._evaluate(batch, "val", dataloader_idx)
+
+    def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Accuracy of one task on its test split."""
+        self._evaluate(batch, "test", dataloader_idx)
+
+    def _accuracy(self, split: str, task: str) -> MeanMetric:
+        return cast(MeanMetric, self.accuracy[_key(task, split)])
+
+    def _evaluate(self, batch: Any, split: str, dataloader_idx: int) -> None:
+        task = self.tasks[dataloader_idx]
+        metric = self._accuracy(split, task)
+        features = self._measured_features(batch, split, task) if self.tau_jp else self(batch.images)
+        logits = self.classify(features, task)
+        metric.update(*hits(logits, batch.labels))
+        self.log(f"{split}/{task}/accuracy", metric, add_dataloader_idx=False, batch_size=len(batch.images))
+        self.log_more(logits, batch, split, dataloader_idx)
+
+    def log_more(self, logits: Tensor, batch: Any, split: str, dataloader_idx: int) -> None:
+        """Log more about one task's predictions; nothing here.
+
+        Args:
+            logits: ``[B, C]``.
+            batch: their :class:`lit_merge.data.ImageBatch`.
+            split: ``val`` or ``test``.
+            dataloader_idx: the task's position in :attr:`tasks`.
+        """
+
+    def _measured_features(self, batch: Any, split: str, task: str) -> Tensor:
+        """Features; on the way, the tangents' norms are logged."""
+        value, tangent = self.forward_parts(batch.images)
+        metric = cast(TauJp, self.disturbance[_key(task, split)])
+        metric.update(tangent, batch.indices >= 0)
+        self.log(f"{split}/{task}/tau_jp", metric, add_dataloader_idx=False, batch_size=len(batch.images))
+        return value + tangent if self.linearized else self(batch.images)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the mean over the tasks."""
+        self._log_mean("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Log the mean over the tasks."""
+        self._log_mean("test")
+
+    def _log_mean(self, split: str) -> None:
+        metrics = [self._accuracy(split, task) for task in self.tasks]
+        values = [metric.compute() for metric in metrics if metric.update_called]  # a task may have no such images
+        self.log(f"{split}/accuracy", torch.stack(values).mean(), prog_bar=True)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the heads' classes beside their weights."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["zero_shot_classes"] = {
+            key: list(head.classes) for key, head in self.heads.items() if isinstance(head, ZeroShotHead)
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Bring the heads back before their weights are loaded, so that a checkpoint opens without its data.
+
+        Raises:
+            StructureMismatchError: the checkpoint started from another base, or a head of it has other classes.
+        """
+        super().on_load_checkpoint(checkpoint)
+        state: Mapping[str, Tensor] = checkpoint["state_dict"]
+        for key, names in checkpoint.get("zero_shot_classes", {}).items():
+            weight, scale = state[f"heads.{key}.weight"], float(state[f"heads.{key}.logit_scale"])
+            saved = ZeroShotHead(weight, scale, names)
+            if key not in self.heads:
+                self.heads[key] = saved
+            present = self.heads[key]
+            if isinstance(present, ZeroShotHead) and present.classes != saved.classes:
+                raise StructureMismatchError(
+                    f"checkpoint: expected one with the classes {first_few(present.classes)}, got {first_few(names)}. "
+                    "Use the tasks that it was trained on."
+                )
+
+
+def _key(task: str, split: str = "task") -> str:
+    """A name for a task's part that a ``ModuleDict`` takes: it refuses dots and the names of its own methods."""
+    return f"{split}-{task.replace('.', '%2E')}"

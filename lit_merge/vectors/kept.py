@@ -1,0 +1,315 @@
+"""Task vectors kept for merging again and again with other coefficients: where they lie, and one pass over them."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Literal, TypeVar, get_args
+
+import torch
+from torch import Tensor
+from torch import distributed as processes
+
+from lit_merge.errors import ConfigurationError, first_few
+from lit_merge.params import Params, add_scaled, working_dtype
+from lit_merge.vectors.sources import Reader
+from lit_merge.vectors.task_vector import TaskVector
+from lit_merge.vectors.task_vectors import TaskVectors
+from lit_merge.vectors.threads import ordered_map
+
+__all__ = ["KeptVectors", "Storage", "bytes_needed"]
+
+Storage = Literal["device", "bfloat16", "host", "mapped"]
+"""Where vectors are kept: on the device, there in bfloat16, in the host's memory, or in files that are read anew."""
+
+_Result = TypeVar("_Result")
+_ENTRIES = 1 << 19  # of all vectors together in one piece: two MiB of float32
+
+
+@dataclass(frozen=True)
+class _Segment:
+    """A part of one parameter that this process holds.
+
+    Attributes:
+        name: the parameter.
+        column: its position among the parameters.
+        start: first entry of the flattened parameter.
+        stop: the entry behind the last one.
+        place: where the first entry lies in what this process holds of all parameters, one behind the other.
+    """
+
+    name: str
+    column: int
+    start: int
+    stop: int
+    place: int
+
+
+class KeptVectors:
+    """T task vectors of N parameters, as :class:`lit_merge.functional.Directions` are read.
+
+    On a CPU a pass goes through pieces that stay in the processor's cache, several threads each computing whole pieces,
+    and multiplies and adds in the order in which ``chain(Scale([…]), Sum())`` does: the merged weights are the same bit
+    for bit. On an accelerator there is one product per parameter.
+
+    Args:
+        vectors: what is merged, after any transforms.
+        storage: ``device`` holds all in float32 (float64 if a vector is), ``bfloat16`` at half the size, ``host`` in
+            the host's memory, pinned if there is an accelerator, and ``mapped`` nothing: files are read at every pass.
+            Transformed vectors are first written to a temporary folder for that.
+        device: where the merged weights are needed.
+        sharded: every process of the default group holds the same share of every vector, 1/W, and computes that share
+            of the merged weights, which are then gathered; gradients are averaged over the processes on the way back,
+            and all processes get the same gradient of the coefficients. All have to merge at the same time.
+
+    Raises:
+        ConfigurationError: the storage is unknown, or there is too little memory for it.
+    """
+
+    def __init__(
+        self,
+        vectors: TaskVectors,
+        storage: Storage = "device",
+        device: torch.device | str = "cpu",
+        sharded: bool = False,
+    ) -> None:
+        if storage not in get_args(Storage):
+            raise ConfigurationError(
+                f"storage: expected {', '.join(get_args(Storage))}, got {storage!r}. Use one of them."
+            )
+        self._device, self._storage = torch.device(device), storage
+        self._shapes = {name: vectors.shape(name)[1:] for name in vectors.names}
+        self._dtype = working_dtype(*(vectors.dtype(name) for name in vectors.names))
+        self.tasks = vectors.tasks
+        self._group = sharded and processes.is_available() and processes.is_initialized()
+        count, rank = (processes.get_world_size(), processes.get_rank()) if self._group else (1, 0)
+        total = sum(shape.numel() for shape in self._shapes.values())
+        self._share = -(-total // count)
+        self._segments = list(self._held(rank * self._share, min((rank + 1) * self._share, total)))
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._flat: Tensor | None = None
+        self._vectors: TaskVectors | None = None
+        _check_memory(vectors, storage, self._device, count)
+        if storage == "mapped":
+            self._vectors = self._on_disk(vectors)
+        else:
+            self._flat = self._filled(vectors)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are merged."""
+        return self._device
+
+    @property
+    def names(self) -> Sequence[str]:
+        """The N parameters."""
+        return tuple(self._shapes)
+
+    @property
+    def bytes_held(self) -> int:
+        """What the vectors take in this process's memory, on the device or the host."""
+        return 0 if self._flat is None else self._flat.nbytes
+
+    @torch.no_grad()
+    def add_weighted(self, weights: Tensor, base: Mapping[str, Tensor] | None) -> Params:
+        """``base[n] + Σ_t weights[t, n] τ_t[n]``; see :class:`lit_merge.functional.Directions`."""
+        weights = weights.detach().to(self._device, self._dtype)
+        if not self._group:
+            merged = {name: self._empty(name, base) for name in self._shapes}
+            targets = {name: value.view(-1) for name, value in merged.items()}
+            self._run(partial(_weighted, weights, base, targets, {}))
+            return merged
+        own = torch.zeros(self._share, dtype=self._dtype, device=self._device)
+        places = {segment.name: segment.place - segment.start for segment in self._segments}
+        self._run(partial(_weighted, weights, base, dict.fromkeys(places, own), places))
+        whole = torch.empty(self._share * processes.get_world_size(), dtype=self._dtype, device=self._device)
+        processes.all_gather_into_tensor(whole, own)
+        sizes = [shape.numel() for shape in self._shapes.values()]
+        parts = whole[: sum(sizes)].split(sizes)
+        return {
+            name: part.view(shape).to(self._empty_dtype(name, base))
+            for part, (name, shape) in zip(parts, self._shapes.items(), strict=True)
+        }
+
+    @torch.no_grad()
+    def inner_products(self, gradients: Mapping[str, Tensor]) -> Tensor:
+        """``⟨τ_t[n], gradients[n]⟩``, ``(T, N)`` in float64; see :class:`lit_merge.functional.Directions`."""
+        flat = {name: value.detach().reshape(-1) for name, value in gradients.items()}
+        if self._group:
+            flat = self._averaged(flat)
+        products = torch.zeros(len(self.tasks), len(self._shapes), dtype=torch.float64, device=self._device)
+        for column, part in self._run(partial(_products, flat)):
+            if part is not None:
+                products[:, column] += part
+        if self._group:
+            processes.all_reduce(products)
+        return products
+
+    def _held(self, first: int, last: int) -> Iterator[_Segment]:
+        before = 0
+        for column, (name, shape) in enumerate(self._shapes.items()):
+            start, stop = max(first - before, 0), min(last - before, shape.numel())
+            if start < stop:
+                yield _Segment(name, column, start, stop, before + start - first)
+            before += shape.numel()
+
+    def _filled(self, vectors: TaskVectors) -> Tensor:
+        """Everything that this process holds, ``(T, entries)``: read once, stack by stack."""
+        dtype = torch.bfloat16 if self._storage == "bfloat16" else self._dtype
+        where = torch.device("cpu") if self._storage == "host" else self._device
+        pinned = self._storage == "host" and self._device.type == "cuda"
+        length = sum(segment.stop - segment.start for segment in self._segments)
+        flat = torch.empty(len(self.tasks), length, dtype=dtype, device=where, pin_memory=pinned)
+        places = {segment.name: segment for segment in self._segments}
+
+        def fill(name: str, start: int, piece: Tensor) -> None:
+            segment = places[name]
+            first, last = max(start, segment.start), min(start + piece.shape[1], segment.stop)
+            if first < last:
+                place = segment.place + first - segment.start
+                flat[:, place : place + last - first] = piece[:, first - start : last - start]
+
+        for _ in vectors.over_pieces(fill, list(places)):
+            pass
+        return flat
+
+    def _on_disk(self, vectors: TaskVectors) -> TaskVectors:
+        """The same vectors, from files alone."""
+        if vectors.inputs is vectors and all(row.content_digest for row in map(vectors.vector, range(len(self.tasks)))):
+            return vectors
+        self._folder = tempfile.TemporaryDirectory(prefix="lit-merge-", dir=os.environ.get("TMPDIR"))
+        paths = [Path(self._folder.name) / f"{index}.safetensors" for index in range(len(self.tasks))]
+        for index, path in enumerate(paths):
+            vectors.vector(index).save(path)
+        return TaskVectors([TaskVector.load(path) for path in paths])
+
+    def _run(self, function: Callable[[_Segment, int, Tensor], _Result]) -> list[_Result]:
+        """``function(segment, start, piece)`` of everything that this process holds, in order."""
+        on_cpu = self._device.type == "cpu"
+        length = max(_ENTRIES // len(self.tasks), 1 << 12)
+
+        def jobs() -> Iterator[tuple[_Segment, int, int, Reader]]:
+            for segment in self._segments:
+                read = self._reader(segment)
+                step = length if on_cpu else segment.stop - segment.start
+                for start in range(segment.start, segment.stop, step):
+                    yield segment, start, min(start + step, segment.stop), read
+
+        def apply(segment: _Segment, start: int, stop: int, read: Reader) -> _Result:
+            piece = read(start, stop).to(self._device, non_blocking=True)
+            return function(segment, start, piece.to(self._dtype))
+
+        if on_cpu:
+            return list(ordered_map(apply, jobs()))
+        return [apply(*job) for job in jobs()]
+
+    def _reader(self, segment: _Segment) -> Reader:
+        if self._vectors is not None:
+            return self._vectors.reader(segment.name)
+        assert self._flat is not None
+        flat, offset = self._flat, segment.place - segment.start
+        return lambda start, stop: flat[:, offset + start : offset + stop]
+
+    def _empty_dtype(self, name: str, base: Mapping[str, Tensor] | None) -> torch.dtype:
+        return self._dtype if base is None else base[name].dtype
+
+    def _empty(self, name: str, base: Mapping[str, Tensor] | None) -> Tensor:
+        return torch.empty(self._shapes[name], dtype=self._empty_dtype(name, base), device=self._device)
+
+    def _averaged(self, gradients: Mapping[str, Tensor]) -> Params:
+        """The mean over the processes of what this one holds, as parts of whole gradients."""
+        count = processes.get_world_size()
+        whole = torch.zeros(self._share * count, dtype=self._dtype, device=self._device)
+        place = 0
+        for name, shape in self._shapes.items():
+            if name in gradients:
+                whole[place : place + shape.numel()] = gradients[name]
+            place += shape.numel()
+        # By addition to zeros everywhere, as not every process need have a gradient of every parameter.
+        processes.all_reduce(whole)
+        whole /= count
+        parts, place = {}, 0
+        for name, shape in self._shapes.items():
+            parts[name] = whole[place : place + shape.numel()]
+            place += shape.numel()
+        return parts
+
+
+def bytes_needed(vectors: TaskVectors, storage: Storage, shares: int = 1) -> int:
+    """What keeping task vectors takes, in bytes per process, on the device (or, for ``host``, in the host's memory)."""
+    if storage == "mapped":
+        return 0
+    dtype = working_dtype(*(vectors.dtype(name) for name in vectors.names))
+    size = 2 if storage == "bfloat16" else dtype.itemsize
+    return len(vectors.tasks) * size * -(-sum(vectors.shape(name)[1:].numel() for name in vectors.names) // shares)
+
+
+def _check_memory(vectors: TaskVectors, storage: Storage, device: torch.device, shares: int) -> None:
+    on_host = storage == "host" or device.type == "cpu"
+    free = _free_on_host() if on_host else _free_on_device(device)
+    needed = bytes_needed(vectors, storage, shares)
+    if free is None or needed <= free:
+        return
+    others = ", ".join(f"{one} {_gib(bytes_needed(vectors, one, shares))}" for one in get_args(Storage))
+    fitting = [one for one in get_args(Storage) if bytes_needed(vectors, one, shares) <= free and one != storage]
+    raise ConfigurationError(
+        f"storage {storage}: expected {_gib(needed)} of free memory for {len(vectors.tasks)} task vectors "
+        f"({first_few(vectors.tasks)}) on {'the host' if on_host else device}, got {_gib(free)}. Needed per process: "
+        f"{others}; of these {', '.join(fitting)} would fit, or shard them over more processes (sharded)."
+    )
+
+
+def _free_on_device(device: torch.device) -> int | None:
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
+
+
+def _free_on_host() -> int | None:
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:  # not Linux
+        return None
+    found = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
+    return found[0] if found else None
+
+
+def _gib(count: int) -> str:
+    return f"{count / 2**30:.1f} GiB"
+
+
+def _weighted(
+    weights: Tensor,
+    base: Mapping[str, Tensor] | None,
+    targets: Mapping[str, Tensor],
+    offsets: Mapping[str, int],
+    segment: _Segment,
+    start: int,
+    piece: Tensor,
+) -> None:
+    """Write one piece of the merged weights: products and sums in the order of ``chain(Scale([…]), Sum())``."""
+    stop = start + piece.shape[1]
+    column = weights[:, segment.column]
+    if piece.device.type == "cpu":
+        total = piece[0] * column[0]
+        product = torch.empty_like(total)
+        for row, weight in zip(piece[1:], column[1:], strict=True):
+            total.add_(torch.mul(row, weight, out=product))
+    else:
+        total = column @ piece
+    if base is not None:
+        total = add_scaled(base[segment.name].detach().reshape(-1)[start:stop], total)
+    offset = offsets.get(segment.name, 0)
+    targets[segment.name][start + offset : stop + offset] = total
+
+
+def _products(
+    gradients: Mapping[str, Tensor], segment: _Segment, start: int, piece: Tensor
+) -> tuple[int, Tensor | None]:
+    """One piece's part of ⟨τ_t, g⟩, summed up in float64 over the pieces."""
+    if segment.name not in gradients:
+        return segment.column, None
+    part = gradients[segment.name][start : start + piece.shape[1]].to(piece)
+    return segment.column, (piece @ part).double()
