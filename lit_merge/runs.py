@@ -16,7 +16,10 @@ from lit_merge.errors import ConfigurationError
 __all__ = ["RunDirectory"]
 
 _OUTPUTS = {
-    "fit": ("task_vector*.safetensors", "metrics*.csv", "checkpoints"),
+    "fit": (
+        *("task_vector*.safetensors", "coefficients*", "merged.safetensors", "spearman.json"),
+        *("metrics*.csv", "checkpoints"),
+    ),
     "validate": ("validate_metrics.json",),
     "test": ("test_metrics.json",),
     "predict": ("predictions.csv",),

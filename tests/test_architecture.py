@@ -36,6 +36,8 @@ LAYERS: dict[str, set[str]] = {  # room -> rooms of lit_merge and third-party pa
         "metrics",
         "modules",
         "data",
+        "merge_inputs",
+        "merge_output",
         "report",
         "torch",
         "lightning",

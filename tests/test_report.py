@@ -451,10 +451,10 @@ def test_figure_says_what_was_measured():
 
 
 def test_numbers_in_the_heat_map_can_be_read():
-    from lit_merge.report.panels import INK, _readable_on
+    from lit_merge.report.panels import INK, readable_on
 
-    assert _readable_on((1.0, 1.0, 0.8, 1.0)) == INK
-    assert _readable_on((0.13, 0.2, 0.6, 1.0)) == "white"
+    assert readable_on((1.0, 1.0, 0.8, 1.0)) == INK
+    assert readable_on((0.13, 0.2, 0.6, 1.0)) == "white"
 
 
 def test_more_rows_make_the_figure_higher(tmp_path):

@@ -28,6 +28,8 @@ class ResumableLoader(DataLoader[ImageBatch]):
         """Batches of one epoch; nothing happens before the first is asked for, when the progress is known."""
         had = 0 if self.trainer is None else self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
         sampler: Any = self.sampler
+        if self.trainer is not None:  # Lightning counts an epoch as through that max_steps ended in the middle
+            sampler.set_epoch(self.trainer.current_epoch)
         # A task with fewer batches than the others has started again in between.
         sampler.skip = had % len(self) * (self.batch_size or 1)
         yield from super().__iter__()

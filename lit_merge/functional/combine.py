@@ -52,7 +52,7 @@ class StackedDirections:
         """See :class:`Directions`: one matrix–vector product per parameter."""
         sums = {}
         for column, (name, stack) in enumerate(self._stacks.items()):
-            total = weights[:, column].to(stack) @ stack.flatten(1)
+            total = weights[:, column].to(stack) @ stack.reshape(len(stack), -1)
             sums[name] = total.view(stack.shape[1:])
             if base is not None:
                 start = base[name]
@@ -66,7 +66,7 @@ class StackedDirections:
         products = torch.zeros(len(first), len(self._stacks), dtype=first.dtype, device=first.device)
         for column, (name, stack) in enumerate(self._stacks.items()):
             if name in gradients:
-                products[:, column] = stack.flatten(1) @ gradients[name].to(stack).flatten()
+                products[:, column] = stack.reshape(len(stack), -1) @ gradients[name].to(stack).flatten()
         return products
 
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from lit_merge.errors import ConfigurationError, StructureMismatchError, first_few
 from lit_merge.functional import combine
@@ -37,8 +36,8 @@ class MergedModel(nn.Module):
             stay at θ0.
         granularity: which parameters share a coefficient, see :func:`lit_merge.vectors.groups.group_names`.
         init: where λ starts: one number, one per task (in their order or by name), or :class:`Coefficients`.
-        clamp: the range that λ is clamped to whenever it is used, or None. The gradient of a coefficient outside it is
-            zero, on its border it is not, as ``torch.clamp`` has it.
+        clamp: the range that λ is clamped to whenever it is used, or None. The gradient of a coefficient outside of it
+            is zero; on its border it is not.
         storage: where the task vectors are kept, see :class:`lit_merge.vectors.kept.KeptVectors`.
         sharded: whether each process keeps 1/W of every task vector only.
 
@@ -106,7 +105,12 @@ class MergedModel(nn.Module):
 
     def applied(self) -> Tensor:
         """λ as it is used, after clamping: ``(T, L)``, differentiable."""
-        return self.coefficients if self.clamp is None else self.coefficients.clamp(*self.clamp)
+        if self.clamp is None:
+            return self.coefficients
+        lowest, highest = self.clamp
+        inside = (self.coefficients >= lowest) & (self.coefficients <= highest)
+        # Not by torch.clamp, whose gradient on the border depends on the version: λ may start there.
+        return torch.where(inside, self.coefficients, self.coefficients.detach().clamp(lowest, highest))
 
     def merged_parameters(self, tangent: bool = False) -> Params:
         """θ0 + Σ_t λ_t τ_t of the parameters that the task vectors have, differentiable with respect to λ.
@@ -136,8 +140,14 @@ class MergedModel(nn.Module):
 
     def forward(self, *inputs: Any, **keywords: Any) -> Tensor:
         """``f`` with merged weights; they are merged anew in every call, differentiably."""
-        result: Tensor = functional_call(self.module, self.merged_parameters(), inputs, keywords)
-        return result
+        with swapped(self.module, self.merged_parameters()):
+            result: Tensor = self.module(*inputs, **keywords)
+            return result
+
+    def train(self, mode: bool = True) -> MergedModel:
+        """Switch the module, too."""
+        self.module.train(mode)
+        return super().train(mode)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MergedModel:
         """Move or convert θ0 and the module's buffers too; λ keeps its precision, as small steps vanish in bfloat16."""
@@ -190,8 +200,8 @@ class MergedModel(nn.Module):
 def swapped(module: nn.Module, parameters: Mapping[str, Tensor]) -> Iterator[None]:
     """Let tensors stand in for parameters of a module for a while.
 
-    Unlike ``torch.func.functional_call`` they stay in place during the backward pass too, in which activation
-    checkpointing runs the module again.
+    Unlike with ``torch.func.functional_call`` they stay in place for as long as the context, so that the backward pass
+    may be inside, in which activation checkpointing runs the module again; and shared parameters are put back.
 
     Args:
         module: put back as it was in the end; a parameter that it uses in several places is replaced in all of them.

@@ -148,6 +148,7 @@ class MergeModule(TaskHeads):
         self._checkpointed = activation_checkpointing
         if activation_checkpointing:
             self._checkpoint_activations()
+        self.encoder.train(activation_checkpointing)
         self._held: Params | None = None
         self._linear: dict[str, LinearFeatures] = {}
 
@@ -276,9 +277,12 @@ class MergeModule(TaskHeads):
         losses: dict[str, Tensor] = {}
         for tasks in self._passes(present):
             with ExitStack() as stack:
+                images = torch.cat([present[task].images for task in tasks])
+                # Both until the way back is done, on which blocks may be computed again.
+                stack.enter_context(fast_attention(images.device))
                 if not self.linearized:
-                    stack.enter_context(swapped(self.network, leaves))  # until the way back is done
-                features = self.encode(torch.cat([present[task].images for task in tasks]), leaves)
+                    stack.enter_context(swapped(self.network, leaves))
+                features = self.encode(images, leaves)
                 slices = features.split([len(present[task].images) for task in tasks])
                 for task, part in zip(tasks, slices, strict=True):
                     losses[task] = self.compute_loss(self.classify(part, task), present[task], task)
@@ -360,7 +364,9 @@ class MergeModule(TaskHeads):
     def on_validation_epoch_end(self) -> None:
         """Log the means over the tasks, and the merged tasks' entropy, which training may stop on."""
         super().on_validation_epoch_end()
-        metrics = [self.entropy[str(index)] for index, task in enumerate(self.tasks) if task in self.merged_tasks]
+        metrics: list[Any] = [
+            self.entropy[str(index)] for index, task in enumerate(self.tasks) if task in self.merged_tasks
+        ]
         values = [metric.compute() for metric in metrics if metric.update_called]
         if values:
             self.log("val/entropy", torch.stack(values).mean())

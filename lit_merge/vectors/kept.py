@@ -118,6 +118,10 @@ class KeptVectors:
     def add_weighted(self, weights: Tensor, base: Mapping[str, Tensor] | None) -> Params:
         """``base[n] + Σ_t weights[t, n] τ_t[n]``; see :class:`lit_merge.functional.Directions`."""
         weights = weights.detach().to(self._device, self._dtype)
+        with torch.autocast(self._device.type, enabled=False):
+            return self._add_weighted(weights, base)
+
+    def _add_weighted(self, weights: Tensor, base: Mapping[str, Tensor] | None) -> Params:
         if not self._group:
             merged = {name: self._empty(name, base) for name in self._shapes}
             targets = {name: value.view(-1) for name, value in merged.items()}
@@ -142,9 +146,10 @@ class KeptVectors:
         if self._group:
             flat = self._averaged(flat)
         products = torch.zeros(len(self.tasks), len(self._shapes), dtype=torch.float64, device=self._device)
-        for column, part in self._run(partial(_products, flat)):
-            if part is not None:
-                products[:, column] += part
+        with torch.autocast(self._device.type, enabled=False):
+            for column, part in self._run(partial(_products, flat)):
+                if part is not None:
+                    products[:, column] += part
         if self._group:
             processes.all_reduce(products)
         return products
@@ -179,7 +184,7 @@ class KeptVectors:
 
     def _on_disk(self, vectors: TaskVectors) -> TaskVectors:
         """The same vectors, from files alone."""
-        if vectors.inputs is vectors and all(row.content_digest for row in map(vectors.vector, range(len(self.tasks)))):
+        if vectors.from_files:
             return vectors
         self._folder = tempfile.TemporaryDirectory(prefix="lit-merge-", dir=os.environ.get("TMPDIR"))
         paths = [Path(self._folder.name) / f"{index}.safetensors" for index in range(len(self.tasks))]

@@ -84,6 +84,7 @@ class TaskVectors(LazyMapping):
         self._model_names = tuple(self._structure)
         self._base = base
         self._statistics: tuple[Statistic[Any], ...] = ()
+        self._from_files = all(row.content_digest for row in rows)
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -147,6 +148,11 @@ class TaskVectors(LazyMapping):
     def walk(self) -> int:
         """How often going through all stacks once reads every input, when the statistics are known."""
         return self._source.reads
+
+    @property
+    def from_files(self) -> bool:
+        """Whether these are task vectors as they are stored in files, and no transform was applied."""
+        return self._from_files
 
     @property
     def by_pieces(self) -> bool:
@@ -310,7 +316,7 @@ class TaskVectors(LazyMapping):
             )
         view = self._view(Subset(self), self._tasks, "", ())
         view._structure = {name: self._structure[name] for name in names}
-        view._rows = None
+        view._rows, view._from_files = None, self._from_files
         view._inputs = view if self._inputs is self else self._inputs.restrict(names)
         return view
 
@@ -393,6 +399,7 @@ class TaskVectors(LazyMapping):
         view._inputs = self._inputs
         view._model_names = self._model_names
         view._base = self._base
+        view._from_files = False
         view._statistics = tuple(dict.fromkeys((*self._statistics, *statistics)))
         return view
 
