@@ -59,9 +59,9 @@ def test_every_vector_is_read_once_on_the_way_there_and_once_on_the_way_back():
     class Counted(StackedDirections):
         forth = back = 0
 
-        def add_weighted(self, weights, base):
+        def add_weighted(self, weights, base, out=None):
             self.forth += 1
-            return super().add_weighted(weights, base)
+            return super().add_weighted(weights, base, out)
 
         def inner_products(self, gradients):
             self.back += 1

@@ -101,7 +101,7 @@ def test_vectors_in_bfloat16_are_rounded_and_nothing_else():
 @pytest.mark.parametrize("storage", ["device", "host", "mapped"])
 @pytest.mark.parametrize("before", [None, chain(Trim(0.3), ElectSign())])
 @pytest.mark.parametrize("entries", [1 << 19, 24])
-def test_weights_are_those_of_a_merge_bit_for_bit(storage, before, entries, tmp_path, monkeypatch):
+def test_weights_are_those_of_a_merge_but_for_the_last_bits(storage, before, entries, tmp_path, monkeypatch):
     monkeypatch.setattr(kept, "_ENTRIES", entries)
     module = network(torch.float32)
     given = vectors(module)
@@ -110,13 +110,18 @@ def test_weights_are_those_of_a_merge_bit_for_bit(storage, before, entries, tmp_
     base = {name: own.detach() for name, own in module.named_parameters()}
     found = MergedModel(module, changed, "task", factors, storage=storage).merged_parameters()
     expected = dict(merged_parameters(base, chain(Scale(factors), Sum())(changed)))
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    for name in expected:  # a product of matrices rounds once where multiplying and adding rounds twice
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-6, atol=2e-7)
     model = MergedModel(module, changed, "tensor", storage=storage)
     model.coefficients.data.copy_(torch.rand(model.coefficients.shape))
     model.to_coefficients().save(tmp_path / "c.safetensors")
     chosen = chain(LearnedScale(str(tmp_path / "c.safetensors")), Sum())(changed)
     expected = dict(merged_parameters(base, chosen))
-    assert all(torch.equal(model.merged_parameters()[name], expected[name]) for name in expected)
+    merged = model.merged_parameters()
+    again = model.merged_parameters(out=merged)
+    for name in expected:
+        torch.testing.assert_close(again[name], expected[name], rtol=1e-6, atol=2e-7)
+        assert again[name].data_ptr() == merged[name].data_ptr()  # its memory was used again
 
 
 def test_only_the_coefficients_train_and_are_saved():

@@ -21,12 +21,15 @@ class Directions(Protocol):
     def names(self) -> Sequence[str]:
         """The N parameters."""
 
-    def add_weighted(self, weights: Tensor, base: Mapping[str, Tensor] | None) -> Params:
-        """``base[n] + Σ_t weights[t, n] τ_t[n]`` of every parameter, new tensors; without a base the sum alone.
+    def add_weighted(
+        self, weights: Tensor, base: Mapping[str, Tensor] | None, out: Mapping[str, Tensor] | None = None
+    ) -> Params:
+        """``base[n] + Σ_t weights[t, n] τ_t[n]`` of every parameter; without a base the sum alone.
 
         Args:
             weights: ``(T, N)``.
             base: θ0; the results have its dtypes and devices.
+            out: tensors whose memory the results may take; new ones by default.
         """
 
     def inner_products(self, gradients: Mapping[str, Tensor]) -> Tensor:
@@ -48,8 +51,10 @@ class StackedDirections:
         """The parameters."""
         return tuple(self._stacks)
 
-    def add_weighted(self, weights: Tensor, base: Mapping[str, Tensor] | None) -> Params:
-        """See :class:`Directions`: one matrix–vector product per parameter."""
+    def add_weighted(
+        self, weights: Tensor, base: Mapping[str, Tensor] | None, out: Mapping[str, Tensor] | None = None
+    ) -> Params:
+        """See :class:`Directions`: one matrix–vector product per parameter; the results are new."""
         sums = {}
         for column, (name, stack) in enumerate(self._stacks.items()):
             total = weights[:, column].to(stack) @ stack.reshape(len(stack), -1)
@@ -75,6 +80,7 @@ def combine(
     directions: Directions | Mapping[str, Tensor],
     coefficients: Tensor,
     columns: Sequence[int] | None = None,
+    out: Mapping[str, Tensor] | None = None,
 ) -> Params:
     """``θ = θ0 + Σ_t λ[t, c(n)] τ_t[n]`` for every parameter n (Yang et al. 2024, equations 6 and 7).
 
@@ -88,6 +94,7 @@ def combine(
         directions: the task vectors: :class:`Directions`, or name -> stack ``(T, *shape)``.
         coefficients: λ, ``(T, L)``.
         columns: for every parameter which of the L columns is its own; by default the n-th one, L = N.
+        out: results of an earlier call that nobody needs any more; their memory may be used again.
 
     Returns:
         Name -> merged tensor, in θ0's dtypes and devices.
@@ -123,16 +130,22 @@ def combine(
             "the parameters that they start from."
         )
     index = torch.tensor(places, device=coefficients.device)
-    merged: tuple[Tensor, ...] = _Combine.apply(kept, base, coefficients[:, index])
+    merged: tuple[Tensor, ...] = _Combine.apply(kept, base, coefficients[:, index], out)
     return dict(zip(names, merged, strict=True))
 
 
 class _Combine(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, directions: Directions, base: Mapping[str, Tensor] | None, weights: Tensor) -> Any:
+    def forward(
+        ctx: Any,
+        directions: Directions,
+        base: Mapping[str, Tensor] | None,
+        weights: Tensor,
+        out: Mapping[str, Tensor] | None,
+    ) -> Any:
         ctx.set_materialize_grads(False)
         ctx.directions, ctx.dtype, ctx.device = directions, weights.dtype, weights.device
-        sums = directions.add_weighted(weights.detach(), base)
+        sums = directions.add_weighted(weights.detach(), base, out)
         return tuple(sums[name] for name in directions.names)
 
     @staticmethod
@@ -140,4 +153,4 @@ class _Combine(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor | None) -> Any:
         directions: Directions = ctx.directions
         given = {name: one for name, one in zip(directions.names, gradients, strict=True) if one is not None}
-        return None, None, directions.inner_products(given).to(ctx.device, ctx.dtype)
+        return None, None, directions.inner_products(given).to(ctx.device, ctx.dtype), None

@@ -112,14 +112,15 @@ class MergedModel(nn.Module):
         # Not by torch.clamp, whose gradient on the border depends on the version: λ may start there.
         return torch.where(inside, self.coefficients, self.coefficients.detach().clamp(lowest, highest))
 
-    def merged_parameters(self, tangent: bool = False) -> Params:
+    def merged_parameters(self, tangent: bool = False, out: Mapping[str, Tensor] | None = None) -> Params:
         """θ0 + Σ_t λ_t τ_t of the parameters that the task vectors have, differentiable with respect to λ.
 
         Args:
             tangent: without θ0: the merged task vector, for linearised networks.
+            out: results of an earlier call that nobody needs any more; their memory may be used again.
         """
         base = None if tangent else {name: own for name, own in self.module.named_parameters() if name in self.members}
-        return combine(base, self.kept(), self.applied(), self._columns)
+        return combine(base, self.kept(), self.applied(), self._columns, out)
 
     def kept(self) -> KeptVectors:
         """The task vectors where they are kept; read when this is called for the first time on a device.

@@ -150,6 +150,7 @@ class MergeModule(TaskHeads):
             self._checkpoint_activations()
         self.encoder.train(activation_checkpointing)
         self._held: Params | None = None
+        self._spare: Params | None = None
         self._linear: dict[str, LinearFeatures] = {}
 
     def _checkpoint_activations(self) -> None:
@@ -272,7 +273,8 @@ class MergeModule(TaskHeads):
         """The tasks' losses, and the gradient of their sum with respect to the coefficients."""
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
         scale = float(scaler.get_scale()) if scaler is not None else 1.0
-        weights = self.merged.merged_parameters(self.linearized)
+        weights = self.merged.merged_parameters(self.linearized, self._spare)
+        self._spare = {name: value.detach() for name, value in weights.items()}  # until the next step
         leaves = {name: value.detach().requires_grad_() for name, value in weights.items()}
         losses: dict[str, Tensor] = {}
         for tasks in self._passes(present):
@@ -370,6 +372,10 @@ class MergeModule(TaskHeads):
         values = [metric.compute() for metric in metrics if metric.update_called]
         if values:
             self.log("val/entropy", torch.stack(values).mean())
+
+    def on_fit_end(self) -> None:
+        """Let go of the memory of the training's weights."""
+        self._spare = None
 
     def on_validation_start(self) -> None:
         """Merge once for the whole validation."""

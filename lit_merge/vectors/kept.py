@@ -27,7 +27,8 @@ Storage = Literal["device", "bfloat16", "host", "mapped"]
 """Where vectors are kept: on the device, there in bfloat16, in the host's memory, or in files that are read anew."""
 
 _Result = TypeVar("_Result")
-_ENTRIES = 1 << 19  # of all vectors together in one piece: two MiB of float32
+_ENTRIES = 1 << 20  # of all vectors together in one piece that is read or converted: four MiB of float32
+_COLUMNS = 1 << 20  # in one product: the sums of longer ones lose digits in float32
 
 
 @dataclass(frozen=True)
@@ -52,9 +53,10 @@ class _Segment:
 class KeptVectors:
     """T task vectors of N parameters, as :class:`lit_merge.functional.Directions` are read.
 
-    On a CPU a pass goes through pieces that stay in the processor's cache, several threads each computing whole pieces,
-    and multiplies and adds in the order in which ``chain(Scale([…]), Sum())`` does: the merged weights are the same bit
-    for bit. On an accelerator there is one product per parameter.
+    What is in memory in the dtype to compute in goes through one matrix–vector product per parameter, at the speed of
+    the memory. What has to be read or converted first does so in pieces that stay in the processor's cache, on several
+    threads. Products and sums are those of the library that torch multiplies matrices with: the results differ from
+    ``chain(Scale([…]), Sum())`` in the last bits.
 
     Args:
         vectors: what is merged, after any transforms.
@@ -115,18 +117,21 @@ class KeptVectors:
         return 0 if self._flat is None else self._flat.nbytes
 
     @torch.no_grad()
-    def add_weighted(self, weights: Tensor, base: Mapping[str, Tensor] | None) -> Params:
+    def add_weighted(
+        self, weights: Tensor, base: Mapping[str, Tensor] | None, out: Mapping[str, Tensor] | None = None
+    ) -> Params:
         """``base[n] + Σ_t weights[t, n] τ_t[n]``; see :class:`lit_merge.functional.Directions`."""
         weights = weights.detach().to(self._device, self._dtype)
         with torch.autocast(self._device.type, enabled=False):
-            return self._add_weighted(weights, base)
+            return self._gathered(weights, base) if self._group else self._added(weights, base, out)
 
-    def _add_weighted(self, weights: Tensor, base: Mapping[str, Tensor] | None) -> Params:
-        if not self._group:
-            merged = {name: self._empty(name, base) for name in self._shapes}
-            targets = {name: value.view(-1) for name, value in merged.items()}
-            self._run(partial(_weighted, weights, base, targets, {}))
-            return merged
+    def _added(self, weights: Tensor, base: Mapping[str, Tensor] | None, out: Mapping[str, Tensor] | None) -> Params:
+        merged = {name: self._empty(name, base) if out is None else out[name].detach() for name in self._shapes}
+        targets = {name: value.view(-1) for name, value in merged.items()}
+        self._run(partial(_weighted, weights, base, targets, {}))
+        return merged
+
+    def _gathered(self, weights: Tensor, base: Mapping[str, Tensor] | None) -> Params:
         own = torch.zeros(self._share, dtype=self._dtype, device=self._device)
         places = {segment.name: segment.place - segment.start for segment in self._segments}
         self._run(partial(_weighted, weights, base, dict.fromkeys(places, own), places))
@@ -195,7 +200,8 @@ class KeptVectors:
     def _run(self, function: Callable[[_Segment, int, Tensor], _Result]) -> list[_Result]:
         """``function(segment, start, piece)`` of everything that this process holds, in order."""
         on_cpu = self._device.type == "cpu"
-        length = max(_ENTRIES // len(self.tasks), 1 << 12)
+        as_it_is = self._flat is not None and self._flat.dtype == self._dtype
+        length = _COLUMNS if as_it_is else max(_ENTRIES // len(self.tasks), 1 << 12)
 
         def jobs() -> Iterator[tuple[_Segment, int, int, Reader]]:
             for segment in self._segments:
@@ -208,7 +214,7 @@ class KeptVectors:
             piece = read(start, stop).to(self._device, non_blocking=True)
             return function(segment, start, piece.to(self._dtype))
 
-        if on_cpu:
+        if on_cpu and not as_it_is:
             return list(ordered_map(apply, jobs()))
         return [apply(*job) for job in jobs()]
 
@@ -294,20 +300,17 @@ def _weighted(
     start: int,
     piece: Tensor,
 ) -> None:
-    """Write one piece of the merged weights: products and sums in the order of ``chain(Scale([…]), Sum())``."""
-    stop = start + piece.shape[1]
-    column = weights[:, segment.column]
-    if piece.device.type == "cpu":
-        total = piece[0] * column[0]
-        product = torch.empty_like(total)
-        for row, weight in zip(piece[1:], column[1:], strict=True):
-            total.add_(torch.mul(row, weight, out=product))
+    """Write one piece of the merged weights."""
+    stop, offset = start + piece.shape[1], offsets.get(segment.name, 0)
+    column, target = weights[:, segment.column], targets[segment.name][start + offset : stop + offset]
+    first = None if base is None else base[segment.name].detach().reshape(-1)[start:stop]
+    if first is None and target.dtype == piece.dtype:
+        torch.mv(piece.T, column, out=target)
+    elif first is not None and first.dtype == target.dtype == piece.dtype:
+        torch.addmv(first, piece.T, column, out=target)
     else:
-        total = column @ piece
-    if base is not None:
-        total = add_scaled(base[segment.name].detach().reshape(-1)[start:stop], total)
-    offset = offsets.get(segment.name, 0)
-    targets[segment.name][start + offset : stop + offset] = total
+        total = torch.mv(piece.T, column)
+        target.copy_(total if first is None else add_scaled(first, total))
 
 
 def _products(
@@ -317,4 +320,4 @@ def _products(
     if segment.name not in gradients:
         return segment.column, None
     part = gradients[segment.name][start : start + piece.shape[1]].to(piece)
-    return segment.column, (piece @ part).double()
+    return segment.column, torch.mv(piece, part).double()
