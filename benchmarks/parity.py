@@ -1,8 +1,9 @@
 """Our merging methods beside the releases of peft, mergekit and FusionBench, on the same random inputs.
 
 Every row is one method: matrices and vectors, two to four tasks, float32 and float64, one parameter at a time, as these
-libraries work. The difference is the largest one divided by the library's largest entry. Methods that drop at random
-are given the masks that ours draws in place of torch's random numbers.
+libraries work; for what looks at images, a tiny network (benchmarks/parity_with_data.py). The difference is the largest
+one divided by the library's largest entry. Methods that drop at random are given the masks that ours draws in place of
+torch's random numbers.
 
 A row that differs says why; one that differs without a reason, or agrees although it gives one, ends the run.
 
@@ -40,6 +41,7 @@ from mergekit.merge_methods.base import TensorGroup
 from mergekit.merge_methods.karcher import karcher_merge_tensors
 from mergekit.merge_methods.nuslerp import nuslerp
 from mergekit.merge_methods.slerp import slerp as mergekit_slerp
+from parity_with_data import DataRow, data_rows
 from peft.utils import merge_utils as peft
 from torch import Tensor, nn
 
@@ -98,6 +100,16 @@ class Row:
     change: Change = lambda case: case
     reason: str = ""
     paper: str = ""
+
+    @property
+    def lit_merge(self) -> str:
+        """What we do."""
+        return repr(self.ours)
+
+    def results(self, dtype: torch.dtype) -> Iterator[tuple[Tensor, Tensor]]:
+        """What the library makes of every case, and what we do."""
+        for case in map(self.change, cases(self.tasks, dtype)):
+            yield self.theirs(case).detach(), case.stack(self.ours)[0]
 
 
 def cases(tasks: tuple[int, ...], dtype: torch.dtype) -> Iterator[Case]:
@@ -343,23 +355,23 @@ def fusion_bench_rows() -> list[Row]:
     ]
 
 
-def measured(library: str, row: Row) -> dict[str, Any]:
+def measured(library: str, row: Row | DataRow) -> dict[str, Any]:
     """The largest relative difference of a row in either dtype."""
     found: dict[str, float] = {}
     for dtype in (torch.float32, torch.float64):
         largest = 0.0
-        for case in map(row.change, cases(row.tasks, dtype)):
-            with contextlib.redirect_stdout(io.StringIO()):  # some print every parameter's name
-                expected = row.theirs(case).detach().double()
-            difference = (case.stack(row.ours)[0] - expected).abs().max()
-            scale = expected.abs().max() if expected.any() else 1.0
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):  # some print a lot
+            results = list(row.results(dtype))
+        for theirs, mine in results:
+            difference = (mine.double() - theirs.double()).abs().max()
+            scale = theirs.abs().max() if theirs.any() else 1.0
             largest = max(largest, float(difference / scale))
         found[str(dtype).removeprefix("torch.")] = float(f"{largest:.2g}")
     agrees = max(found.values()) <= TOLERANCE
     if agrees == bool(row.reason):
         raise SystemExit(f"{library} {row.method}: the difference is {found}, its reason {row.reason!r}")
     outcome = {"agrees": True} if agrees else {"agrees": False, "reason": row.reason, "as_published": row.paper}
-    return {"library": library, "method": row.method, "lit_merge": repr(row.ours), **found, **outcome}
+    return {"library": library, "method": row.method, "lit_merge": row.lit_merge, **found, **outcome}
 
 
 def main() -> None:
@@ -367,7 +379,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/parity.json"))
     options = parser.parse_args()
-    libraries = {"peft": peft_rows(), "mergekit": mergekit_rows(), "FusionBench": fusion_bench_rows()}
+    libraries: dict[str, list[Row | DataRow]] = {
+        "peft": [*peft_rows()],
+        "mergekit": [*mergekit_rows()],
+        "FusionBench": [*fusion_bench_rows(), *data_rows()],
+    }
     rows = [measured(library, row) for library, listed in libraries.items() for row in listed]
     installed = {name: metadata.version(name) for name in ("torch", "numpy", "peft", "mergekit", "fusion-bench")}
     report = {

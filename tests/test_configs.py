@@ -18,7 +18,7 @@ from lit_merge.errors import LitMergeError
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted(path for path in (ROOT / "configs").rglob("*") if path.is_file())
-COMMANDS = {"finetune": "fit", "pretrain": "fit", "merge": "merge", "suite": "suite"}  # folder -> command
+COMMANDS = {"finetune": "fit", "adamerging": "fit", "pretrain": "fit", "merge": "merge", "suite": "suite"}
 COMMANDS["statistics"] = "statistics"
 COMMANDS["soup"] = "soup"
 REQUIRED = {"merge": ["--vectors=[a.safetensors]", "--output=b.safetensors"]}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import lightning as L
@@ -458,3 +459,21 @@ def test_a_task_without_images_is_refused(colour_folder, clip_config, clip_weigh
         DataError, match=r"colours: expected images in the split val to learn on, got none\. Add some, ch"
     ):
         data.setup("fit")
+
+
+@pytest.mark.parametrize("name", ["layer_wise", "task_wise", "plus_plus", "supervised", "large"])
+def test_every_configuration_runs(name, embedded, clip_config, clip_weights):
+    config = Path(__file__).parents[1] / "configs/adamerging" / f"{name}.yaml"
+    vectors = f"[{embedded}/digits.safetensors,{embedded}/letters.safetensors]"
+    arguments = ["fit", f"--config={config}", f"--model.vectors={vectors}", f"--output={embedded / name}"]
+    arguments += [f"--model.model={clip_config}", f"--model.pretrained={clip_weights}", "--data.tasks=[digits,letters]"]
+    arguments += ["--data.batch_size=4", "--data.workers=0", "--trainer.accelerator=cpu", "--trainer.max_steps=2"]
+    if name == "plus_plus":
+        arguments += ["--trainer.val_check_interval=1", "--trainer.callbacks.every_n_steps=1"]
+    assert main([*arguments, "--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]) == 0
+    found = Coefficients.load(embedded / name / "coefficients.safetensors")
+    assert found.granularity == ("task" if name == "task_wise" else "tensor")
+    assert found.metadata["step"] == "2"
+    written = {path.name for path in (embedded / name).iterdir()}
+    assert ("coefficients.png" in written) == (name == "layer_wise")
+    assert ("spearman.json" in written) == (name == "plus_plus")
