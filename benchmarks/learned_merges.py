@@ -343,8 +343,42 @@ def table(result: dict[str, Any]) -> str:
             difference, error = paired(rows[method][seed], rows["task arithmetic"][seed])
             against.append(f"{difference:+.1f} ± {error:.1f}")
         lines.append(f"| {method} | {mean(values):.1f}{spread} | {', '.join(against)} |")
-    lines += ["", *_left_out(rows), "", *_corruptions(rows)]
+    lines += ["", *_orderings(rows), "", *_left_out(rows), "", *_corruptions(rows)]
     return "\n".join(lines)
+
+
+ORDERINGS = [  # the paper's, better first
+    ("layer-wise", "task arithmetic"),
+    ("layer-wise", "TIES"),
+    ("layer-wise", "task-wise"),
+    ("task-wise", "task arithmetic"),
+    ("layer-wise ++", "layer-wise"),
+    ("supervised layer-wise, on validation images", "layer-wise, on validation images"),
+    ("layer-wise", "layer-wise, on validation images"),
+    ("layer-wise", "layer-wise, 5 % of the images"),
+    ("layer-wise", "layer-wise, 1 % of the images"),
+]
+
+
+def _orderings(rows: dict[str, dict[int, Any]]) -> list[str]:
+    """Which of the paper's orderings appear: where every seed's difference is beyond two standard errors."""
+    lines = [
+        "The paper's orderings (Yang et al. 2024, tables 1 and 5). One holds if the difference is above two standard "
+        "errors on every seed, and is reversed if it is below minus two on every seed:",
+        "",
+        "| better in the paper | worse | here, by seed | |",
+        "| :-- | :-- | :-- | :-- |",
+    ]
+    for better, worse in ORDERINGS:
+        seeds = sorted(set(rows.get(better, {})) & set(rows.get(worse, {})))
+        found = [paired(rows[better][seed], rows[worse][seed]) for seed in seeds]
+        if not found:
+            continue
+        signs = {(difference > 2 * error) - (difference < -2 * error) for difference, error in found}
+        said = {frozenset({1}): "holds", frozenset({-1}): "is reversed"}.get(frozenset(signs), "undecided")
+        cells = ", ".join(f"{difference:+.1f} ± {error:.1f}" for difference, error in found)
+        lines.append(f"| {better} | {worse} | {cells} | {said} |")
+    return lines
 
 
 def _left_out(rows: dict[str, dict[int, Any]]) -> list[str]:

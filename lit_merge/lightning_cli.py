@@ -194,7 +194,7 @@ def _named_classes(arguments: Sequence[str]) -> set[str]:
         key = option.removeprefix("--").removesuffix(".class_path")
         if key in ("model", "data"):
             found.add(key)
-        elif option == "--config":
+        elif option in ("-c", "--config"):
             with contextlib.suppress(OSError, ValueError, yaml.YAMLError):  # what is wrong with it is said in parsing
                 path = Path(value)
                 content = yaml.safe_load(path.read_text(encoding="utf-8") if path.is_file() else value)

@@ -128,6 +128,22 @@ def test_the_shell_wins_over_the_file_and_later_files_over_earlier_ones(capsys) 
     assert config["model"]["init_args"]["learning_rate"] == 0.25
 
 
+@pytest.mark.parametrize(
+    "way", ["--model=ContrastiveModule", "--model ContrastiveModule", "-c model.yaml", "--config=model.yaml"]
+)
+def test_another_class_has_its_own_defaults(way, capsys) -> None:
+    """Those of the class that is the default are not taken over where the names are the same."""
+    content = {"model": {"class_path": "ContrastiveModule"}, "data": {"class_path": "MergeDataModule"}}
+    Path("model.yaml").write_text(yaml.safe_dump(content))
+    data = [] if "yaml" in way else ["--data.class_path=MergeDataModule"]
+    assert main(["fit", *way.split(), *data, "--data.adapt_on=val", "--print_config"]) == 0
+    resolved = yaml.safe_load(capsys.readouterr().out)
+    assert resolved["model"]["init_args"]["learning_rate"] == 1e-3
+    assert resolved["data"]["init_args"]["labelled"] is False
+    assert main(["fit", "--print_config"]) == 0
+    assert yaml.safe_load(capsys.readouterr().out)["model"]["init_args"]["learning_rate"] == 1e-5
+
+
 def test_version_and_overview(capsys) -> None:
     assert main([]) == main(["--version"]) == main(["help"]) == 0
     assert capsys.readouterr().out.count("lit-merge suite --config") == 2

@@ -29,6 +29,8 @@ def script(name: str) -> ModuleType:
         ("recipes", "recipes", "recipes", "tables"),
         ("recipes", "merge", "merge", "table"),
         ("recipes", "parity", "parity_table", "table"),
+        ("adamerging", "adamerging", "adamerging_table", "table"),
+        ("adamerging", "learned_merges", "learned_merges", "table"),
     ],
 )
 def test_the_page_says_what_was_measured(page: str, name: str, source: str, written: str) -> None:
@@ -39,3 +41,8 @@ def test_the_page_says_what_was_measured(page: str, name: str, source: str, writ
 def test_claims_are_judged_from_the_rows() -> None:
     measured = json.loads((ROOT / "benchmarks/results/regimes.json").read_text(encoding="utf-8"))
     assert script("regimes").judge(measured["rows"]) == measured["claims"]
+
+
+def test_goals_are_judged_from_the_measurements() -> None:
+    measured = json.loads((ROOT / "benchmarks/results/adamerging.json").read_text(encoding="utf-8"))
+    assert script("adamerging_table").judge(measured) == measured["goals"]
