@@ -149,8 +149,8 @@ def device_tables(result: dict[str, Any], device: str, machine: dict[str, Any]) 
         lines += [
             "",
             f"| vectors are kept | peak memory with {counts} vectors, MiB | growth per vector in P · bytes "
-            "| without files' pages | seconds with the most |",
-            "| :-- | --: | --: | --: | --: |",
+            "| without files' pages |",
+            "| :-- | --: | --: | --: |",
         ]
     for storage, rows in measured.items():
         grown, anonymous = (growth(result, device, storage, key) for key in (peak, "anonymous_mib"))
@@ -159,14 +159,14 @@ def device_tables(result: dict[str, Any], device: str, machine: dict[str, Any]) 
             " / ".join(f"{row[peak]:,.0f}" for row in rows),
             "" if grown is None else f"{grown:.2f}",
             "" if anonymous is None or device == "cuda" else f"{anonymous:.2f}",
-            f"{median(rows[-1]['seconds']):.{digits}f}",
         ]
         lines.append(f"| {' | '.join(cells)} |")
     lines.append("")
     for goal in (goal for goal in result["goals"] if goal["device"] == device):
         lines.append(f"- {goal['what']}: {goal['value']:g}, {'met' if goal['met'] else 'not met'} ({goal['goal']})")
     peers = f"fusion-bench {versions['fusion-bench']}"
-    rounds = f"{machine['rounds']} rounds of {machine['timed_steps']} steps"
+    measured = [len(row["seconds"]) for row in result["steps"] if row["device"] == device and "seconds" in row]
+    rounds = f"Steps side by side in {max(measured, default=0)} rounds"
     lines += ["", f"{rounds}; torch {versions['torch']}, {peers}."]
     return lines
 

@@ -58,8 +58,8 @@ LEARNED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # settings of Mer
         {"objective": "cross_entropy"},
         {"adapt_on": "val", "labelled": True},
     ),
-    "group-wise": ({"granularity": "group"}, {"adapt_on": "test"}),
     "layer-wise, 1 % of the images": ({}, {"adapt_on": "test", "fraction": 0.01}),
+    "group-wise": ({"granularity": "group"}, {"adapt_on": "test"}),
     "layer-wise, 5 % of the images": ({}, {"adapt_on": "test", "fraction": 0.05}),
     "layer-wise, no clamp": ({"clamp": None}, {"adapt_on": "test"}),
     "supervised layer-wise, no clamp, on validation images": (
@@ -223,7 +223,7 @@ def jobs(seeds: Sequence[int]) -> list[tuple[int, str, list[str]]]:
         found += [(seed, "references", TASKS), *((seed, method, TASKS) for method in GRIDS)]
     for method in LEARNED:
         found += [(seed, method, TASKS) for seed in seeds]
-        if method == "layer-wise ++":
+        if method == "layer-wise, 1 % of the images":
             for left in LEFT_OUT.values():
                 rest = [task for task in TASKS if task not in left]
                 for base in ("task arithmetic", "layer-wise"):

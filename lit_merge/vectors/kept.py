@@ -154,7 +154,7 @@ class KeptVectors:
         with torch.autocast(self._device.type, enabled=False):
             for column, part in self._run(partial(_products, flat)):
                 if part is not None:
-                    products[:, column] += part
+                    products[:, column] += torch.as_tensor(part, dtype=torch.float64, device=self._device)
         if self._group:
             processes.all_reduce(products)
         return products
@@ -315,9 +315,10 @@ def _weighted(
 
 def _products(
     gradients: Mapping[str, Tensor], segment: _Segment, start: int, piece: Tensor
-) -> tuple[int, Tensor | None]:
+) -> tuple[int, Tensor | list[float] | None]:
     """One piece's part of ⟨τ_t, g⟩, summed up in float64 over the pieces."""
     if segment.name not in gradients:
         return segment.column, None
-    part = gradients[segment.name][start : start + piece.shape[1]].to(piece)
-    return segment.column, torch.mv(piece, part).double()
+    found = torch.mv(piece, gradients[segment.name][start : start + piece.shape[1]].to(piece)).double()
+    # As plain numbers: thousands of small tensors would keep freed memory from being used again.
+    return segment.column, found.tolist() if piece.device.type == "cpu" else found
