@@ -17,7 +17,7 @@ from lit_merge.vectors.sharded import bytes_of
 
 __all__ = ["MergePlan", "check_space", "plan_merge"]
 
-_PIECES = 16 << 20  # the pieces of a few stacks, and what is computed from them
+_PIECES = 48 << 20  # the pieces of a few stacks, what is computed from them, and what waits to be written
 _STACKS = 6  # a stack, and what the singular value decompositions of its matrices keep beside it
 
 
@@ -114,7 +114,7 @@ def plan_merge(
     stacks = {name: bytes_of(merged.inputs, name) for name in names}
     largest, parameter = max(stacks.values()), max(stacks.values()) // len(inputs)
     theta = _total(base.parameters, names) if base.files else 0  # differences read it as well
-    one_pass = sum(_total(one.source, names) + (theta if one.weights else 0) for one in inputs)
+    one_pass = sum(_total(one.source, names) for one in inputs) + (theta if any(one.weights for one in inputs) else 0)
     statistics = tuple((found.what, found.reads, found.at_most) for found in merged.statistics)
     walks = merged.walk * len(outputs)
     whole = _total(base.parameters, base.parameters) if base.files else 0
@@ -131,7 +131,7 @@ def plan_merge(
         walks=walks,
         by_pieces=merged.by_pieces,
         largest_stack=largest,
-        memory=base.memory + computing + 3 * parameter,
+        memory=base.memory + computing + (1 if merged.by_pieces else 3) * parameter,
         device=device,
         read=one_pass * (walks + sum(reads for _, reads, _ in statistics)) + whole * base_reads,
         files=tuple((str(folder / name), size) for output in outputs for name, size in output.files.items()),

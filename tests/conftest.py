@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +13,17 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
+from fork_server import ForkServer
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lit_merge.data.batch import ImageBatch
+from lit_merge.data.embedded.tasks import EMBEDDED_TASKS, _cache_path, generate_split
 from lit_merge.models import full_clip_model, save_clip
+from lit_merge.vectors.store import write_tensors
+
+FEW = {"train": 128, "val": 32, "test": 61}
 
 CLIP_CONFIG = {
     "embed_dim": 12,
@@ -80,6 +87,18 @@ class TinyTasks(L.LightningDataModule):
 
 def _unchanged(batch: Any) -> Any:
     return batch
+
+
+@pytest.fixture(scope="module", autouse=True)
+def frozen_imports() -> None:
+    """Collections of garbage, of which a suite makes one after every stage, pass over what is imported by now."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish() -> None:
+    """What was frozen ends as everything does."""
+    gc.unfreeze()
 
 
 @pytest.fixture
@@ -235,3 +254,33 @@ def write_colours() -> Callable[..., Path]:
 def colour_folder(tmp_path: Path, write_colours: Callable[..., Path]) -> Callable[..., Path]:
     """``colour_folder(name="colours", count=10)``: such a folder in the test's own."""
     return lambda name="colours", count=10: write_colours(tmp_path / name, count)
+
+
+@pytest.fixture(scope="session")
+def few_images_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache in which the splits of the embedded tasks are short; heads are cached here too."""
+    folder = tmp_path_factory.mktemp("cache")
+    (folder / "embedded").mkdir()
+    for task in EMBEDDED_TASKS.values():
+        few = replace(task, sizes=tuple(FEW.items()))
+        for split, count in FEW.items():
+            images, labels = (torch.from_numpy(array[:count]) for array in generate_split(few, split))
+            tensors = {"images": images.permute(0, 3, 1, 2).contiguous(), "labels": labels}
+            write_tensors(_cache_path(task, split, folder / "embedded"), tensors, {"task": task.name, "split": split})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def few_images(few_images_cache: Path) -> Iterator[None]:
+    """The embedded tasks are short, for the processes that the module starts as well."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LIT_MERGE_CACHE", str(few_images_cache))
+        yield
+
+
+@pytest.fixture(scope="session")
+def fork_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ForkServer]:
+    """``fork_server.run([(program, environment), …])``: exit codes and outputs of processes that start at once."""
+    server = ForkServer(tmp_path_factory.mktemp("programs"))
+    yield server
+    server.close()

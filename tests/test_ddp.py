@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from fork_server import ONE_THREAD, ForkServer
 
 from lit_merge import TaskVector
 from lit_merge.cli import main
@@ -27,35 +27,8 @@ sys.exit(max(codes))
 pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo")
 
 
-def environment(**more: str) -> dict[str, str]:
-    threads = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
-    return {**os.environ, **threads, "PYTHONPATH": str(ROOT), **more}
-
-
-def run_on_two(commands: list[list[str]]) -> None:
-    """Run commands on two processes, as torchrun starts them."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    program = EVERYTHING.format(commands=[[*arguments, *TWO] for arguments in commands])
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    shared |= {"TORCHELASTIC_RUN_ID": "none", "GROUP_RANK": "0"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", program],
-            env=environment(**shared, RANK=rank, LOCAL_RANK=rank),
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in ("0", "1")
-    ]
-    try:
-        said = [process.communicate(timeout=240)[1] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(said)
+def run_on_two(server: ForkServer, commands: list[list[str]]) -> None:
+    server.run_on_two(EVERYTHING.format(commands=[[*arguments, *TWO] for arguments in commands]))
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +40,8 @@ def place(tmp_path_factory, clip_config, clip_weights, write_colours) -> Path:
     fit = ["fit", *PLAIN, *model, "--data.task=digits", "--trainer.max_steps=8", "--trainer.limit_val_batches=0"]
     # The command line itself, whose two processes Lightning starts.
     command = [sys.executable, "-m", "lit_merge", *fit, *TWO, "--data.batch_size=16", f"--output={folder / 'two'}"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment())
+    environment = {**os.environ, **ONE_THREAD, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr
     assert "MEMBER: 2/2" in done.stderr
     assert main([*fit, "--trainer.devices=1", "--data.batch_size=32", f"--output={folder / 'one'}"]) == 0
@@ -95,7 +69,7 @@ REGIMES = {
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory, clip_config, clip_weights) -> Path:
+def trained(tmp_path_factory, fork_server, clip_config, clip_weights) -> Path:
     """``one`` and ``two`` hold the task vectors of every regime; the same images, of the own task and of others."""
     folder = tmp_path_factory.mktemp("regimes")
     fit = ["fit", *PLAIN, "--model.model", clip_config, "--model.pretrained", clip_weights]
@@ -107,7 +81,7 @@ def trained(tmp_path_factory, clip_config, clip_weights) -> Path:
         own = f"--data.batch_size={32 // processes}"
         return [[*fit, own, *options, f"--output={folder / output / name}"] for name, options in fits.items()]
 
-    run_on_two(commands("two", 2))
+    run_on_two(fork_server, commands("two", 2))
     assert [main([*arguments, "--trainer.devices=1"]) for arguments in commands("one", 1)] == [0] * len(REGIMES)
     return folder
 
@@ -126,7 +100,10 @@ def test_of_every_regime_two_processes_give_the_same_task_vector(name, trained) 
         assert (one - different).norm() / one.norm() > 1e-2
 
 
-def test_evaluation_counts_every_image_once_and_predictions_are_in_order(place, clip_config, clip_weights) -> None:
+def test_evaluation_counts_every_image_once_and_predictions_are_in_order(
+    place, fork_server, clip_config, clip_weights, few_images_cache, monkeypatch
+) -> None:
+    monkeypatch.setenv("LIT_MERGE_CACHE", str(few_images_cache))
     tuned = ["--model.model", clip_config, "--model.pretrained", clip_weights]
     images = [*PLAIN, *tuned, f"--data.path={place / 'colours'}", "--data.fractions=[0.4, 0.3, 0.3]"]
     digits = [*PLAIN, *tuned, "--data.task=digits", f"--model.task_vector={place / 'one/task_vector.safetensors'}"]
@@ -144,7 +121,7 @@ def test_evaluation_counts_every_image_once_and_predictions_are_in_order(place, 
         return [[*arguments, f"--output={place / output / name}"] for name, arguments in evaluations.items()]
 
     assert [main([*arguments, "--trainer.devices=1"]) for arguments in commands("alone")] == [0] * 6
-    run_on_two(commands("together"))
+    run_on_two(fork_server, commands("together"))
     for name, file in {"test": "test", "validate": "validate", "digits": "test", "several": "test"}.items():
         alone, together = (
             json.loads((place / side / name / f"{file}_metrics.json").read_text()) for side in ("alone", "together")

@@ -1,4 +1,4 @@
-"""The README's commands and programs run as written; only the configurations' sizes are reduced."""
+"""The README's commands and programs run as written; only the configurations and the embedded tasks are smaller."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def shrink(configs: Path) -> None:
 
 
 @pytest.fixture
-def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, few_images: None) -> Path:
     """A working directory as after cloning, with a folder of images and the README's subclass."""
     shutil.copytree(ROOT / "configs", tmp_path / "configs")
     shrink(tmp_path / "configs")

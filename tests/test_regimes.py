@@ -56,7 +56,7 @@ def module(tiny_encoder, tiny_head):
 
 
 @pytest.fixture
-def clip_module(clip_config, clip_weights, own_cache):
+def clip_module(clip_config, clip_weights, few_images):
     """``clip_module(**settings)``: a FineTuneModule around the tiny CLIP."""
 
     def build(kind=FineTuneModule, **settings):
@@ -949,7 +949,7 @@ CONFIGS = sorted(path for path in (ROOT / "configs/finetune").glob("*.yaml") if 
 
 
 @pytest.fixture
-def tiny(clip_config, clip_weights, tmp_path, monkeypatch):
+def tiny(few_images, clip_config, clip_weights, tmp_path, monkeypatch):
     """The options that choose the tiny CLIP, and silence; the current folder is the test's own."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))

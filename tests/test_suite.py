@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 from collections.abc import Iterable
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,6 @@ from lit_merge.report import Results
 from lit_merge.stages import Conductor, folder_digest
 from lit_merge.suite_plan import Recipe
 
-ROOT = Path(__file__).parents[1]
 STAGES = 1 + 2 * (3 + 3)
 FEW = ["--tasks=[digits]", "--paths=null", "--recipes={average: {recipe: weight_average}}"]
 
@@ -54,8 +54,8 @@ def suite(output: str = "S", *options: str) -> Path:
 
 
 @pytest.fixture(scope="module")
-def template(tmp_path_factory, clip_config, clip_weights, write_colours) -> Path:
-    """A folder with a configuration, images and, in ``S``, the finished suite; not to be changed."""
+def template(tmp_path_factory, few_images, clip_config, clip_weights, write_colours) -> Path:
+    """A folder with a configuration, images and, in ``S``, the finished suite with what it said; not to be changed."""
     folder = tmp_path_factory.mktemp("template")
     config = {**CONFIG, "model": clip_config, "pretrained": clip_weights}
     (folder / "suite.yaml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
@@ -63,16 +63,18 @@ def template(tmp_path_factory, clip_config, clip_weights, write_colours) -> Path
     before = Path.cwd()
     os.chdir(folder)
     try:
-        suite()
+        with redirect_stdout(io.StringIO()) as out, redirect_stderr(io.StringIO()) as err:
+            suite()
     finally:
         os.chdir(before)
+    (folder / "S.json").write_text(json.dumps({"out": out.getvalue(), "err": err.getvalue()}))
     return folder
 
 
 @pytest.fixture
 def place(tmp_path, template, monkeypatch) -> Path:
     """The current folder: configuration and images, no suite."""
-    shutil.copytree(template, tmp_path, dirs_exist_ok=True, ignore=shutil.ignore_patterns("S"))
+    shutil.copytree(template, tmp_path, dirs_exist_ok=True, ignore=shutil.ignore_patterns("S", "S.json"))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     handler = signal.getsignal(signal.SIGINT)
@@ -107,12 +109,11 @@ def of_seed(patterns: Iterable[str], seed: int = 0) -> set[str]:
 # The outcome
 
 
-def test_the_outcome(place, capsys) -> None:
-    directory = suite()
-    shown = capsys.readouterr()
-    assert f"[{STAGES}/{STAGES}] seed-0/test/scaled: " in shown.err
-    assert "zero-shot" in shown.out
-    assert "S/results.png" in shown.out
+def test_the_outcome(template) -> None:
+    directory, shown = template / "S", json.loads((template / "S.json").read_text())
+    assert f"[{STAGES}/{STAGES}] seed-0/test/scaled: " in shown["err"]
+    assert "zero-shot" in shown["out"]
+    assert "S/results.png" in shown["out"]
     assert (directory / "results.png").read_bytes().startswith(b"\x89PNG")
     results = json.loads((directory / "results.json").read_text(encoding="utf-8"))
     assert results["tasks"] == ["digits", "signs", "hues"]
@@ -143,7 +144,10 @@ def test_the_saved_configuration_gives_the_same_bytes_elsewhere(finished) -> Non
 
 
 def test_seeds_differ_but_test_images_never_train(finished) -> None:
-    directory = suite("S", "--seeds=[0, 1]")
+    before = times(finished)
+    directory = suite("S", "--seeds+=1")
+    several = ["fit/hues", "fit/digits", "fit/signs", "individual/hues", "individual/digits", "individual/signs"]
+    assert ran(before, directory) == of_seed([*several, "merge/*", "test/*"], 1)
     vectors = [(directory / f"seed-{seed}/fit/hues/task_vector.safetensors").read_bytes() for seed in (0, 1)]
     assert vectors[0] != vectors[1]
     names: dict[str, set[str]] = {"train": set(), "test": set()}
@@ -202,8 +206,6 @@ def test_damaged_outputs_are_made_again_and_nothing_else(finished) -> None:
         (["--recipes.arithmetic.search.values=[0.2]"], of_seed(["merge/arithmetic", "test/arithmetic"])),
         (["--recipes.scaled.transform.init_args.steps=[{class_path: Mean}]"], of_seed(["merge/scaled", "test/scaled"])),
         (["--name=other"], set()),
-        (["--seeds+=1"], of_seed(["fit/hues", "fit/digits", "fit/signs", "individual/hues"], 1)
-            | of_seed(["individual/digits", "individual/signs", "merge/*", "test/*"], 1)),
         (["--test.data.init_args.evaluation_batch_size=50"], of_seed(["individual/hues", "individual/digits"])
             | of_seed(["individual/signs", "test/*"]) | {"zero-shot"}),
     ],
@@ -242,9 +244,8 @@ def test_results_of_other_settings_do_not_linger(finished, monkeypatch) -> None:
 
 
 KILLED = """
-import json, os, shutil, signal, sys
+import json, os, signal
 from pathlib import Path
-import lit_merge.commands, lit_merge.lightning_cli, lit_merge.merging, lit_merge.suite
 from lit_merge.cli import main
 from lit_merge.modules import FineTuneModule, MultiTaskModule
 
@@ -297,11 +298,10 @@ print(json.dumps(log))
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="looks at open files in /proc")
-def test_a_suite_killed_at_three_points_ends_as_one_that_was_not(place, template) -> None:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", KILLED], capture_output=True, text=True, check=False, env=environment)
-    assert done.returncode == 0, done.stderr
-    attempts = json.loads(done.stdout.splitlines()[-1])
+def test_a_suite_killed_at_three_points_ends_as_one_that_was_not(place, template, fork_server) -> None:
+    codes, (said,) = fork_server.run([(KILLED, {})])
+    assert codes == [0], said
+    attempts = json.loads(said.splitlines()[-1])
     assert [os.WTERMSIG(attempt["status"]) for attempt in attempts[:3]] == [signal.SIGKILL] * 3
     assert attempts[3]["status"] == 0
     assert [attempt["done"] for attempt in attempts] == [False, False, False, True]

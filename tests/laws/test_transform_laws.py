@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import pickle
 import tempfile
@@ -277,27 +278,19 @@ def test_names_shapes_and_tasks(case: Case) -> None:
 
 
 @every_case
-@pytest.mark.parametrize(
-    ("given", "expected"),
-    [
-        (torch.float16, torch.float32),
-        (torch.bfloat16, torch.float32),
-        (torch.float32, torch.float32),
-        (torch.float64, torch.float64),
-    ],
-    ids=str,
-)
-def test_dtype_is_at_least_float32(case: Case, given: torch.dtype, expected: torch.dtype) -> None:
-    result = case.transform(TaskVectors(vectors_of(case, given)))
-    assert {result[name].dtype for name in result} == {result.dtype(name) for name in result} == {expected}
+def test_dtype_is_at_least_float32(case: Case) -> None:
+    for given in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        result = case.transform(TaskVectors(vectors_of(case, given)))
+        expected = torch.promote_types(given, torch.float32)
+        assert {result[name].dtype for name in result} == {result.dtype(name) for name in result} == {expected}
 
 
 @every_case
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_half_precision_input_is_computed_in_float32(case: Case, dtype: torch.dtype) -> None:
-    half = vectors_of(case, dtype)
-    full = [TaskVector({name: vector[name].float() for name in vector}, vector.task) for vector in half]
-    assert_same(case.transform(TaskVectors(half)), case.transform(TaskVectors(full)))
+def test_half_precision_input_is_computed_in_float32(case: Case) -> None:
+    for dtype in (torch.float16, torch.bfloat16):
+        half = vectors_of(case, dtype)
+        full = [TaskVector({name: vector[name].float() for name in vector}, vector.task) for vector in half]
+        assert_same(case.transform(TaskVectors(half)), case.transform(TaskVectors(full)))
 
 
 @every_case
@@ -380,16 +373,16 @@ def test_parameter_order_does_not_matter(case: Case, whole_numbers: bool) -> Non
 
 
 @every_case
-@pytest.mark.parametrize("length", [1, 3, 7, 1 << 40])
-def test_pieces_are_the_stack(case: Case, length: int) -> None:
-    result = case.transform(TaskVectors(vectors_of(case)))
-    for name in result:
-        pieces = list(result.pieces(name, length))
-        stack = result[name]
-        assert [start for start, _ in pieces] == list(range(0, max(stack[0].numel(), 1), length))
-        whole = torch.cat([piece for _, piece in pieces], dim=1)
-        assert whole.dtype == stack.dtype
-        assert torch.equal(whole, stack.reshape(len(stack), -1))
+def test_pieces_are_the_stack(case: Case) -> None:
+    for length in (1, 3, 7, 1 << 40):
+        result = case.transform(TaskVectors(vectors_of(case)))
+        for name in result:
+            pieces = list(result.pieces(name, length))
+            stack = result[name]
+            assert [start for start, _ in pieces] == list(range(0, max(stack[0].numel(), 1), length))
+            whole = torch.cat([piece for _, piece in pieces], dim=1)
+            assert whole.dtype == stack.dtype
+            assert torch.equal(whole, stack.reshape(len(stack), -1))
 
 
 @every_case
@@ -410,9 +403,8 @@ def test_the_number_of_threads_does_not_matter(case: Case, monkeypatch: pytest.M
 
 
 @every_case
-@pytest.mark.parametrize("value", [torch.nan, -torch.inf])
-def test_what_is_not_finite_is_named(case: Case, value: float) -> None:
-    for name in SHAPES:
+def test_what_is_not_finite_is_named(case: Case) -> None:
+    for name, value in itertools.product(SHAPES, (torch.nan, -torch.inf)):
         vectors = vectors_of(case)
         if vectors[0].shape(name).numel() == 0:
             continue
