@@ -447,8 +447,8 @@ def test_a_dry_run_reads_no_tensor_and_writes_nothing(files, tmp_path, monkeypat
     assert plan.passes == plan.walks + sum(reads for _, reads, _ in plan.statistics)
     parameters = 6 * 36 + 54 + 6
     assert plan.written == (parameters + 1) * 4
-    # every pass reads both models and, to difference them, the base twice; the fingerprint reads all of the base
-    one_pass = 2 * ((parameters + 1) * 2 + 9 * 0) * 2
+    # every pass reads both models and, to difference them, the base once; the fingerprint reads all of the base
+    one_pass = 3 * (parameters + 1) * 2
     assert plan.read == one_pass * plan.passes + (parameters + 1) * 2 + 9 * 8
     weights = merge(**settings, dry_run=True).plan
     assert weights.written == (parameters + 1) * 2 + 9 * 8
