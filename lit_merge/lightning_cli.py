@@ -75,7 +75,7 @@ class LitMergeCLI(LightningCLI):
 
     def __init__(self, command: str, arguments: Sequence[str]) -> None:
         self.command = command
-        self._arguments = list(arguments)
+        self._arguments = _classes_first(arguments)
         self.run_directory: RunDirectory | None = None
         _hush()
         try:
@@ -88,7 +88,7 @@ class LitMergeCLI(LightningCLI):
                 parser_kwargs={"prog": "lit-merge", "allow_abbrev": False},
                 subclass_mode_model=True,
                 subclass_mode_data=True,
-                args=[command, *arguments],
+                args=[command, *self._arguments],
                 auto_configure_optimizers=False,
             )
         except BaseException:
@@ -185,22 +185,47 @@ class LitMergeCLI(LightningCLI):
             raise
 
 
+_CLASSES = ("model", "data")
+
+
+def _classes_first(arguments: Sequence[str]) -> list[str]:
+    """The same arguments, but a class is named before its settings: these are then its own, not the default's."""
+    given = list(arguments)
+    for key in _CLASSES:
+        settings = [place for place, one in enumerate(given) if one.startswith(f"--{key}.") and not _names(key, one)]
+        named = [place for place, one in enumerate(given) if _names(key, one)]
+        if named and settings and settings[0] < named[0]:
+            count = 1 if "=" in given[named[0]] else 2
+            moved = given[named[0] : named[0] + count]
+            del given[named[0] : named[0] + count]
+            given[settings[0] : settings[0]] = moved
+    return given
+
+
+def _names(key: str, argument: str) -> bool:
+    return argument.partition("=")[0] in (f"--{key}", f"--{key}.class_path")
+
+
 def _named_classes(arguments: Sequence[str]) -> set[str]:
-    """Which of model and data have their class named on a command line or in one of its configuration files."""
-    found = set()
+    """Which of model and data have their class named, before any of its settings, by an argument or in a file."""
+    found: set[str] = set()
+    seen: set[str] = set()
     for place, argument in enumerate(arguments):
         option, _, value = argument.partition("=")
         value = value or next(iter(arguments[place + 1 : place + 2]), "")
-        key = option.removeprefix("--").removesuffix(".class_path")
-        if key in ("model", "data"):
-            found.add(key)
-        elif option in ("-c", "--config"):
+        for key in _CLASSES:
+            if _names(key, argument) and key not in seen:
+                found.add(key)
+            elif option.startswith(f"--{key}."):
+                seen.add(key)
+        if option in ("-c", "--config"):
             with contextlib.suppress(OSError, ValueError, yaml.YAMLError):  # what is wrong with it is said in parsing
                 path = Path(value)
                 content = yaml.safe_load(path.read_text(encoding="utf-8") if path.is_file() else value)
                 entries = content.items() if isinstance(content, dict) else ()
-                found |= {name for name, entry in entries if isinstance(entry, dict) and "class_path" in entry}
-    return found & {"model", "data"}
+                named = {name for name, entry in entries if isinstance(entry, dict) and "class_path" in entry}
+                found |= named & set(_CLASSES) - seen
+    return found
 
 
 class _ParseOnly(LitMergeCLI):

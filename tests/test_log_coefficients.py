@@ -76,7 +76,7 @@ def test_every_record_is_that_of_a_plain_loop(clamp, fit):
     assert (callback.history[0]["saturated"] > 0) == (clamp is not None)
     assert (callback.history[0]["negative"] > 0) == (clamp is None)
     means = {record["mean"]["signs"] for record in callback.history}
-    assert len(means) == 5, "the coefficients move"
+    assert len(means) > 2, "the coefficients move, until the clamp holds them"
 
 
 def test_loggers_get_every_record_and_monitors_the_last(fit, tmp_path):

@@ -31,7 +31,8 @@ class MergedModel(nn.Module):
     device on which the coefficients are then. They are no parameters and no buffers: neither moved, nor saved.
 
     Args:
-        module: ``f``, with θ0 as its parameters, which stop requiring gradients. They are its own storage, no copy.
+        module: ``f``, with θ0 as its parameters, which stop requiring gradients. They are its own storage, no copy. Its
+            mode (dropout) is its own, too: this model's ``train()`` and ``eval()`` leave it as it is.
         task_vectors: T of them, after any transforms, under the module's parameter names; parameters that they lack
             stay at θ0.
         granularity: which parameters share a coefficient, see :func:`lit_merge.vectors.groups.group_names`.
@@ -144,11 +145,6 @@ class MergedModel(nn.Module):
         with swapped(self.module, self.merged_parameters()):
             result: Tensor = self.module(*inputs, **keywords)
             return result
-
-    def train(self, mode: bool = True) -> MergedModel:
-        """Switch the module, too."""
-        self.module.train(mode)
-        return super().train(mode)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MergedModel:
         """Move or convert θ0 and the module's buffers too; λ keeps its precision, as small steps vanish in bfloat16."""
