@@ -216,6 +216,21 @@ def measure_references(suite: Suite, seed: int) -> list[Any]:
     return [*rows, row_of(seed, "individual", individual)]
 
 
+def measure_joint(suite: Suite, seed: int) -> list[Any]:
+    """Rows of one encoder fine-tuned on all tasks: each task gives as many images as to its own model, an eighth a step.
+
+    Its learning rate is that of the individual models, and was not tuned.
+    """
+    choice = json.loads((ROOT / "benchmarks/results/regimes.json").read_text(encoding="utf-8"))["choices"]["full"]
+    torch.manual_seed(seed)
+    joint = MultiTaskModule(learning_rate=choice["learning_rate"])
+    images = MultiTaskDataModule(tasks=TASKS, batch_size=128 // len(TASKS), seed=seed)
+    with quiet():
+        silent_trainer(max_steps=choice["steps"] * len(TASKS), limit_val_batches=0).fit(joint, images)
+    suite.module.load_parameters({name: value.detach() for name, value in joint.encoder.named_parameters()})
+    return [row_of(seed, "joint", suite.hits("test"))]
+
+
 def jobs(seeds: Sequence[int]) -> list[tuple[int, str, list[str]]]:
     """Seed, method and merged tasks of everything that is measured, the most important first."""
     found: list[tuple[int, str, list[str]]] = []
@@ -228,7 +243,7 @@ def jobs(seeds: Sequence[int]) -> list[tuple[int, str, list[str]]]:
                 rest = [task for task in TASKS if task not in left]
                 for base in ("task arithmetic", "layer-wise"):
                     found += [(seed, f"{base} without {' and '.join(left)}", rest) for seed in seeds]
-    return found
+    return [*found, *((seed, "joint", TASKS) for seed in seeds)]
 
 
 def work(job: tuple[int, str, list[str]], schedule: tuple[int, float]) -> tuple[str, list[Any]]:
@@ -239,6 +254,8 @@ def work(job: tuple[int, str, list[str]], schedule: tuple[int, float]) -> tuple[
     name = method.partition(" without ")[0]
     if method == "references":
         return f"{seed} {method}", measure_references(suite, seed)
+    if method == "joint":
+        return f"{seed} {method}", measure_joint(suite, seed)
     if name in GRIDS:
         return f"{seed} {method}", measure_fixed(suite, seed, method, tasks)
     return f"{seed} {method}", measure_learned(suite, seed, method, tasks, *schedule)
@@ -332,7 +349,7 @@ def table(result: dict[str, Any]) -> str:
         "| method | accuracy | to task arithmetic, by seed |",
         "| :-- | --: | :-- |",
     ]
-    order = ["zero-shot", *GRIDS, *LEARNED, "individual"]
+    order = ["zero-shot", *GRIDS, *LEARNED, "joint", "individual"]
     for method in order:
         if method not in rows:
             continue

@@ -1,0 +1,380 @@
+"""docs/results.md from the committed JSON of the other benchmarks: what was measured, and which claims hold.
+
+    python benchmarks/results_page.py            # write the page
+    python benchmarks/results_page.py --check    # fail if the page is not what the JSON says
+
+A claim holds if the difference is on the claim's side for every seed, and does not hold if it is on the other side for
+every seed; for those on learned merges "on a side" means beyond two standard errors over the test images. Everything
+else is undecided.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from learned_merges import CORRUPTIONS, LEFT_OUT, paired
+
+from lit_merge.callbacks.writing import write_text
+
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs/results.md"
+Claim = tuple[str, str, str, str]  # claim, source, measured, verdict
+
+ILHARCO = "Ilharco et al. 2023"
+LATER = "a later comparison, with other fine-tuned weights"
+YADAV, WANG24, WANG25 = "Yadav et al. 2023", "Wang et al. 2024", "Wang et al. 2025"
+YANG, YU, GARGIULO, MARCZAK = "Yang et al. 2024", "Yu et al. 2024", "Gargiulo et al. 2025", "Marczak et al. 2025"
+
+# ViT-B/32, eight tasks, as the papers print them; the last column waits for a run of configs/suite/clip8_vit_b32.yaml.
+PUBLISHED = [
+    ("zero-shot", 48.0, YANG),
+    ("average", 66.5, LATER),
+    ("task arithmetic", 69.1, YANG),
+    ("TIES", 72.4, YANG),
+    ("Fisher", 70.6, LATER),
+    ("RegMean", 82.4, LATER),
+    ("Iso-C", 82.8, LATER),
+    ("Iso-CTS", 82.7, LATER),
+    ("task-wise AdaMerging", 71.1, YANG),
+    ("task-wise AdaMerging++", 73.7, YANG),
+    ("layer-wise AdaMerging", 80.1, YANG),
+    ("layer-wise AdaMerging++", 81.1, YANG),
+    ("supervised layer-wise AdaMerging", 81.6, YANG),
+    ("linearised, α = 1", 74.3, "Yoshida et al. 2025"),
+    ("cyclic τJp, α = 1", 84.5, "Yoshida et al. 2025"),
+    ("strict τJp, α = 1", 86.4, "Yoshida et al. 2025"),
+    ("attention-only (1), one tuned α", 78.37, "Jin et al. 2024"),
+    ("joint", 88.9, YANG),
+    ("individual", 90.5, YANG),
+]
+
+
+def read(name: str) -> dict[str, Any]:
+    """A benchmark's JSON."""
+    found: dict[str, Any] = json.loads((ROOT / f"benchmarks/results/{name}.json").read_text(encoding="utf-8"))
+    return found
+
+
+def signs(values: Sequence[float]) -> str:
+    """The verdict where a difference must be above zero on every seed."""
+    if all(value > 0 for value in values):
+        return "holds"
+    return "does not hold" if all(value < 0 for value in values) else "undecided"
+
+
+def differences(values: Sequence[float]) -> str:
+    """By seed, in points."""
+    return ", ".join(f"{value:+.1f}" for value in values)
+
+
+def spread(values: Sequence[float]) -> str:
+    """Mean ± standard deviation over seeds, in percent."""
+    percent = [100 * value for value in values]
+    return f"{mean(percent):.1f}" + (f" ± {stdev(percent):.1f}" if len(percent) > 1 else "")
+
+
+class Learned:
+    """Rows of learned_merges.json by method and seed."""
+
+    def __init__(self) -> None:
+        self.rows: dict[str, dict[int, Any]] = {}
+        for row in read("learned_merges")["rows"]:
+            self.rows.setdefault(row["method"], {})[row["seed"]] = row
+
+    def means(self, method: str) -> list[float]:
+        """Mean accuracy, one per seed."""
+        return [row["mean"] for _, row in sorted(self.rows[method].items())]
+
+    def claim(self, text: str, source: str, better: str, worse: str) -> Claim:
+        """One method above another, paired by image."""
+        seeds = sorted(set(self.rows[better]) & set(self.rows[worse]))
+        found = [paired(self.rows[better][seed], self.rows[worse][seed]) for seed in seeds]
+        sides = [(difference > 2 * error) - (difference < -2 * error) for difference, error in found]
+        measured = ", ".join(f"{difference:+.1f} ± {error:.1f}" for difference, error in found)
+        return text, source, measured, signs(sides)
+
+    def corruptions(self) -> Claim:
+        """Layer-wise above task arithmetic on corrupted images."""
+        found = [
+            100 * (mean(self.means(f"layer-wise: {kind}")) - mean(self.means(f"task arithmetic: {kind}")))
+            for kind in CORRUPTIONS
+        ]
+        text = "Layer-wise coefficients are more robust to corrupted images than task arithmetic (seven corruptions)"
+        return text, YANG, f"{min(found):+.1f} to {max(found):+.1f}, means over seeds", signs(found)
+
+    def left_out(self) -> Claim:
+        """Layer-wise above task arithmetic on tasks that were not merged."""
+        found = []
+        for left in LEFT_OUT.values():
+            pair = [self.rows[f"{base} without {' and '.join(left)}"] for base in ("layer-wise", "task arithmetic")]
+            for seed in sorted(pair[0]):
+                one, other = (mean(rows[seed]["accuracy"][task] for task in left) for rows in pair)
+                found.append(100 * (one - other))
+        text = "Layer-wise coefficients generalise better to tasks that were not merged (two pairs of tasks)"
+        return text, YANG, differences(found), signs(found)
+
+
+class Recipes:
+    """Rows of recipes.json by recipe, with or without LiNeS, and seed."""
+
+    def __init__(self, regime: str = "full") -> None:
+        self.rows: dict[tuple[str, bool], dict[int, Any]] = {}
+        for row in read("recipes")["rows"]:
+            if row["regime"] == regime:
+                self.rows.setdefault((row["recipe"], bool(row.get("lines"))), {})[row["seed"]] = row
+
+    def values(self, recipe: str, key: str = "absolute", lines: bool = False) -> list[float]:
+        """One per seed."""
+        return [row[key] for _, row in sorted(self.rows[recipe, lines].items())]
+
+    def claim(self, text: str, source: str, better: tuple[str, bool], worse: tuple[str, bool]) -> Claim:
+        """One recipe above another on every seed."""
+        values = [self.values(recipe, lines=lines) for recipe, lines in (better, worse)]
+        found = [100 * (one - other) for one, other in zip(*values, strict=True)]
+        return text, source, differences(found), signs(found)
+
+
+# Claim, source, the method that is said to be better, the other one.
+WITHOUT_LEARNING = [
+    ("Adding task vectors gives one model better than the pre-trained one", ILHARCO, "task arithmetic", "zero-shot"),
+    ("A tuned coefficient beats the average of the weights", ILHARCO, "task arithmetic", "average"),
+    ("TIES beats task arithmetic", YADAV, "TIES", "task arithmetic"),
+]
+LABELLED, UNLABELLED = "supervised layer-wise, on validation images", "layer-wise, on validation images"
+LEARNING = [
+    ("Task-wise AdaMerging beats task arithmetic", YANG, "task-wise", "task arithmetic"),
+    ("Layer-wise beats task-wise", YANG, "layer-wise", "task-wise"),
+    ("Layer-wise beats task arithmetic", YANG, "layer-wise", "task arithmetic"),
+    ("Layer-wise beats TIES", YANG, "layer-wise", "TIES"),
+    ("AdaMerging++ beats AdaMerging (layer-wise)", YANG, "layer-wise ++", "layer-wise"),
+    ("Labels give better coefficients than entropy (validation images)", YANG, LABELLED, UNLABELLED),
+    ("1 % of the images already beats task arithmetic", YANG, "layer-wise, 1 % of the images", "task arithmetic"),
+    ("5 % of the images already beats task arithmetic", YANG, "layer-wise, 5 % of the images", "task arithmetic"),
+    ("Joint fine-tuning is better than merging without labels", YANG, "joint", "layer-wise"),
+    ("Individual models are better than joint fine-tuning", YANG, "individual", "joint"),
+]
+# The same of recipes, with whether LiNeS follows.
+BY_RECIPE = [
+    ("DARE before adding beats adding", YU, ("DARE (linear)", False), ("task arithmetic", False)),
+    ("Consensus beats task arithmetic", WANG24, ("consensus", False), ("task arithmetic", False)),
+    ("Consensus on TIES beats TIES", WANG24, ("consensus TIES", False), ("TIES", False)),
+    ("LiNeS improves task arithmetic", WANG25, ("task arithmetic", True), ("task arithmetic", False)),
+    ("LiNeS improves TIES", WANG25, ("TIES", True), ("TIES", False)),
+    ("LiNeS improves consensus", WANG25, ("consensus", True), ("consensus", False)),
+    ("TSV-M beats TIES", GARGIULO, ("TSV-M", False), ("TIES", False)),
+    ("Iso-C beats task arithmetic", MARCZAK, ("Iso-C", False), ("task arithmetic", False)),
+    ("Iso-CTS beats Iso-C", MARCZAK, ("Iso-CTS", False), ("Iso-C", False)),
+]
+
+
+VERDICTS = {"holds": "hold", "does not hold": "do not", "undecided": "undecided", "cannot be tested here": "untested"}
+
+
+def claims() -> list[Claim]:
+    """All claims: adding, recipes, single models, regimes, learned coefficients, and what cannot be tested."""
+    learned, recipes = Learned(), Recipes()
+    found = [
+        *(learned.claim(*one) for one in WITHOUT_LEARNING),
+        _orthogonal(),
+        *(recipes.claim(*one) for one in BY_RECIPE),
+        _tall(recipes),
+        *_single_models(recipes),
+        *(
+            (one["claim"], one["source"], differences(one["differences"]), one["verdict"])
+            for one in read("regimes")["claims"]
+        ),
+        *(learned.claim(*one) for one in LEARNING),
+        learned.corruptions(),
+        learned.left_out(),
+    ]
+    untested = [
+        ("Control accuracy on ImageNet is kept under negation", ILHARCO),
+        ("The penalty also pays with images of one general data set", "Yoshida et al. 2025"),
+        ("The gap closes with larger models (ViT-L/14)", f"{ILHARCO}, {YANG}"),
+        ("WiSE-FT's path is robust to ImageNet's five shifts", "Wortsman et al. 2022"),
+    ]
+    reason = "needs the published models and data"
+    return [*found, *((text, source, reason, "cannot be tested here") for text, source in untested)]
+
+
+def _tall(recipes: Recipes) -> Claim:
+    values = recipes.values("TALL masks (a model per task)", "normalised")
+    text = "TALL masks rebuild every task to at least 99 % of its individual model"
+    return text, WANG24, ", ".join(f"{100 * value:.1f}" for value in values), signs([value - 0.99 for value in values])
+
+
+def _orthogonal() -> Claim:
+    cosines = [
+        value
+        for seed in read("embedded_suite")["seeds"].values()
+        for row, values in enumerate(seed["cosine_similarity"])
+        for column, value in enumerate(values)
+        if row != column
+    ]
+    text = "Task vectors of different tasks are nearly orthogonal (cosine at most 0.15)"
+    verdict = "holds" if max(map(abs, cosines)) <= 0.15 else "does not hold"
+    return text, ILHARCO, f"{min(cosines):.3f} to {max(cosines):.3f}", verdict
+
+
+def _single_models(recipes: Recipes) -> list[Claim]:
+    found = {}
+    for key in ("control", "target"):
+        pairs = zip(recipes.values("single task", key, True), recipes.values("single task", key), strict=True)
+        found[key] = [100 * (one - other) for one, other in pairs]
+    text = "LiNeS gives a fine-tuned model control accuracy back"
+    cheap = signs([one + 0.5 for one in found["target"]])
+    return [
+        (text, WANG25, differences(found["control"]), signs(found["control"])),
+        ("… for at most half a point of target accuracy", WANG25, differences(found["target"]), cheap),
+    ]
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]], numbers: bool = False) -> list[str]:
+    """A Markdown table; with ``numbers`` all columns but the first are aligned to the right."""
+    rule = [":--", *(("--:" if numbers else ":--") for _ in head[1:])]
+    return ["| " + " | ".join(row) + " |" for row in (head, rule, *rows)]
+
+
+REGIMES = [
+    *("full", "attention_1", "attention_2", "attention_3", "attention_4", "linearized", "post_hoc", "cyclic", "strict"),
+    *("lora", "lin_lr", "exp_lr", "half_ft", "last_ft"),
+]
+
+
+def regimes_and_merges() -> list[str]:
+    """References, merges without learning and learned merges of three seeds; then merges by regime."""
+    learned = Learned()
+    order = [name for name in learned.rows if ":" not in name and " without " not in name]
+    order.sort(key=lambda name: mean(learned.means(name)))
+    rows = [[name, spread(learned.means(name))] for name in order]
+    lines = ["Full fine-tunes, all test images, mean over eight tasks (`benchmarks/learned_merges.py`):", ""]
+    lines += table(["method", "accuracy"], rows, numbers=True)
+    by_regime: dict[str, list[Any]] = {regime: [] for regime in REGIMES}
+    for row in read("regimes")["rows"]:
+        by_regime[row["regime"]].append(row)
+    columns: list[tuple[str, Callable[[Any], float | None]]] = [
+        ("individual", lambda row: row["target"] or mean(row["individual"].values())),
+        ("task arithmetic, α = 1", lambda row: (row.get("at_one") or {}).get("absolute")),
+        ("α tuned", lambda row: (row.get("tuned") or {}).get("absolute")),
+        ("normalised", lambda row: (row.get("tuned") or {}).get("normalised")),
+    ]
+    rows = []
+    for regime, found in by_regime.items():
+        values = [[value(row) for row in found] for _, value in columns]
+        rows.append([regime, *(spread(one) if all(v is not None for v in one) else "–" for one in values)])
+    lines += ["", "By fine-tuning regime (`benchmarks/regimes.py`, [more](regimes.md)):", ""]
+    lines += table(["regime", *(name for name, _ in columns)], rows, numbers=True)
+    recipes, attention = Recipes(), Recipes("attention_1")
+    names = [name for name, lines_too in recipes.rows if not lines_too and name != "single task"]
+    rows = [[name, *_cells(recipes, name), *_cells(attention, name)] for name in dict.fromkeys(names)]
+    lines += ["", "By recipe, on 256 test images a task (`benchmarks/recipes.py`, [more](recipes.md)):", ""]
+    head = ["recipe", "full", "full, with LiNeS", "attention-only", "attention-only, with LiNeS"]
+    return lines + table(head, rows, numbers=True)
+
+
+def _cells(recipes: Recipes, name: str) -> list[str]:
+    return [
+        spread(recipes.values(name, lines=lines)) if (name, lines) in recipes.rows else "–" for lines in (False, True)
+    ]
+
+
+def costs() -> list[str]:
+    """Time and memory against peers."""
+    merge, rows = read("merge"), []
+    for shapes, method in dict.fromkeys((row["shapes"], row["method"]) for row in merge["rows"]):
+        tools = {r["tool"]: r for r in merge["rows"] if (r["shapes"], r["method"]) == (shapes, method)}
+        if "lit_merge" not in tools or "limit" in method:
+            continue
+        cells = []
+        for tool in ("lit_merge", "mergekit", "fusion_bench"):
+            row = tools.get(tool, {})
+            cells.append(f"{row['median']:.1f} s, {row['peak_mib']:,.0f} MiB" if row.get("median") else "–")
+        rows.append([f"{method}, 8 × {shapes}", *cells])
+    lines = ["Merging (`benchmarks/merge.py`):", ""]
+    lines += table(["", "lit-merge", "mergekit", "FusionBench"], rows, numbers=True)
+    goals = [
+        [g["what"], f"{g['value']:.3g}", g["goal"], "yes" if g["met"] else "no"] for g in read("adamerging")["goals"]
+    ]
+    lines += ["", "Learning coefficients, ViT-B/32, 8 tasks (`benchmarks/adamerging.py`, [more](adamerging.md)):", ""]
+    lines += table(["what", "measured", "goal", "met"], goals)
+    search = read("linear_search")
+    lines += [
+        "",
+        f"A coefficient search on linearised models: {search['times_faster']:g} times as fast as evaluating every "
+        f"point, {search['times_faster_again']:g} times when repeated (`benchmarks/linear_search.py`).",
+    ]
+    return lines + [line for name, write in _LATER.items() if _there(name) for line in ["", *write(read(name))]]
+
+
+def _there(name: str) -> bool:
+    return (ROOT / f"benchmarks/results/{name}.json").is_file()
+
+
+_LATER: dict[str, Callable[[dict[str, Any]], list[str]]] = {}
+
+
+def page() -> str:
+    """The page."""
+    every = claims()
+    counts = {verdict: sum(one[3] == verdict for one in every) for verdict in dict.fromkeys(one[3] for one in every)}
+    hardware, versions = read("learned_merges")["hardware"], read("learned_merges")["versions"]
+    lines = [
+        "# Results",
+        "",
+        "Written by `python benchmarks/results_page.py` from the JSON in `benchmarks/results`, which the scripts named "
+        "below wrote. Everything is measured on the embedded suite: `lit-tiny`, 2.7 million parameters, and eight "
+        f"drawn tasks of 32 × 32 pixels; three fine-tuning seeds, ± their standard deviation; {hardware['cores']} "
+        f"cores ({hardware['processor']}), torch {versions['torch']}. Coefficients and settings were chosen on "
+        "validation images.",
+        "",
+        "## The papers' claims",
+        "",
+        f"{len(every)} claims: {', '.join(f'{counts[one]} {said}' for one, said in VERDICTS.items())}. One holds if "
+        "the difference is on its side for every seed (for learned merges: beyond two standard errors over the test "
+        "images, given after ±), does not hold if it is on the other side for every seed, and is undecided otherwise. "
+        "Differences are in points, by seed.",
+        "",
+        *table(["claim", "source", "measured", "verdict"], every),
+        "",
+        "## Accuracies",
+        "",
+        *regimes_and_merges(),
+        "",
+        "## Time and memory",
+        "",
+        *costs(),
+        "",
+        "## The papers' own numbers",
+        "",
+        "ViT-B/32, eight tasks of the literature, accuracy in percent as published; methods differ in their fine-tuned "
+        "weights. The last column is for a run of `configs/suite/clip8_vit_b32.yaml` and its relatives on a machine "
+        "with accelerators and the data; none has been made.",
+        "",
+        *table(
+            ["method", "published", "source", "lit-merge, same configuration"],
+            [[name, f"{value:g}", source, ""] for name, value, source in PUBLISHED],
+        ),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Write the page, or compare it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true")
+    text = page()
+    if parser.parse_args().check:
+        if not PAGE.is_file() or PAGE.read_text(encoding="utf-8") != text:
+            sys.exit(f"{PAGE.relative_to(ROOT)} is not what the JSON says: run python benchmarks/results_page.py")
+        return
+    write_text(PAGE, text)
+
+
+if __name__ == "__main__":
+    main()
