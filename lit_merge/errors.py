@@ -12,6 +12,7 @@ __all__ = [
     "ConfigurationError",
     "DataError",
     "FileFormatError",
+    "HubError",
     "LitMergeError",
     "NonFiniteError",
     "StructureMismatchError",
@@ -33,6 +34,10 @@ class DataError(LitMergeError):
 
 class FileFormatError(LitMergeError):
     """A file is truncated, malformed or of another kind than expected."""
+
+
+class HubError(LitMergeError):
+    """The Hugging Face Hub, or something on it, cannot be reached, read or written."""
 
 
 class StructureMismatchError(LitMergeError):

@@ -10,9 +10,18 @@ import yaml
 from lit_merge.environment import versions
 from lit_merge.merge_inputs import Base, ClipBase, Input
 from lit_merge.transforms import Transform
+from lit_merge.vectors.lazy import LazyMapping
 from lit_merge.vectors.sharded import INDEX_ENDING
 
-__all__ = ["model_card", "python_of"]
+__all__ = ["KINDS", "file_card", "front_matter", "model_card", "python_of"]
+
+KINDS = {
+    "task vector": "Task vector θ − θ0",
+    "weights": "Weights",
+    "coefficients": "Merging coefficients",
+    "statistics": "Statistics for merging",
+}
+"""What a card can be of, and what it calls it."""
 
 
 def model_card(
@@ -25,6 +34,7 @@ def model_card(
     config: Mapping[str, Any],
     found: str,
     weights: bool,
+    repository: str | None = None,
 ) -> str:
     """Say what was merged, how, and how to load it.
 
@@ -38,15 +48,13 @@ def model_card(
         config: the settings of ``lit-merge merge`` that write the same tensors.
         found: how settings were chosen on data; empty if none were.
         weights: whether the outputs are whole models.
+        repository: ``owner/name`` of the base model on the Hub, if it is known.
 
     Returns:
         Markdown with the front matter that the Hugging Face Hub reads.
     """
-    front = {
-        "base_model": base.name,
-        "library_name": "open_clip" if weights and isinstance(base, ClipBase) else "lit-merge",
-        "tags": ["merge", "task-vector" if not weights else "model-merging", "lit-merge"],
-    }
+    front = front_matter("weights" if weights else "task vector", repository, weights and isinstance(base, ClipBase))
+    front["tags"].append("merge")
     kind = "Merged weights" if weights else "Merged task vector, to be added to the base model's weights"
     rows = [
         f"| {_cell(one.vector.task)} | {_cell(one.path)} | {'weights' if one.weights else 'task vector'} "
@@ -77,6 +85,54 @@ def model_card(
     return "\n".join(sections)
 
 
+def front_matter(kind: str, repository: str | None, clip: bool) -> dict[str, Any]:
+    """The metadata at the top of a card, as the Hugging Face Hub reads it; which license it is, is left to the user.
+
+    Args:
+        kind: one of :data:`KINDS`.
+        repository: ``owner/name`` of the base model on the Hub; the Hub refuses other names.
+        clip: whether it is a whole CLIP, which open_clip loads.
+    """
+    return {
+        **({"base_model": repository} if repository else {}),
+        **({"base_model_relation": "merge"} if repository and kind == "weights" else {}),
+        "library_name": "open_clip" if clip else "lit-merge",
+        **({"pipeline_tag": "zero-shot-image-classification"} if clip else {}),
+        "tags": ["lit-merge", *(["task-vector"] if kind == "task vector" else []), "model-merging"],
+    }
+
+
+def file_card(path: str, kind: str, header: Mapping[str, str], tensors: LazyMapping | None) -> str:
+    """Say what a file is that no merge has written a card of, and how to load it.
+
+    Args:
+        path: what it is loaded by, such as its address on the Hub.
+        kind: one of :data:`KINDS`.
+        header: its entries.
+        tensors: in it; None for coefficients, which are numbers.
+
+    Returns:
+        Markdown without front matter.
+    """
+    size = ""
+    if tensors is not None:
+        dtypes = dict.fromkeys(str(tensors.dtype(name)).removeprefix("torch.") for name in tensors)
+        entries = sum(tensors.shape(name).numel() for name in tensors)
+        count = f"{len(tensors)} tensor{'s' * (len(tensors) != 1)}"
+        size = f", {count} with {entries:,} entries in {' and '.join(dtypes) or 'no dtype'}"
+    task = f" of the task {_cell(header['task'])}" if header.get("task") else ""
+    base = f" of the base model `{_cell(header['base_model'])}`" if header.get("base_model") else ""
+    rows = [f"| {_cell(key)} | {_cell(value)} |" for key, value in sorted(header.items()) if len(value) <= _LONGEST]
+    return "\n".join(
+        [
+            f"## {path.rpartition('/')[2]}\n",
+            f"{KINDS[kind]}{task}{base}{size}, by [lit-merge](https://github.com/lit-merge/lit-merge).\n",
+            f"```python\n{_LOADED[kind].format(path=path)}\n```\n",
+            *(["| entry of the header | |\n| :-- | :-- |", *rows] if rows else []),
+        ]
+    )
+
+
 def python_of(transform: Transform) -> str:
     """A program that builds a transform under the name ``transform``."""
     expression = repr(transform)
@@ -91,6 +147,13 @@ def python_of(transform: Transform) -> str:
     return "\n".join([*imports, "", f"transform = {expression}"])
 
 
+_LONGEST = 200  # characters of a header's entry in a table
+_LOADED = {
+    "task vector": "from lit_merge import TaskVector\n\nvector = TaskVector.load({path!r})",
+    "weights": "from lit_merge.vectors.sharded import open_tensors\n\nweights = open_tensors({path!r})",
+    "coefficients": "from lit_merge.vectors import Coefficients\n\ncoefficients = Coefficients.load({path!r})",
+    "statistics": "from lit_merge.vectors import LazyTensors\n\nstatistics = LazyTensors({path!r})",
+}
 _OPEN_CLIP = "`open_clip.create_model` opens it as `pretrained` too; give it the base's activation and preprocessing.\n"
 _OURS = ("lit_merge.transforms", "lit_merge.transforms.base")
 
