@@ -313,7 +313,8 @@ def test_refused_several(settings, expected):
         ({"task": "digits", "path": "x"}, "got task 'digits' and path 'x'."),
         (
             {"task": "letter"},
-            "task: expected one of digits, clutter, letters, signs, textures, land, vehicles, scenes, got 'letter'. "
+            "task: expected one of digits, clutter, letters, signs, textures, land, vehicles, scenes, or a published "
+            "data set (sun397, cars, resisc45, eurosat, svhn, gtsrb, mnist, dtd and 18 more), got 'letter'. "
             "Did you mean letters, clutter?",
         ),
         ({"task": "./digits"}, "got './digits'. For a folder of your own images set path instead."),

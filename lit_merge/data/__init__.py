@@ -1,4 +1,4 @@
-"""Data modules, the embedded suite and prompt templates. Importing this is light: what is used is imported then."""
+"""Data modules, the embedded suite, published data sets, templates. Importing is light: what is used comes then."""
 
 from __future__ import annotations
 
@@ -11,17 +11,22 @@ if TYPE_CHECKING:
     from lit_merge.data.embedded.tasks import EMBEDDED_TASKS, load_split
     from lit_merge.data.multitask import MultiTaskDataModule
     from lit_merge.data.pretraining import CaptionDataModule
+    from lit_merge.data.published import PublishedSource
+    from lit_merge.data.registry import REGISTRY, SUITES
     from lit_merge.data.sheet import contact_sheet
     from lit_merge.data.task import TaskDataModule
     from lit_merge.data.templates import templates_for
 
 __all__ = [
     "EMBEDDED_TASKS",
+    "REGISTRY",
+    "SUITES",
     "CaptionDataModule",
     "ImageBatch",
     "MergeDataModule",
     "MultiTaskDataModule",
     "OtherBatch",
+    "PublishedSource",
     "TaskDataModule",
     "contact_sheet",
     "load_split",
@@ -30,11 +35,14 @@ __all__ = [
 
 _HOMES = {
     "EMBEDDED_TASKS": "embedded.tasks",
+    "REGISTRY": "registry",
+    "SUITES": "registry",
     "CaptionDataModule": "pretraining",
     "ImageBatch": "batch",
     "MergeDataModule": "adaptation",
     "MultiTaskDataModule": "multitask",
     "OtherBatch": "batch",
+    "PublishedSource": "published",
     "TaskDataModule": "task",
     "contact_sheet": "sheet",
     "load_split": "embedded.tasks",

@@ -27,7 +27,8 @@ class MergeDataModule(MultiTaskDataModule):
     Args:
         adapt_on: the split whose images are learned on: ``test``, as AdaMerging does (without labels, Yang et al.
             2024), or ``val``, which leaves the test images unseen, or ``train``.
-        tasks: tasks of the embedded suite; None for all of them, or for none if there are ``paths``.
+        tasks: tasks of the embedded suite, published data sets, or suites of these, e.g. ``clip8``; None for all of the
+            embedded suite, or for none if there are ``paths``.
         paths: name -> folder of own images, see :class:`~lit_merge.data.TaskDataModule`.
         batch_size: images per task, process and batch; with ``divide: tasks``, images per task and batch.
         fraction: share of the split's images that is used, in (0, 1]; at least one image. Which ones depends on
@@ -45,6 +46,7 @@ class MergeDataModule(MultiTaskDataModule):
         split_seed: of that division.
         skip_corrupt: whether damaged images of the paths are left out.
         preprocessing: what the model expects of images; None takes ``preprocessing`` of the trainer's module.
+        root: the folder of the published data sets; None for ``$LIT_MERGE_DATA``, or ``data``.
 
     Attributes:
         adapted_tasks: the tasks that are learned on; after ``setup("fit")``.
@@ -72,6 +74,7 @@ class MergeDataModule(MultiTaskDataModule):
         split_seed: int = 0,
         skip_corrupt: bool = False,
         preprocessing: Any = None,
+        root: str | None = None,
     ) -> None:
         for name, value, valid in (
             ("adapt_on", adapt_on, ("train", "val", "test")),
@@ -96,6 +99,7 @@ class MergeDataModule(MultiTaskDataModule):
             skip_corrupt=skip_corrupt,
             labelled=labelled,
             preprocessing=preprocessing,
+            root=root,
         )
         unknown = [name for name in adapted or [] if name not in self.tasks]
         if unknown or adapted == []:

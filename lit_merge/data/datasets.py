@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms import InterpolationMode
@@ -21,7 +22,7 @@ from lit_merge.data.augmentation import augment_lightly, image_seeds
 from lit_merge.data.batch import PADDING, ImageBatch
 from lit_merge.data.reading import read_image
 
-__all__ = ["FileImages", "ImageDataset", "ImagePreprocessing", "TensorImages"]
+__all__ = ["FileImages", "ImageDataset", "ImagePreprocessing", "PictureImages", "TensorImages", "file_content"]
 
 
 class ImagePreprocessing(Protocol):
@@ -164,8 +165,57 @@ class TensorImages(ImageDataset):
         yield self.images.reshape(-1).numpy().data
 
 
-class FileImages(ImageDataset):
-    """Images in files, of any size; transformed as the model's own training and evaluation do.
+class PictureImages(ImageDataset):
+    """Images of any size, decoded when asked for and transformed as the model's own training and evaluation do.
+
+    Args:
+        labels: int64, ``[N]``.
+        names: of the images, N of them.
+        preprocessing: what the model expects of images.
+        augmentation_seed: seed of the augmentation, None for none.
+    """
+
+    def __init__(
+        self,
+        labels: Tensor,
+        names: Sequence[str],
+        preprocessing: ImagePreprocessing,
+        augmentation_seed: int | None = None,
+    ) -> None:
+        super().__init__(labels, names, preprocessing, augmentation_seed)
+        self._transform = preprocessing.transform(training=augmentation_seed is not None)
+
+    @abstractmethod
+    def picture(self, index: int) -> Image.Image:
+        """One image as RGB; ``index`` is in [0, N)."""
+
+    def read(self, indices: np.ndarray, seeds: np.ndarray | None) -> Tensor:
+        """See :meth:`ImageDataset.read`.
+
+        Raises:
+            DataError: an image cannot be decoded; it is named.
+        """
+        images = [self.picture(int(index)) for index in indices]
+        if seeds is None:
+            return torch.stack([self._transform(image) for image in images])
+        # The transform draws from the global random states: give it one per image, and leave them as they were.
+        state = random.getstate()
+        try:
+            with torch.random.fork_rng(devices=[]):
+                return torch.stack(
+                    [self._transformed(image, int(seed)) for image, seed in zip(images, seeds, strict=True)]
+                )
+        finally:
+            random.setstate(state)
+
+    def _transformed(self, image: Image.Image, seed: int) -> Tensor:
+        random.seed(seed)
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would touch the accelerators, too
+        return self._transform(image)
+
+
+class FileImages(PictureImages):
+    """Images in files, one each.
 
     Args:
         paths: of the files, N of them; they are the names, too.
@@ -182,26 +232,10 @@ class FileImages(ImageDataset):
         augmentation_seed: int | None = None,
     ) -> None:
         super().__init__(labels, [str(path) for path in paths], preprocessing, augmentation_seed)
-        self._transform = preprocessing.transform(training=augmentation_seed is not None)
 
-    def read(self, indices: np.ndarray, seeds: np.ndarray | None) -> Tensor:
-        """See :meth:`ImageDataset.read`.
-
-        Raises:
-            DataError: a file cannot be decoded; it is named.
-        """
-        images = [read_image(self.names[index]) for index in indices]
-        if seeds is None:
-            return torch.stack([self._transform(image) for image in images])
-        # The transform draws from the global random states: give it one per image, and leave them as they were.
-        state = random.getstate()
-        try:
-            with torch.random.fork_rng(devices=[]):
-                return torch.stack(
-                    [self._transformed(image, int(seed)) for image, seed in zip(images, seeds, strict=True)]
-                )
-        finally:
-            random.setstate(state)
+    def picture(self, index: int) -> Image.Image:
+        """See :meth:`PictureImages.picture`."""
+        return read_image(self.names[index])
 
     def subset(self, indices: Sequence[int]) -> FileImages:
         """See :meth:`ImageDataset.subset`."""
@@ -211,12 +245,11 @@ class FileImages(ImageDataset):
 
     def content(self) -> Iterator[bytes | memoryview]:
         """Path, size and time of change of every file; they are not read."""
-        for name in self.names:
-            path = Path(name).absolute()
-            status = path.stat()
-            yield json.dumps([str(path), status.st_size, status.st_mtime_ns]).encode()
+        return map(file_content, self.names)
 
-    def _transformed(self, image: Any, seed: int) -> Tensor:
-        random.seed(seed)
-        torch.default_generator.manual_seed(seed)  # torch.manual_seed would touch the accelerators, too
-        return self._transform(image)
+
+def file_content(path: str | Path) -> bytes:
+    """What tells a file from others without reading it: path, size and time of change."""
+    whole = Path(path).absolute()
+    status = whole.stat()
+    return json.dumps([str(whole), status.st_size, status.st_mtime_ns]).encode()

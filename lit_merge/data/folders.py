@@ -21,7 +21,7 @@ from lit_merge.data.sources import chosen_templates
 from lit_merge.data.templates import GENERIC
 from lit_merge.errors import ConfigurationError, DataError, first_few
 
-__all__ = ["FolderSource", "find_images"]
+__all__ = ["FolderSource", "find_images", "images_below"]
 
 _SPLITS = ("train", "val", "test")
 _LOOK_ALIKES = {"training": "train", "valid": "val", "validation": "val", "dev": "val", "testing": "test"}
@@ -183,7 +183,7 @@ class FolderSource:
         """Label -> files, of the classes that have a folder in ``root``."""
         present = set(_folders_in(root))
         listed = {
-            label: sorted(_images_below(root / folder))
+            label: sorted(images_below(root / folder))
             for label, folder in enumerate(self._folders)
             if folder in present
         }
@@ -234,7 +234,7 @@ def find_images(path: str | os.PathLike[str], skip_corrupt: bool = False) -> lis
         raise DataError(
             f"predict_path: expected an image or a folder of images, got nothing at {root}. Check the path."
         )
-    files = sorted(_images_below(root)) if root.is_dir() else [root]
+    files = sorted(images_below(root)) if root.is_dir() else [root]
     if skip_corrupt:
         files = _without_corrupt({0: files}, root)[0]
     else:
@@ -251,7 +251,8 @@ def _folders_in(root: Path, what: str = "a folder") -> list[str]:
     return sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
 
 
-def _images_below(root: Path) -> Iterator[Path]:
+def images_below(root: Path) -> Iterator[Path]:
+    """The images below a folder at any depth, in no order: links are followed, hidden files and folders are not."""
     visited = set()
     for folder, below, files in os.walk(root, followlinks=True):
         real = os.path.realpath(folder)

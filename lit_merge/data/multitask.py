@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 
 from lit_merge.data.batch import ImageBatch
 from lit_merge.data.embedded.tasks import EMBEDDED_TASKS
+from lit_merge.data.registry import REGISTRY, SUITES
 from lit_merge.data.task import TaskDataModule
 from lit_merge.errors import ConfigurationError, first_few
 
@@ -26,7 +27,8 @@ class MultiTaskDataModule(L.LightningDataModule):
     :attr:`task_names`.
 
     Args:
-        tasks: tasks of the embedded suite; None for all of them, or for none if there are ``paths``.
+        tasks: tasks of the embedded suite, published data sets, or suites of these, e.g. ``clip8``; None for all of the
+            embedded suite, or for none if there are ``paths``.
         paths: name -> folder of own images, see :class:`~lit_merge.data.TaskDataModule`.
         batch_size: training images per task, process and batch.
         evaluation_batch_size: images per process and batch in validation and test.
@@ -40,6 +42,7 @@ class MultiTaskDataModule(L.LightningDataModule):
         skip_corrupt: whether damaged images of the paths are left out.
         labelled: False gives the training images the label -1, as test-time merging wants it.
         preprocessing: what the model expects of images; None takes ``preprocessing`` of the trainer's module.
+        root: the folder of the published data sets; None for ``$LIT_MERGE_DATA``, or ``data``.
 
     Attributes:
         tasks: task name -> its data module.
@@ -67,11 +70,13 @@ class MultiTaskDataModule(L.LightningDataModule):
         skip_corrupt: bool = False,
         labelled: bool = True,
         preprocessing: Any = None,
+        root: str | None = None,
     ) -> None:
         super().__init__()
-        embedded = (list(EMBEDDED_TASKS) if not paths else []) if tasks is None else list(tasks)
+        named = (list(EMBEDDED_TASKS) if not paths else []) if tasks is None else list(tasks)
+        named = [name for given in named for name in SUITES.get(given, (given,))]
         folders = dict(paths or {})
-        names = [*embedded, *folders]
+        names = [*named, *folders]
         repeated = sorted({name for name in names if names.count(name) > 1})
         if not names or repeated:
             raise ConfigurationError(
@@ -90,8 +95,9 @@ class MultiTaskDataModule(L.LightningDataModule):
             "preprocessing": preprocessing,
         }
         self.tasks: dict[str, TaskDataModule] = {}
-        for name in embedded:
-            self.tasks[name] = TaskDataModule(task=name, templates=(templates or {}).get(name), **shared)
+        for name in named:
+            own_root = root if name in REGISTRY else None
+            self.tasks[name] = TaskDataModule(task=name, templates=(templates or {}).get(name), root=own_root, **shared)
         for name, path in folders.items():
             self.tasks[name] = TaskDataModule(
                 path=path,

@@ -20,6 +20,7 @@ from lit_merge.data.datasets import ImageDataset, ImagePreprocessing
 from lit_merge.data.embedded.tasks import EMBEDDED_TASKS, SPLITS
 from lit_merge.data.folders import FolderSource
 from lit_merge.data.loading import ResumableLoader
+from lit_merge.data.published import named_source
 from lit_merge.data.sources import EmbeddedSource, TaskSource
 from lit_merge.errors import ConfigurationError, DataError, first_few
 
@@ -68,16 +69,19 @@ def other_sources(
     fractions: Sequence[float],
     split_seed: int,
     skip_corrupt: bool,
+    root: str | None = None,
 ) -> dict[str, TaskSource]:
     """The tasks beside the own one, by name; nothing is read.
 
     Args:
         own: the own task.
-        embedded: tasks of the embedded suite; None for all but the own one, or for none if that is a folder.
+        embedded: tasks of the embedded suite or published data sets; None for all of the embedded suite but the own
+            one, or for none if that is not of the suite.
         folders: name -> folder.
         fractions: of the folders, see :class:`~lit_merge.data.folders.FolderSource`.
         split_seed: of the folders.
         skip_corrupt: of the folders.
+        root: the folder of the published data sets.
 
     Raises:
         ConfigurationError: a name is unknown, given twice, or that of the own task; a folder is the own task's.
@@ -85,7 +89,7 @@ def other_sources(
     if embedded is None:
         embedded = [name for name in EMBEDDED_TASKS if name != own.name] if isinstance(own, EmbeddedSource) else []
     names = [*embedded, *folders]
-    sources: dict[str, TaskSource] = {name: EmbeddedSource(name) for name in embedded}
+    sources: dict[str, TaskSource] = {name: named_source(name, root) for name in embedded}
     for name, path in folders.items():
         source = FolderSource(path, fractions=fractions, seed=split_seed, skip_corrupt=skip_corrupt)
         if name == own.name or (isinstance(own, FolderSource) and source.path.resolve() == own.path.resolve()):

@@ -10,7 +10,7 @@ from PIL import Image, ImageOps
 
 from lit_merge.errors import DataError
 
-__all__ = ["IMAGE_SUFFIXES", "check_image", "is_image_name", "read_image"]
+__all__ = ["IMAGE_SUFFIXES", "check_image", "first_line", "is_image_name", "read_image"]
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".tif", ".tiff", ".gif")
 
@@ -50,7 +50,9 @@ def _opened(path: str | Path, use: Callable[[Image.Image], _Result]) -> _Result:
             if not mode.startswith(("I", "F")):
                 return use(image)
     except Exception as error:  # PIL's plugins raise whatever their format's damage leads to
-        reason = "an unknown or damaged header" if type(error).__name__ == "UnidentifiedImageError" else _line(error)
+        reason = (
+            "an unknown or damaged header" if type(error).__name__ == "UnidentifiedImageError" else first_line(error)
+        )
         raise DataError(
             f"{path}: expected a readable image, got {reason}. Replace or remove it, or set skip_corrupt to true."
         ) from error
@@ -59,6 +61,7 @@ def _opened(path: str | Path, use: Callable[[Image.Image], _Result]) -> _Result:
     )
 
 
-def _line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text without its full stop, or the error's kind if there is none."""
     text = str(error).strip().rstrip(".")
     return text.splitlines()[0] if text else type(error).__name__

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -53,7 +52,7 @@ class EmbeddedSource:
 
     def __init__(self, name: str, templates: Sequence[str] | str | None = None) -> None:
         if name not in EMBEDDED_TASKS:
-            raise ConfigurationError(f"task: expected one of {', '.join(EMBEDDED_TASKS)}, got {name!r}. {_hint(name)}")
+            raise ConfigurationError(f"task: expected one of {', '.join(EMBEDDED_TASKS)}, got {name!r}. Choose one.")
         self.name = name
         self.classes = EMBEDDED_TASKS[name].classes
         self.templates = chosen_templates(templates, EMBEDDED_TASKS[name].templates)
@@ -102,10 +101,3 @@ def chosen_templates(templates: Sequence[str] | str | None, default: tuple[str, 
             f"{first_few(map(repr, wrong)) or 'none'}. Use e.g. 'a photo of a {{}}.'."
         )
     return tuple(templates)
-
-
-def _hint(name: str) -> str:
-    if any(sign in name for sign in "/\\~."):
-        return "For a folder of your own images set path instead."
-    close = difflib.get_close_matches(name.lower(), EMBEDDED_TASKS, n=3, cutoff=0.5)
-    return f"Did you mean {', '.join(close)}?" if close else "For a folder of your own images set path instead."

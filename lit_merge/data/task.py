@@ -24,8 +24,9 @@ from lit_merge.data.other_tasks import (
     read_other_images,
     sources_in_use,
 )
+from lit_merge.data.published import PublishedSource, named_source
 from lit_merge.data.sampling import EvaluationSampler, TrainingSampler, training_batch_size
-from lit_merge.data.sources import EmbeddedSource, TaskSource
+from lit_merge.data.sources import TaskSource
 from lit_merge.errors import ConfigurationError, DataError
 
 __all__ = ["TaskDataModule"]
@@ -34,7 +35,7 @@ _FRACTIONS = (0.8, 0.1, 0.1)
 
 
 class TaskDataModule(L.LightningDataModule):
-    """One classification task: of the embedded suite, or a folder of your own images.
+    """One classification task: of the embedded suite, a published data set, or a folder of your own images.
 
     Every batch is an :class:`~lit_merge.data.ImageBatch`. With several processes each sees its share of every global
     batch, and the global batches are those that one process with the whole batch size would see; in evaluation every
@@ -44,7 +45,8 @@ class TaskDataModule(L.LightningDataModule):
     is ``{"own": ImageBatch, "other": OtherBatch}`` with unlabelled images of other tasks, augmented as the own ones.
 
     Args:
-        task: a task of the embedded suite; either this or ``path``.
+        task: a task of the embedded suite, or a published data set (``lit-merge data list`` shows them), which is read
+            from the disk and never downloaded; either this or ``path``.
         path: a folder with one folder per class, or with ``train``, ``val`` and ``test`` of such folders; see
             :class:`~lit_merge.data.folders.FolderSource`.
         batch_size: training images per process and batch; fewer where the split has not that many.
@@ -54,7 +56,7 @@ class TaskDataModule(L.LightningDataModule):
         augment: whether training images are augmented: lightly, and never flipped.
         class_names: folder name -> class name, of a ``path``; by default the folder's with ``_`` as a space.
         templates: prompt templates with one ``{}``, or the name of a data set whose templates to use; None for the
-            embedded task's own, or ``"a photo of a {}."``.
+            task's own, or ``"a photo of a {}."``.
         fractions: shares of train, val and test where a folder, also one of ``other_paths``, is divided; they sum to 1.
         split_seed: of that division; leave it as it is, or test images of one run are training images of another.
         skip_corrupt: whether to decode all images of ``path``, ``other_paths`` and ``predict_path`` at the start and
@@ -64,8 +66,9 @@ class TaskDataModule(L.LightningDataModule):
         preprocessing: what the model expects of images; None takes ``preprocessing`` of the trainer's module.
         name: of the task, with a ``path``; by default the folder's.
         other_paths: name -> folder of another task's images, for a penalty; laid out as ``path``.
-        other_tasks: other tasks of the embedded suite, for a penalty; None for all of them, or for none with a
-            ``path``. Without a penalty no other task costs anything.
+        other_tasks: other tasks of the embedded suite, or published data sets, for a penalty; None for all of the
+            embedded suite if ``task`` is one of them, otherwise for none. Without a penalty none costs anything.
+        root: the folder of the published data sets; None for ``$LIT_MERGE_DATA``, or ``data``.
 
     Attributes:
         whole: whether every process gets all images instead of its share.
@@ -98,13 +101,14 @@ class TaskDataModule(L.LightningDataModule):
         name: str | None = None,
         other_paths: dict[str, str] | None = None,
         other_tasks: list[str] | None = None,
+        root: str | None = None,
     ) -> None:
         super().__init__()
         if (task is None) == (path is None):
             got = "neither" if task is None else f"task {task!r} and path {str(path)!r}"
             raise ConfigurationError(
                 f"task and path: expected exactly one of them, got {got}. "
-                "Set task to one of the embedded suite, or path to a folder of images."
+                "Set task to one of the embedded suite or to a published data set, or path to a folder of images."
             )
         for argument, value, least in (
             ("batch_size", batch_size, 1),
@@ -129,17 +133,23 @@ class TaskDataModule(L.LightningDataModule):
             for argument, given, default, used in only_with_path:
                 if given != default and not used:
                     raise ConfigurationError(
-                        f"{argument}: expected only with path, got {given!r} with an embedded task. "
+                        f"{argument}: expected only with path, got {given!r} with a task's name. "
                         "Remove it, or set path."
                     )
-            self.source = EmbeddedSource(task, templates)
+            self.source = named_source(task, root, templates)
         else:
             assert path is not None
             self.source = FolderSource(path, class_names, templates, fractions, split_seed, skip_corrupt)
             self.source.name = name or self.source.name
         self._known_others = other_sources(
-            self.source, other_tasks, other_paths or {}, fractions, split_seed, skip_corrupt
+            self.source, other_tasks, other_paths or {}, fractions, split_seed, skip_corrupt, root
         )
+        if root is not None and not any(
+            isinstance(source, PublishedSource) for source in (self.source, *self._known_others.values())
+        ):
+            raise ConfigurationError(
+                f"root: expected only with a published data set, got {str(root)!r} without one. Remove it."
+            )
         self.other_sources: dict[str, TaskSource] = {}
         self._other_images: OtherImages | None = None
         self.batch_size, self.evaluation_batch_size, self.workers = batch_size, evaluation_batch_size, workers
@@ -151,7 +161,7 @@ class TaskDataModule(L.LightningDataModule):
 
     @property
     def name(self) -> str:  # type: ignore[override]
-        """The embedded task's name, or the folder's."""
+        """The task's name, or the folder's."""
         return self.source.name
 
     @property

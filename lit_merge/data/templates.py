@@ -1,7 +1,8 @@
 """Prompt templates of the zero-shot heads, by data set.
 
-Those of the eight standard data sets are the lists published with CLIP (Radford et al. 2021); for SVHN, which is not
-among them, the field uses MNIST's. Those of the embedded suite are with its tasks.
+Those that CLIP was published with (Radford et al. 2021) are its lists; the others are those of the programs of Ilharco
+et al. (2023) and Wang et al. (2024): for SVHN MNIST's, for Fashion-MNIST STL-10's. ImageNet's are used for its shifts
+too. Those of the embedded suite are with its tasks.
 """
 
 from __future__ import annotations
@@ -16,11 +17,109 @@ __all__ = ["GENERIC", "TEMPLATES", "templates_for"]
 GENERIC: tuple[str, ...] = ("a photo of a {}.",)
 
 _AERIAL = ("satellite imagery", "aerial imagery", "satellite photo", "aerial photo", "satellite view", "aerial view")
+_A_AND_THE = ("a photo of a {}.", "a photo of the {}.")
 _NUMBER = ('a photo of the number: "{}".',)
+_CIFAR = tuple(
+    f"a {kind}photo of {article} {size}{{}}."
+    for article in ("a", "the")
+    for kind, size in (
+        ("", ""),
+        ("blurry ", ""),
+        ("black and white ", ""),
+        ("low contrast ", ""),
+        ("high contrast ", ""),
+        ("bad ", ""),
+        ("good ", ""),
+        ("", "small "),
+        ("", "big "),
+    )
+)
+_IMAGENET = (
+    "a bad photo of a {}.",
+    "a photo of many {}.",
+    "a sculpture of a {}.",
+    "a photo of the hard to see {}.",
+    "a low resolution photo of the {}.",
+    "a rendering of a {}.",
+    "graffiti of a {}.",
+    "a bad photo of the {}.",
+    "a cropped photo of the {}.",
+    "a tattoo of a {}.",
+    "the embroidered {}.",
+    "a photo of a hard to see {}.",
+    "a bright photo of a {}.",
+    "a photo of a clean {}.",
+    "a photo of a dirty {}.",
+    "a dark photo of the {}.",
+    "a drawing of a {}.",
+    "a photo of my {}.",
+    "the plastic {}.",
+    "a photo of the cool {}.",
+    "a close-up photo of a {}.",
+    "a black and white photo of the {}.",
+    "a painting of the {}.",
+    "a painting of a {}.",
+    "a pixelated photo of the {}.",
+    "a sculpture of the {}.",
+    "a bright photo of the {}.",
+    "a cropped photo of a {}.",
+    "a plastic {}.",
+    "a photo of the dirty {}.",
+    "a jpeg corrupted photo of a {}.",
+    "a blurry photo of the {}.",
+    "a photo of the {}.",
+    "a good photo of the {}.",
+    "a rendering of the {}.",
+    "a {} in a video game.",
+    "a photo of one {}.",
+    "a doodle of a {}.",
+    "a close-up photo of the {}.",
+    "a photo of a {}.",
+    "the origami {}.",
+    "the {} in a video game.",
+    "a sketch of a {}.",
+    "a doodle of the {}.",
+    "a origami {}.",
+    "a low resolution photo of a {}.",
+    "the toy {}.",
+    "a rendition of the {}.",
+    "a photo of the clean {}.",
+    "a photo of a large {}.",
+    "a rendition of a {}.",
+    "a photo of a nice {}.",
+    "a photo of a weird {}.",
+    "a blurry photo of a {}.",
+    "a cartoon {}.",
+    "art of a {}.",
+    "a sketch of the {}.",
+    "a embroidered {}.",
+    "a pixelated photo of a {}.",
+    "itap of the {}.",
+    "a jpeg corrupted photo of the {}.",
+    "a good photo of a {}.",
+    "a plushie {}.",
+    "a photo of the nice {}.",
+    "a photo of the small {}.",
+    "a photo of the weird {}.",
+    "the cartoon {}.",
+    "art of the {}.",
+    "a drawing of the {}.",
+    "a photo of the large {}.",
+    "a black and white photo of a {}.",
+    "the plushie {}.",
+    "a dark photo of a {}.",
+    "itap of a {}.",
+    "graffiti of the {}.",
+    "a toy {}.",
+    "itap of my {}.",
+    "a photo of a cool {}.",
+    "a photo of a small {}.",
+    "a tattoo of the {}.",
+)
 
 TEMPLATES: dict[str, tuple[str, ...]] = {
     "generic": GENERIC,
-    "sun397": ("a photo of a {}.", "a photo of the {}."),
+    "sun397": _A_AND_THE,
     "cars": (
         "a photo of a {}.",
         "a photo of the {}.",
@@ -49,6 +148,26 @@ TEMPLATES: dict[str, tuple[str, ...]] = {
         for article in ("a", "the")
         for noun in ("texture", "pattern", "thing", "object")
     ),
+    "cifar100": _CIFAR,
+    "stl10": _A_AND_THE,
+    "flowers102": ("a photo of a {}, a type of flower.",),
+    "oxford_pets": ("a photo of a {}, a type of pet.",),
+    "pcam": ("this is a photo of {}",),
+    "fer2013": (
+        "a photo of a {} looking face.",
+        "a photo of a face showing the emotion: {}.",
+        "a photo of a face looking {}.",
+        "a face that looks {}.",
+        "they look {}.",
+        "look at how {} they are.",
+    ),
+    "emnist": ('a photo of the digit character: "{}".',),
+    "cifar10": _CIFAR,
+    "food101": ("a photo of {}, a type of food.",),
+    "fashion_mnist": _A_AND_THE,
+    "rendered_sst2": ("a {} review of a movie.",),
+    "kmnist": ("a photo of the character {}.",),
+    **dict.fromkeys(("imagenet", "imagenet_v2", "imagenet_r", "imagenet_sketch", "imagenet_a", "objectnet"), _IMAGENET),
 }
 """The templates that do not belong to a task of the embedded suite."""
 
