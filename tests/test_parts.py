@@ -126,3 +126,36 @@ def test_what_is_wrong_with_a_part(parts, line):
 def test_what_is_wrong_with_an_override(overrides, line):
     with pytest.raises(ConfigurationError, match=line):
         with_overrides(Sum(), overrides)
+
+
+OWN = """
+from dataclasses import dataclass
+from lit_merge.transforms import Transform
+
+@dataclass(frozen=True)
+class Halve(Transform):
+    share: float = 0.5
+
+    def __post_init__(self):
+        self._fraction("share")
+
+    def __call__(self, vectors):
+        return vectors.map_entries(lambda name, start, stack: stack * self.share, note=self)
+
+number = 3
+"""
+
+
+def test_a_transform_of_ones_own_by_its_import_path(tmp_path, monkeypatch):
+    (tmp_path / "own_transforms_of_a_test.py").write_text(OWN, encoding="utf-8")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    halve = from_parts([{"own_transforms_of_a_test.Halve": {"share": 0.25}}, "Sum"])
+    assert repr(halve) == "chain(Halve(share=0.25), Sum())"
+    with pytest.raises(ConfigurationError, match=r"own_transforms_of_a_test\.Halve: expected fields among share, got"):
+        from_parts([{"own_transforms_of_a_test.Halve": {"shaer": 0.25}}])
+    with pytest.raises(ConfigurationError, match=r"got 'own_transforms_of_a_test\.Third', which is not there\. Name a"):
+        from_parts(["own_transforms_of_a_test.Third"])
+    with pytest.raises(ConfigurationError, match=r"got 'own_transforms_of_a_test\.number', which is something else"):
+        from_parts(["own_transforms_of_a_test.number"])
+    with pytest.raises(ConfigurationError, match=r"got 'no_such_module\.Halve' \(No module named 'no_such_module'\)"):
+        from_parts(["no_such_module.Halve"])

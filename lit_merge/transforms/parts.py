@@ -1,13 +1,14 @@
 """Transforms written as plain data: names with settings, as they stand in a short YAML list.
 
 ``[{Trim: {density: 0.2}}, ElectSign, DisjointMean, {LiNeS: {alpha: norm_ratio}}]`` is a chain of four. A name is that
-of a transform of :mod:`lit_merge.transforms` or of a recipe; where a field is a transform itself, its value is written
+of a transform of :mod:`lit_merge.transforms`, of a recipe, or the import path of a transform of one's own; where a field is a transform itself, its value is written
 the same way: a name, a name with settings, or a list of them.
 """
 
 from __future__ import annotations
 
 import difflib
+import importlib
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, get_args, get_type_hints
@@ -26,7 +27,8 @@ def from_parts(parts: Sequence[str | Mapping[str, Any]]) -> Chain:
     """The chain that a list of parts stands for.
 
     Args:
-        parts: at least one; each the name of a transform or recipe, or a mapping from one such name to its fields.
+        parts: at least one; each the name of a transform or recipe, the import path of another transform, e.g.
+            ``my_module.MyTransform``, or a mapping from one of these to its fields.
 
     Raises:
         ConfigurationError: there is no part, one is of another form, or a name, a field or a value is refused; what is
@@ -101,6 +103,8 @@ def _part(part: Any) -> Transform:
 
 def _build(name: Any, fields: Mapping[str, Any]) -> Transform:
     known = known_parts()
+    if isinstance(name, str) and "." in name:
+        known[name] = _imported(name)
     if name not in known:
         raise ConfigurationError(f"part: expected a transform or recipe, got {name!r}. {_suggestion(str(name), known)}")
     signature = inspect.signature(known[name]).parameters
@@ -111,6 +115,24 @@ def _build(name: Any, fields: Mapping[str, Any]) -> Transform:
     hints = get_type_hints(known[name])
     nested = {field: _transform(value) if _is_transform(hints[field]) else value for field, value in fields.items()}
     return known[name](**nested)
+
+
+def _imported(path: str) -> Callable[..., Transform]:
+    """A transform of the user's own; only what a user wrote comes here, no header of a file."""
+    module, _, name = path.rpartition(".")
+    try:
+        found = getattr(importlib.import_module(module), name, None)
+    except ImportError as error:
+        raise ConfigurationError(
+            f"part: expected the import path of a transform, got {path!r} ({error}). Start the command where "
+            f"{module.partition('.')[0]} can be imported."
+        ) from error
+    if not (inspect.isclass(found) and issubclass(found, Transform)) or inspect.isabstract(found):
+        raise ConfigurationError(
+            f"part: expected the import path of a transform, got {path!r}, which is "
+            f"{'not there' if found is None else 'something else'}. Name a subclass of lit_merge.transforms.Transform."
+        )
+    return found
 
 
 def _is_transform(hint: Any) -> bool:
