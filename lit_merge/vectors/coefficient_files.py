@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from lit_merge.errors import ConfigurationError, FileFormatError
+from lit_merge.hub import local_path
+from lit_merge.vectors.file_parts import printable
 from lit_merge.vectors.store import CONTENT_KEY, LazyTensors, write_tensors
-from lit_merge.vectors.text import write_text
+from lit_merge.vectors.text import read_json, write_text
 
 if TYPE_CHECKING:
     from lit_merge.vectors.coefficients import Coefficients
@@ -59,7 +61,7 @@ def read_coefficients(path: str | os.PathLike[str]) -> dict[str, Any]:
         ConfigurationError: the file ends in something else than ``.safetensors`` or ``.json``.
         FileFormatError: it is missing, damaged, or of another kind.
     """
-    source = Path(path)
+    source = local_path(path)
     return _read_json(source) if _is_json(source) else _read_safetensors(source)
 
 
@@ -87,12 +89,12 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        plain = json.loads(path.read_text(encoding="utf-8"))
+        plain = read_json(path)
     except OSError as error:
         raise FileFormatError(
             f"{path}: expected a file of coefficients, got {error.strerror or 'no file'}. Check the path."
         ) from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise FileFormatError(f"{path}: expected JSON, got something else. Copy or write it again.") from error
     _check_format(path, plain.get("format") if isinstance(plain, dict) else None)
     try:
@@ -127,8 +129,9 @@ def _arguments(
 
 def _check_format(path: Path, found: object) -> None:
     if found != FORMAT:
+        got = printable(found) if isinstance(found, str) and found else "none"
         raise FileFormatError(
-            f"{path}: expected format {FORMAT}, got {found if isinstance(found, str) and found else 'none'}. "
+            f"{path}: expected format {FORMAT}, got {got}. "
             "Use a file that Coefficients.save wrote, or Coefficients.from_published for bare numbers."
         )
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -11,33 +10,62 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lit_merge.errors import ConfigurationError, NonFiniteError, StructureMismatchError, first_few
+from lit_merge.errors import NonFiniteError, StructureMismatchError, first_few
 from lit_merge.params import check_same_structure, dtype_of, fingerprint, is_finite, shape_of, working_dtype
+from lit_merge.vectors.layouts_views import as_lazy
 from lit_merge.vectors.lazy import Computed, LazyMapping, Slicer, Structure
-from lit_merge.vectors.sharded import open_tensors
+from lit_merge.vectors.pairs import Checkpoint, Names, Pair, differing, pair_of
 
 __all__ = ["Checkpoint", "DifferenceSlicer", "checkpoint_difference"]
 
-Checkpoint = Mapping[str, Tensor] | str | os.PathLike[str]
-"""Name -> tensor, or the path of a safetensors file, or of the folder or index of a sharded model."""
+_ENTRIES = 1 << 20  # differenced at a time when a whole vector is read
 
 
 def checkpoint_difference(
-    pretrained: Checkpoint, finetuned: Checkpoint, with_fingerprint: bool = True
+    pretrained: Checkpoint, finetuned: Checkpoint, base_fingerprint: str | None = None, names: Names = "auto"
 ) -> tuple[Mapping[str, Tensor], str]:
     """τ = θ − θ0 over the floating-point entries; see :meth:`TaskVector.from_checkpoints`.
 
     Returns:
         The difference, lazy if both checkpoints are files or lazy mappings, and the fingerprint of the floating-point
-        entries of θ0 (empty without ``with_fingerprint``).
+        entries of θ0, unless it was given: of an image tower in float32, as encoders are loaded.
 
     Raises:
         ConfigurationError: a checkpoint is neither a mapping of tensors nor a path.
-        StructureMismatchError: names, shapes or kinds of dtype differ.
-        FileFormatError: a path does not lead to a safetensors file.
+        StructureMismatchError: names, shapes or kinds of dtype differ, or the fine-tuned file says that it started from
+            another θ0.
+        FileFormatError: a path does not lead to a checkpoint.
         NonFiniteError: the difference is NaN or infinite (for files: when that tensor is read).
     """
-    base, tuned = _opened(pretrained, "pretrained"), _opened(finetuned, "finetuned")
+    pair = pair_of(pretrained, finetuned, names)
+    if pair.own_base is not None and (others := differing(as_lazy(pair.base), pair.own_base)):
+        raise StructureMismatchError(
+            f"fine-tuned checkpoint: expected the θ0 of pretrained inside it, got another one: {len(others)} tensors "
+            f"differ ({first_few(others)}). Give the model that it was linearised at."
+        )
+    difference = pair.tuned if pair.is_difference else _difference_of(pair.own_base or pair.base, pair.tuned)
+    identity = _identity(pair) if base_fingerprint is None else base_fingerprint
+    if pair.image_tower and identity and pair.started_from not in ("", identity):
+        raise StructureMismatchError(
+            f"fine-tuned checkpoint: expected one that started from pretrained (fingerprint {identity}), got one that "
+            f"says it started from fingerprint {pair.started_from}. Give the model that it started from."
+        )
+    return difference, identity
+
+
+def _identity(pair: Pair) -> str:
+    """Of an image tower as :func:`lit_merge.models.load_clip` has it, otherwise of the entries as they are stored."""
+    dtypes = {name: dtype_of(pair.base, name) for name in pair.base}
+    structure = {name: (shape_of(pair.base, name), dtype) for name, dtype in dtypes.items() if dtype.is_floating_point}
+    read = partial(_in_float32, pair.base) if pair.image_tower else pair.base.__getitem__
+    return fingerprint(Computed(structure, read))
+
+
+def _in_float32(tensors: Mapping[str, Tensor], name: str) -> Tensor:
+    return tensors[name].float()
+
+
+def _difference_of(base: Mapping[str, Tensor], tuned: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     check_same_structure(base, tuned, what="fine-tuned checkpoint")
     kinds = {name: (dtype_of(base, name), dtype_of(tuned, name)) for name in base}
     offenders = [
@@ -55,11 +83,10 @@ def checkpoint_difference(
         for name, dtypes in kinds.items()
         if dtypes[0].is_floating_point
     }
-    identity = fingerprint(Computed(structure, base.__getitem__)) if with_fingerprint else ""
     compute = partial(_difference, base, tuned)
     if isinstance(base, LazyMapping) and isinstance(tuned, LazyMapping):
-        return _Difference(structure, compute, base, tuned), identity
-    return dict(Computed(structure, compute)), identity
+        return _Difference(structure, compute, base, tuned)
+    return dict(Computed(structure, compute))
 
 
 class _Difference(Computed):
@@ -72,6 +99,15 @@ class _Difference(Computed):
     def slicer(self, name: str) -> Slicer:
         """Differences part by part; whoever reads them checks that they are finite."""
         return DifferenceSlicer(self._tuned.slicer(name), self._base.slicer(name), self._base, self._base.dtype(name))
+
+    def stream(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+        """The flattened differences, each in pieces of four MiB at most."""
+        for name in names:
+            read, count, dtype = self.slicer(name), self.shape(name).numel(), self.dtype(name)
+            for start in range(0, max(count, 1), _ENTRIES):
+                piece = torch.empty(min(_ENTRIES, count - start), dtype=dtype)
+                read(start, start + len(piece), piece)
+                yield name, _finite(piece, name)
 
 
 @dataclass(frozen=True)
@@ -100,25 +136,6 @@ class DifferenceSlicer:
         part = torch.empty(stop - start, dtype=like.dtype, device=like.device)
         self.base(start, stop, part)
         return part
-
-
-def _opened(checkpoint: Checkpoint, what: str) -> Mapping[str, Tensor]:
-    if isinstance(checkpoint, (str, os.PathLike)):
-        return open_tensors(checkpoint)
-    if not isinstance(checkpoint, Mapping):
-        raise ConfigurationError(
-            f"{what}: expected a mapping name -> tensor or the path of a safetensors file, got "
-            f"{type(checkpoint).__name__}. Use dict(model.named_parameters())."
-        )
-    if not isinstance(checkpoint, LazyMapping):
-        others = [
-            f"{name} ({type(value).__name__})" for name, value in checkpoint.items() if not hasattr(value, "shape")
-        ]
-        if others:
-            raise ConfigurationError(
-                f"{what}: expected a mapping name -> tensor, got {first_few(others)}. Pass the state dict inside it."
-            )
-    return checkpoint
 
 
 def _difference(base: Mapping[str, Tensor], tuned: Mapping[str, Tensor], name: str) -> Tensor:

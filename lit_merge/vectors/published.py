@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lit_merge.errors import ConfigurationError, FileFormatError
+from lit_merge.hub import local_path
 from lit_merge.vectors.store import LazyTensors
 
 __all__ = ["Published", "in_rows", "read_published"]
@@ -34,7 +35,7 @@ def read_published(values: Published | str | os.PathLike[str]) -> Tensor:
     """
     if not isinstance(values, (str, os.PathLike)):
         return _numbers("coefficients", values, ConfigurationError)
-    path = Path(values)
+    path = local_path(values)
     if path.suffix not in _ENDINGS:
         raise ConfigurationError(
             f"{path}: expected a file ending in {', '.join(_ENDINGS)}, got {path.suffix or 'none'}. Convert it first."

@@ -17,9 +17,11 @@ import torch
 from torch import Tensor
 
 from lit_merge.errors import ConfigurationError, FileFormatError, first_few
+from lit_merge.hub import local_path
 from lit_merge.params import dtype_of, shape_of
 from lit_merge.vectors.lazy import Computed, LazyMapping, Selected, Slicer
 from lit_merge.vectors.store import LazyTensors, write_tensors
+from lit_merge.vectors.text import read_json
 
 __all__ = ["INDEX_ENDING", "ShardedTensors", "open_tensors", "parse_size", "plan_shards", "write_shards"]
 
@@ -126,13 +128,13 @@ def open_tensors(path: str | os.PathLike[str], verify: bool = False) -> LazyTens
     must be exactly one index, or without an index exactly one safetensors file.
 
     Args:
-        path: the file or folder.
+        path: the file or folder, or its address on the Hub (``hf://owner/name/…``).
         verify: also compare all bytes with the content digests in the headers.
 
     Raises:
         FileFormatError: there is no such file or not just one, or it is damaged or something else.
     """
-    place = Path(path)
+    place = local_path(path)
     if place.is_dir():
         place = _in_folder(place)
     return ShardedTensors(place, verify) if place.suffix == ".json" else LazyTensors(place, verify)
@@ -229,15 +231,18 @@ def _in_folder(folder: Path) -> Path:
 
 def _read_index(path: Path) -> dict[str, str]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
     except OSError as error:
         raise FileFormatError(
             f"{path}: expected the index of a sharded model, got {error.strerror or 'no file'}. Check the path."
         ) from error
-    except (ValueError, RecursionError):
+    except ValueError:
         content = None
     places = content.get("weight_map") if isinstance(content, dict) else None
-    if not isinstance(places, dict) or not places or not all(isinstance(file, str) for file in places.values()):
+    readable = isinstance(places, dict) and all(
+        isinstance(file, str) and name.isprintable() for name, file in places.items()
+    )
+    if not readable or not places:
         raise FileFormatError(
             f"{path}: expected an index with a weight_map from tensors to files, got something else. {_ADVICE}"
         )
@@ -252,4 +257,4 @@ def _read_index(path: Path) -> dict[str, str]:
 
 def _is_plain(file: str) -> bool:
     """Whether a name is that of a safetensors file in the same folder, on any system."""
-    return re.fullmatch(r"[^/\\:\x00]+\.safetensors", file) is not None
+    return re.fullmatch(r"[^/\\:\x00]+\.safetensors", file) is not None and file.isprintable()

@@ -10,10 +10,8 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import mmap
 import os
 import secrets
-import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,35 +19,23 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lit_merge.errors import ConfigurationError, FileFormatError
+from lit_merge.hub import local_path
 from lit_merge.params import dtype_of, shape_of
+from lit_merge.vectors.file_parts import FileParts, bytes_of, printable
 from lit_merge.vectors.lazy import LazyMapping, Slicer, stream
+from lit_merge.vectors.tensor_header import DTYPES, LONGEST_HEADER, read_header
 
 __all__ = ["CONTENT_KEY", "LazyTensors", "file_digest", "verify", "write_tensors"]
 
 CONTENT_KEY = "content_sha256"
 """The metadata entry that holds the content digest: SHA-256 of names, dtypes, shapes, bytes and other metadata."""
 
-_DTYPES: dict[str, torch.dtype] = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_WHAT = "a safetensors file"
 _WAITING = 16 << 20  # bytes that are computed ahead of the disk
-_LONGEST_HEADER = 100_000_000  # the limit that the safetensors package sets
 
 
 def write_tensors(
@@ -117,7 +103,7 @@ class LazyTensors(LazyMapping):
     keeps the path only, so that a worker process opens the file by itself.
 
     Args:
-        path: a safetensors file.
+        path: a safetensors file, or its address on the Hub (``hf://owner/name/file``).
         verify: also compare all bytes with the content digest in the header (reads the whole file once).
 
     Raises:
@@ -126,76 +112,25 @@ class LazyTensors(LazyMapping):
     """
 
     def __init__(self, path: str | os.PathLike[str], verify: bool = False) -> None:
-        self.path = Path(path)
-        self._identity = _identity(self.path)
-        self._file: weakref.ref[_OpenFile] | None = None
-        header, begin = _read_header(self.path, size=self._identity[0])
-        self.content_digest: str | None = header.pop("__metadata__", {}).pop(CONTENT_KEY, None)
-        self.metadata: dict[str, str] = {}
-        self._entries: dict[str, tuple[torch.dtype, torch.Size]] = {}
-        try:
-            with safe_open(self.path, framework="pt") as file:
-                self.metadata = {key: value for key, value in (file.metadata() or {}).items() if key != CONTENT_KEY}
-        except (SafetensorError, OSError) as error:
-            raise FileFormatError(f"{self.path}: expected a safetensors file, got {_line(error)}. {_ADVICE}") from error
-        self._places: dict[str, tuple[int, int]] = {}
-        for name, entry in header.items():
-            if entry["dtype"] not in _DTYPES:
-                raise FileFormatError(
-                    f"{self.path}: expected one of the dtypes {', '.join(_DTYPES)}, got {entry['dtype']} for {name}. "
-                    "Convert that tensor first."
-                )
-            self._entries[name] = (_DTYPES[entry["dtype"]], torch.Size(entry["shape"]))
-            first, last = entry["data_offsets"]
-            self._places[name] = (begin + first, begin + last)
+        self.path = local_path(path)
+        self._parts = FileParts(self.path, _WHAT)
+        header = read_header(self._parts)
+        self.metadata: dict[str, str] = header.metadata
+        self.content_digest: str | None = self.metadata.pop(CONTENT_KEY, None)
+        self._entries, self._places = header.entries, header.places
         if verify:
             self.verify()
 
     def __getitem__(self, name: str) -> Tensor:
-        if name not in self._entries:
-            raise KeyError(name)
         dtype, shape = self._entries[name]
-        start, stop = self._places[name]
-        try:
-            with self.path.open("rb") as file:
-                self._check_unchanged(file.fileno())
-                if start == stop:
-                    return torch.empty(shape, dtype=dtype)
-                # A private map of this tensor alone: what is not touched is not read, and what is written stays here.
-                offset = start // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
-                memory = mmap.mmap(file.fileno(), stop - offset, access=mmap.ACCESS_COPY, offset=offset)
-        except (OSError, ValueError) as error:
-            raise FileFormatError(f"{self.path}: could not read {name}: {_line(error)}. {_ADVICE}") from error
-        if (start - offset) % dtype.itemsize:  # other writers need not align tensors
-            aligned = bytearray(memory[start - offset :])
-            return torch.frombuffer(aligned, dtype=dtype).view(shape)
-        return torch.frombuffer(memory, dtype=dtype, offset=start - offset).view(shape)
+        return self._parts.tensor(name, dtype, shape, self._places[name])
 
     def slicer(self, name: str) -> Slicer:
         """A function that reads parts of one flattened tensor from the file, without mapping it.
 
         Nothing but ``out`` is filled: parts that have been read do not add up in memory, as those of a map would.
         """
-        if name not in self._entries:
-            raise KeyError(name)
-        if not hasattr(os, "preadv"):  # Windows
-            return super().slicer(name)
-        try:
-            file = self._file() if self._file is not None else None
-            if file is None:
-                file = _OpenFile(self.path)
-                self._file = weakref.ref(file)
-            self._check_unchanged(file.descriptor)
-        except OSError as error:
-            raise FileFormatError(f"{self.path}: could not read {name}: {_line(error)}. {_ADVICE}") from error
-        return _FileSlices(file, name, self._entries[name][0], self._places[name][0])
-
-    def _check_unchanged(self, descriptor: int) -> None:
-        status = os.fstat(descriptor)
-        if (status.st_size, status.st_mtime_ns, status.st_ino) != self._identity:
-            raise FileFormatError(
-                f"{self.path}: expected the file as it was opened, but it has changed. Load it again."
-            )
+        return self._parts.slicer(name, self._entries[name][0], self._places[name])
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._entries)
@@ -238,48 +173,9 @@ class LazyTensors(LazyMapping):
         _digest_metadata(digest, self.metadata)
         if digest.hexdigest() != self.content_digest:
             raise FileFormatError(
-                f"{self.path}: expected content {self.content_digest[:16]}…, got {digest.hexdigest()[:16]}…: "
+                f"{self.path}: expected content {printable(self.content_digest, 16)}, got {digest.hexdigest()[:16]}…: "
                 "the file has changed since it was written. Copy or write it again."
             )
-
-
-class _OpenFile:
-    """A file that is open as long as anyone reads parts of it."""
-
-    def __init__(self, path: Path) -> None:
-        self.path, self.descriptor = path, os.open(path, os.O_RDONLY)
-        # Not by __del__, during which another thread could still get hold of this object by a weak reference.
-        weakref.finalize(self, os.close, self.descriptor).atexit = False
-
-
-class _FileSlices:
-    """Reads parts of one tensor; several threads may do so at once."""
-
-    def __init__(self, file: _OpenFile, name: str, dtype: torch.dtype, start: int) -> None:
-        self._file, self._name, self._dtype, self._start = file, name, dtype, start
-
-    def __call__(self, start: int, stop: int, out: Tensor) -> None:
-        if start == stop:
-            return
-        direct = out.dtype == self._dtype and out.device.type == "cpu" and out.is_contiguous()
-        part = out if direct else torch.empty(stop - start, dtype=self._dtype)
-        self._fill(_bytes_of(part), self._start + start * self._dtype.itemsize)
-        if not direct:
-            out.copy_(part)
-
-    def _fill(self, memory: memoryview, offset: int) -> None:
-        while memory:
-            try:
-                count = os.preadv(self._file.descriptor, [memory], offset)
-            except OSError as error:
-                raise FileFormatError(
-                    f"{self._file.path}: could not read {self._name}: {_line(error)}. {_ADVICE}"
-                ) from error
-            if not count:
-                raise FileFormatError(
-                    f"{self._file.path}: expected the file as it was opened, got its end inside {self._name}. {_ADVICE}"
-                )
-            memory, offset = memory[count:], offset + count
 
 
 def verify(path: str | os.PathLike[str]) -> None:
@@ -298,53 +194,11 @@ def file_digest(path: str | os.PathLike[str]) -> str:
         FileFormatError: there is no such file.
     """
     digest = hashlib.sha256()
-    _identity(Path(path))
-    with Path(path).open("rb") as file:
+    place = FileParts(local_path(path), _WHAT).path
+    with place.open("rb") as file:
         while piece := file.read(1 << 20):
             digest.update(piece)
     return digest.hexdigest()
-
-
-_ADVICE = "Copy or write it again."
-
-
-def _identity(path: Path) -> tuple[int, int, int]:
-    try:
-        status = path.stat()
-    except OSError as error:
-        raise FileFormatError(
-            f"{path}: expected a safetensors file, got {error.strerror or 'no file'}. Check the path."
-        ) from error
-    if not path.is_file():
-        raise FileFormatError(f"{path}: expected a safetensors file, got a folder or device. Name the file in it.")
-    return (status.st_size, status.st_mtime_ns, status.st_ino)
-
-
-def _read_header(path: Path, size: int) -> tuple[dict[str, Any], int]:
-    """The header, and where the data begins; its length, entries and that the file ends with the data are checked."""
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > min(size - 8, _LONGEST_HEADER):
-            raise FileFormatError(
-                f"{path}: expected a safetensors file with its header inside, got a header of {length:,} bytes "
-                f"in a file of {size:,} bytes (truncated, or another format). {_ADVICE}"
-            )
-        raw = file.read(length)
-    try:
-        header = json.loads(raw.decode("utf-8"))
-        entries = [entry for name, entry in header.items() if name != "__metadata__"]
-        end = max((int(entry["data_offsets"][1]) for entry in entries), default=0)
-        well_formed = all(isinstance(entry["dtype"], str) and isinstance(entry["shape"], list) for entry in entries)
-        well_formed = well_formed and isinstance(header.get("__metadata__", {}), dict)
-    except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError, OverflowError):
-        well_formed = False
-    if not well_formed:
-        raise FileFormatError(f"{path}: expected a safetensors header, got something else. {_ADVICE}")
-    if 8 + length + end != size:
-        raise FileFormatError(
-            f"{path}: expected {8 + length + end:,} bytes according to the header, got {size:,}. {_ADVICE}"
-        )
-    return header, 8 + length
 
 
 def _check_strings(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> None:
@@ -354,8 +208,11 @@ def _check_strings(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -
                 f"metadata {key!r}: expected strings, got {type(value).__name__}. Use json.dumps for other values."
             )
     for name in tensors:
-        if not isinstance(name, str) or name == "__metadata__":
-            raise ConfigurationError(f"tensor name {name!r}: expected a string other than '__metadata__'. Rename it.")
+        if not isinstance(name, str) or name == "__metadata__" or not name.isprintable():
+            raise ConfigurationError(
+                f"tensor name {name!r}: expected a string other than '__metadata__', without control characters. "
+                "Rename it."
+            )
 
 
 def _file_order(tensors: Mapping[str, Tensor]) -> list[str]:
@@ -383,6 +240,11 @@ def _header_bytes(
         header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
     padded = length - 8 if length else (len(text) + 7) // 8 * 8
+    if padded > LONGEST_HEADER:
+        raise ConfigurationError(
+            f"header: expected at most {LONGEST_HEADER:,} bytes of names and metadata, got {padded:,}. "
+            "Write several files, or less metadata."
+        )
     if len(text) > padded:
         raise ConfigurationError(f"late metadata: expected at most {padded} header bytes, got {len(text)}. Shorten it.")
     return padded.to_bytes(8, "little") + text.ljust(padded)
@@ -456,12 +318,7 @@ def _not_announced(name: str, dtype: torch.dtype, shape: torch.Size, got: str) -
 
 
 def _raw(tensor: Tensor) -> memoryview:
-    return _bytes_of(tensor.detach().cpu().contiguous()) if tensor.numel() else memoryview(b"")
-
-
-def _bytes_of(tensor: Tensor) -> memoryview:
-    """The memory of a contiguous tensor with entries; NumPy does not know every dtype."""
-    return tensor.reshape(-1).view(torch.uint8).numpy().data
+    return bytes_of(tensor.detach().cpu().contiguous()) if tensor.numel() else memoryview(b"")
 
 
 def _entry_line(name: str, dtype: torch.dtype, shape: torch.Size) -> bytes:
@@ -479,7 +336,3 @@ def _synchronise_folder(folder: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split()).rstrip(".") or type(error).__name__

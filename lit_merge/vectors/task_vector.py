@@ -15,8 +15,9 @@ from lit_merge import params
 from lit_merge.errors import ConfigurationError, FileFormatError, StructureMismatchError, first_few
 from lit_merge.params import Params, check_same_structure, dtype_of, shape_of, working_dtype
 from lit_merge.vectors.apply import apply_vector
-from lit_merge.vectors.difference import Checkpoint, checkpoint_difference
+from lit_merge.vectors.difference import checkpoint_difference
 from lit_merge.vectors.lazy import LazyMapping, Slicer, stream
+from lit_merge.vectors.pairs import Checkpoint, Names
 from lit_merge.vectors.rounding import Rounded
 from lit_merge.vectors.sharded import ShardedTensors, open_tensors
 from lit_merge.vectors.store import LazyTensors, write_tensors
@@ -77,7 +78,13 @@ class TaskVector(LazyMapping):
 
     @classmethod
     def from_checkpoints(
-        cls, pretrained: Checkpoint, finetuned: Checkpoint, task: str = "", *, base_fingerprint: str | None = None
+        cls,
+        pretrained: Checkpoint,
+        finetuned: Checkpoint,
+        task: str = "",
+        *,
+        base_fingerprint: str | None = None,
+        names: Names = "auto",
     ) -> TaskVector:
         """The difference τ = θ − θ0 of two checkpoints of one architecture (Ilharco et al. 2023).
 
@@ -86,21 +93,30 @@ class TaskVector(LazyMapping):
         changes to a live model do not reach the vector.
 
         Args:
-            pretrained: θ0, name -> tensor, or the path of a safetensors file or of a sharded model's folder or index.
-            finetuned: θ, in the same way.
+            pretrained: θ0, name -> tensor, or the path of a checkpoint: safetensors, sharded or not, a PyTorch file of
+                a state dict, of a whole module, of TorchScript or of Lightning, or the folder of a model.
+            finetuned: θ, in the same way; or the folder of a PEFT adapter, or the file of a linearised encoder, which
+                holds θ0 as well, or of a linearised run of our own, which holds τ.
             task: name of the task.
             base_fingerprint: fingerprint of θ0 if it is known; otherwise it is computed (one pass over θ0).
+            names: ``image_tower`` for open_clip's names of a CLIP's image tower, without ``visual.``, which other
+                layouts are brought to, so that the vector fits those of our own runs; what else a CLIP has, such as its
+                text tower, is left out. ``own`` for the checkpoints' own names. ``auto``: the image tower's if they are
+                CLIPs, otherwise their own, without a prefix such as ``module.`` if they agree without; of two mappings
+                with the same names always their own.
 
         Returns:
             The task vector, in float32, or float64 where a checkpoint is float64.
 
         Raises:
-            StructureMismatchError: names, shapes or kinds of dtype differ.
-            FileFormatError: a path does not lead to a safetensors file.
+            StructureMismatchError: names, shapes or kinds of dtype differ, one has no image tower, or the fine-tuned
+                file says that it started from another θ0.
+            FileFormatError: a path does not lead to a checkpoint.
+            ConfigurationError: ``names`` is unknown, or does not go with a linearised encoder's file.
             NonFiniteError: the difference is NaN or infinite (for files: when that tensor is read).
         """
-        difference, computed_fingerprint = checkpoint_difference(pretrained, finetuned, base_fingerprint is None)
-        return cls(difference, task, metadata={"base_fingerprint": base_fingerprint or computed_fingerprint})
+        difference, fingerprint = checkpoint_difference(pretrained, finetuned, base_fingerprint, names)
+        return cls(difference, task, metadata={"base_fingerprint": fingerprint})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], verify: bool = False) -> TaskVector:

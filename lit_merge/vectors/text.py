@@ -1,11 +1,16 @@
-"""Text on disk, written atomically."""
+"""Text on disk: written atomically, read up to a limit."""
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
+from typing import Any
 
-__all__ = ["write_text"]
+__all__ = ["read_json", "unique_items", "write_text"]
+
+_LONGEST_JSON = 16 << 20
+_MOST_BRACKETS = 1_000_000
 
 
 def write_text(path: Path, text: str) -> None:
@@ -20,3 +25,32 @@ def write_text(path: Path, text: str) -> None:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file that need not be trusted.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is no JSON, names a key twice, is nested too deeply, or is longer than 16 MiB.
+    """
+    with path.open("rb") as file:
+        raw = file.read(_LONGEST_JSON + 1)
+    if len(raw) > _LONGEST_JSON or raw.count(b"[") + raw.count(b"{") > _MOST_BRACKETS:
+        raise ValueError("too long")
+    try:
+        return json.loads(raw.decode(), object_pairs_hook=unique_items)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+
+
+def unique_items(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """For ``json.loads``: an object as a dict.
+
+    Raises:
+        ValueError: a key is there twice.
+    """
+    items = dict(pairs)
+    if len(items) != len(pairs):
+        raise ValueError("a key that is there twice")
+    return items
