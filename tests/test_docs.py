@@ -1,0 +1,110 @@
+"""The commands and programs of the documentation run as written; configurations and embedded tasks are smaller."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from documents import ROOT, arguments_of, blocks, commands, draw_images, shrink
+
+from lit_merge.cli import main
+
+DOCS = ROOT / "docs"
+PAGES = sorted(path.name for path in DOCS.glob("*.md"))
+# What a page's commands find in the working directory: what the pages before it made.
+FINE_TUNED = ("digits", "signs")
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A working directory as after cloning, in which two tasks were fine-tuned."""
+    folder = tmp_path_factory.mktemp("begun")
+    shutil.copytree(ROOT / "configs", folder / "configs")
+    shrink(folder / "configs")
+    draw_images(folder / "my_images")
+    draw_images(folder / "new_images", ("unknown",), 1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        for task in FINE_TUNED:
+            arguments = ["--config", "configs/finetune/full.yaml", "--data.task", task, "--output", f"runs/{task}"]
+            assert main(["fit", *arguments]) == 0
+    return folder
+
+
+@pytest.fixture
+def fresh(begun: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, few_images: None) -> Path:
+    folder = tmp_path / "work"
+    shutil.copytree(begun, folder)
+    monkeypatch.chdir(folder)
+    monkeypatch.syspath_prepend(str(folder))
+    known = set(sys.modules)
+    yield folder
+    for name in set(sys.modules) - known:
+        if (folder / f"{name}.py").exists():
+            sys.modules.pop(name)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_block_of_a_page_is_what_it_says(page: str, fresh: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """In the order of the page: programs run (those with a file name are also written to it), then commands do."""
+    text = (DOCS / page).read_text(encoding="utf-8")
+    for language, title, content in blocks(text):
+        if language == "python":
+            if title:
+                (fresh / title).write_text(content, encoding="utf-8")
+                importlib.import_module(Path(title).stem)
+                continue
+            if "runs/" in content:
+                continue  # these read what the commands write
+            exec(compile(content, page, "exec"), {"__name__": page})
+        elif language == "yaml":
+            assert yaml.safe_load(content) is not None
+        elif language == "json":
+            json.loads(content)
+        else:
+            assert language in ("bash", "text"), f"{page}: a block of {language}, which no test runs"
+    written = {
+        words[at + 1]
+        for command in commands(text)
+        for words in [command.split()]
+        for at, word in enumerate(words)
+        if word == "--output" and at + 1 < len(words)
+    }
+    for task in FINE_TUNED:
+        if f"runs/{task}" in written:
+            shutil.rmtree(fresh / "runs" / task)
+    for command in commands(text):
+        arguments = arguments_of(command)
+        if arguments is not None:
+            assert main(arguments) == 0, f"{command}\n{capfd.readouterr().err}"
+    for language, _, content in blocks(text):
+        if language == "python" and "runs/" in content:
+            exec(compile(content, page, "exec"), {"__name__": page})
+
+
+def test_new_ideas_take_fewer_than_thirty_lines() -> None:
+    programs = [content for language, _, content in blocks((DOCS / "extending.md").read_text()) if language == "python"]
+    assert len(programs) >= 4
+    assert max(len(program.strip().splitlines()) for program in programs) < 30
+
+
+def test_every_file_that_a_page_names_exists() -> None:
+    missing = []
+    for page in PAGES:
+        text = (DOCS / page).read_text(encoding="utf-8")
+        names = re.findall(r"`((?:lit_merge|benchmarks|docs|configs|tests)/[\w./-]+\.\w+)`", text)
+        missing += [f"{page}: {name}" for name in names if not (ROOT / name).exists()]
+    assert not missing
+
+
+def test_navigation_has_every_page() -> None:
+    listed = re.findall(r": ([\w/]+\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.MULTILINE)
+    there = {path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md")}
+    assert set(listed) == there
+    assert len(listed) == len(set(listed))
