@@ -172,8 +172,9 @@ def _inspected(path: str | os.PathLike[str], verify: bool) -> Inspection:
     if place.suffix == ".json" and _says_coefficients(place):
         return _of_coefficients(str(path), place)
     tensors = open_checkpoint(place)
-    digest = {CONTENT_KEY: tensors.content_digest} if getattr(tensors, "content_digest", None) else {}
-    header = {**tensors.metadata, **digest}
+    header = dict(tensors.metadata)
+    if digest := tensors.content_digest:
+        header[CONTENT_KEY] = digest
     if header.get("format") == COEFFICIENTS:
         return _of_coefficients(str(path), place)
     if verify:

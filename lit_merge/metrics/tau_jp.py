@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
 from torchmetrics import Metric
 
 from lit_merge.errors import LitMergeError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 __all__ = ["TauJp", "tau_jp_norms"]
 
@@ -76,3 +80,12 @@ class TauJp(Metric):
     def compute(self) -> Tensor:
         """The mean, a float32 scalar; NaN without any image."""
         return (self.total / self.count).float()
+
+    def plot(self, val: Any = None, ax: Axes | None = None) -> tuple[Figure, Axes]:
+        """Draw the value, or several ones that ``compute`` gave.
+
+        Args:
+            val: a value, or a list of them; computed by default.
+            ax: axes to draw into; new ones by default.
+        """
+        return cast("tuple[Figure, Axes]", self._plot(val, ax))

@@ -16,7 +16,9 @@ __all__ = [
     "coefficient_heat_map",
     "display_name",
     "markdown_table",
+    "report",
     "results_figure",
+    "results_page",
     "summary",
     "vector_table",
 ]
@@ -28,7 +30,9 @@ _HOMES = {
     "coefficient_heat_map": "coefficient_figures",
     "display_name": "results",
     "markdown_table": "tables",
+    "report": "page",
     "results_figure": "figures",
+    "results_page": "page",
     "summary": "results",
     "vector_table": "tables",
 }

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from lit_merge.errors import ConfigurationError
 from lit_merge.naming import number_of_blocks
 from lit_merge.report.coefficient_depth import DepthMeans, depth_means, group_places, lines_fit
+from lit_merge.report.drawing import colours, place, signed
 from lit_merge.report.figures import save_figure
 from lit_merge.report.panels import FAINT, INK, QUIET, quieten, readable_on, shortened, text_width
 from lit_merge.vectors.coefficients import Coefficients
@@ -23,8 +24,6 @@ if TYPE_CHECKING:
 __all__ = ["coefficient_depth_figure", "coefficient_heat_map"]
 
 _TASK_COLOUR, _LINE_COLOUR = "#0072b2", "#d55e00"  # Okabe and Ito: safe for colour-blind
-_SHADES = ("YlGnBu", 0.06, 0.86)  # colour map and the part of it in use: no cell vanishes on white or is near black
-_SHADES_WITH_NEGATIVE = ("PuOr", 0.08, 0.92)  # its middle, at zero, is nearly white
 _KINDS = {
     "task": "one per task",
     "block": "one per task and block",
@@ -104,8 +103,8 @@ def _arrange_map(figure: Figure, coefficients: Coefficients) -> None:
     _title(figure, coefficients, width, height)
 
     values = coefficients.values[:, order].tolist()
-    axes = _place(figure, left, right, _HEADER, bottom)
-    shades, scale = _colours(values)
+    axes = place(figure, left, right, _HEADER, bottom)
+    shades, scale = colours(values)
     mesh = axes.pcolormesh(
         values, cmap=shades, norm=scale, edgecolors="white", linewidth=1.5 if named or one_each else 0
     )
@@ -113,7 +112,7 @@ def _arrange_map(figure: Figure, coefficients: Coefficients) -> None:
     if cell >= _NUMBERED_CELL:
         for line, numbers in enumerate(values):
             for column, value in enumerate(numbers):
-                text, colour = _number(value), readable_on(shades(scale(value)))
+                text, colour = signed(value), readable_on(shades(scale(value)))
                 axes.text(column + 0.5, line + 0.5, text, ha="center", va="center_baseline", color=colour, fontsize=10)
     axes.set_yticks([line + 0.5 for line in range(len(values))], [shortened(task) for task in coefficients.tasks])
     axes.tick_params(axis="y", labelcolor=INK, labelsize=12, pad=6)
@@ -128,14 +127,14 @@ def _arrange_map(figure: Figure, coefficients: Coefficients) -> None:
         _mark_blocks(axes, [places[coefficients.groups[index]] for index in order], blocks, cell)
     quieten(axes)
     if len(order) > 1:
-        means = _place(figure, right, right + _NUMBERS, _HEADER, bottom)
+        means = place(figure, right, right + _NUMBERS, _HEADER, bottom)
         means.set_ylim(len(values), 0)
         means.set_axis_off()
         means.annotate("mean", (1, 1), (0, 8), "axes fraction", textcoords="offset points", ha="right", weight="bold")
         for line, numbers in enumerate(values):
-            text = _number(sum(numbers) / len(numbers))
+            text = signed(sum(numbers) / len(numbers))
             means.text(1, line + 0.5, text, ha="right", va="center_baseline", fontsize=12)
-    beside = _place(figure, bar, bar + 0.14, _HEADER, max(bottom, _HEADER + 0.84))
+    beside = place(figure, bar, bar + 0.14, _HEADER, max(bottom, _HEADER + 0.84))
     figure.colorbar(mesh, cax=beside)
     beside.locator_params(axis="y", nbins=5)
     quieten(beside)
@@ -174,7 +173,7 @@ def _arrange_depth(figure: Figure, coefficients: Coefficients, means: DepthMeans
 
     lowest, highest = float(means.values.min()), float(means.values.max())
     margin = 0.06 * (highest - lowest) or 0.05
-    main = _place(figure, _MARGIN + 0.45, _DEPTH_LEFT, top, bottom)
+    main = place(figure, _MARGIN + 0.45, _DEPTH_LEFT, top, bottom)
     panels = [main]
     average = means.values.mean(0).tolist()
     for task in means.values.tolist() if columns else []:
@@ -183,7 +182,7 @@ def _arrange_depth(figure: Figure, coefficients: Coefficients, means: DepthMeans
     label = "mean over tasks" if columns else means.tasks[0]
     _course(main, means, average, color=INK, linewidth=2.5, markersize=6, label=label)
     if fit is not None:
-        text = f"LiNeS line fitted to {'the mean' if columns else 'it'}: {_number(fit[0])} → {_number(fit[1])}"
+        text = f"LiNeS line fitted to {'the mean' if columns else 'it'}: {signed(fit[0])} → {signed(fit[1])}"
         style: dict[str, Any] = {"color": _LINE_COLOUR, "linewidth": 2.5, "linestyle": (0, (4, 2)), "zorder": 4}
         main.plot([0, means.blocks - 1], fit, label=text, **style)
     handles = dict(zip(*reversed(main.get_legend_handles_labels()), strict=True))  # each label once
@@ -201,7 +200,7 @@ def _arrange_depth(figure: Figure, coefficients: Coefficients, means: DepthMeans
         for index, task in enumerate(means.tasks):
             line, column = divmod(index, columns)
             left, upper = _SMALL_LEFT + column * each, top + line * (small + gap)
-            axes = _place(figure, left, left + each - 0.2, upper, upper + small)
+            axes = place(figure, left, left + each - 0.2, upper, upper + small)
             _course(axes, means, average, color="#a8b0b8", linewidth=1.5, markersize=0)
             _course(axes, means, means.values[index].tolist(), color=_TASK_COLOUR, linewidth=2, markersize=4)
             axes.annotate(shortened(task, 18), (0, 1), (0, 5), "axes fraction", textcoords="offset points", fontsize=11)
@@ -253,27 +252,3 @@ def _words(coefficients: Coefficients) -> tuple[tuple[str, float], tuple[str, fl
     parts += [_KINDS[coefficients.granularity]] if coefficients.granularity in _KINDS else []
     parts += [f"after {known['step']} steps"] if known.get("step") else []
     return ("Merging coefficients", 17.0), (", ".join(parts), 12.0)
-
-
-def _place(figure: Figure, left: float, right: float, top: float, bottom: float) -> Axes:
-    """Axes between two distances from the left and two from the top."""
-    width, height = figure.get_size_inches()
-    return figure.add_axes((left / width, 1 - bottom / height, (right - left) / width, (bottom - top) / height))
-
-
-def _colours(values: Sequence[Sequence[float]]) -> tuple[Any, Any]:
-    """Colour map and scale: from zero, or as far below it as above."""
-    from matplotlib import colormaps
-    from matplotlib.colors import LinearSegmentedColormap, Normalize
-    from numpy import linspace
-
-    lowest, highest = min(map(min, values)), max(map(max, values))
-    name, start, end = _SHADES if lowest >= 0 else _SHADES_WITH_NEGATIVE
-    shades = LinearSegmentedColormap.from_list("shades", colormaps[name](linspace(start, end, 256)))
-    reach = max(highest, -lowest) or 1.0
-    return shades, Normalize(0 if lowest >= 0 else -reach, reach)
-
-
-def _number(value: float) -> str:
-    """Two decimals, without a minus sign before zero."""
-    return f"{round(value, 2) + 0.0:.2f}".replace("-", "−")

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["results_figure", "save_figure"]
+__all__ = ["results_figure", "results_svg", "save_figure"]
 
 # All lengths in inches.
 _WIDTH, _HEIGHT, _MARGIN = 13.0, 6.5, 0.3
@@ -59,6 +59,11 @@ def results_figure(results: Results, path: str | os.PathLike[str]) -> Path:
         OSError: the file cannot be written; what was at ``path`` is as it was before.
     """
     return save_figure(path, partial(_arrange, results=results))
+
+
+def results_svg(results: Results) -> bytes:
+    """The picture of :func:`results_figure` as the bytes of an SVG file, for a page that holds it."""
+    return _drawn(partial(_arrange, results=results), ".svg")
 
 
 def save_figure(path: str | os.PathLike[str], arrange: Callable[[Figure], None]) -> Path:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from lit_merge.report.results import INDIVIDUAL, ZERO_SHOT, MergedResult, Results, display_name, summary
+from lit_merge.report.results import ZERO_SHOT, MergedResult, Results, display_name, summary
 from lit_merge.report.tables import mean_cell
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def draw_means(axes: Axes, results: Results) -> None:
     below = offset_copy(axes.transData, fig=axes.get_figure(root=True), y=-9.5, units="points")
     for row, method in enumerate(methods):
         colour, mean = _colour(results, method), summary(means[method])[0]
-        if method in (ZERO_SHOT, INDIVIDUAL):
+        if method not in results.merged_methods():
             axes.axvline(mean, color=QUIET, linewidth=1.2, linestyle=(0, (4, 3)), zorder=1)
         else:
             start = means[ZERO_SHOT][0]
@@ -180,7 +180,7 @@ def _range(values: Sequence[float]) -> str:
 
 
 def _colour(results: Results, method: str) -> str:
-    if method in (ZERO_SHOT, INDIVIDUAL):
+    if method not in results.merged_methods():
         return QUIET
     return _COLOURS[results.merged_methods().index(method) % len(_COLOURS)]
 

@@ -7,7 +7,7 @@ import math
 import os
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from lit_merge.report.reader import Reader
 
 __all__ = [
     "INDIVIDUAL",
+    "JOINT",
     "SCHEMA",
     "ZERO_SHOT",
     "CoefficientSearch",
@@ -35,6 +36,9 @@ ZERO_SHOT = "zero-shot"
 
 INDIVIDUAL = "individual"
 """The method that is no merge: one fine-tuned model per task, the reference of normalised accuracy."""
+
+JOINT = "joint"
+"""The method that is no merge: one model, fine-tuned on all tasks jointly; a suite may have this reference."""
 
 _NAMES = {"iso_c": "Iso-C", "iso_cts": "Iso-CTS", "tsv_m": "TSV-M"}  # as the papers write them
 _WORDS = {"adamerging": "AdaMerging", "dare": "DARE", "lines": "LiNeS", "tall": "TALL", "ties": "TIES"}
@@ -96,21 +100,23 @@ class SeedResults:
         task_vectors: task -> size of its task vector.
         cosine_similarity: between the task vectors, one row and one column per task.
         merged: method -> merged model.
+        references: other method that is no merge, e.g. ``"joint"`` -> task -> accuracy.
     """
 
     individual: dict[str, float]
     task_vectors: dict[str, VectorSize]
     cosine_similarity: tuple[tuple[float, ...], ...]
     merged: dict[str, MergedResult]
+    references: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Results:
     """The results of a suite; all accuracies are fractions.
 
-    Methods are ``"zero-shot"``, the merged models under the names of their recipes, and ``"individual"``. What is said
-    about a method comes as one value per seed, in the order of :attr:`seeds`; :func:`summary` makes mean and spread of
-    it.
+    Methods are ``"zero-shot"``, the merged models under the names of their recipes, further references such as
+    ``"joint"`` if the suite has them, and ``"individual"``. What is said about a method comes as one value per seed, in
+    the order of :attr:`seeds`; :func:`summary` makes mean and spread of it.
 
     Attributes:
         name: the suite.
@@ -187,11 +193,14 @@ class Results:
             raise document["seeds"].refusal("one or more seeds", "none")
         first = next(iter(seeds))
         for seed, results in seeds.items():
-            if set(results.merged) != set(seeds[first].merged):
-                raise document["seeds"][seed]["merged"].refusal(
-                    f"the methods of seed {first} ({', '.join(seeds[first].merged) or 'none'})",
-                    ", ".join(results.merged) or "none",
-                )
+            for key, found, wanted in (
+                ("merged", list(results.merged), list(seeds[first].merged)),
+                ("references", list(results.references), list(seeds[first].references)),
+            ):
+                if set(found) != set(wanted):
+                    raise document["seeds"][seed][key].refusal(
+                        f"the methods of seed {first} ({', '.join(wanted) or 'none'})", ", ".join(found) or "none"
+                    )
         model = document["model"]
         return cls(
             name=document["name"].text(),
@@ -209,12 +218,16 @@ class Results:
         )
 
     def methods(self) -> list[str]:
-        """Zero-shot, the merged models in the order of the suite, individual."""
-        return [ZERO_SHOT, *self.merged_methods(), INDIVIDUAL]
+        """Zero-shot, the merged models in the order of the suite, references, individual."""
+        return [ZERO_SHOT, *self.merged_methods(), *self.references(), INDIVIDUAL]
 
     def merged_methods(self) -> list[str]:
         """The merged models only, in the order of the suite."""
         return list(next(iter(self.seeds.values())).merged)
+
+    def references(self) -> list[str]:
+        """Methods that are no merges, beside zero-shot and individual, e.g. ``["joint"]``."""
+        return list(next(iter(self.seeds.values())).references)
 
     def merged(self, method: str) -> list[MergedResult]:
         """The merged model of a method, one per seed."""
@@ -226,6 +239,8 @@ class Results:
             return [self.zero_shot[task]] * len(self.seeds)
         if method == INDIVIDUAL:
             return [seed.individual[task] for seed in self.seeds.values()]
+        if method in self.references():
+            return [seed.references[method][task] for seed in self.seeds.values()]
         return [merged.accuracy[task] for merged in self.merged(method)]
 
     def normalised(self, method: str, task: str) -> list[float]:
@@ -295,7 +310,8 @@ def _seed(entry: Reader, tasks: Sequence[str]) -> SeedResults:
             f"{len(tasks)} rows of {len(tasks)} values", f"rows of {[len(row) for row in cosines]} values"
         )
     merged = entry["merged"].entries()
-    for reserved in (ZERO_SHOT, INDIVIDUAL):
+    references = entry["references"].entries() if "references" in entry.entries() else {}
+    for reserved in (ZERO_SHOT, INDIVIDUAL, *references):
         if reserved in merged:
             raise merged[reserved].refusal("a merged model under the name of its recipe", reserved, "Rename it.")
     return SeedResults(
@@ -303,6 +319,7 @@ def _seed(entry: Reader, tasks: Sequence[str]) -> SeedResults:
         task_vectors={task: _size(size) for task, size in entry["task_vectors"].entries(tasks).items()},
         cosine_similarity=cosines,
         merged={method: _merged(result, tasks) for method, result in merged.items()},
+        references={method: _accuracies(result, tasks) for method, result in references.items()},
     )
 
 

@@ -13,13 +13,15 @@ if TYPE_CHECKING:
 
 __all__ = ["accuracy_table", "markdown_table", "mean_cell", "vector_table"]
 
+_MOST_COLUMNS = 10  # of methods, for which a terminal has room
+
 
 def accuracy_table(results: Results, normalised: bool = False) -> Table:
-    """Accuracy in percent: one row per task and one for their mean, one column per method.
+    """Accuracy in percent: one row per task and one for their mean, one column per method; many methods are rows.
 
     Args:
-        results: of a suite. With several seeds every value is a mean over them, and the last row adds ± the sample
-            standard deviation.
+        results: of a suite. With several seeds every value is a mean over them, and the mean over tasks adds ± the
+            sample standard deviation.
         normalised: divide by the accuracy of the individual models.
 
     Returns:
@@ -27,9 +29,14 @@ def accuracy_table(results: Results, normalised: bool = False) -> Table:
     """
     title = f"{results.model_and_scope()}: {'normalised ' if normalised else ''}{results.protocol()}"
     methods = results.methods()
-    table = _table(title, ["task", *map(display_name, methods)])
+    many = len(methods) > _MOST_COLUMNS
+    table = _table(title, ["method", *results.tasks, "mean"] if many else ["task", *map(display_name, methods)])
     table.caption = _text("percent" + ("; ± standard deviation over seeds" if len(results.seeds) > 1 else ""))
     columns = [_task_cells(results, method, normalised) for method in methods]
+    if many:
+        for method, cells in zip(methods, columns, strict=True):
+            table.add_row(*map(_text, [display_name(method), *cells, mean_cell(results, method, normalised)]))
+        return table
     for task, *cells in zip(results.tasks, *columns, strict=True):
         table.add_row(*map(_text, [task, *cells]))
     table.add_section()

@@ -1,0 +1,202 @@
+"""Cosines between task vectors, and their norms, of the whole network and by depth."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from lit_merge.metrics.depth import DepthMetric, place_of
+from lit_merge.metrics.plotting import figure_and_axes
+from lit_merge.vectors import TaskVectors
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+__all__ = ["CosineMatrix", "NormByDepth", "cosines", "pairwise_products"]
+
+
+def pairwise_products(stack: Tensor) -> Tensor:
+    """All inner products ``⟨τ_s, τ_t⟩`` of a stack, by one matrix product in float64.
+
+    Args:
+        stack: ``(T, *shape)``, e.g. one parameter of T task vectors, or a piece of it.
+
+    Returns:
+        float64 ``(T, T)``. Those of two parts of a parameter add up to those of the whole.
+    """
+    rows = stack.reshape(len(stack), -1).double()
+    return rows @ rows.T
+
+
+def cosines(products: Tensor) -> Tensor:
+    """``⟨τ_s, τ_t⟩ / (‖τ_s‖ ‖τ_t‖)`` from the inner products; 0 where a vector is zero.
+
+    Args:
+        products: ``(…, T, T)``, from :func:`pairwise_products`.
+
+    Returns:
+        ``(…, T, T)`` in [-1, 1].
+
+    Examples:
+        >>> import torch
+        >>> cosines(torch.tensor([[4.0, 3.0], [3.0, 9.0]])).tolist()
+        [[1.0, 0.5], [0.5, 1.0]]
+    """
+    norms = products.diagonal(dim1=-2, dim2=-1).sqrt()
+    lengths = norms.unsqueeze(-1) * norms.unsqueeze(-2)
+    return torch.where(lengths > 0, products / lengths, torch.zeros_like(products)).clamp(-1, 1)
+
+
+class CosineMatrix(DepthMetric):
+    """Cosine of every pair of T task vectors, of the whole vectors and of every block (Ilharco et al. 2023, figure 5).
+
+    Args:
+        tasks: the T tasks.
+        blocks: number of the network's blocks.
+        **settings: of :class:`torchmetrics.Metric`.
+
+    Examples:
+        >>> import torch
+        >>> from lit_merge.vectors import TaskVector, TaskVectors
+        >>> one, other = (TaskVector({"w": torch.tensor(values)}) for values in ([3.0, 4.0], [4.0, 3.0]))
+        >>> metric = CosineMatrix(["one", "other"])
+        >>> metric.update(TaskVectors([one, other]))
+        >>> round(float(metric.compute()[0, 0, 1]), 4)
+        0.96
+    """
+
+    products: Tensor
+    entries: Tensor
+
+    def __init__(self, tasks: Sequence[str], blocks: int = 0, **settings: Any) -> None:
+        super().__init__(tasks, blocks, **settings)
+        count, places = len(self.tasks), len(self.places) - 1
+        self.add_state("products", torch.zeros(places, count, count, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("entries", torch.zeros(places, dtype=torch.long), dist_reduce_fx="sum")
+
+    def update(self, vectors: TaskVectors, names: Sequence[str] | None = None) -> None:
+        """Take in some parameters, each of them once over all updates and processes; they are read piece by piece.
+
+        Args:
+            vectors: the T task vectors, or a view of them.
+            names: the parameters; all by default.
+
+        Raises:
+            StructureMismatchError: there are not T vectors, or more blocks than were announced.
+        """
+        self._check(vectors)
+        for name, size, found in vectors.over_pieces(_products, names):
+            place = place_of(name, self.blocks)
+            self.products[place] += found.to(self.products)
+            self.entries[place] += size
+
+    def compute(self) -> Tensor:
+        """``[1 + P, T, T]`` in float64: of the whole vectors, then of every place; NaN without parameters there."""
+        products = torch.cat([self.products.sum(0, keepdim=True), self.products])
+        entries = torch.cat([self.entries.sum(0, keepdim=True), self.entries])
+        return cosines(products).masked_fill((entries == 0).view(-1, 1, 1), torch.nan)
+
+    def plot(self, val: Tensor | None = None, ax: Axes | None = None) -> tuple[Figure, Axes]:
+        """Draw the matrix of the whole vectors.
+
+        Args:
+            val: what ``compute`` gave; computed by default.
+            ax: axes to draw into; new ones by default.
+        """
+        from lit_merge.report.matrices import draw_matrix
+
+        figure, axes = figure_and_axes(ax)
+        values = (self.compute() if val is None else val)[0].tolist()
+        draw_matrix(axes, values, self.tasks, self.tasks, diagonal=False)
+        return figure, axes
+
+
+class NormByDepth(DepthMetric):
+    """Euclidean norm ‖τ_t‖ of every task vector, of the whole vectors and of every block.
+
+    Args:
+        tasks: the T tasks.
+        blocks: number of the network's blocks.
+        relative: whether to divide by the norm of θ0 in the same place; the vectors then need a ``base``.
+        **settings: of :class:`torchmetrics.Metric`.
+
+    Examples:
+        >>> import torch
+        >>> from lit_merge.vectors import TaskVector, TaskVectors
+        >>> metric = NormByDepth(["one"])
+        >>> metric.update(TaskVectors([TaskVector({"w": torch.tensor([3.0, 4.0])})]))
+        >>> metric.compute().flatten().tolist()
+        [5.0, 5.0]
+    """
+
+    squares: Tensor
+    base_squares: Tensor
+    entries: Tensor
+
+    def __init__(self, tasks: Sequence[str], blocks: int = 0, relative: bool = False, **settings: Any) -> None:
+        super().__init__(tasks, blocks, **settings)
+        self.relative = relative
+        places = len(self.places) - 1
+        self.add_state("squares", torch.zeros(places, len(self.tasks), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("base_squares", torch.zeros(places, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("entries", torch.zeros(places, dtype=torch.long), dist_reduce_fx="sum")
+
+    def update(self, vectors: TaskVectors, names: Sequence[str] | None = None) -> None:
+        """Take in some parameters, each of them once over all updates and processes; they are read piece by piece.
+
+        Args:
+            vectors: the T task vectors, or a view of them.
+            names: the parameters; all by default.
+
+        Raises:
+            StructureMismatchError: there are not T vectors, or more blocks than were announced.
+            ConfigurationError: the norms are to be relative, and the vectors have no base.
+        """
+        self._check(vectors)
+        base = vectors.base if self.relative else {}
+        for name, size, found in vectors.over_pieces(_squares, names):
+            place = place_of(name, self.blocks)
+            self.squares[place] += found.to(self.squares)
+            self.entries[place] += size
+        for name in (vectors.names if names is None else names) if self.relative else ():
+            self.base_squares[place_of(name, self.blocks)] += _square_sum(base[name]).to(self.base_squares)
+
+    def compute(self) -> Tensor:
+        """``[1 + P, T]`` in float64: of the whole vectors, then of every place; NaN without parameters there."""
+        norms = torch.cat([self.squares.sum(0, keepdim=True), self.squares]).sqrt()
+        entries = torch.cat([self.entries.sum(0, keepdim=True), self.entries])
+        if self.relative:
+            norms = norms / torch.cat([self.base_squares.sum(0, keepdim=True), self.base_squares]).sqrt().unsqueeze(-1)
+        return norms.masked_fill((entries == 0).unsqueeze(-1), torch.nan)
+
+    def plot(self, val: Tensor | None = None, ax: Axes | None = None) -> tuple[Figure, Axes]:
+        """Draw the norms in every place, a line per task.
+
+        Args:
+            val: what ``compute`` gave; computed by default.
+            ax: axes to draw into; new ones by default.
+        """
+        from lit_merge.report.curves import draw_by_depth
+
+        figure, axes = figure_and_axes(ax)
+        values = (self.compute() if val is None else val)[1:].T.tolist()
+        draw_by_depth(axes, values, self.tasks, self.places[1:])
+        axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False)
+        axes.set_title("‖τ‖ / ‖θ₀‖ by depth" if self.relative else "‖τ‖ by depth", loc="left", weight="bold")
+        return figure, axes
+
+
+def _products(name: str, start: int, piece: Tensor) -> tuple[str, int, Tensor]:
+    return name, piece.shape[1], pairwise_products(piece)
+
+
+def _squares(name: str, start: int, piece: Tensor) -> tuple[str, int, Tensor]:
+    return name, piece.shape[1], piece.double().square().sum(1)
+
+
+def _square_sum(value: Tensor) -> Tensor:
+    return value.detach().double().square().sum()

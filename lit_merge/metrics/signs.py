@@ -1,0 +1,148 @@
+"""How much the entries that matter of several task vectors overlap, and how often they disagree in sign."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from lit_merge.metrics.depth import DepthMetric, place_of
+from lit_merge.metrics.plotting import figure_and_axes
+from lit_merge.vectors import TaskVectors
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+__all__ = ["SignConflict", "sign_counts"]
+
+_EXACT = 1 << 22  # columns in one product: a float32 sum of that many ±1 is exact
+
+
+def sign_counts(stack: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Count in how many entries of a stack of T vectors which of them are not zero, and which differ in sign.
+
+    Args:
+        stack: ``(T, *shape)``, usually trimmed: what is zero does not count.
+
+    Returns:
+        Three int64 tensors: ``(T, T)`` entries that are not zero in both; ``(T, T)`` those of them with two signs; and
+        ``(3,)`` entries that at least one, that at least two vectors have, and that have both signs among them. Counts
+        of two parts of a parameter add up to those of the whole.
+
+    Examples:
+        >>> import torch
+        >>> both, differing, entries = sign_counts(torch.tensor([[1.0, 2.0, 0.0], [3.0, -1.0, 5.0]]))
+        >>> both.tolist(), differing.tolist(), entries.tolist()
+        ([[2, 2], [2, 3]], [[0, 1], [1, 0]], [3, 2, 1])
+    """
+    rows = stack.reshape(len(stack), -1)
+    both = torch.zeros(len(rows), len(rows), dtype=torch.long, device=rows.device)
+    differing, entries = torch.zeros_like(both), torch.zeros(3, dtype=torch.long, device=rows.device)
+    for part in rows.split(_EXACT, dim=1):
+        signs = part.sign().to(torch.float64 if part.dtype == torch.float64 else torch.float32)
+        present = signs.abs()
+        shared = (present @ present.T).long()
+        both += shared
+        differing += (shared - (signs @ signs.T).long()) // 2
+        holders = present.sum(0)
+        mixed = (signs.sum(0).abs() < holders).sum()
+        entries += torch.stack([(holders > 0).sum(), (holders > 1).sum(), mixed])
+    return both, differing, entries
+
+
+class SignConflict(DepthMetric):
+    """Overlap and sign conflict of trimmed task vectors, of the whole network and of every block.
+
+    With ``A_t`` the entries of τ_t that are not zero:
+
+    - ``overlap``: of the entries that are in some ``A_t``, the share that is in two or more;
+    - ``conflict``: of the entries in two or more ``A_t``, the share whose values have both signs, which is what TIES
+      elects signs for (Yadav et al. 2023, section 3);
+    - ``pair_overlap``: ``|A_s ∩ A_t| / |A_s ∪ A_t|``;
+    - ``pair_conflict``: of ``A_s ∩ A_t``, the share with two signs.
+
+    Args:
+        tasks: the T tasks.
+        blocks: number of the network's blocks.
+        **settings: of :class:`torchmetrics.Metric`.
+
+    Examples:
+        >>> import torch
+        >>> from lit_merge.transforms import Trim
+        >>> from lit_merge.vectors import TaskVector, TaskVectors
+        >>> one, other = (TaskVector({"w": torch.tensor(v)}) for v in ([4.0, 3.0, 0.1, 0.2], [-4.0, 0.1, 3.0, 0.2]))
+        >>> metric = SignConflict(["one", "other"])
+        >>> metric.update(Trim(0.5)(TaskVectors([one, other])))
+        >>> {name: round(float(value[0]), 4) for name, value in metric.compute().items() if value.ndim == 1}
+        {'overlap': 0.3333, 'conflict': 1.0}
+    """
+
+    both: Tensor
+    differing: Tensor
+    entries: Tensor
+
+    def __init__(self, tasks: Sequence[str], blocks: int = 0, **settings: Any) -> None:
+        super().__init__(tasks, blocks, **settings)
+        count, places = len(self.tasks), len(self.places) - 1
+        for name in ("both", "differing"):
+            self.add_state(name, torch.zeros(places, count, count, dtype=torch.long), dist_reduce_fx="sum")
+        self.add_state("entries", torch.zeros(places, 3, dtype=torch.long), dist_reduce_fx="sum")
+
+    def update(self, vectors: TaskVectors, names: Sequence[str] | None = None) -> None:
+        """Take in some parameters, each of them once over all updates and processes; they are read piece by piece.
+
+        Args:
+            vectors: the T trimmed task vectors, e.g. ``Trim(0.2)(vectors)``.
+            names: the parameters; all by default.
+
+        Raises:
+            StructureMismatchError: there are not T vectors, or more blocks than were announced.
+        """
+        self._check(vectors)
+        for name, counts in vectors.over_pieces(_counts, names):
+            place = place_of(name, self.blocks)
+            for state, found in zip((self.both, self.differing, self.entries), counts, strict=True):
+                state[place] += found.to(state)
+
+    def compute(self) -> dict[str, Tensor]:
+        """The rates in float64, of the whole network and of every place; NaN where there is nothing to divide by.
+
+        Returns:
+            ``overlap`` and ``conflict`` ``[1 + P]``, ``pair_overlap`` and ``pair_conflict`` ``[1 + P, T, T]``.
+        """
+        both, differing, entries = (
+            torch.cat([state.sum(0, keepdim=True), state]).double()
+            for state in (self.both, self.differing, self.entries)
+        )
+        own = both.diagonal(dim1=-2, dim2=-1)
+        return {
+            "overlap": entries[:, 1] / entries[:, 0],
+            "conflict": entries[:, 2] / entries[:, 1],
+            "pair_overlap": both / (own.unsqueeze(-1) + own.unsqueeze(-2) - both),
+            "pair_conflict": differing / both,
+        }
+
+    def plot(self, val: Mapping[str, Tensor] | None = None, ax: Axes | None = None) -> tuple[Figure, Axes]:
+        """Draw overlap and conflict in every place, as bars.
+
+        Args:
+            val: what ``compute`` gave; computed by default.
+            ax: axes to draw into; new ones by default.
+        """
+        from lit_merge.report.bars import draw_bars
+        from lit_merge.report.curves import name_places
+
+        figure, axes = figure_and_axes(ax)
+        found = self.compute() if val is None else val
+        draw_bars(axes, self.places, {name: found[name].tolist() for name in ("overlap", "conflict")})
+        name_places(axes, self.places)
+        axes.set_ylabel("share of entries (%)")
+        axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False)
+        return figure, axes
+
+
+def _counts(name: str, start: int, piece: Tensor) -> tuple[str, tuple[Tensor, Tensor, Tensor]]:
+    return name, sign_counts(piece)
