@@ -14,14 +14,14 @@ from torch import Tensor, nn
 from lit_merge.errors import ConfigurationError, StructureMismatchError, first_few
 from lit_merge.models import ClipModel, load_clip
 from lit_merge.params import dtype_of, fingerprint, shape_of
-from lit_merge.vectors import LazyTensors, TaskVector, file_digest
+from lit_merge.vectors import TaskVector, file_digest
+from lit_merge.vectors.checkpoints import OpenedCheckpoint, named_after, open_checkpoint, open_model
 from lit_merge.vectors.lazy import Computed, LazyMapping, Selected
-from lit_merge.vectors.sharded import INDEX_ENDING, ShardedTensors, bytes_of, open_tensors
+from lit_merge.vectors.pairs import Names
+from lit_merge.vectors.sharded import bytes_of
 from lit_merge.vectors.task_vector import FORMAT
 
 __all__ = ["Base", "ClipBase", "FileBase", "Input", "ModuleBase", "open_base", "open_inputs"]
-
-_NAMELESS = ("model", "pytorch_model", "task_vector", "weights")  # files that say what they are, not of what task
 
 
 class Base(ABC):
@@ -33,6 +33,7 @@ class Base(ABC):
         prefix: what a parameter's name begins with in the whole model.
         digests: what is known of the files' content, for the provenance.
         memory: bytes that it holds in memory.
+        names: under which weights are differenced from it.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Base(ABC):
     prefix = ""
     digests: Mapping[str, Any] = {}
     memory = 0
+    names: Names = "own"
 
     @property
     @abstractmethod
@@ -54,15 +56,16 @@ class Base(ABC):
     def whole(self) -> Mapping[str, Tensor]:
         """Every tensor of the model, read when it is asked for."""
 
-    def of_weights(self, tensors: LazyTensors | ShardedTensors) -> LazyMapping:
-        """What corresponds to θ0 in the weights of a fine-tuned model."""
-        return tensors
+    def of_weights(self, opened: OpenedCheckpoint) -> LazyMapping:
+        """What corresponds to θ0 in the weights of a fine-tuned model; whole, where the difference has to find it."""
+        return opened
 
 
 class ClipBase(Base):
     """The image tower of a CLIP, in memory; its text side stays on the disk."""
 
     prefix = "visual."
+    names: Names = "auto"
 
     def __init__(self, clip: ClipModel) -> None:
         self.clip, self.name = clip, clip.name
@@ -88,20 +91,23 @@ class ClipBase(Base):
             partial(_from_either, visual, text),
         )
 
-    def of_weights(self, tensors: LazyTensors | ShardedTensors) -> LazyMapping:
+    def of_weights(self, opened: OpenedCheckpoint) -> LazyMapping:
         """The image tower's parameters, which begin with ``visual.`` in the weights of a whole CLIP.
 
         Raises:
-            StructureMismatchError: some are missing.
+            StructureMismatchError: some are missing, and these are not the weights of a CLIP in another layout.
         """
-        missing = [name for name in self._parameters if self.prefix + name not in tensors]
-        if missing:
+        stored = opened.without_prefix()
+        missing = [name for name in self._parameters if self.prefix + name not in stored]
+        if not missing:
+            return Selected(stored, {name: self.prefix + name for name in self._parameters})
+        if opened.recognised.layout == "own" and opened.adapter is None:
             raise StructureMismatchError(
                 f"expected a task vector, or the weights of a whole CLIP with the image tower of "
                 f"{self.name}, got no {self.prefix} names for {len(missing)} of {len(self._parameters)} parameters "
                 f"({first_few(missing)}). For another model set base to its weights."
             )
-        return Selected(tensors, {name: self.prefix + name for name in self._parameters})
+        return opened
 
 
 class ModuleBase(Base):
@@ -133,12 +139,12 @@ class ModuleBase(Base):
 
 
 class FileBase(Base):
-    """Any model, by its weights: a safetensors file, or a folder or index of shards."""
+    """Any model, by its weights: a checkpoint under names of its own."""
 
     def __init__(self, path: str, verify: bool) -> None:
-        self.name = _named_after(path)
-        self._tensors = open_tensors(path)
-        self.files = _files(self._tensors)
+        self.name = named_after(path)
+        self._tensors = open_model(path)
+        self.files = self._tensors.files
         self.digests = _digests(self._tensors, verify)
         self._fingerprint = ""
 
@@ -204,7 +210,7 @@ def open_inputs(paths: Sequence[str], base: Base, tasks: Sequence[str] | None, v
     """Open task vectors, and fine-tuned weights as their difference from the base; no tensor is read.
 
     Args:
-        paths: safetensors files, or folders or indices of shards.
+        paths: task vector files, or whatever else :func:`~lit_merge.vectors.checkpoints.open_checkpoint` opens.
         base: what weights are differenced against.
         tasks: names of the tasks in the same order; by default a task vector's own, and of weights the name of the
             file, or of its folder if the file's tells nothing.
@@ -225,41 +231,31 @@ def open_inputs(paths: Sequence[str], base: Base, tasks: Sequence[str] | None, v
 
 
 def _open_input(path: str, base: Base, task: str | None, verify: bool) -> Input:
-    tensors = open_tensors(path)
-    digests = _digests(tensors, verify)
-    weights = tensors.metadata.get("format", "").rpartition("/")[0] != FORMAT.rpartition("/")[0]
-    if not weights:
+    opened = open_checkpoint(path)
+    digests = _digests(opened, verify)
+    if opened.metadata.get("format", "").rpartition("/")[0] == FORMAT.rpartition("/")[0]:
         vector = TaskVector.load(path)
         vector.task = task or vector.task
-        return Input(path, vector, vector, False, _files(tensors), digests)
+        return Input(path, vector, vector, False, opened.files, digests)
     try:
-        source = base.of_weights(tensors)
+        weights = base.of_weights(opened)
         # The fingerprint is left open: this vector starts from the base because it is made with it.
-        vector = TaskVector.from_checkpoints(base.parameters, source, task or _named_after(path), base_fingerprint="")
+        vector = TaskVector.from_checkpoints(
+            base.parameters, weights, task or named_after(path), base_fingerprint="", names=base.names
+        )
     except StructureMismatchError as error:
-        raise StructureMismatchError(f"{path}: {error}") from error
-    return Input(path, vector, source, True, _files(tensors), digests)
+        raise StructureMismatchError(str(error) if str(error).startswith(path) else f"{path}: {error}") from error
+    source = weights if all(name in weights for name in vector) else vector
+    return Input(path, vector, source, True, opened.files, digests)
 
 
-def _digests(tensors: LazyTensors | ShardedTensors, verify: bool) -> dict[str, Any]:
+def _digests(opened: OpenedCheckpoint, verify: bool) -> dict[str, Any]:
     """The content digest of the header, without reading anything else; of files without one SHA-256, if asked for."""
-    if tensors.content_digest:
+    if opened.content_digest:
         if verify:
-            tensors.verify()
-        return {"content_sha256": tensors.content_digest}
-    return {"sha256": {path.name: file_digest(path) for path in _files(tensors)}} if verify else {}
-
-
-def _files(tensors: LazyTensors | ShardedTensors) -> tuple[Path, ...]:
-    return tensors.files if isinstance(tensors, ShardedTensors) else (tensors.path,)
-
-
-def _named_after(path: str) -> str:
-    place = Path(path).absolute()
-    if place.is_dir():
-        return place.name
-    stem = place.name.removesuffix(INDEX_ENDING).removesuffix(".safetensors")
-    return place.parent.name if stem in _NAMELESS else stem
+            opened.verify()
+        return {"content_sha256": opened.content_digest}
+    return {"sha256": {path.name: file_digest(path) for path in opened.files}} if verify else {}
 
 
 def _lazily(tensors: Mapping[str, Tensor]) -> Computed:

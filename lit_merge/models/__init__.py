@@ -1,6 +1,13 @@
 """CLIP image encoders, zero-shot heads and what parameter names say. Importing this does not import open_clip."""
 
-from lit_merge.models.encoder import ClipModel, Preprocessing, full_clip_model, load_clip
+from lit_merge.models.encoder import (
+    ClipModel,
+    Preprocessing,
+    empty_image_tower,
+    full_clip_model,
+    hub_repository,
+    load_clip,
+)
 from lit_merge.models.heads import ZeroShotHead, build_head, zero_shot_weights
 from lit_merge.models.lora import LoRA
 from lit_merge.models.rates import ExpLR, LinLR, Rates
@@ -23,7 +30,9 @@ __all__ = [
     "ZeroShotHead",
     "block_of",
     "build_head",
+    "empty_image_tower",
     "full_clip_model",
+    "hub_repository",
     "is_attention",
     "is_behind_blocks",
     "load_clip",

@@ -17,11 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from lit_merge.errors import ConfigurationError, DataError, FileFormatError, first_few
+from lit_merge.hub import local_path
 from lit_merge.models.text import NOT_TEXT, TextTower
-from lit_merge.models.weights import first_line, read_weights
-from lit_merge.params import check_finite, check_same_structure, fingerprint
+from lit_merge.models.weights import first_line, open_weights
+from lit_merge.params import Params, check_finite, check_same_structure, fingerprint
 
-__all__ = ["ClipModel", "Preprocessing", "full_clip_model", "load_clip"]
+__all__ = ["ClipModel", "Preprocessing", "empty_image_tower", "full_clip_model", "hub_repository", "load_clip"]
 
 _ASSETS = Path(__file__).parent / "assets"
 _SHIPPED = "lit-tiny"
@@ -213,10 +214,10 @@ def load_clip(model: str = _SHIPPED, pretrained: str | None = None) -> ClipModel
         model: a name that open_clip knows, e.g. ``ViT-B-32``; the path of a JSON config in open_clip's layout (either
             the model config itself, or ``model_cfg`` and ``preprocess_cfg`` as published beside weights); or
             ``lit-tiny``, the small model that comes with this package.
-        pretrained: a tag that open_clip knows for this architecture; the path of a whole CLIP's weights
-            (``.safetensors``, or a PyTorch file of a state dict, never executed); or ``random`` for an initialisation
-            with torch's current random state. None means the shipped weights, which only ``lit-tiny`` has
-            (``shipped`` says so aloud).
+        pretrained: a tag that open_clip knows for this architecture; the path of a CLIP's weights in any form that
+            :func:`lit_merge.vectors.checkpoints.open_checkpoint` opens, nothing of which is executed; or ``random`` for
+            an initialisation with torch's current random state. None means the shipped weights, which only
+            ``lit-tiny`` has (``shipped`` says so aloud).
 
     Returns:
         The model. Its image tower is in training mode, as every new module; the text tower is in evaluation mode.
@@ -268,6 +269,30 @@ def full_clip_model(model: str = _SHIPPED) -> tuple[nn.Module, Callable[[Sequenc
     """
     architecture = _architecture(model)
     return _build(architecture, "both"), architecture.tokenizer()
+
+
+def empty_image_tower(model: str) -> Params:
+    """An architecture's image tower without values: name -> tensor on the meta device, in the order of its modules.
+
+    Args:
+        model: as for :func:`load_clip`.
+
+    Raises:
+        ConfigurationError: the architecture is unknown or cannot be built.
+        FileFormatError: the config file is damaged.
+    """
+    architecture = _architecture(model)
+    with torch.device("meta"), torch.random.fork_rng(devices=[]):
+        visual = _build(architecture, "image").visual
+    return {name: parameter.detach() for name, parameter in visual.named_parameters()}
+
+
+def hub_repository(model: str, pretrained: str | None) -> str | None:
+    """``owner/name`` on the Hugging Face Hub of the weights behind a tag; None for others."""
+    import open_clip
+
+    settings = open_clip.get_pretrained_cfg(str(model).replace("/", "-"), pretrained or "") or {}
+    return "/".join(str(settings.get("hf_hub") or "").split("/")[:2]) or None
 
 
 def _architecture(model: str) -> _Architecture:
@@ -336,12 +361,13 @@ def _weights_source(architecture: _Architecture, pretrained: str | None) -> tupl
     if tags and open_clip.is_pretrained_cfg(name, pretrained):
         settings = open_clip.get_pretrained_cfg(name, pretrained)
         return _download(name, pretrained, settings), architecture.with_tag(settings)
-    if _looks_like_path(pretrained) or Path(pretrained).is_file():
-        if not Path(pretrained).is_file():
+    if _looks_like_path(pretrained) or Path(pretrained).exists():
+        place = local_path(pretrained)
+        if not place.exists():
             raise ConfigurationError(
                 f"pretrained: expected the path of a checkpoint, got {pretrained}, which is no file. Check the path."
             )
-        return Path(pretrained), architecture
+        return place, architecture
     raise ConfigurationError(
         f"{name}: expected pretrained to be {'a tag, ' if tags else ''}a path or 'random', got {pretrained!r}. "
         f"{_nearest(pretrained, tags) if tags else 'It has no published tags: use a path or random.'}"
@@ -426,13 +452,13 @@ def _guard(name: str, build: Callable[[], Any]) -> Any:
 
 
 def _load_visual(visual: nn.Module, path: Path, name: str) -> None:
-    state = read_weights(path, lambda key: key.startswith("visual."))
+    stored = open_weights(path)
+    state = {key.removeprefix("visual."): stored[key] for key in stored if key.startswith("visual.")}
     if not state:
         raise FileFormatError(
-            f"{path}: expected the weights of a whole CLIP, names starting with 'visual.', got "
-            f"{first_few(read_weights(path))}. Use the checkpoint of a whole CLIP."
+            f"{path}: expected the weights of a whole CLIP, names starting with 'visual.', got {first_few(stored)}. "
+            "Use the checkpoint of a whole CLIP."
         )
-    state = {key.removeprefix("visual."): tensor for key, tensor in state.items()}
     check_same_structure(visual.state_dict(), state, f"image tower of {name} in {path}")
     check_finite(state, f"image tower in {path}")
     visual.load_state_dict(state)

@@ -135,7 +135,7 @@ class TextTower:
         return {name: tensors[name] for name in tensors if only is None or name == only}
 
     def tensors(self) -> Mapping[str, Tensor]:
-        """As :meth:`state`, but of a safetensors file each tensor is read when it is asked for."""
+        """As :meth:`state`, but from a file each tensor is read when it is asked for."""
         # The file comes first, so that the fingerprint does not depend on whether the tower is loaded.
         if self._path is not None:
             return open_weights(self._path, lambda name: name.split(".")[0] not in NOT_TEXT)
@@ -148,4 +148,9 @@ class TextTower:
 
     def _load(self) -> nn.Module:
         state = self.state()
+        if not any(name.startswith(("transformer.", "text.")) for name in state):
+            raise FileFormatError(
+                f"{self._path}: expected a whole CLIP, whose text tower makes the heads, got one without text "
+                "transformer. Set pretrained to the whole CLIP that it was made from."
+            )
         return self._architecture.load_text(state, f"text tower of {self._architecture.name} in {self._path}")

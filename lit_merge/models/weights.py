@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import pickle
-from collections.abc import Callable, Iterable, Mapping
-from functools import partial
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from lit_merge.errors import ConfigurationError, FileFormatError, first_few
+from lit_merge.errors import ConfigurationError, first_few
 from lit_merge.params import check_finite
-from lit_merge.vectors.lazy import Computed
-from lit_merge.vectors.store import LazyTensors, write_tensors
+from lit_merge.vectors.checkpoints import open_model
+from lit_merge.vectors.layouts_recognition import NO_PARAMETERS
+from lit_merge.vectors.lazy import LazyMapping, Selected
+from lit_merge.vectors.store import write_tensors
 
-__all__ = ["open_weights", "read_weights", "save_clip"]
-
-# Three integers that OpenAI's published files carry beside the weights.
-_NOT_WEIGHTS = ("input_resolution", "context_length", "vocab_size")
+__all__ = ["first_line", "open_weights", "save_clip"]
 
 
 def save_clip(
@@ -69,75 +66,33 @@ def save_clip(
     return path
 
 
-def read_weights(path: str | Path, keep: Callable[[str], bool] | None = None) -> dict[str, Tensor]:
-    """Read a file of named tensors, on the CPU, never executing what it contains.
+def open_weights(path: str | Path, keep: Callable[[str], bool] | None = None) -> LazyMapping:
+    """Open a CLIP's weights under open_clip's names, never executing what the file contains.
 
     Args:
-        path: a ``.safetensors`` file, or a PyTorch file of a state dict. A dictionary that holds the state dict under
-            ``state_dict`` is opened, and a ``module.`` prefix common to all names is removed.
-        keep: which names to return; all by default. Only these are read from a safetensors file.
+        path: any checkpoint of a CLIP that :func:`~lit_merge.vectors.checkpoints.open_checkpoint` opens.
+        keep: which names to have; all by default.
 
     Returns:
-        Name -> tensor, in the file's own dtypes.
+        Name -> tensor, read when it is asked for, in the file's own dtypes; the image tower's begin with ``visual.``.
+        Of a model whose names are of no known layout, its own names.
 
     Raises:
-        ConfigurationError: there is no such file.
-        FileFormatError: the file is damaged, or holds anything but named tensors.
+        FileFormatError: there is no such file, or it is damaged, or something else than weights.
+        StructureMismatchError: the names are those of another library, and do not make up a CLIP of open_clip's kind.
     """
-    return dict(open_weights(path, keep))
-
-
-def open_weights(path: str | Path, keep: Callable[[str], bool] | None = None) -> Mapping[str, Tensor]:
-    """As :func:`read_weights`, but of a safetensors file each tensor is read when it is asked for."""
-    path = Path(path)
-    if not path.is_file():
-        raise ConfigurationError(f"weights: expected a file, got {path}, which is not one. Check the path.")
-    if path.suffix != ".safetensors":
-        state = _read_torch(path)
-        return {name: tensor for name, tensor in state.items() if keep is None or keep(name)}
-    stored = LazyTensors(path)
-    prefix = _common_prefix(stored)
-    names = {name.removeprefix(prefix): name for name in stored}
-    kept = {name: (stored.shape(key), stored.dtype(key)) for name, key in names.items() if keep is None or keep(name)}
-    return Computed(kept, partial(_named, stored, prefix))
-
-
-def _named(stored: LazyTensors, prefix: str, name: str) -> Tensor:
-    return stored[prefix + name]
-
-
-def _read_torch(path: Path) -> dict[str, Tensor]:
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise FileFormatError(
-            f"{path}: expected a PyTorch file with nothing but tensors, got one that is damaged or wants to run code. "
-            "Save model.state_dict() of it with torch.save, or use safetensors."
-        ) from error
-    except Exception as error:  # a damaged file makes torch.load raise nearly anything
-        raise FileFormatError(
-            f"{path}: expected a PyTorch file of a state dict, got {first_line(error)} "
-            "Download it again; of a TorchScript archive save the state_dict() first."
-        ) from error
-    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
-        content = content["state_dict"]
-    if not isinstance(content, dict) or not content:
-        raise FileFormatError(
-            f"{path}: expected a state dict (name -> tensor), got {type(content).__name__}. Save model.state_dict()."
-        )
-    content = {name: value for name, value in content.items() if name not in _NOT_WEIGHTS}
-    others = [f"{name} ({type(value).__name__})" for name, value in content.items() if not isinstance(value, Tensor)]
-    if others:
-        raise FileFormatError(
-            f"{path}: expected a state dict (name -> tensor), got other values: {first_few(others)}. "
-            "Save model.state_dict()."
-        )
-    prefix = _common_prefix(content)
-    return {str(name).removeprefix(prefix): value for name, value in content.items()}
-
-
-def _common_prefix(names: Iterable[object]) -> str:
-    return "module." if all(str(name).startswith("module.") for name in names) else ""
+    opened = open_model(path)
+    found = opened.recognised
+    if found.layout in ("open_clip", "own"):
+        tensors = opened.without_prefix()
+    elif found.left_out.get("text tower"):
+        tensors = opened.whole_clip()
+    else:
+        tower = opened.image_tower()
+        tensors = Selected(tower, {f"visual.{name}": name for name in tower})
+    left_out = {name.removeprefix(found.prefix) for rule in NO_PARAMETERS for name in found.left_out.get(rule, ())}
+    kept = [name for name in tensors if name not in left_out and (keep is None or keep(name))]
+    return Selected(tensors, {name: name for name in kept})
 
 
 def first_line(error: Exception) -> str:

@@ -11,7 +11,7 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
-from lit_merge.errors import ConfigurationError, FileFormatError, NonFiniteError, StructureMismatchError
+from lit_merge.errors import ConfigurationError, NonFiniteError, StructureMismatchError
 from lit_merge.functional import linearize
 from lit_merge.models.encoder import Preprocessing, load_clip
 from lit_merge.models.heads import ZeroShotHead, build_head
@@ -20,9 +20,9 @@ from lit_merge.models.lora import LoRA, clear_updates, own_parameters, update_of
 from lit_merge.models.selection import Selection
 from lit_merge.modules.attention import fast_attention
 from lit_merge.params import Params, check_finite, check_same_structure, fingerprint
+from lit_merge.vectors.checkpoints import open_checkpoint
 from lit_merge.vectors.lazy import Computed
 from lit_merge.vectors.merge import check_base
-from lit_merge.vectors.store import LazyTensors
 from lit_merge.vectors.task_vector import TaskVector
 
 __all__ = ["EncoderModule"]
@@ -171,26 +171,27 @@ class EncoderModule(L.LightningModule):
             self.load_parameters(vector.apply_to(self.initial_parameters, coefficient))
 
     def load_weights(self, path: str | Path) -> None:
-        """Put whole weights from a safetensors file into the encoder: the tower alone, or a CLIP (``visual.…``).
+        """Put whole weights into the encoder: those of the tower alone, or of a CLIP, in any form that can be opened.
 
         Running statistics and other buffers are taken over as well where the file has them.
 
         Raises:
-            FileFormatError: the file is missing, damaged, no safetensors file, or a task vector.
+            FileFormatError: the file is missing or damaged, or holds no whole weights.
             StructureMismatchError: names or shapes differ, or the file says that it has another base.
             NonFiniteError: a value is NaN or infinite.
         """
-        stored = LazyTensors(path)
-        known = stored.metadata.get("base_fingerprint", "")
+        opened = open_checkpoint(path)
+        known = opened.metadata.get("base_fingerprint") or opened.other.get("base_fingerprint")
         if known and known != self.base_fingerprint:
             raise StructureMismatchError(
                 f"{path}: expected weights of the base model {self.base_name} (fingerprint {self.base_fingerprint}), "
                 f"got fingerprint {known}. Give the model that these weights were made from."
             )
-        if stored.metadata.get("format", "").startswith("lit-merge/task-vector/"):
-            raise FileFormatError(f"{path}: expected whole weights, got a task vector. Give it as task_vector instead.")
-        if stored.content_digest is not None:  # of the files that lit-merge writes
-            stored.verify()
+        opened.require_weights()
+        opened.verify()
+        stored = opened.without_prefix()
+        if opened.recognised.layout in ("transformers", "timm"):
+            stored = opened.image_tower()
         own = all(name in stored for name in self.initial_parameters)  # a text tower shares some of them
         prefix = "visual." if not own and any(name.startswith("visual.") for name in stored) else ""
         values = {name.removeprefix(prefix): stored[name] for name in stored if name.startswith(prefix)}

@@ -12,11 +12,13 @@ from torch.utils.data import DataLoader
 
 from lit_merge._version import __version__
 from lit_merge.errors import ConfigurationError
+from lit_merge.hub import address_entry, parse_address, pinned
 from lit_merge.search import quiet, silent_trainer
 from lit_merge.statistics.fisher import LABELS, collect_fisher
 from lit_merge.statistics.gram import collect_gram
 from lit_merge.transforms.statistics import FORMATS, write_statistics
 from lit_merge.vectors import LazyTensors, TaskVector, file_digest
+from lit_merge.vectors.checkpoints import open_checkpoint
 
 if TYPE_CHECKING:
     from lit_merge.data import TaskDataModule
@@ -77,9 +79,10 @@ def statistics(
             f"task_vector and weights: expected exactly one of them, got {'none' if weights is None else 'both'}. "
             "Give the file of the task's fine-tuned model."
         )
+    task_vector, weights = task_vector and pinned(task_vector), weights and pinned(weights)
     source = task_vector or weights
     assert source is not None
-    target = _check_output(Path(source), output, kind, overwrite)
+    target = _check_output(source, output, kind, overwrite)
     task = "" if task_vector is None else TaskVector.load(task_vector).task
     from lit_merge.modules import FineTuneModule
 
@@ -102,7 +105,7 @@ def statistics(
         "labels": read,
         "labels_read": "true" if read == "true" else "false",
         "seed": str(seed),
-        "inputs": json.dumps({"file": Path(source).name, "sha256": file_digest(source)}),
+        "inputs": json.dumps({"file": Path(source).name, **address_entry(source), "sha256": _digests(source)}),
         "versions": json.dumps({"lit_merge": __version__, "torch": str(torch.__version__)}),
     }
     if linearized:
@@ -132,8 +135,19 @@ def _check_settings(
         )
 
 
-def _check_output(source: Path, output: str | None, kind: str, overwrite: bool) -> Path:
-    target = source.with_name(f"{source.stem}-{kind}.safetensors") if output is None else Path(output)
+def _digests(source: str) -> str | dict[str, str]:
+    """SHA-256 of the file, or of every file of a model that consists of several."""
+    files = open_checkpoint(source).files
+    return file_digest(files[0]) if len(files) == 1 else {file.name: file_digest(file) for file in files}
+
+
+def _check_output(given: str, output: str | None, kind: str, overwrite: bool) -> Path:
+    source = Path(given)
+    if output is None:  # beside it, or in the current folder if it lies on the Hub
+        name = f"{source.stem}-{kind}.safetensors"
+        target = source.with_name(name) if parse_address(given) is None else Path(name)
+    else:
+        target = Path(output)
     if target.suffix != ".safetensors":
         raise ConfigurationError(f"output: expected a file ending in .safetensors, got {target}. Rename it.")
     if target.resolve() == source.resolve():

@@ -265,7 +265,7 @@ def open_model(path: str | os.PathLike[str], section: str | None = None) -> Open
 
 
 def named_after(path: str | os.PathLike[str]) -> str:
-    """The task that a checkpoint's path names: the file's name, or of its folder if the file's tells nothing.
+    """The task that a checkpoint's path names: the file's or folder's name, or of a folder above if that tells nothing.
 
     Examples:
         >>> named_after("checkpoints/ViT-B-32/Cars/finetuned.pt")
@@ -277,11 +277,9 @@ def named_after(path: str | os.PathLike[str]) -> str:
     """
     address = parse_address(path)
     place = Path(path if address is None else f"/{address.repository}/{address.path}").absolute()
-    if place.is_dir():
-        return place.name
     name = place.name.removesuffix(INDEX_ENDING)
-    stems = [name[: -len(place.suffix)] if name.endswith((".safetensors", *_TORCH_SUFFIXES)) else name]
-    stems += [parent.name for parent in place.parents if parent.name]
+    ends = name.endswith((".safetensors", *_TORCH_SUFFIXES)) and not place.is_dir()
+    stems = [name[: -len(place.suffix)] if ends else name, *(parent.name for parent in place.parents if parent.name)]
     return next((stem for stem in stems if stem.lower() not in _NAMELESS and "=" not in stem), stems[0])
 
 
