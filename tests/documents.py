@@ -13,6 +13,7 @@ from PIL import Image
 ROOT = Path(__file__).parents[1]
 _BLOCK = re.compile(r"^```(\w+)(?: title=\"([^\"]+)\")?\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 _NOT_OURS = frozenset({"export", "hf", "mkdocs", "pip", "pytest", "python", "ray", "sbatch", "source"})
+_AWAY = ("hf://", "data prepare", "data check", "--data.root", "suite/clip", "finetune/clip", "--ray_address")
 _STARTERS = frozenset({"torchrun", "srun"})
 
 
@@ -31,9 +32,12 @@ def commands(text: str) -> list[str]:
 def arguments_of(command: str) -> list[str] | None:
     """The arguments of ``lit-merge`` in a line; None for another program that need not be run.
 
-    What is started on several devices or machines gets ``--print_config``: the command line must be right.
+    What needs several devices or machines, the network or data sets of its own gets ``--print_config``: the command line
+    must be right.
     """
-    words = shlex.split(command)
+    words = shlex.split(command, comments=True)
+    if not words:
+        return None
     several = words[0] in _STARTERS
     if words[0] == "torchrun":
         words = words[words.index("-m") + 1 :]
@@ -44,7 +48,8 @@ def arguments_of(command: str) -> list[str] | None:
         assert words[0] in _NOT_OURS or "=" in words[0], f"a command that no test runs: {command}"
         return None
     arguments = words[1:]
-    return [*arguments, "--print_config"] if several or "--trainer.devices" in arguments else arguments
+    away = several or "--trainer.devices" in arguments or any(sign in command for sign in _AWAY)
+    return [*arguments, "--print_config"] if away and "--help" not in arguments else arguments
 
 
 def shrink(configs: Path) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 from documents import ROOT, arguments_of, blocks, commands, draw_images, shrink
+from huggingface_hub import constants
 
 from lit_merge.cli import main
 
@@ -50,8 +51,23 @@ def fresh(begun: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, few_imag
             sys.modules.pop(name)
 
 
+@pytest.fixture
+def snapshot(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The Hub's cache with the repository that the pages speak of, and no network."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(fresh / "hub"))
+    folder = fresh / "hub/models--me--vectors"
+    commit = "0" * 40
+    (folder / "refs").mkdir(parents=True)
+    (folder / "refs/main").write_text(commit)
+    (folder / "snapshots" / commit).mkdir(parents=True)
+    shutil.copy(fresh / "runs/digits/task_vector.safetensors", folder / "snapshots" / commit / "mnist.safetensors")
+
+
 @pytest.mark.parametrize("page", PAGES)
-def test_every_block_of_a_page_is_what_it_says(page: str, fresh: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_every_block_of_a_page_is_what_it_says(
+    page: str, fresh: Path, snapshot: None, capfd: pytest.CaptureFixture[str]
+) -> None:
     """In the order of the page: programs run (those with a file name are also written to it), then commands do."""
     text = (DOCS / page).read_text(encoding="utf-8")
     for language, title, content in blocks(text):
@@ -68,7 +84,7 @@ def test_every_block_of_a_page_is_what_it_says(page: str, fresh: Path, capfd: py
         elif language == "json":
             json.loads(content)
         else:
-            assert language in ("bash", "text"), f"{page}: a block of {language}, which no test runs"
+            assert language in ("bash", "slurm", "text"), f"{page}: a block of {language}, which no test runs"
     written = {
         words[at + 1]
         for command in commands(text)
