@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lit_merge._version import __version__
+from lit_merge.engines.lifeline import follow_lifeline
 from lit_merge.errors import ConfigurationError, LitMergeError
 
 __all__ = ["main", "run"]
@@ -20,11 +21,17 @@ _COMMANDS = {
     "validate": "evaluate on the validation split",
     "test": "evaluate on the test split",
     "predict": "write class names and probabilities for images",
+    "import": "make task vectors of checkpoints that other programs wrote, or convert one",
     "merge": "merge task vectors into one model",
     "soup": "average the models that do not lower the average's validation accuracy",
     "statistics": "collect what Fisher merging and RegMean need of a task",
     "suite": "fine-tune every task, merge, evaluate, report: the whole experiment",
-    "data": "draw a contact sheet of the embedded suite",
+    "analyze": "measure and draw task vectors, alone and merged",
+    "report": "write a suite's results as one HTML page",
+    "inspect": "say what a file of vectors, weights or coefficients holds",
+    "push": "put vectors, models or coefficients on the Hugging Face Hub",
+    "pull": "copy them from it",
+    "data": "list, check and prepare published data sets; draw a sheet of the embedded suite",
 }
 
 
@@ -39,13 +46,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     parent = os.getppid()
+    follow_lifeline()
     if str(Path.cwd()) not in sys.path:  # the user's own modules are found wherever the command itself is installed
         sys.path.append(str(Path.cwd()))
     try:
         run(arguments)
     except KeyboardInterrupt:
         if _is_first():
-            on = "; run the same command again to go on" if arguments[:1] == ["suite"] else ""
+            on = "; run the same command again to go on" if arguments[:1] in (["suite"], ["analyze"]) else ""
             sys.stderr.write(f"lit-merge: interrupted{on}\n")
         return 130
     except SystemExit as request:  # from the argument parsers: --help, --print_config, a usage error

@@ -12,11 +12,13 @@ import torch
 
 from lit_merge._version import __version__
 from lit_merge.errors import ConfigurationError
+from lit_merge.hub import address_entry, parse_address, pinned
 from lit_merge.merge_inputs import Base, ClipBase, Input, open_base, open_inputs
 from lit_merge.merge_output import MergedWeights, Output, RoundedVector, Target, beside, card_of, staged
 from lit_merge.merge_plan import MergePlan, check_space, plan_merge
 from lit_merge.merge_progress import merge_progress
 from lit_merge.model_card import model_card
+from lit_merge.models import hub_repository
 from lit_merge.search import CoefficientSearch, SearchResult, search_coefficient
 from lit_merge.transforms import Transform, recipe
 from lit_merge.transforms.parts import from_parts, with_overrides
@@ -108,8 +110,8 @@ def merge(
     """Merge task vectors or fine-tuned weights into one model, by a recipe or any chain of transforms.
 
     Args:
-        vectors: task vector files, or fine-tuned weights, which are differenced against the base: safetensors files,
-            or folders or index files of shards. Their order matters for analogy and per-task coefficients only.
+        vectors: task vector files, or fine-tuned weights, which are differenced against the base: any checkpoint that
+            lit-merge import takes as well. Their order matters for analogy and per-task coefficients only.
         output: file to write, ending in .safetensors; or a folder, for shards and for chains that leave several
             vectors. A model card is written with it (<name>.md, README.md in a folder), a search's curve as
             <name>-search.json, and by the command its configuration as <name>-merge.yaml. Missing folders are created.
@@ -125,8 +127,8 @@ def merge(
             otherwise float32 is.
         model: the CLIP that the vectors start from.
         pretrained: its weights.
-        base: instead of model and pretrained, the weights of any base model: a safetensors file, or the folder or
-            index of a sharded one. Names are then the files' own, and open_clip is not needed.
+        base: instead of model and pretrained, the weights of any base model: a safetensors or PyTorch file, or the
+            folder or index of a sharded one. Names are then the files' own, and open_clip is not needed.
         tasks: names of the vectors, in order; by default their own, or the files' or folders' names.
         shard_size: write an output folder as shards of at most this size, e.g. 2GB.
         device: where stacks are computed, e.g. cuda; one parameter of all vectors is moved at a time.
@@ -153,6 +155,9 @@ def merge(
         raise ConfigurationError(
             "search: expected a CLIP, which can be evaluated, got base. Use model and pretrained, or remove search."
         )
+    # Of what lies on the Hub the commit is written down, and everything below reads that one.
+    vectors, base = [pinned(path) for path in vectors], base and pinned(base)
+    pretrained = pretrained and pinned(pretrained)
     start = open_base(model, pretrained, base, verify and not dry_run)
     inputs = open_inputs(vectors, start, tasks, verify and not dry_run)
     rows = [one.vector for one in inputs]
@@ -166,7 +171,7 @@ def merge(
 
     def planned(transform: Transform, found: SearchResult | None) -> tuple[TaskVectors, list[Output], MergePlan]:
         merged = transform(stacked)
-        metadata = _provenance(start, inputs, transform, found, linearized, fingerprinted)
+        metadata = _provenance(start, base or pretrained, inputs, transform, found, linearized, fingerprinted)
         pairs = zip(target.stems(kind, merged.tasks), _rows(merged), strict=True)
         outputs = [Output.plan(stem, *_tensors(kind, start, row, stored, metadata), size) for stem, row in pairs]
         plan = plan_merge(inputs, start, transform, merged, outputs, target.folder, device, kind == "weights", hashed)
@@ -199,6 +204,7 @@ def merge(
         {key: value for key, value in config.items() if value is not None},
         f"A search has {found.describe()}." if found else "",
         kind == "weights",
+        _repository(start, base or pretrained, model),
     )
     with staged(target.folder, stale) as folder, merge_progress(progress) as bar:
         bar.find_out(merged.statistics)
@@ -228,8 +234,17 @@ def _check_device(device: str) -> None:
         raise ConfigurationError(f"device: expected one that is there, got {device!r} ({line}). Use cpu.") from error
 
 
+def _repository(base: Base, path: str | None, model: str) -> str | None:
+    """``owner/name`` of the base on the Hub, if it came from there."""
+    address = parse_address(path or "")
+    if address is not None:
+        return address.repository
+    return hub_repository(model, path) if isinstance(base, ClipBase) else None
+
+
 def _provenance(
     base: Base,
+    base_path: str | None,
     inputs: Sequence[Input],
     transform: Transform,
     found: SearchResult | None,
@@ -241,13 +256,13 @@ def _provenance(
         "base_model": base.name,
         "transform": repr(transform),
         "transform_config": json.dumps(transform.to_config()),
-        "inputs": json.dumps([{"tasks": one.vector.task, **one.digests} for one in inputs]),
+        "inputs": json.dumps([{"tasks": one.vector.task, **address_entry(one.path), **one.digests} for one in inputs]),
         "lit_merge": __version__,
     }
     if fingerprinted:
         entries["base_fingerprint"] = base.fingerprint()
-    if base.digests:
-        entries["base"] = json.dumps(base.digests)
+    if known := {**address_entry(base_path), **base.digests}:
+        entries["base"] = json.dumps(known)
     if linearized:
         entries["linearized"] = "true"
     if found is not None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from lit_merge.errors import ConfigurationError
+from lit_merge.hub import pinned
 from lit_merge.merge_inputs import open_base, open_inputs
 from lit_merge.merge_output import beside
 from lit_merge.merging import MergeResult, merge
@@ -146,6 +147,7 @@ def soup(
     from lit_merge.data.multitask import MultiTaskDataModule
     from lit_merge.modules.multitask import MultiTaskModule
 
+    vectors, pretrained = [pinned(path) for path in vectors], pretrained and pinned(pretrained)
     settings: dict[str, Any] = {
         **{"recipe": "weight_average", "kind": kind, "dtype": dtype, "model": model, "pretrained": pretrained},
         **{"linearized": linearized, "progress": False},

@@ -1,8 +1,9 @@
 """The whole experiment: fine-tune every task, merge with every recipe, evaluate, report.
 
-A sequence of the ``fit``, ``merge`` and ``test`` commands. Every stage has a key, the hash of its resolved settings and
-of the contents of its inputs; a stage whose record has the same key and whose outputs still have the recorded hashes is
-not run again, so that a killed run goes on where it stopped.
+A graph of ``fit``, ``statistics``, ``merge`` and ``test`` commands. Every stage has a key, the hash of its resolved
+settings and of the contents of its inputs; a stage whose record has the same key and whose outputs still have the
+recorded hashes is not run again, so that a killed run goes on where it stopped. Stages that do not depend on each other
+may run at the same time, here or on a cluster.
 """
 
 from __future__ import annotations
@@ -10,22 +11,27 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
 from lit_merge.callbacks.writing import write_text
+from lit_merge.engines import open_engine
 from lit_merge.errors import ConfigurationError, LitMergeError
 from lit_merge.report import accuracy_table, results_figure
 from lit_merge.report.results import Results
 from lit_merge.search import CoefficientSearch
 from lit_merge.stages import Conductor
-from lit_merge.suite_plan import Recipe, SuitePlan, combine
+from lit_merge.suite_plan import SuitePlan
+from lit_merge.suite_recipe import Recipe
+from lit_merge.suite_settings import combine
 
 __all__ = ["Recipe", "suite"]
 
 
+# Parts of other commands' configurations are plain dictionaries: the parser would build the classes in dict[str, Any].
 def suite(
     output: str,
     name: str = "suite",
@@ -34,11 +40,19 @@ def suite(
     tasks: list[str] | None = None,
     paths: dict[str, str] | None = None,
     seeds: list[int] = [0],  # noqa: B006 - a configuration default, never changed
-    fit: dict[str, Any] | None = None,
-    test: dict[str, Any] | None = None,
-    recipes: dict[str, Recipe] | None = None,
+    fit: dict | None = None,
+    test: dict | None = None,
+    recipes: dict[str, Recipe | None] | None = None,
     linearized: bool | None = None,
+    joint: dict | None = None,
+    data: dict | None = None,
     overwrite: bool = False,
+    engine: Literal["local", "ray"] = "local",
+    parallel: int | None = None,
+    retries: int = 1,
+    ray_address: str = "auto",
+    ray_cpus: int = 1,
+    ray_gpus: float | None = None,
 ) -> dict[str, Any]:
     """Fine-tune every task, extract, merge with every recipe and evaluate; print a table, write JSON and a figure.
 
@@ -48,21 +62,34 @@ def suite(
         name: of the results.
         model: architecture, as for fit.
         pretrained: its weights.
-        tasks: tasks of the embedded suite; by default all eight, or none if paths are given.
+        tasks: tasks of the embedded suite or published data sets; by default the embedded eight, or none if paths are
+            given.
         paths: the user's own image folders, by task name.
         seeds: fine-tuning seeds; every seed gives one set of task vectors.
         fit: configuration of fit (trainer, model, data); task, seed, model and output are filled in.
         test: configuration of test (trainer, data).
-        recipes: name -> how to merge; by default weight averaging, and task arithmetic with a searched coefficient.
+        recipes: name -> how to merge, null to leave it out; by default weight averaging, and task arithmetic with a
+            searched coefficient.
         linearized: whether models are evaluated and merged on the linearised encoder; by default as fit trains them.
             True with ordinary training is post-hoc linearisation.
+        joint: configuration of fit (trainer, model, data) for one model that is fine-tuned on all tasks jointly, as a
+            further reference; null for none.
+        data: settings of the data modules of all stages, e.g. {root: /data, workers: 8}.
         overwrite: forget what an earlier suite left in output, and start over.
+        engine: where stages run: local, on this machine, or ray, on the machines of a Ray cluster, which share a file
+            system. The results are the same.
+        parallel: how many stages at a time; null for one, and on Ray for as many as the cluster takes.
+        retries: how often a stage that was killed or broke off is tried again.
+        ray_address: auto for the cluster that this machine belongs to, HOST:PORT, or local to start one here.
+        ray_cpus: cores that a stage takes of the cluster.
+        ray_gpus: GPUs that a stage takes per device; null for 1 where the cluster has GPUs. 0.5 lets two stages share
+            one.
 
     Returns:
         The content of results.json.
 
     Raises:
-        LitMergeError: a stage refuses its input; finished stages are kept.
+        LitMergeError: stages have failed; what does not depend on them is finished, and kept.
     """
     from rich.console import Console
     from rich.markup import escape
@@ -84,11 +111,18 @@ def suite(
         seeds=list(seeds),
         fit=_nested(fit or {}),
         test=_nested(test or {}),
-        recipes=default if recipes is None else recipes,
+        recipes=default if recipes is None else {name: one for name, one in recipes.items() if one is not None},
         linearized=linearized,
+        joint=None if joint is None else _nested(joint),
+        data=_nested(data or {}),
     )
+    if retries < 0:
+        raise ConfigurationError(f"retries: expected a number of at least 0, got {retries}. Change it.")
     plan.check()
-    _claim(directory, yaml.safe_dump(plan.description(), sort_keys=False), overwrite)
+    stages = plan.stages
+    if engine == "ray" or parallel not in (None, 1):
+        plan.data_module().prepare_data()  # once, not in every process
+    runner = open_engine(engine, parallel, output, plan.devices, ray_address, ray_cpus, ray_gpus)
     console = Console(stderr=True)
     columns = (
         SpinnerColumn(),
@@ -97,16 +131,18 @@ def suite(
         TimeElapsedColumn(),
         TextColumn("{task.description}"),
     )
-    with Progress(*columns, console=console, transient=True) as progress:
-        bar = progress.add_task("", total=plan.stages)
+    with closing(runner), Progress(*columns, console=console, transient=True) as progress:
+        _claim(directory, yaml.safe_dump(plan.description(), sort_keys=False), overwrite)
+        bar = progress.add_task("", total=len(stages))
 
         def ended(line: str) -> None:
             console.print(line, highlight=False, markup=False)
-            progress.advance(bar)
+            progress.update(bar, completed=len(conductor.seconds))
 
-        conductor = Conductor(
-            directory, plan.stages, ended, lambda stage: progress.update(bar, description=escape(stage))
-        )
+        def started(names: str) -> None:
+            progress.update(bar, description=escape(names))
+
+        conductor = Conductor(directory, len(stages), ended, started, runner, retries)
         results = plan.run(conductor)
     write_text(directory / "timings.json", json.dumps(conductor.seconds, indent=2) + "\n")
     return _publish(results, directory)

@@ -1,113 +1,62 @@
-"""The stages of a suite, and what each depends on."""
+"""The stages of a suite as a graph: what each runs, and what each depends on."""
 
 from __future__ import annotations
 
-import gc
 import json
 import re
-import sys
-from contextlib import redirect_stdout
-from dataclasses import dataclass, field
-from io import StringIO
+from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import yaml
+from lit_merge.data.published import PublishedSource
+from lit_merge.errors import ConfigurationError
+from lit_merge.report.results import INDIVIDUAL, JOINT, ZERO_SHOT
+from lit_merge.stages import Conductor, Stage, folder_digest
+from lit_merge.suite_results import suite_results
+from lit_merge.suite_settings import SuiteSettings, combine
 
-from lit_merge.callbacks.writing import write_text
-from lit_merge.environment import hardware, versions
-from lit_merge.errors import ConfigurationError, LitMergeError
-from lit_merge.merging import resolve_transform
-from lit_merge.report.results import INDIVIDUAL, ZERO_SHOT
-from lit_merge.search import CoefficientSearch, quiet
-from lit_merge.stages import Conductor, folder_digest
-from lit_merge.transforms import Transform
-from lit_merge.vectors import TaskVector
-
-__all__ = ["Recipe", "SuitePlan", "combine"]
-
-_FINE_TUNE = "lit_merge.modules.FineTuneModule"
-_MULTI_TASK = "lit_merge.modules.MultiTaskModule"
-_TASKS = "lit_merge.data.MultiTaskDataModule"
-_TRAINER = {
-    "devices": 1,
-    "enable_checkpointing": False,
-    "enable_progress_bar": False,
-    "enable_model_summary": False,
-    "check_val_every_n_epoch": None,
-    "val_check_interval": None,
-    "limit_val_batches": 0,
-}
+__all__ = ["SuitePlan"]
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """A way to merge.
-
-    Args:
-        recipe: name of a method of :data:`lit_merge.transforms.RECIPES`.
-        settings: its arguments.
-        transform: instead, any transform by class path, or a Chain of them.
-        parts: instead, a list of names of transforms and recipes, each with its fields if it needs any.
-        overrides: other parts for some of the parameters.
-        search: what is varied, and chosen on validation data.
-    """
-
-    recipe: str | None = None
-    settings: dict[str, Any] = field(default_factory=dict)
-    transform: Transform | None = None
-    parts: list[str | dict[str, Any]] | None = None
-    overrides: list[dict[str, Any]] | None = None
-    search: CoefficientSearch | None = None
-
-    def check(self) -> None:
-        """Refuse what no merge could be made of.
-
-        Raises:
-            ConfigurationError: the recipe, a setting or the searched field is unknown, or a value is refused.
-        """
-        transform = resolve_transform(self.recipe, self.settings or None, self.transform, self.parts, self.overrides)
-        if self.search:
-            self.search.check(transform)
-
-    def description(self) -> dict[str, Any]:
-        """The recipe as plain data."""
-        return {
-            "recipe": self.recipe,
-            "settings": self.settings,
-            "transform": self.transform.to_config() if self.transform else None,
-            **({"parts": self.parts} if self.parts else {}),
-            **({"overrides": self.overrides} if self.overrides else {}),
-            "search": self.search.to_config() if self.search else None,
-        }
-
-
-@dataclass
-class SuitePlan:
+class SuitePlan(SuiteSettings):
     """The stages of a suite and what they depend on."""
 
-    name: str
-    directory: Path
-    model: str
-    pretrained: str | None
-    tasks: list[str]
-    paths: dict[str, str]
-    seeds: list[int]
-    fit: dict[str, Any]
-    test: dict[str, Any]
-    recipes: dict[str, Recipe]
-    linearized: bool | None = None
-
     @property
-    def evaluated_linearized(self) -> bool:
-        """Whether models are evaluated on the linearised encoder; by default as they are trained."""
-        trained = self.fit.get("model", {}).get("init_args", {}).get("linearized", False)
-        return bool(trained) if self.linearized is None else self.linearized
+    def devices(self) -> int:
+        """The most devices that a stage uses."""
+        learned = [{"trainer": recipe.trainer} for recipe in self.recipes.values() if recipe.trainer]
+        return max(_devices(config) for config in (self.fit, self.test, self.joint or {}, *learned))
 
-    @property
-    def stages(self) -> int:
-        """How many there are."""
-        return 1 + len(self.seeds) * 2 * (len(self.tasks) + len(self.recipes))
+    @cached_property
+    def stages(self) -> list[Stage]:
+        """All of them; none comes before one that it depends on, unless a recipe names that one's output.
+
+        Raises:
+            ConfigurationError: a recipe names a file in the suite's directory that no stage writes.
+        """
+        self._images = self._digests()
+        found = [self._test_all("zero-shot", {})]
+        for seed in self.seeds:
+            fits = {task: self._fit(seed, task) for task in self.tasks}
+            vectors = {task: self._output(stage) for task, stage in fits.items()}
+            found += [*fits.values(), *(self._test_one(seed, task, vectors[task]) for task in self.tasks)]
+            if self.joint is not None:
+                fit = self._fit_joint(seed)
+                found += [fit, self._test_all(f"seed-{seed}/joint/test", {"task_vector": self._output(fit)})]
+            for name, recipe in self.recipes.items():
+                stages = self._learn(seed, name, vectors) if recipe.learned else self._merge(seed, name, vectors)
+                kind = "weights" if recipe.learned else "task_vector"
+                found += [*stages, self._test_all(f"seed-{seed}/test/{name}", {kind: self._output(stages[-1])})]
+        written = {path for stage in found for path in stage.paths(self.directory)}
+        for stage in found:
+            for path in stage.inputs:
+                if path.is_relative_to(self.directory) and path not in written:
+                    raise ConfigurationError(
+                        f"{stage.name}: expected a file that some stage writes, got {path}. Name one of "
+                        f"{self.directory}/seed-*/merge/*/coefficients.safetensors, or a file elsewhere."
+                    )
+        return found
 
     def check(self) -> None:
         """Refuse what some stage would refuse, before the first one runs.
@@ -115,33 +64,57 @@ class SuitePlan:
         Raises:
             ConfigurationError: a name, a recipe or a task is unusable.
             DataError: an image folder is.
-            SystemExit: a setting of fit or test is unknown; the parser has said so on the standard error.
+            SystemExit: a setting of fit, test, joint or a learned recipe is unknown; the parser has said so on the
+                standard error.
         """
         from lit_merge.lightning_cli import check_configuration
         from lit_merge.models.encoder import load_clip
 
+        self._check_names()
+        for name, recipe in self.recipes.items():
+            recipe.check(self.directory)
+            if recipe.collected == "gram" and self.evaluated_linearized:
+                raise ConfigurationError(
+                    "recipes: expected none by Gram matrices of linearised models, whose layers have inputs of two "
+                    f"kinds, got {name}. Leave it out: --recipes.{name}=null."
+                )
+        self._modules = self.data_module().tasks
+        clip = load_clip(self.model, self.pretrained)
+        self._pretrained = {
+            "name": clip.name,
+            "fingerprint": clip.fingerprint,
+            "parameters": sum(parameter.numel() for parameter in clip.visual.parameters()),
+        }
+        seed, task = self.seeds[0], self.tasks[0]
+        check_configuration("fit", self.fit_config(seed, task))
+        check_configuration("test", self.test_config(self.task_data(task, seed), {}))
+        if self.joint is not None:
+            check_configuration("fit", self.joint_config(seed))
+        for recipe in self.recipes.values():
+            if recipe.learned:
+                check_configuration("fit", self.learned_config(seed, recipe, []))
+
+    def _check_names(self) -> None:
         wrong = [name for name in [*self.tasks, *self.recipes] if not re.fullmatch(r"[\w-]+", name)]
         if wrong:
             raise ConfigurationError(
                 f"names of tasks and recipes: expected letters, digits, _ and -, got {wrong[0]!r}. Rename it."
             )
-        if reserved := {INDIVIDUAL, ZERO_SHOT} & set(self.recipes):
+        references = [INDIVIDUAL, ZERO_SHOT, *([JOINT] if self.joint is not None else [])]
+        if reserved := set(references) & set(self.recipes):
             raise ConfigurationError(
-                f"recipes: expected other names than {INDIVIDUAL} and {ZERO_SHOT}, got {reserved.pop()}. Rename it."
+                f"recipes: expected other names than {' and '.join(references)}, got {reserved.pop()}. Rename it."
             )
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise ConfigurationError(f"seeds: expected at least one, each once, got {self.seeds}. Use e.g. [0, 1, 2].")
-        for recipe in self.recipes.values():
-            recipe.check()
-        self._data()
-        clip = load_clip(self.model, self.pretrained)
-        self._model = {
-            "name": clip.name,
-            "fingerprint": clip.fingerprint,
-            "parameters": sum(parameter.numel() for parameter in clip.visual.parameters()),
-        }
-        check_configuration("fit", self._fit_config(self.seeds[0], self.tasks[0]))
-        check_configuration("test", self._test_config(self._task_data(self.tasks[0], self.seeds[0]), None))
+
+    def data_module(self) -> Any:
+        """The data module of all tasks; every folder has been looked into."""
+        from lit_merge.data.multitask import MultiTaskDataModule
+
+        data = MultiTaskDataModule(**self.all_data()["init_args"])
+        assert all(module.classes for module in data.tasks.values())
+        return data
 
     def description(self) -> dict[str, Any]:
         """The resolved settings as plain data."""
@@ -149,208 +122,136 @@ class SuitePlan:
         settings = {name: getattr(self, name) for name in names}
         settings["tasks"] = [task for task in self.tasks if task not in self.paths]
         settings["recipes"] = {name: recipe.description() for name, recipe in self.recipes.items()}
-        if self.linearized is not None:
-            settings["linearized"] = self.linearized
+        optional = {"linearized": self.linearized, "joint": self.joint, "data": self.data or None}
+        settings |= {name: value for name, value in optional.items() if value is not None}
         plain: dict[str, Any] = json.loads(json.dumps(settings))
         return plain
 
     def run(self, conductor: Conductor) -> dict[str, Any]:
-        """All stages in order; returns the results."""
-        base = {"model": self.model, "pretrained": self.pretrained, "fingerprint": self._model["fingerprint"]}
-        self._images = {task: folder_digest(path) for task, path in self.paths.items()}
-        results: dict[str, Any] = {
-            "schema": 1,
+        """Have all stages run; returns the results."""
+        conductor.run(self.stages)
+        settings = {"fit": self.fit, "recipes": self.description()["recipes"]}
+        known = {
             "name": self.name,
-            "model": self._model,
+            "model": self._pretrained,
             "tasks": self.tasks,
-            "classes": {task: len(data.classes) for task, data in self._data().tasks.items()},
-            "evaluated_on": "test",
-            "coefficients_chosen_on": "val",
-            "settings": {"fit": self.fit, "recipes": self.description()["recipes"]},
-            "versions": versions(),
-            "hardware": hardware(),
+            "classes": {task: len(module.classes) for task, module in self._modules.items()},
+            "settings": {**settings, **({"joint": self.joint} if self.joint is not None else {})},
         }
-        results["zero_shot"] = self._test_all(conductor, "zero-shot", base, None)
-        results["seeds"] = {str(seed): self._seed(conductor, seed, base) for seed in self.seeds}
-        return results
+        return suite_results(known, self.directory, self.seeds, self.recipes, self.joint is not None)
 
-    def _seed(self, conductor: Conductor, seed: int, base: dict[str, Any]) -> dict[str, Any]:
-        vectors = {task: self._fit(conductor, seed, task, base) for task in self.tasks}
-        individual = {task: self._test_one(conductor, seed, task, vectors[task], base) for task in self.tasks}
-        merged = {name: self._merge(conductor, seed, name, list(vectors.values()), base) for name in self.recipes}
-        loaded = [TaskVector.load(path) for path in vectors.values()]
+    def _output(self, stage: Stage) -> Path:
+        return self.directory / stage.name / stage.outputs[-1]
+
+    def _settings(self, config: Mapping[str, Any], images: Any) -> dict[str, Any]:
+        base = {"model": self.model, "pretrained": self.pretrained, "fingerprint": self._pretrained["fingerprint"]}
+        return {**base, "config": config, "images": images}
+
+    def _digests(self) -> dict[str, str]:
+        """Task -> a hash of its files' names, sizes and times; nothing for a task of the embedded suite."""
+        sources = {task: module.source for task, module in self._modules.items()}
+        published = {task: source for task, source in sources.items() if isinstance(source, PublishedSource)}
         return {
-            "individual": individual,
-            "task_vectors": {vector.task: _describe(vector) for vector in loaded},
-            "cosine_similarity": [[round(one.cosine_similarity(other), 6) for other in loaded] for one in loaded],
-            "merged": merged,
+            **{task: folder_digest(path) for task, path in self.paths.items()},
+            **{task: folder_digest(*_tops(one.place.paths, one.root)) for task, one in published.items()},
         }
 
-    def _fit_config(self, seed: int, task: str) -> dict[str, Any]:
-        fixed = {
-            "seed_everything": seed,
-            "model": {"init_args": {"model": self.model, "pretrained": self.pretrained}},
-            "data": self._task_data(task, seed),
-        }
-        others = {"data": {"init_args": self._other_tasks(task)}} if self._penalised() else {}
-        return combine({"trainer": _TRAINER, "model": {"class_path": _FINE_TUNE}}, others, self.fit, fixed)
+    def _fit(self, seed: int, task: str) -> Stage:
+        config = self.fit_config(seed, task)
+        settings = self._settings(config, self._images if self.penalised else self._images.get(task))
+        outputs = ("task_vector.safetensors",)
+        return Stage(f"seed-{seed}/fit/{task}", "fit", config, settings, outputs, devices=_devices(config))
 
-    def _penalised(self) -> bool:
-        return self.fit.get("model", {}).get("init_args", {}).get("penalty") is not None
+    def _fit_joint(self, seed: int) -> Stage:
+        config = self.joint_config(seed)
+        outputs = ("task_vector.safetensors",)
+        settings = self._settings(config, self._images)
+        return Stage(f"seed-{seed}/joint/fit", "fit", config, settings, outputs, devices=_devices(config))
 
-    def _other_tasks(self, task: str) -> dict[str, Any]:
-        return {
-            "other_tasks": [other for other in self.tasks if other != task and other not in self.paths],
-            "other_paths": {other: path for other, path in self.paths.items() if other != task} or None,
-        }
+    def _test_one(self, seed: int, task: str, vector: Path) -> Stage:
+        data = self.task_data(task, seed)
+        return self._test(f"seed-{seed}/individual/{task}", data, {"task_vector": vector}, self._images.get(task))
 
-    def _fit(self, conductor: Conductor, seed: int, task: str, base: dict[str, Any]) -> Path:
-        config = self._fit_config(seed, task)
+    def _test_all(self, name: str, model: Mapping[str, Path]) -> Stage:
+        return self._test(name, self.all_data(), model, self._images)
 
-        def work(folder: Path) -> list[Path]:
-            self._command("fit", config, folder)
-            return [folder / "task_vector.safetensors"]
+    def _test(self, name: str, data: dict[str, Any], model: Mapping[str, Path], images: Any) -> Stage:
+        config = self.test_config(data, model)
+        placeless = self.test_config(data, dict.fromkeys(model))  # the model's content counts
+        settings, inputs = self._settings(placeless, images), tuple(model.values())
+        return Stage(name, "test", config, settings, ("test_metrics.json",), inputs, _devices(config))
 
-        images = self._images if self._penalised() else self._images.get(task)
-        settings = {**base, "config": config, "images": images}
-        return conductor.stage(f"seed-{seed}/fit/{task}", settings, [], work)[0]
+    def _learn(self, seed: int, name: str, vectors: Mapping[str, Path]) -> list[Stage]:
+        recipe, inputs = self.recipes[name], tuple(vectors.values())
+        config = self.learned_config(seed, recipe, [str(path) for path in inputs])
+        settings = self._settings(self.learned_config(seed, recipe, []), self._images)
+        outputs = ("coefficients.safetensors", "merged.safetensors")
+        return [Stage(f"seed-{seed}/merge/{name}", "fit", config, settings, outputs, inputs, _devices(config))]
 
-    def _test_one(self, conductor: Conductor, seed: int, task: str, vector: Path, base: dict[str, Any]) -> float:
-        config = self._test_config(self._task_data(task, seed), vector)
-        settings = {**base, "images": self._images.get(task)}
-        return self._test(conductor, f"seed-{seed}/individual/{task}", config, settings, [vector])["test/accuracy"]
-
-    def _merge(
-        self, conductor: Conductor, seed: int, name: str, vectors: list[Path], base: dict[str, Any]
-    ) -> dict[str, Any]:
-        recipe = self.recipes[name]
+    def _merge(self, seed: int, name: str, vectors: Mapping[str, Path]) -> list[Stage]:
+        """The stages of one recipe, the merge last, whose last output is the merged vector."""
+        recipe, stage = self.recipes[name], f"seed-{seed}/merge/{name}"
+        collected = vectors if recipe.collected else {}
+        before = [self._statistics(seed, name, task, vector) for task, vector in collected.items()]
+        files = {task: self._output(one) for task, one in zip(collected, before, strict=True)}
+        given = recipe.of_seed(seed)
         config = {
-            "vectors": [str(path) for path in vectors],
+            "vectors": None,
             "model": self.model,
             "pretrained": self.pretrained,
             "kind": "task_vector",
             "recipe": recipe.recipe,
-            "settings": recipe.settings or None,
+            "settings": given["settings"],
             "transform": recipe.transform.to_config() if recipe.transform else None,
-            **({"parts": recipe.parts} if recipe.parts else {}),
-            **({"overrides": recipe.overrides} if recipe.overrides else {}),
+            **{key: given[key] for key in ("parts", "overrides") if given[key]},
             "search": recipe.search.to_config() if recipe.search else None,
-            "data": self._all_data() if recipe.search else None,
+            "data": self.all_data() if recipe.search else None,
             **({"linearized": True} if self.evaluated_linearized else {}),
         }
+        settings = self._settings(config, self._images if recipe.search else None)  # the vectors' content counts
+        places = {"vectors": [str(path) for path in vectors.values()], "output": str(self.directory / stage / _MERGED)}
+        if files:
+            statistics = {task: str(path) for task, path in files.items()}
+            config = combine(config, {"settings": {**(given["settings"] or {}), "statistics": statistics}})
+        inputs = (*vectors.values(), *files.values(), *map(self._as_output, recipe.files(seed)))
+        outputs = (*(["merged-search.json"] if recipe.search else []), _MERGED)
+        devices = 1 if recipe.search else 0
+        return [*before, Stage(stage, "merge", {**config, **places}, settings, outputs, inputs, devices)]
 
-        def work(folder: Path) -> list[Path]:
-            self._command("merge", {**config, "output": str(folder / "merged.safetensors")}, folder)
-            search = [folder / "merged-search.json"] if recipe.search else []
-            return [folder / "merged.safetensors", *search]
-
-        settings = {**base, "config": {**config, "vectors": None}, "images": self._images if recipe.search else None}
-        merged, *search = conductor.stage(f"seed-{seed}/merge/{name}", settings, vectors, work)
-        header = TaskVector.load(merged).metadata
-        curve = json.loads(search[0].read_text(encoding="utf-8")) if search else None
-        return {
-            "transform": header["transform"],
-            "coefficient": curve.get("best") if curve else recipe.settings.get("coefficient"),
-            "search": _curve(curve) if curve else None,
-            "accuracy": self._test_all(conductor, f"seed-{seed}/test/{name}", base, merged),
-        }
-
-    def _test_all(self, conductor: Conductor, name: str, base: dict[str, Any], vector: Path | None) -> dict[str, float]:
-        config = self._test_config(self._all_data(), vector)
-        settings = {**base, "images": self._images}
-        metrics = self._test(conductor, name, config, settings, [vector] if vector else [])
-        return {task: metrics[f"test/{task}/accuracy"] for task in self.tasks}
-
-    def _test_config(self, data: dict[str, Any], vector: Path | None) -> dict[str, Any]:
-        several = data["class_path"] == _TASKS
-        init = {
+    def _statistics(self, seed: int, name: str, task: str, vector: Path) -> Stage:
+        recipe, stage = self.recipes[name], f"seed-{seed}/statistics/{name}/{task}"
+        config = {
+            **(recipe.statistics or {}),
+            "kind": recipe.collected,
             "model": self.model,
             "pretrained": self.pretrained,
-            "task_vector": str(vector) if vector else None,
+            "data": self.task_data(task, seed),
             **({"linearized": True} if self.evaluated_linearized else {}),
         }
-        model = {"class_path": _MULTI_TASK if several else _FINE_TUNE, "init_args": init}
-        return combine({"trainer": _TRAINER, "model": model, "data": data}, self.test)
+        output = f"{recipe.collected}.safetensors"
+        places = {"task_vector": str(vector), "output": str(self.directory / stage / output)}
+        settings = self._settings(config, self._images.get(task))
+        return Stage(stage, "statistics", {**config, **places}, settings, (output,), (vector,))
 
-    def _test(
-        self, conductor: Conductor, name: str, config: dict[str, Any], settings: dict[str, Any], inputs: list[Path]
-    ) -> dict[str, float]:
-        def work(folder: Path) -> list[Path]:
-            self._command("test", config, folder)
-            return [folder / "test_metrics.json"]
-
-        placeless = combine(config, {"model": {"init_args": {"task_vector": None}}})  # its content counts
-        path = conductor.stage(name, {**settings, "config": placeless}, inputs, work)[0]
-        return {key: round(value, 6) for key, value in json.loads(path.read_text(encoding="utf-8")).items()}
-
-    def _task_data(self, task: str, seed: int) -> dict[str, Any]:
-        place = {"path": self.paths[task], "name": task} if task in self.paths else {"task": task}
-        return {"class_path": "lit_merge.data.TaskDataModule", "init_args": {**place, "seed": seed}}
-
-    def _all_data(self) -> dict[str, Any]:
-        embedded = [task for task in self.tasks if task not in self.paths]
-        return {"class_path": _TASKS, "init_args": {"tasks": embedded, "paths": self.paths or None}}
-
-    def _data(self) -> Any:
-        """The data module of all tasks; every folder has been looked into."""
-        from lit_merge.data.multitask import MultiTaskDataModule
-
-        data = MultiTaskDataModule(**self._all_data()["init_args"])
-        assert all(module.classes for module in data.tasks.values())
-        return data
-
-    def _command(self, command: str, config: dict[str, Any], folder: Path) -> None:
-        """Run a command as a user would, from a configuration file, in this process."""
-        from lit_merge.commands import run_command
-
-        path = folder / "stage.yaml"
-        write_text(path, yaml.safe_dump(config, sort_keys=False))
-        arguments = ["--config", str(path)]
-        if command != "merge":
-            arguments += ["--output", str(folder)]
-        devices = str(config.get("trainer", {}).get("devices", 1))
-        if devices != "1" and command != "merge":
-            self._subprocess([command, *arguments])
-            return
-        try:
-            with quiet(), redirect_stdout(StringIO()):
-                run_command(command, arguments)
-            gc.collect()  # a trainer and its model refer to each other, and would stay through the next stages
-        except SystemExit as error:  # the parser has said on the standard error what is wrong
-            raise ConfigurationError(f"{command}: the configuration {path} was refused, see the line above.") from error
-
-    @staticmethod
-    def _subprocess(arguments: list[str]) -> None:
-        """Several devices: Lightning starts a process for each by repeating the command line."""
-        import subprocess
-
-        done = subprocess.run(
-            [sys.executable, "-m", "lit_merge", *arguments], capture_output=True, text=True, check=False
-        )
-        if done.returncode:
-            lines = done.stderr.strip().splitlines() or ["no message"]
-            last = next((line.partition("error: ")[2] for line in lines if "error: " in line), lines[-1])
-            raise LitMergeError(f"{arguments[0]} failed with exit code {done.returncode}: {last}")
+    def _as_output(self, path: Path) -> Path:
+        """A file that a recipe names, as the stages call it if it lies in the suite's directory."""
+        here, there = self.directory.resolve(), path.resolve()
+        return self.directory / there.relative_to(here) if there.is_relative_to(here) else path
 
 
-def combine(*parts: dict[str, Any]) -> dict[str, Any]:
-    """Merge nested dictionaries, later ones over earlier ones."""
-    combined: dict[str, Any] = {}
-    for part in parts:
-        for key, value in part.items():
-            inner = combined.get(key)
-            combined[key] = combine(inner, value) if isinstance(inner, dict) and isinstance(value, dict) else value
-    return combined
+def _tops(paths: Sequence[Path], root: Path) -> list[Path]:
+    """The files and folders right below a root that a data set's files lie in; those elsewhere as they are."""
+    found = [path for path in paths if path.exists()]
+    return sorted({root / path.relative_to(root).parts[0] if path.is_relative_to(root) else path for path in found})
 
 
-def _curve(search: dict[str, Any]) -> dict[str, Any] | None:
-    """A search's curve, of one field that was judged by normalised accuracy; what else it found is in its own file."""
-    return {key: search[key] for key in ("values", "normalised", "absolute")} if search.get("normalised") else None
+_MERGED = "merged.safetensors"
 
 
-def _describe(vector: TaskVector) -> dict[str, Any]:
-    return {
-        "norm": round(vector.norm(), 6),
-        "relative_norm": float(vector.metadata["relative_norm"]),
-        "steps": int(vector.metadata["step"]),
-    }
+def _devices(config: Mapping[str, Any]) -> int:
+    """How many devices a configuration's trainer uses where there are some; 1 if it says so in words."""
+    trainer = config.get("trainer", {})
+    given = trainer.get("devices", 1)
+    if trainer.get("accelerator") == "cpu":
+        return 0
+    return len(given) if isinstance(given, list) else max(1, given) if isinstance(given, int) else 1

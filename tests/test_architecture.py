@@ -11,7 +11,18 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "lit_merge"
 EVERYTHING = {"*"}
-BELOW_MODULES = {"errors", "naming", "params", "cache", "functional", "vectors", "transforms", "models", "metrics"}
+BELOW_MODULES = {
+    "errors",
+    "hub",
+    "naming",
+    "params",
+    "cache",
+    "functional",
+    "vectors",
+    "transforms",
+    "models",
+    "metrics",
+}
 LAYERS: dict[str, set[str]] = {  # room -> rooms of lit_merge and third-party packages that it may import
     "_version": set(),
     "errors": set(),
@@ -19,12 +30,32 @@ LAYERS: dict[str, set[str]] = {  # room -> rooms of lit_merge and third-party pa
     "cache": {"errors"},
     "params": {"errors", "torch"},
     "functional": {"errors", "params", "torch"},
-    "vectors": {"errors", "naming", "params", "functional", "torch", "safetensors", "numpy"},
-    "transforms": {"errors", "naming", "params", "functional", "vectors", "torch", "safetensors", "numpy"},
-    "models": {"errors", "naming", "params", "cache", "functional", "vectors", "torch", "torchvision", "numpy", "PIL"},
+    "hub": {"errors", "hub_refusals", "huggingface_hub"},
+    "hub_refusals": {"errors", "hub", "huggingface_hub"},
+    "vectors": {"errors", "hub", "naming", "params", "functional", "torch", "safetensors", "numpy"},
+    "transforms": {"errors", "hub", "naming", "params", "functional", "vectors", "torch", "safetensors", "numpy"},
+    "models": {
+        "errors",
+        "hub",
+        "naming",
+        "params",
+        "cache",
+        "functional",
+        "vectors",
+        "torch",
+        "torchvision",
+        "numpy",
+        "PIL",
+    },
     "linear_features": {"errors", "params", "cache", "functional", "vectors", "torch", "numpy"},
-    "metrics": {"errors", "params", "functional", "torch", "torchmetrics"},
-    "data": {"errors", "cache", "vectors", "torch", "torchvision", "lightning", "PIL", "numpy"},  # vectors: the store
+    "metrics": {
+        *("errors", "naming", "params", "functional", "vectors", "torch", "torchmetrics"),
+        *("search", "report", "matplotlib"),  # the scores of search; report draws
+    },
+    "data": {
+        *{"errors", "cache", "vectors", "torch", "torchvision", "lightning", "PIL", "numpy"},  # vectors: the store
+        *{"datasets", "h5py", "huggingface_hub", "scipy"},  # published data sets, where one needs it
+    },
     "modules": BELOW_MODULES | {"linear_features", "torch", "lightning", "torchmetrics"},
     "callbacks": {
         "errors",
@@ -43,19 +74,41 @@ LAYERS: dict[str, set[str]] = {  # room -> rooms of lit_merge and third-party pa
         "lightning",
         "matplotlib",
     },
-    "statistics": {"errors", "functional", "params", "vectors", "transforms", "data", "modules", "search", "torch"},
+    "statistics": {
+        "errors",
+        "hub",
+        "functional",
+        "params",
+        "vectors",
+        "transforms",
+        "data",
+        "modules",
+        "search",
+        "torch",
+    },
+    "analysis": EVERYTHING,
     "report": EVERYTHING,
     "search": EVERYTHING,
     "soup": EVERYTHING,
+    "inspection": {"errors", "hub", "naming", "vectors", "torch", "rich"},
+    "importing": BELOW_MODULES | {"torch"},
     "merging": EVERYTHING,
     "merge_inputs": BELOW_MODULES | {"torch"},
     "merge_output": BELOW_MODULES | {"merge_inputs", "torch"},
     "merge_plan": BELOW_MODULES | {"merge_inputs", "merge_output"},
     "merge_progress": {"vectors", "torch", "rich"},
     "model_card": BELOW_MODULES | {"environment", "merge_inputs", "yaml"},
-    "stages": {"errors", "vectors", "callbacks"},
+    "repository_card": {"errors", "yaml"},
+    "hub_pull": {"errors", "hub", "vectors"},
+    "hub_push": EVERYTHING,
+    "engines": {"errors", "commands", "search", "torch"},
+    "stages": {"errors", "vectors", "callbacks", "engines", "yaml"},
     "environment": {"torch"},
+    "suite_files": {"errors", "suite_settings", "yaml"},
     "suite_plan": EVERYTHING,
+    "suite_recipe": {"errors", "merging", "search", "transforms"},
+    "suite_results": {"environment", "report", "suite_recipe", "vectors"},
+    "suite_settings": {"data", "suite_recipe"},
     "suite": EVERYTHING,
     "runs": {"errors", "callbacks", "lightning"},
     "command_parser": EVERYTHING,
@@ -68,6 +121,7 @@ LAYERS: dict[str, set[str]] = {  # room -> rooms of lit_merge and third-party pa
 ONLY_HERE = {  # third-party package -> the only file that imports it
     "open_clip": "models/encoder.py",
     "optuna": "search/study.py",
+    "ray": "engines/cluster.py",
     "fontTools": "data/embedded/build_atlas.py",
     "sklearn": "data/embedded/build_digits.py",
 }

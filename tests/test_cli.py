@@ -28,7 +28,7 @@ QUIET = [
     "--trainer.devices=1",
 ]
 REQUIRED = {"merge": ["--vectors", "[a, b]", "--output", "c.safetensors"], "suite": ["--output", "d"]}
-REQUIRED["data"] = ["--output", "e.png"]
+REQUIRED["data sheet"] = ["--output", "e.png"]
 
 
 @pytest.fixture(autouse=True)
@@ -72,14 +72,14 @@ def test_plain_help_is_immediate_and_names_every_command() -> None:
         assert f"lit-merge {command}" in done.stdout
 
 
-@pytest.mark.parametrize("command", ["fit", "validate", "test", "predict", "merge", "suite", "data"])
+@pytest.mark.parametrize("command", ["fit", "validate", "test", "predict", "merge", "suite", "data sheet"])
 def test_every_command_has_help_and_prints_its_configuration(command, capsys) -> None:
     started = time.process_time()
-    assert main([command, "--help"]) == 0
+    assert main([*command.split(), "--help"]) == 0
     text = capsys.readouterr().out
     assert f"lit-merge {'' if command in REQUIRED else '[options] '}{command}" in text
     assert "--print_config" in text
-    assert main([command, *REQUIRED.get(command, []), "--print_config"]) == 0
+    assert main([*command.split(), *REQUIRED.get(command, []), "--print_config"]) == 0
     printed = yaml.safe_load(capsys.readouterr().out)
     assert "output" in printed
     if command not in REQUIRED:
@@ -106,13 +106,13 @@ def test_every_command_has_help_and_prints_its_configuration(command, capsys) ->
         (["suite", "--fit", "{trainer: {max_steps: 3}}"], "fit.trainer.max_steps", 3),
         (["suite", "--paths.mine", "p", "--seeds+=4"], "seeds", [0, 4]),
         (["suite", "--recipes", "{one: {recipe: negation}}"], "recipes.one.recipe", "negation"),
-        (["data", "--rows", "3"], "rows", 3),
+        (["data sheet", "--rows", "3"], "rows", 3),
     ],
     ids=str,
 )
 def test_overrides_from_the_shell(arguments, place, value, capsys) -> None:
     command, *rest = arguments
-    assert main([command, *REQUIRED.get(command, []), *rest, "--print_config"]) == 0
+    assert main([*command.split(), *REQUIRED.get(command, []), *rest, "--print_config"]) == 0
     found = yaml.safe_load(capsys.readouterr().out)
     for part in place.split("."):
         found = found[part]
@@ -236,7 +236,8 @@ def test_merging_and_testing_the_merged_weights(fit, tiny, clip_config, clip_wei
 
 
 def test_a_contact_sheet(capsys) -> None:
-    assert main(["data", "--output", "sheet.png", "--tasks", "[digits, land]", "--rows", "1", "--columns", "3"]) == 0
+    chosen = ["--tasks", "[digits, land]", "--rows", "1", "--columns", "3"]
+    assert main(["data", "sheet", "--output", "sheet.png", *chosen]) == 0
     assert capsys.readouterr().out == "sheet.png\n"
     assert Path("sheet.png").read_bytes().startswith(b"\x89PNG")
 

@@ -20,10 +20,7 @@ import yaml
 from lit_merge import FineTuneModule
 from lit_merge.cli import main
 from lit_merge.data import MultiTaskDataModule, TaskDataModule
-from lit_merge.errors import ConfigurationError, DataError
 from lit_merge.report import Results
-from lit_merge.stages import Conductor, folder_digest
-from lit_merge.suite_plan import Recipe
 
 STAGES = 1 + 2 * (3 + 3)
 FEW = ["--tasks=[digits]", "--paths=null", "--recipes={average: {recipe: weight_average}}"]
@@ -372,62 +369,3 @@ def test_a_folder_of_other_things_is_no_suites(place, capsys) -> None:
         assert main(["suite", "--config=suite.yaml", "--output=.", *options]) == 2  # its own suite.yaml lies here
         assert "which holds something else" in capsys.readouterr().err
     assert Path("suite.yaml").read_bytes() == before
-
-
-# The conductor by itself
-
-
-def test_stages_run_when_their_settings_or_inputs_change(tmp_path) -> None:
-    source, calls = tmp_path / "source", []
-
-    def work(folder: Path) -> list[Path]:
-        calls.append(sorted(path.name for path in folder.iterdir()))
-        (folder / "out").write_text(source.read_text())
-        (folder / "by the way").write_text("")
-        return [folder / "out"]
-
-    def conduct(settings: Any) -> str:
-        conductor = Conductor(tmp_path / "job", 1, lambda line: None)
-        (out,) = conductor.stage("a/b", settings, [source], work)
-        return out.read_text()
-
-    source.write_text("1")
-    assert (conduct({"x": 1}), len(calls)) == ("1", 1)
-    assert (conduct({"x": 1}), len(calls)) == ("1", 1)
-    assert (conduct({"x": 2}), len(calls)) == ("1", 2)
-    source.write_text("2")
-    assert (conduct({"x": 2}), len(calls)) == ("2", 3)
-    assert calls == [[], [], []]  # every time in an empty folder
-
-
-def test_a_failing_stage_leaves_no_record(tmp_path) -> None:
-    def work(folder: Path) -> list[Path]:
-        raise DataError("images: expected some, got none.")
-
-    with pytest.raises(DataError, match=r"^fit/x: images: expected some, got none\.$"):
-        Conductor(tmp_path, 1, lambda line: None).stage("fit/x", {}, [], work)
-    assert not list(tmp_path.rglob("*.json"))
-
-
-def test_a_folders_digest_sees_names_sizes_and_times(tmp_path) -> None:
-    (tmp_path / "a").mkdir()
-    (tmp_path / "a/1").write_text("one")
-    digests = [folder_digest(tmp_path), folder_digest(tmp_path)]
-    assert digests[0] == digests[1]
-    os.utime(tmp_path / "a/1", ns=(1, 1))
-    digests.append(folder_digest(tmp_path))
-    (tmp_path / "a/1").rename(tmp_path / "a/2")
-    digests.append(folder_digest(tmp_path))
-    (tmp_path / "dangling").symlink_to("nowhere")
-    assert folder_digest(tmp_path) == digests[-1]
-    assert len(set(digests)) == 3
-
-
-def test_a_recipe_may_be_a_list_of_parts():
-    recipe = Recipe(parts=[{"Trim": {"density": 0.5}}, "Sum"], overrides=[{"names": "ln_", "parts": ["Mean"]}])
-    recipe.check()
-    assert recipe.description()["parts"] == [{"Trim": {"density": 0.5}}, "Sum"]
-    with pytest.raises(ConfigurationError, match="Trim"):
-        Recipe(parts=[{"Trimm": {"density": 0.5}}, "Sum"]).check()
-    with pytest.raises(ConfigurationError, match="parts"):
-        Recipe(recipe="ties", parts=["Sum"]).check()

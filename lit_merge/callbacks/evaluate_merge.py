@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 
 from lit_merge.data.embedded.tasks import EMBEDDED_TASKS
 from lit_merge.data.multitask import MultiTaskDataModule
+from lit_merge.data.registry import REGISTRY
 from lit_merge.errors import ConfigurationError, DataError, first_few
 from lit_merge.functional import linearize
 from lit_merge.functional.evaluation import evaluating
@@ -190,10 +191,10 @@ class EvaluateMerge(L.Callback):
                 f"{first_few(repeated)} again. Remove it."
             )
         if self.data is None:
-            unknown = [name for name in names if name not in EMBEDDED_TASKS]
+            unknown = [name for name in names if name not in EMBEDDED_TASKS and name not in REGISTRY]
             if unknown:
                 raise ConfigurationError(
-                    f"data: expected a data module, as {first_few(unknown)} is no embedded task, got none. "
+                    f"data: expected a data module, as {first_few(unknown)} is no task of a known name, got none. "
                     "Use MultiTaskDataModule with paths."
                 )
             return MultiTaskDataModule(tasks=names)

@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from lit_merge.errors import ConfigurationError, FileFormatError, StructureMismatchError
+from lit_merge.hub import pinned
 from lit_merge.transforms.base import Transform
 from lit_merge.vectors import Coefficients, TaskVectors, file_digest
 
@@ -50,7 +51,7 @@ class LearnedScale(Transform):
             raise ConfigurationError(
                 f"LearnedScale.{wrong}: expected a string, got {getattr(self, wrong)!r}. Name a file of coefficients."
             )
-        object.__setattr__(self, "path", str(self.path))
+        object.__setattr__(self, "path", pinned(self.path) if self.content is None else str(self.path))
         if self.content is None:
             Coefficients.load(self.path)  # which says best what is wrong with it
             object.__setattr__(self, "content", _content(self.path))

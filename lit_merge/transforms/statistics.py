@@ -10,6 +10,7 @@ from typing import Any, Literal, NoReturn
 from torch import Tensor
 
 from lit_merge.errors import ConfigurationError, FileFormatError, StructureMismatchError, first_few
+from lit_merge.hub import pinned
 from lit_merge.params import check_finite
 from lit_merge.vectors.store import LazyTensors, write_tensors
 from lit_merge.vectors.task_vectors import TaskVectors
@@ -24,7 +25,7 @@ class StatisticsFiles(dict[str, str]):
     """Task -> path of its file. It is not changed any more, so that a transform which holds it can be hashed.
 
     Args:
-        files: task -> path, at least one.
+        files: task -> path, at least one; of an address on the Hub the commit is kept with it.
         what: how a message calls them, e.g. ``"RegMean.statistics"``.
 
     Raises:
@@ -40,7 +41,7 @@ class StatisticsFiles(dict[str, str]):
         wrong = [item for item in files.items() if not (isinstance(item[0], str) and isinstance(item[1], str | Path))]
         if wrong:
             raise ConfigurationError(f"{what}: expected names of tasks and paths, got {wrong[0]!r}. Give strings.")
-        super().__init__({task: str(path) for task, path in files.items()})
+        super().__init__({task: pinned(path) for task, path in files.items()})
 
     def _refuse(self, *args: Any, **keywords: Any) -> NoReturn:
         raise TypeError("the files of a transform cannot be changed; build another transform")
