@@ -20,7 +20,7 @@ from lit_merge.search import (
     target_control_score,
 )
 from lit_merge.search.scores import best_point, mean_accuracy
-from lit_merge.suite_plan import Recipe
+from lit_merge.suite_recipe import Recipe
 from lit_merge.transforms import LiNeS, Sum, chain, task_arithmetic, ties
 
 

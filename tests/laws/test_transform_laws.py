@@ -228,7 +228,7 @@ BY_ENTRY: list[tuple[Transform, Callable[[Transform], Transform]]] = [
     )
 ]
 
-every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: repr(case.transform))
+every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: repr(case.transform).replace(FOLDER.name, ""))
 
 
 def make_vectors(
