@@ -316,7 +316,51 @@ def _there(name: str) -> bool:
     return (ROOT / f"benchmarks/results/{name}.json").is_file()
 
 
-_LATER: dict[str, Callable[[dict[str, Any]], list[str]]] = {}
+def _disentanglement(found: dict[str, Any]) -> list[str]:
+    images = " and ".join(f"{count:,} images of {task}" for task, count in found["images"].items())
+    rows = []
+    for kind in ("direct", "linearised"):
+        one = found[kind]
+        apart = max(one["largest_difference"].values())
+        cells = [f"{one['seconds_ours']:.0f} s", f"{one['seconds_naive']:.0f} s", f"{one['times_faster']:g}"]
+        rows.append([kind, *cells, f"at least {one['goal']:g}", "yes" if one["reached"] else "no", f"{apart:.0e}"])
+    head = ["models", "ours", "every point by itself", "times faster", "goal", "met", "largest difference"]
+    timed = "; ".join(f"{kind}: {found[kind]['naive_points_timed']}" for kind in ("direct", "linearised"))
+    side = len(found["grid"])
+    return [
+        f"Disentanglement error on a grid of {side} × {side}, {images} (`benchmarks/disentanglement.py`, "
+        f"[more](analyze.md)); of the points by themselves some were timed, beside ours, and scaled up ({timed}):",
+        "",
+        *table(head, rows),
+    ]
+
+
+def _checkpoints(found: dict[str, Any]) -> list[str]:
+    return [
+        f"Importing and differencing published checkpoints, {found['model']}: at most {found['largest_peak_mb']} MB "
+        "above the interpreter's own (`benchmarks/checkpoints.py`, [more](checkpoints.md))."
+    ]
+
+
+def _hostile(found: dict[str, Any]) -> list[str]:
+    damaged = found["damaged_total"]
+    hostile = {key: sum(kind[key] for kind in found["hostile"].values()) for key in ("files", "refused")}
+    peak = found["peak_memory_above_start_mb"]
+    return [
+        f"Damaged files: {damaged['files']:,}, of which {damaged['refused']:,} were refused in one line and "
+        f"{damaged['read equal']:,} read equal; at most {peak['damaged']:.0f} MB and "
+        f"{found['slowest_damaged']['seconds']:.2f} s each. Hostile ones: {hostile['files']:,}, of which "
+        f"{hostile['refused']:,} were refused and the others read as data; at most {peak['hostile']:.0f} MB and "
+        f"{found['slowest_hostile']['seconds']:.1f} s. Nothing was imported, called or written "
+        "(`benchmarks/hostile_files.py`)."
+    ]
+
+
+_LATER: dict[str, Callable[[dict[str, Any]], list[str]]] = {
+    "disentanglement": _disentanglement,
+    "checkpoints": _checkpoints,
+    "hostile_files": _hostile,
+}
 
 
 def page() -> str:

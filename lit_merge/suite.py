@@ -20,7 +20,7 @@ import yaml
 from lit_merge.callbacks.writing import write_text
 from lit_merge.engines import open_engine
 from lit_merge.errors import ConfigurationError, LitMergeError
-from lit_merge.report import accuracy_table, results_figure
+from lit_merge.report import accuracy_table, report, results_figure
 from lit_merge.report.results import Results
 from lit_merge.search import CoefficientSearch
 from lit_merge.stages import Conductor
@@ -57,8 +57,8 @@ def suite(
     """Fine-tune every task, extract, merge with every recipe and evaluate; print a table, write JSON and a figure.
 
     Args:
-        output: directory of everything that is written; results.json and results.png are the outcome. Run again with
-            the same settings, it goes on where it stopped.
+        output: directory of everything that is written; the outcome is results.json, results.png and report.html. Run
+            again with the same settings, it goes on where it stopped.
         name: of the results.
         model: architecture, as for fit.
         pretrained: its weights.
@@ -166,7 +166,7 @@ def _claim(directory: Path, config: str, overwrite: bool) -> None:
         ) from error
     path = directory / "suite.yaml"
     changed = not path.exists() or path.read_text(encoding="utf-8") != config
-    outcome = ("results.json", "results.png", "timings.json") if overwrite or changed else ()
+    outcome = ("results.json", "results.png", "report.html", "timings.json") if overwrite or changed else ()
     for name in (*outcome, *(("stages", "zero-shot", "seed-*") if overwrite else ())):
         for found in directory.glob(name):
             shutil.rmtree(found) if found.is_dir() else found.unlink()
@@ -193,10 +193,12 @@ def _publish(results: dict[str, Any], directory: Path) -> dict[str, Any]:
     loaded = Results.from_dict(results)
     write_text(directory / "results.json", json.dumps(results, indent=2) + "\n")
     results_figure(loaded, directory / "results.png")
+    report(str(directory))
     console = Console()
     console.print(accuracy_table(loaded))
     console.print(accuracy_table(loaded, normalised=True))
-    console.print(f"{directory / 'results.json'}\n{directory / 'results.png'}", highlight=False)
+    for name in ("results.json", "results.png", "report.html"):
+        console.print(str(directory / name), highlight=False)
     return results
 
 

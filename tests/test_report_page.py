@@ -85,6 +85,16 @@ def test_best_merged_model_of_a_column_is_bold_and_references_never_are():
     assert best == {("task arithmetic", 1), ("task arithmetic", 2), ("task arithmetic", 3)}
 
 
+def test_further_references_have_rows_and_are_never_best():
+    data = document()
+    for seed in data["seeds"].values():
+        seed["references"] = {"joint": {"digits": 0.99, "signs": 0.98}}
+    rows = next(iter(page(data).tables.values()))[1:]
+    assert [row[0][0] for row in rows][-2:] == ["joint", "individual"]
+    assert [cell[0] for cell in rows[-2][1:]] == ["99.0", "98.0", "98.5"]
+    assert not any("best" in cell[1].get("class", "") for cell in rows[-2])
+
+
 def test_task_vectors_and_cosines_are_listed():
     *_, vectors, cosines = page(document()).tables.values()
     assert vectors[1][0][0] == "digits"

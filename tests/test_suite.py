@@ -111,6 +111,8 @@ def test_the_outcome(template) -> None:
     assert f"[{STAGES}/{STAGES}] seed-0/test/scaled: " in shown["err"]
     assert "zero-shot" in shown["out"]
     assert "S/results.png" in shown["out"]
+    assert "S/report.html" in shown["out"]
+    assert "<table" in (directory / "report.html").read_text(encoding="utf-8")
     assert (directory / "results.png").read_bytes().startswith(b"\x89PNG")
     results = json.loads((directory / "results.json").read_text(encoding="utf-8"))
     assert results["tasks"] == ["digits", "signs", "hues"]
