@@ -95,7 +95,7 @@ def write_transformers(path: Path, model: Any) -> Path:
     """``save_pretrained`` of transformers' CLIPModel in shards."""
     from transformers import CLIPConfig, CLIPModel
 
-    from lit_merge.vectors.layouts import written_as
+    from lit_merge.vectors.formats.layouts import written_as
 
     state = written_as(model.state_dict(), "transformers")
     vision = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}

@@ -217,7 +217,7 @@ def measure_references(suite: Suite, seed: int) -> list[Any]:
 
 
 def measure_joint(suite: Suite, seed: int) -> list[Any]:
-    """Rows of one encoder fine-tuned on all tasks: each task gives as many images as to its own model, an eighth a step.
+    """Rows of one encoder fine-tuned on all tasks, each of which gives as many images as to its own model.
 
     Its learning rate is that of the individual models, and was not tuned.
     """

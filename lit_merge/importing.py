@@ -19,11 +19,11 @@ from lit_merge.models import empty_image_tower, load_clip
 from lit_merge.params import Params, check_same_structure
 from lit_merge.vectors import TaskVector, write_tensors
 from lit_merge.vectors.checkpoints import OpenedCheckpoint, named_after, open_checkpoint
-from lit_merge.vectors.layouts import written_as
-from lit_merge.vectors.layouts_views import as_lazy
+from lit_merge.vectors.formats.layouts import written_as
+from lit_merge.vectors.formats.layouts_views import as_lazy
+from lit_merge.vectors.formats.left_out import changes_left_out, text_side
+from lit_merge.vectors.formats.linearised_towers import linearised_towers
 from lit_merge.vectors.lazy import LazyMapping
-from lit_merge.vectors.left_out import changes_left_out, text_side
-from lit_merge.vectors.linearised_towers import linearised_towers
 from lit_merge.vectors.pairs import Names, pair_of
 from lit_merge.vectors.rounding import Rounded
 from lit_merge.vectors.sharded import bytes_of

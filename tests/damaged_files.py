@@ -19,11 +19,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lit_merge.vectors import Coefficients
-from lit_merge.vectors.adapters import open_adapter
 from lit_merge.vectors.checkpoints import open_checkpoint
+from lit_merge.vectors.formats.adapters import open_adapter
+from lit_merge.vectors.formats.torch_files import open_torch_file
 from lit_merge.vectors.sharded import open_tensors, plan_shards, write_shards
 from lit_merge.vectors.store import write_tensors
-from lit_merge.vectors.torch_files import open_torch_file
 
 # Pickles by hand
 

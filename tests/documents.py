@@ -32,8 +32,8 @@ def commands(text: str) -> list[str]:
 def arguments_of(command: str) -> list[str] | None:
     """The arguments of ``lit-merge`` in a line; None for another program that need not be run.
 
-    What needs several devices or machines, the network or data sets of its own gets ``--print_config``: the command line
-    must be right.
+    What needs several devices or machines, the network or data sets of its own gets ``--print_config``: the command
+    line must be right.
     """
     words = shlex.split(command, comments=True)
     if not words:

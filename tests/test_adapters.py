@@ -18,8 +18,8 @@ from transformers import CLIPConfig, CLIPModel, CLIPVisionModel, CLIPVisionModel
 from transformers.pytorch_utils import Conv1D
 
 from lit_merge.errors import FileFormatError, NonFiniteError, StructureMismatchError
-from lit_merge.vectors.adapters import open_adapter
-from lit_merge.vectors.layouts import image_tower, recognise
+from lit_merge.vectors.formats.adapters import open_adapter
+from lit_merge.vectors.formats.layouts import image_tower, recognise
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 

@@ -561,7 +561,8 @@ def test_modules_and_data_that_are_refused(module, merging, fit, stored, data, t
         module(),
         merging(data=None),
         ConfigurationError,
-        "data: expected a data module, as shapes is no task of a known name, got none. Use MultiTaskDataModule with paths.",
+        "data: expected a data module, as shapes is no task of a known name, got none. Use MultiTaskDataModule with "
+        "paths.",
     )
     refuse(
         fit,

@@ -33,8 +33,8 @@ from damaged_files import (
 )
 
 from lit_merge.errors import LitMergeError
-from lit_merge.vectors.pickled import read_pickle
-from lit_merge.vectors.torch_files import open_torch_file
+from lit_merge.vectors.formats.pickled import read_pickle
+from lit_merge.vectors.formats.torch_files import open_torch_file
 
 NOT_TRUSTED = r"which tensors do not need: do not trust it\. Ask its author for a safetensors file or a state dict\.$"
 DAMAGED = r"expected a whole pickle of tensors and plain values, got something else at byte [\d,]+ of it \(truncated"

@@ -25,7 +25,7 @@ from transformers import (
 
 from lit_merge.errors import ConfigurationError, LitMergeError, StructureMismatchError
 from lit_merge.vectors import LazyTensors
-from lit_merge.vectors.layouts import image_tower, linearised_pair, recognise, whole_clip, written_as
+from lit_merge.vectors.formats.layouts import image_tower, linearised_pair, recognise, whole_clip, written_as
 from lit_merge.vectors.lazy import LazyMapping, Slicer
 
 VISION = {"image_size": 32, "layers": 2, "width": 32, "head_width": 8, "patch_size": 8, "mlp_ratio": 2.0}

@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lit_merge.errors import FileFormatError
-from lit_merge.vectors.torch_files import TorchFile, is_torch_file, open_torch_file
+from lit_merge.vectors.formats.torch_files import TorchFile, is_torch_file, open_torch_file
 
 WHOLE = torch.arange(24.0).view(4, 6)
 TENSORS = {
@@ -349,7 +349,7 @@ def test_classes_that_are_not_installed(path, clip, tmp_path):
     program = (
         "import sys\n"
         "sys.modules['open_clip'] = sys.modules['torchvision'] = None\n"
-        "from lit_merge.vectors.torch_files import open_torch_file\n"
+        "from lit_merge.vectors.formats.torch_files import open_torch_file\n"
         f"file = open_torch_file({str(path)!r})\n"
         "print(len(file), sum(float(value.double().abs().sum()) for value in file.values()))\n"
         "print(sorted({name.partition('.')[0] for name in file.classes} - set(sys.modules) - {'__builtin__'}))\n"

@@ -21,7 +21,7 @@ from lit_merge.data.reading import first_line
 from lit_merge.data.registry import DataSetEntry
 from lit_merge.data.stored import ArrayPictures, Listed, VolumePictures, open_volumes
 from lit_merge.errors import DataError, FileFormatError, LitMergeError
-from lit_merge.vectors.pickled import Call, read_pickle
+from lit_merge.vectors.formats.pickled import Call, read_pickle
 
 __all__ = ["ARRAY_READERS", "ArrayReader", "read_mat", "reading"]
 

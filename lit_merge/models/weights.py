@@ -11,7 +11,7 @@ from torch import Tensor
 from lit_merge.errors import ConfigurationError, first_few
 from lit_merge.params import check_finite
 from lit_merge.vectors.checkpoints import open_model
-from lit_merge.vectors.layouts_recognition import NO_PARAMETERS
+from lit_merge.vectors.formats.layouts_recognition import NO_PARAMETERS
 from lit_merge.vectors.lazy import LazyMapping, Selected
 from lit_merge.vectors.store import write_tensors
 

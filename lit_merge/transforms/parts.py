@@ -1,8 +1,8 @@
 """Transforms written as plain data: names with settings, as they stand in a short YAML list.
 
-``[{Trim: {density: 0.2}}, ElectSign, DisjointMean, {LiNeS: {alpha: norm_ratio}}]`` is a chain of four. A name is that
-of a transform of :mod:`lit_merge.transforms`, of a recipe, or the import path of a transform of one's own; where a field is a transform itself, its value is written
-the same way: a name, a name with settings, or a list of them.
+``[{Trim: {density: 0.2}}, ElectSign, DisjointMean, {LiNeS: {alpha: norm_ratio}}]`` is a chain of four. A name is
+that of a transform of :mod:`lit_merge.transforms`, of a recipe, or the import path of a transform of one's own; where
+a field is a transform itself, its value is written the same way: a name, a name with settings, or a list of them.
 """
 
 from __future__ import annotations

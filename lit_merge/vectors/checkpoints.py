@@ -17,14 +17,14 @@ from torch import Tensor
 
 from lit_merge.errors import ConfigurationError, FileFormatError, StructureMismatchError, first_few
 from lit_merge.hub import local_path, parse_address
-from lit_merge.vectors.layouts import Recognised, image_tower, recognise, whole_clip
+from lit_merge.vectors.formats.layouts import Recognised, image_tower, recognise, whole_clip
+from lit_merge.vectors.formats.torch_files import TorchFile, is_torch_file, open_torch_file
 from lit_merge.vectors.lazy import LazyMapping, Selected, Slicer
 from lit_merge.vectors.sharded import INDEX_ENDING, ShardedTensors, open_tensors
 from lit_merge.vectors.store import LazyTensors
-from lit_merge.vectors.torch_files import TorchFile, is_torch_file, open_torch_file
 
 if TYPE_CHECKING:
-    from lit_merge.vectors.adapters import Adapter
+    from lit_merge.vectors.formats.adapters import Adapter
 
 __all__ = ["OpenedCheckpoint", "named_after", "open_checkpoint", "open_model"]
 
@@ -242,7 +242,7 @@ def open_checkpoint(path: str | os.PathLike[str], section: str | None = None) ->
         return OpenedCheckpoint(place, _tensors(place, section))
     if (place / _ADAPTER).is_file():
         _no_section(place, section)
-        from lit_merge.vectors.adapters import open_adapter
+        from lit_merge.vectors.formats.adapters import open_adapter
 
         adapter = open_adapter(place)
         return OpenedCheckpoint(place, adapter.tensors, adapter)

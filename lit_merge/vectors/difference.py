@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lit_merge.errors import NonFiniteError, StructureMismatchError, first_few
 from lit_merge.params import check_same_structure, dtype_of, fingerprint, is_finite, shape_of, working_dtype
-from lit_merge.vectors.layouts_views import as_lazy
+from lit_merge.vectors.formats.layouts_views import as_lazy
 from lit_merge.vectors.lazy import Computed, LazyMapping, Slicer, Structure
 from lit_merge.vectors.pairs import Checkpoint, Names, Pair, differing, pair_of
 

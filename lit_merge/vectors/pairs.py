@@ -15,10 +15,10 @@ from lit_merge.errors import ConfigurationError, StructureMismatchError, first_f
 from lit_merge.naming import number_of_blocks
 from lit_merge.params import check_same_structure
 from lit_merge.vectors.checkpoints import OpenedCheckpoint, open_checkpoint
-from lit_merge.vectors.layouts import image_tower, recognise, written_as
-from lit_merge.vectors.layouts_views import as_lazy
+from lit_merge.vectors.formats.layouts import image_tower, recognise, written_as
+from lit_merge.vectors.formats.layouts_views import as_lazy
+from lit_merge.vectors.formats.linearised_towers import linearised_towers
 from lit_merge.vectors.lazy import Computed, LazyMapping, Selected, Slicer, Structure
-from lit_merge.vectors.linearised_towers import linearised_towers
 
 __all__ = ["Checkpoint", "Names", "Pair", "differing", "pair_of"]
 

@@ -16,12 +16,12 @@ from typing import Any
 from torch import Tensor
 
 from lit_merge.errors import FileFormatError, StructureMismatchError, first_few
-from lit_merge.vectors.adapter_changes import AdapterParts, Update, adapter_difference
-from lit_merge.vectors.adapter_settings import fitting_values, read_settings
-from lit_merge.vectors.layouts_views import as_lazy
+from lit_merge.vectors.formats.adapter_changes import AdapterParts, Update, adapter_difference
+from lit_merge.vectors.formats.adapter_settings import fitting_values, read_settings
+from lit_merge.vectors.formats.layouts_views import as_lazy
+from lit_merge.vectors.formats.torch_files import open_torch_file
 from lit_merge.vectors.lazy import LazyMapping
 from lit_merge.vectors.store import LazyTensors
-from lit_merge.vectors.torch_files import open_torch_file
 
 __all__ = ["Adapter", "open_adapter"]
 

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from lit_merge.errors import ConfigurationError, StructureMismatchError, first_few
-from lit_merge.vectors.layouts_linearised import linearised_pair
-from lit_merge.vectors.layouts_names import BLOCK_LISTS, Row, check_shapes, count_blocks, rows
-from lit_merge.vectors.layouts_recognition import NO_PARAMETERS, OPEN_CLIP_TEXT, Recognised, recognise
-from lit_merge.vectors.layouts_views import Part, Piece, Rearranged, as_lazy
+from lit_merge.vectors.formats.layouts_linearised import linearised_pair
+from lit_merge.vectors.formats.layouts_names import BLOCK_LISTS, Row, check_shapes, count_blocks, rows
+from lit_merge.vectors.formats.layouts_recognition import NO_PARAMETERS, OPEN_CLIP_TEXT, Recognised, recognise
+from lit_merge.vectors.formats.layouts_views import Part, Piece, Rearranged, as_lazy
 from lit_merge.vectors.lazy import LazyMapping, Selected
 
 __all__ = ["Recognised", "image_tower", "linearised_pair", "recognise", "whole_clip", "written_as"]

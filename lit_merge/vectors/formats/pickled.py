@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 
 from lit_merge.errors import FileFormatError, LitMergeError
 from lit_merge.vectors.file_parts import COPY_AGAIN
-from lit_merge.vectors.pickled_objects import (
+from lit_merge.vectors.formats.pickled_objects import (
     COLLECTIONS,
     DICTIONARIES,
     GETATTR,

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from lit_merge.vectors.file_parts import printable
-from lit_merge.vectors.pickled import Malformed, Named
+from lit_merge.vectors.formats.pickled import Malformed, Named
 
 __all__ = ["Storage", "StoredTensor", "Unsupported", "rebuild_tensor", "storage_of"]
 

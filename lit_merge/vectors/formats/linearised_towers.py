@@ -6,8 +6,8 @@ import torch
 
 from lit_merge.errors import StructureMismatchError
 from lit_merge.naming import number_of_blocks
-from lit_merge.vectors.layouts import linearised_pair, recognise
-from lit_merge.vectors.layouts_names import rows
+from lit_merge.vectors.formats.layouts import linearised_pair, recognise
+from lit_merge.vectors.formats.layouts_names import rows
 from lit_merge.vectors.lazy import LazyMapping, Selected
 
 __all__ = ["linearised_towers"]

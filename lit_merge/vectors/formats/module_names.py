@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from lit_merge.vectors.file_parts import printable
-from lit_merge.vectors.pickled import Call, Malformed, Named
-from lit_merge.vectors.stored_tensors import StoredTensor, Unsupported
+from lit_merge.vectors.formats.pickled import Call, Malformed, Named
+from lit_merge.vectors.formats.stored_tensors import StoredTensor, Unsupported
 
 __all__ = ["has_tensors", "is_module", "items_of", "module_tensors", "name_of", "plain", "script_tensors"]
 

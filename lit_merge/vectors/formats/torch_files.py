@@ -1,8 +1,8 @@
 """Files of PyTorch, read as data: state dicts, whole modules, TorchScript archives, Lightning checkpoints.
 
 ``torch.load`` runs what a pickle says. Here only tensors, names and plain values are taken, by the interpreter of
-:mod:`lit_merge.vectors.pickled`; tensors stay in the file until they are asked for. Both containers are read: the zip
-archive of PyTorch 1.6 and later, and the stream of pickles and storages of earlier ones.
+:mod:`lit_merge.vectors.formats.pickled`; tensors stay in the file until they are asked for. Both containers are read:
+the zip archive of PyTorch 1.6 and later, and the stream of pickles and storages of earlier ones.
 """
 
 from __future__ import annotations
@@ -18,8 +18,7 @@ from torch import Tensor
 
 from lit_merge.errors import FileFormatError, first_few
 from lit_merge.vectors.file_parts import COPY_AGAIN, FileParts, printable
-from lit_merge.vectors.lazy import LazyMapping, Slicer
-from lit_merge.vectors.module_names import (
+from lit_merge.vectors.formats.module_names import (
     has_tensors,
     is_module,
     items_of,
@@ -28,9 +27,10 @@ from lit_merge.vectors.module_names import (
     plain,
     script_tensors,
 )
-from lit_merge.vectors.pickled import Call, Malformed, Unpickled, read_pickle
-from lit_merge.vectors.stored_tensors import Storage, StoredTensor, Unsupported, rebuild_tensor, storage_of
-from lit_merge.vectors.stored_zip import StoredEntry, stored_entries
+from lit_merge.vectors.formats.pickled import Call, Malformed, Unpickled, read_pickle
+from lit_merge.vectors.formats.stored_tensors import Storage, StoredTensor, Unsupported, rebuild_tensor, storage_of
+from lit_merge.vectors.formats.stored_zip import StoredEntry, stored_entries
+from lit_merge.vectors.lazy import LazyMapping, Slicer
 
 __all__ = ["TorchFile", "is_torch_file", "open_torch_file"]
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from lit_merge.errors import ConfigurationError, StructureMismatchError, first_few
-from lit_merge.vectors.layouts_recognition import recognise
-from lit_merge.vectors.layouts_views import as_lazy
+from lit_merge.vectors.formats.layouts_recognition import recognise
+from lit_merge.vectors.formats.layouts_views import as_lazy
 from lit_merge.vectors.lazy import LazyMapping, Selected
 
 __all__ = ["linearised_pair"]
