@@ -35,6 +35,7 @@ from fusion_bench.method.simple_average import simple_average
 from fusion_bench.method.slerp.slerp_utils import slerp as fusion_bench_slerp
 from fusion_bench.method.task_singular_vector.utils.TSVM_utils import compute_and_sum_svd_mem_reduction
 from fusion_bench.method.ties_merging.ties_merging_utils import ties_merging
+from fusion_bench.method.wudi import wudi_merging
 from fusion_bench.utils.state_dict_arithmetic import state_dict_add, state_dict_mul
 from mergekit.merge_methods import registry
 from mergekit.merge_methods.base import TensorGroup
@@ -349,6 +350,7 @@ def fusion_bench_rows() -> list[Row]:
         *(Row(*method) for method in spectral),
         *(Row(f"{name}, rank 1", *rest, (2, 3, 4), rank_one, NO_RANK, "undefined") for name, *rest in spectral),
         Row("tsv_m, r < T", tsv_m, ours.TSVMerge(), (3, 4), two_rows, NO_SHARE, "undefined"),
+        Row("wudi", lambda case: wudi_merging(case.states, accelerator="cpu")[NAME].detach(), ours.WUDI()),
         Row("slerp", lambda case: fusion_bench_slerp(0.3, *case.tuned) - case.base, ours.Slerp(0.3), (2,)),
         *model_stock_rows(stock, (2,)),
         Row("model_stock, T > 2", stock, ours.ModelStock(), (3, 4), reason=ANGLES, paper="lit-merge"),

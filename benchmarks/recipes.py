@@ -34,6 +34,7 @@ from lit_merge.modules import MultiTaskModule
 from lit_merge.search import normalised_accuracy, quiet, silent_trainer
 from lit_merge.statistics.command import statistics
 from lit_merge.transforms import (
+    WUDI,
     ConsensusMask,
     DisjointMean,
     Drop,
@@ -78,6 +79,7 @@ RECIPES: dict[str, tuple[Transform, list[float]]] = {  # what is merged, and the
     "TSV-M": (TSVMerge(), LARGE),
     "Iso-C": (IsoC(), LARGE),
     "Iso-CTS": (IsoCTS(), LARGE),
+    "WUDI": (WUDI(), LARGE),
 }
 STATISTICS: dict[str, tuple[Any, str, int, list[float]]] = {  # from unlabelled training images: kind and how many
     "Fisher": (FisherMean, "fisher", 32, [1.0, 1.5, 2.0, 3.0, 4.0, 6.0]),

@@ -41,6 +41,7 @@ PUBLISHED = [
     ("RegMean", 82.4, LATER),
     ("Iso-C", 82.8, LATER),
     ("Iso-CTS", 82.7, LATER),
+    ("WUDI", 84.5, LATER),
     ("task-wise AdaMerging", 71.1, YANG),
     ("task-wise AdaMerging++", 73.7, YANG),
     ("layer-wise AdaMerging", 80.1, YANG),
@@ -170,6 +171,8 @@ BY_RECIPE = [
     ("TSV-M beats TIES", GARGIULO, ("TSV-M", False), ("TIES", False)),
     ("Iso-C beats task arithmetic", MARCZAK, ("Iso-C", False), ("task arithmetic", False)),
     ("Iso-CTS beats Iso-C", MARCZAK, ("Iso-CTS", False), ("Iso-C", False)),
+    ("WUDI beats TIES", "Cheng et al. 2025", ("WUDI", False), ("TIES", False)),
+    ("WUDI beats Iso-C", LATER, ("WUDI", False), ("Iso-C", False)),
 ]
 
 
@@ -284,6 +287,9 @@ def _cells(recipes: Recipes, name: str) -> list[str]:
     ]
 
 
+FOUR = {"paper": "in the papers' scheme", "fusion_bench": "in FusionBench", "lit_merge": "here"}
+
+
 def costs() -> list[str]:
     """Time and memory against peers."""
     merge, rows = read("merge"), []
@@ -303,6 +309,13 @@ def costs() -> list[str]:
     ]
     lines += ["", "Learning coefficients, ViT-B/32, 8 tasks (`benchmarks/adamerging.py`, [more](adamerging.md)):", ""]
     lines += table(["what", "measured", "goal", "met"], goals)
+    four = {row["tool"]: mean(row["seconds"]) for row in read("adamerging_four_vectors")["steps"]}
+    lines += [
+        "",
+        "With 8 vectors the papers' scheme needs more than 20 GiB. With 4, and 4 images of each task, a step takes "
+        + ", ".join(f"{four[tool]:.1f} s {name}" for tool, name in FOUR.items())
+        + " (`python benchmarks/adamerging.py --stages steps --vectors 4 --images 4 --rounds 2 --steps 2`).",
+    ]
     search = read("linear_search")
     lines += [
         "",

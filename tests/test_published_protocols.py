@@ -197,7 +197,7 @@ RUNS: list[tuple[str, list[str] | None, list[str], bool, str, str]] = [
      "exp_lr", "ExpLR"),
     ("clip20_vit_b32", ["emnist", "cifar10"], ["della", "iso_cts", "adamerging_plus_plus_task_wise"], False,
      "half_ft", "LastBlocks"),
-    ("clip20_vit_b16", ["food101", "flowers102"], ["model_stock", "adamerging_supervised"], False,
+    ("clip20_vit_b16", ["food101", "flowers102"], ["model_stock", "wudi", "adamerging_supervised"], False,
      "last_ft", "LastBlocks"),
     ("clip20_vit_l14", ["rendered_sst2", "kmnist", "fashion_mnist"], ["lines_consensus", "lines_ties"], False,
      "tau_jp_cyclic", "cyclic"),

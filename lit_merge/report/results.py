@@ -40,7 +40,7 @@ INDIVIDUAL = "individual"
 JOINT = "joint"
 """The method that is no merge: one model, fine-tuned on all tasks jointly; a suite may have this reference."""
 
-_NAMES = {"iso_c": "Iso-C", "iso_cts": "Iso-CTS", "tsv_m": "TSV-M"}  # as the papers write them
+_NAMES = {"iso_c": "Iso-C", "iso_cts": "Iso-CTS", "tsv_m": "TSV-M", "wudi": "WUDI"}  # as the papers write them
 _WORDS = {"adamerging": "AdaMerging", "dare": "DARE", "lines": "LiNeS", "tall": "TALL", "ties": "TIES"}
 
 

@@ -7,6 +7,7 @@ from lit_merge.transforms.base import Chain, Transform, chain
 from lit_merge.transforms.depth import LiNeS, ScaleBlocks
 from lit_merge.transforms.fields import replace_field
 from lit_merge.transforms.geometry import KarcherMean, ModelStock, Slerp
+from lit_merge.transforms.interference import WUDI
 from lit_merge.transforms.learned import LearnedScale
 from lit_merge.transforms.masks import ConsensusMask, TallMask
 from lit_merge.transforms.override import Override, WithOverrides
@@ -36,6 +37,7 @@ from lit_merge.transforms.recipes import (
     ties,
     tsv_m,
     weight_average,
+    wudi,
 )
 from lit_merge.transforms.reduce import Interpolate, Mean, Negate, Scale, Sum
 from lit_merge.transforms.rescale import Rescale
@@ -46,6 +48,7 @@ from lit_merge.transforms.weighted import FisherMean, RegMean
 
 __all__ = [
     "RECIPES",
+    "WUDI",
     "Chain",
     "ConsensusMask",
     "DisjointMean",
@@ -102,4 +105,5 @@ __all__ = [
     "ties",
     "tsv_m",
     "weight_average",
+    "wudi",
 ]

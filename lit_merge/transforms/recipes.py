@@ -11,6 +11,7 @@ from lit_merge.errors import ConfigurationError
 from lit_merge.transforms.base import Chain, Transform, chain
 from lit_merge.transforms.depth import LiNeS
 from lit_merge.transforms.geometry import KarcherMean, ModelStock, Slerp, Space
+from lit_merge.transforms.interference import WUDI
 from lit_merge.transforms.learned import LearnedScale, transform_before
 from lit_merge.transforms.masks import ConsensusMask, TallMask
 from lit_merge.transforms.reduce import Interpolate, Mean, Negate, Scale, Sum
@@ -45,6 +46,7 @@ __all__ = [
     "ties",
     "tsv_m",
     "weight_average",
+    "wudi",
 ]
 
 
@@ -224,6 +226,16 @@ def iso_cts(common_fraction: float = 0.8, coefficient: float = 1.0) -> Chain:
     return chain(IsoCTS(common_fraction), Scale(coefficient))
 
 
+def wudi(steps: int = 300, coefficient: float = 1.0) -> Chain:
+    """The sum, changed so that it disturbs no task where that task's vector acts (Cheng et al. 2025).
+
+    Args:
+        steps: of Adam on every matrix.
+        coefficient: α; the paper needs none.
+    """
+    return chain(WUDI(steps), Scale(coefficient))
+
+
 def slerp(fraction: float = 0.5, space: Space = "weights") -> Chain:
     """A point of the arc between two models (Shoemake 1985); for exactly two vectors.
 
@@ -297,7 +309,7 @@ RECIPES: dict[str, Callable[..., Chain]] = {
     for function in (
         *(weight_average, task_arithmetic, negation, analogy, rewarded_soup),
         *(ties, dare_linear, dare_ties, breadcrumbs, della, consensus_ta, consensus_ties, tall_masks, lines),
-        *(tsv_m, iso_c, iso_cts, slerp, karcher, model_stock),
+        *(tsv_m, iso_c, iso_cts, wudi, slerp, karcher, model_stock),
         *(fisher, regmean, adamerging),
     )
 }

@@ -7,20 +7,17 @@ directions of its own. Matrices of full rank are merged to the letter.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from lit_merge.errors import ConfigurationError
 from lit_merge.params import is_finite
 from lit_merge.transforms.base import Transform
 from lit_merge.transforms.magnitudes import count_of
+from lit_merge.transforms.matrices import check_pattern, reduce_matrices
 from lit_merge.vectors import TaskVectors
-from lit_merge.vectors.task_vector import joined_task
 
 __all__ = ["IsoC", "IsoCTS", "TSVMerge"]
 
@@ -56,11 +53,11 @@ class TSVMerge(Transform):
     def __post_init__(self) -> None:
         if self.rank_fraction is not None:
             self._fraction("rank_fraction")
-        _check_pattern(self, self.exclude)
+        check_pattern(self, self.exclude)
 
     def __call__(self, vectors: TaskVectors) -> TaskVectors:
         """Reduce stacks ``(T, *shape)`` to ``(1, *shape)``."""
-        return _reduced(self, self.exclude, vectors, partial(_tsv_merged, self.rank_fraction))
+        return reduce_matrices(self, self.exclude, vectors, partial(_tsv_merged, self.rank_fraction))
 
 
 @dataclass(frozen=True)
@@ -81,11 +78,11 @@ class IsoC(Transform):
     exclude: str | None = None
 
     def __post_init__(self) -> None:
-        _check_pattern(self, self.exclude)
+        check_pattern(self, self.exclude)
 
     def __call__(self, vectors: TaskVectors) -> TaskVectors:
         """Reduce stacks ``(T, *shape)`` to ``(1, *shape)``."""
-        return _reduced(self, self.exclude, vectors, _iso_c)
+        return reduce_matrices(self, self.exclude, vectors, _iso_c)
 
 
 @dataclass(frozen=True)
@@ -112,42 +109,11 @@ class IsoCTS(Transform):
 
     def __post_init__(self) -> None:
         self._number("common_fraction", minimum=0.0, maximum=1.0)
-        _check_pattern(self, self.exclude)
+        check_pattern(self, self.exclude)
 
     def __call__(self, vectors: TaskVectors) -> TaskVectors:
         """Reduce stacks ``(T, *shape)`` to ``(1, *shape)``."""
-        return _reduced(self, self.exclude, vectors, partial(_iso_cts, self.common_fraction))
-
-
-def _check_pattern(transform: Transform, pattern: str | None) -> None:
-    try:
-        re.compile(pattern or "")
-    except (re.error, TypeError) as error:
-        raise ConfigurationError(
-            f"{type(transform).__name__}.exclude: expected a regular expression, got {pattern!r} ({error}). Correct it."
-        ) from error
-
-
-def _reduced(
-    transform: Transform, exclude: str | None, vectors: TaskVectors, merge: Callable[[Tensor], Tensor]
-) -> TaskVectors:
-    function = partial(_matrices_merged, type(transform).__name__, exclude, merge)
-    return vectors.map(function, tasks=(joined_task(vectors.tasks),), note=transform)
-
-
-def _matrices_merged(
-    who: str, exclude: str | None, merge: Callable[[Tensor], Tensor], name: str, stack: Tensor
-) -> Tensor:
-    excluded = exclude is not None and re.search(exclude, name) is not None
-    if stack.ndim != 3 or stack.numel() == 0 or excluded:
-        return stack.mean(0, keepdim=True)
-    try:
-        return merge(stack).unsqueeze(0)
-    except torch.linalg.LinAlgError as error:
-        raise ConfigurationError(
-            f"{who}: expected a singular value decomposition of {name}, got none (it fails). "
-            "Look for huge values in it, use float64 vectors, or name it in exclude."
-        ) from error
+        return reduce_matrices(self, self.exclude, vectors, partial(_iso_cts, self.common_fraction))
 
 
 def _triplets(matrix: Tensor, most: int, largest: Tensor | None = None) -> _Triplets:

@@ -15,6 +15,7 @@ import torch
 from lit_merge.errors import ConfigurationError
 from lit_merge.transforms import (
     RECIPES,
+    WUDI,
     ConsensusMask,
     DisjointMean,
     Drop,
@@ -230,6 +231,7 @@ CHAINS = {  # name -> the chain by default, and with all fields
         ({}, chain(IsoCTS(0.8), Scale(1.0))),
         ({"common_fraction": 0.6, "coefficient": 0.5}, chain(IsoCTS(0.6), Scale(0.5))),
     ],
+    "wudi": [({}, chain(WUDI(300, 1e-5), Scale(1.0))), ({"steps": 7, "coefficient": 0.5}, chain(WUDI(7), Scale(0.5)))],
     "slerp": [
         ({}, chain(Slerp(0.5, "weights", 0.9995))),
         ({"fraction": 0.2, "space": "task_vectors"}, chain(Slerp(0.2, "task_vectors", 0.9995))),
