@@ -9,6 +9,7 @@ import json
 import os
 import pickle
 import signal
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -412,3 +413,16 @@ def test_pieces_of_a_stream_are_written_as_whole_tensors_are(tmp_path):
     assert write_tensors(tmp_path / "pieces.safetensors", pieces, METADATA) == whole
     selected = Selected(pieces, {name: name for name in TENSORS})
     assert write_tensors(tmp_path / "selected.safetensors", selected, METADATA) == whole
+
+
+def test_the_last_tensor_may_be_empty_and_the_disk_slow(tmp_path, monkeypatch):
+    whole = store._Behind._write
+
+    def slow(self, entry, data):
+        time.sleep(0.05)
+        whole(self, entry, data)
+
+    monkeypatch.setattr(store._Behind, "_write", slow)
+    path = tmp_path / "t.safetensors"
+    write_tensors(path, {"a": torch.ones(3), "z": torch.empty(0, 3)}, {})
+    assert LazyTensors(path, verify=True)["z"].shape == (0, 3)

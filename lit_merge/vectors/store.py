@@ -268,7 +268,7 @@ class _Behind:
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         try:
             if kind is None:
-                self._wait(0)
+                self._wait(-1)  # a piece without bytes has its line in the digest, too
         finally:
             self._threads.shutdown(cancel_futures=True)
 
@@ -279,7 +279,7 @@ class _Behind:
         self._bytes += data.nbytes
 
     def _wait(self, most: int) -> None:
-        """Until at most so many bytes are left to write."""
+        """Until at most so many bytes are left to write; -1 waits for every piece."""
         while self._pending and (self._bytes > most or self._pending[0][1].done()):
             size, written = self._pending.popleft()
             self._bytes -= size
