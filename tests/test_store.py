@@ -415,7 +415,7 @@ def test_pieces_of_a_stream_are_written_as_whole_tensors_are(tmp_path):
     assert write_tensors(tmp_path / "selected.safetensors", selected, METADATA) == whole
 
 
-def test_the_last_tensor_may_be_empty_and_the_disk_slow(tmp_path, monkeypatch):
+def test_the_last_tensors_may_be_empty_and_the_disk_slow(tmp_path, monkeypatch):
     whole = store._Behind._write
 
     def slow(self, entry, data):
@@ -424,5 +424,5 @@ def test_the_last_tensor_may_be_empty_and_the_disk_slow(tmp_path, monkeypatch):
 
     monkeypatch.setattr(store._Behind, "_write", slow)
     path = tmp_path / "t.safetensors"
-    write_tensors(path, {"a": torch.ones(3), "z": torch.empty(0, 3)}, {})
+    write_tensors(path, {"a": torch.ones(3), "y": torch.empty(0), "z": torch.empty(0, 3)}, {})
     assert LazyTensors(path, verify=True)["z"].shape == (0, 3)
