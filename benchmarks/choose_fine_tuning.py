@@ -34,17 +34,7 @@ def fine_tune(task: str, steps: int, learning_rate: float, seed: int, folder: Pa
         L.seed_everything(seed, workers=True, verbose=False)
         callback = ExtractTaskVector(f"{task}.safetensors")
         module, data = FineTuneModule(learning_rate=learning_rate), TaskDataModule(task, seed=seed)
-        trainer = L.Trainer(
-            default_root_dir=folder,
-            max_steps=steps,
-            devices=1,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            limit_val_batches=0,
-            callbacks=[callback],
-        )
+        trainer = silent_trainer(default_root_dir=folder, max_steps=steps, limit_val_batches=0, callbacks=[callback])
         started = time.perf_counter()
         trainer.fit(module, data)
         seconds = time.perf_counter() - started

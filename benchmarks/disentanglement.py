@@ -42,7 +42,7 @@ from lit_merge.linear_features import LinearFeatureCache
 from lit_merge.metrics import disagreement, representation_divergence
 from lit_merge.models import load_clip
 from lit_merge.modules import FineTuneModule, MultiTaskModule
-from lit_merge.search import quiet
+from lit_merge.search import quiet, silent_trainer
 
 PAIR = ("digits", "letters")
 GOALS = {"direct": 1.8, "linearised": 50.0}
@@ -57,14 +57,9 @@ def fit(task: str, linearized: bool) -> TaskVector:
     if not path.exists():
         with quiet():
             L.seed_everything(0, workers=True, verbose=False)
-            trainer = L.Trainer(
+            trainer = silent_trainer(
                 default_root_dir=folder,
                 max_steps=STEPS,
-                devices=1,
-                logger=False,
-                enable_checkpointing=False,
-                enable_progress_bar=False,
-                enable_model_summary=False,
                 limit_val_batches=0,
                 callbacks=[ExtractTaskVector(path.name)],
             )

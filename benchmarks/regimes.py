@@ -175,15 +175,10 @@ def fit(regime: str, task: str, seed: int, steps: int, learning_rate: float) -> 
         L.seed_everything(seed, workers=True, verbose=False)
         module = FineTuneModule(learning_rate=learning_rate, **REGIMES[regime])
         data, callback = TaskDataModule(task, seed=seed), ExtractTaskVector(f"{task}.safetensors")
-        trainer = L.Trainer(
+        trainer = silent_trainer(
             default_root_dir=folder,
             max_steps=steps,
             precision=PRECISION,
-            devices=1,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
             limit_val_batches=0,
             callbacks=[callback],
         )

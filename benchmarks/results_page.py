@@ -322,11 +322,13 @@ def costs() -> list[str]:
         f"A coefficient search on linearised models: {search['times_faster']:g} times as fast as evaluating every "
         f"point, {search['times_faster_again']:g} times when repeated (`benchmarks/linear_search.py`).",
     ]
-    return lines + [line for name, write in _LATER.items() if _there(name) for line in ["", *write(read(name))]]
-
-
-def _there(name: str) -> bool:
-    return (ROOT / f"benchmarks/results/{name}.json").is_file()
+    for name, write in (
+        ("disentanglement", _disentanglement),
+        ("checkpoints", _checkpoints),
+        ("hostile_files", _hostile),
+    ):
+        lines += ["", *write(read(name))]
+    return lines
 
 
 def _disentanglement(found: dict[str, Any]) -> list[str]:
@@ -369,17 +371,10 @@ def _hostile(found: dict[str, Any]) -> list[str]:
     ]
 
 
-_LATER: dict[str, Callable[[dict[str, Any]], list[str]]] = {
-    "disentanglement": _disentanglement,
-    "checkpoints": _checkpoints,
-    "hostile_files": _hostile,
-}
-
-
 def page() -> str:
     """The page."""
     every = claims()
-    counts = {verdict: sum(one[3] == verdict for one in every) for verdict in dict.fromkeys(one[3] for one in every)}
+    verdicts = [verdict for *_, verdict in every]
     hardware, versions = read("learned_merges")["hardware"], read("learned_merges")["versions"]
     lines = [
         "# Results",
@@ -387,14 +382,16 @@ def page() -> str:
         "Written by `python benchmarks/results_page.py` from the JSON in `benchmarks/results`, which the scripts named "
         "below wrote. Everything is measured on the embedded suite: `lit-tiny`, 2.7 million parameters, and eight "
         f"drawn tasks of 32 × 32 pixels; three fine-tuning seeds, ± their standard deviation; {hardware['cores']} "
-        f"cores ({hardware['processor']}), torch {versions['torch']}. Coefficients and settings were chosen on "
-        "validation images.",
+        f"cores ({hardware['processor']}), torch {versions['torch']}. Settings, and the coefficients "
+        "of merges without learning, were chosen on validation images; learned coefficients saw test images, without "
+        "their labels, unless a row names the validation images.",
         "",
         "## The papers' claims",
         "",
-        f"{len(every)} claims: {', '.join(f'{counts[one]} {said}' for one, said in VERDICTS.items())}. One holds if "
-        "the difference is on its side for every seed (for learned merges: beyond two standard errors over the test "
-        "images, given after ±), does not hold if it is on the other side for every seed, and is undecided otherwise. "
+        f"{len(every)} claims: {', '.join(f'{verdicts.count(one)} {said}' for one, said in VERDICTS.items())}. "
+        "One holds if the difference is on its side for every seed (for learned merges: beyond two standard errors "
+        "over the test images, given after ±), does not hold if it is on the other side for every seed, and is undecided "
+        "otherwise. "
         "Differences are in points, by seed.",
         "",
         *table(["claim", "source", "measured", "verdict"], every),

@@ -45,7 +45,7 @@ def run_command(command: str, arguments: Sequence[str], description: str = "") -
     """Run a command in this process.
 
     Args:
-        command: ``fit``, ``validate``, ``test``, ``predict``, ``merge``, ``suite`` or ``data``.
+        command: as ``lit-merge --help`` lists them, e.g. ``fit``, ``merge`` or ``data``.
         arguments: what follows it on the command line.
         description: for its help.
 
