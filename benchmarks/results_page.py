@@ -390,8 +390,8 @@ def page() -> str:
         "",
         f"{len(every)} claims: {', '.join(f'{verdicts.count(one)} {said}' for one, said in VERDICTS.items())}. "
         "One holds if the difference is on its side for every seed (for learned merges: beyond two standard errors "
-        "over the test images, given after ±), does not hold if it is on the other side for every seed, and is undecided "
-        "otherwise. "
+        "over the test images, given after ±), does not hold if it is on the other side for every seed, and is "
+        "undecided otherwise. "
         "Differences are in points, by seed.",
         "",
         *table(["claim", "source", "measured", "verdict"], every),
