@@ -188,8 +188,8 @@ def measure(options: argparse.Namespace, result: dict[str, Any]) -> None:
     """Replace the rows of this device and of the stages asked for; written after every stage."""
     import adamerging_peers as peers
 
-    from lit_merge.callbacks.writing import write_text
-    from lit_merge.environment import hardware, versions
+    from lit_merge.files.text import write_text
+    from lit_merge.report.environment import hardware, versions
 
     folder = options.folder.resolve() / options.model
     peers.write_inputs(folder, options.model)

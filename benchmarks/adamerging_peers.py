@@ -27,12 +27,12 @@ from torch.func import functional_call
 from torch.utils.data import DataLoader
 
 from lit_merge.data import ImageBatch
+from lit_merge.evaluation.search import quiet, silent_trainer
 from lit_merge.models import load_clip
 from lit_merge.models.heads import ZeroShotHead
 from lit_merge.models.merged import swapped
 from lit_merge.modules.merge import MergeModule
 from lit_merge.params import fingerprint
-from lit_merge.search import quiet, silent_trainer
 from lit_merge.vectors import TaskVector
 
 SEED = 0

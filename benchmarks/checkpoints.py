@@ -95,7 +95,7 @@ def write_transformers(path: Path, model: Any) -> Path:
     """``save_pretrained`` of transformers' CLIPModel in shards."""
     from transformers import CLIPConfig, CLIPModel
 
-    from lit_merge.vectors.formats.layouts import written_as
+    from lit_merge.checkpoints.layouts.towers import written_as
 
     state = written_as(model.state_dict(), "transformers")
     vision = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
@@ -163,13 +163,13 @@ class Peak:
 def measure(way: str, base: str, tuned: str, output: str) -> dict[str, Any]:
     """One run, in this process."""
     torch.set_num_threads(1)
-    import lit_merge.importing
+    import lit_merge.commands.import_
+    from lit_merge.files.lazy import stream
     from lit_merge.vectors import TaskVector
-    from lit_merge.vectors.lazy import stream
 
     peak, begin = Peak(), time.perf_counter()
     if way == "import":
-        lit_merge.importing.import_checkpoints(tuned, base, output=output)
+        lit_merge.commands.import_.import_checkpoints(tuned, base, output=output)
     else:
         names: Any = "image_tower" if way == "difference" else "own"
         vector = TaskVector.from_checkpoints(base, tuned, names=names)
@@ -225,7 +225,7 @@ def main() -> None:
                 print(rows[-1], flush=True)
                 output.unlink(missing_ok=True)
             shutil.rmtree(folder / "task")
-    from lit_merge.environment import hardware, versions
+    from lit_merge.report.environment import hardware, versions
 
     largest = max(row["peak_mb"]["resident"] for row in rows)
     result = {

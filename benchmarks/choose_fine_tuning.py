@@ -17,11 +17,11 @@ from pathlib import Path
 import lightning as L
 
 from lit_merge.callbacks import ExtractTaskVector
-from lit_merge.callbacks.writing import write_text
 from lit_merge.data import EMBEDDED_TASKS, MultiTaskDataModule, TaskDataModule
-from lit_merge.environment import hardware, versions
+from lit_merge.evaluation.search import CoefficientSearch, quiet, search_coefficient, silent_trainer
+from lit_merge.files.text import write_text
 from lit_merge.modules import FineTuneModule, MultiTaskModule
-from lit_merge.search import CoefficientSearch, quiet, search_coefficient, silent_trainer
+from lit_merge.report.environment import hardware, versions
 from lit_merge.transforms import task_arithmetic, weight_average
 from lit_merge.vectors import TaskVectors
 

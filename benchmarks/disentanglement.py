@@ -31,18 +31,18 @@ import torch
 from torch import Tensor, nn
 
 from lit_merge import LinearizedModel, TaskVector
-from lit_merge.analysis import DirectPair, Grid, LinearPair, PlacedWeights, disentanglement_errors
-from lit_merge.analysis.images import TaskImages, task_images
-from lit_merge.analysis.processes import Processes
 from lit_merge.callbacks import ExtractTaskVector
-from lit_merge.callbacks.writing import write_text
 from lit_merge.data import MultiTaskDataModule, TaskDataModule
-from lit_merge.environment import hardware, versions
-from lit_merge.linear_features import LinearFeatureCache
+from lit_merge.evaluation.analysis import DirectPair, Grid, LinearPair, PlacedWeights, disentanglement_errors
+from lit_merge.evaluation.analysis.images import TaskImages, task_images
+from lit_merge.evaluation.analysis.processes import Processes
+from lit_merge.evaluation.search import quiet, silent_trainer
+from lit_merge.files.text import write_text
 from lit_merge.metrics import disagreement, representation_divergence
 from lit_merge.models import load_clip
+from lit_merge.models.linear_features import LinearFeatureCache
 from lit_merge.modules import FineTuneModule, MultiTaskModule
-from lit_merge.search import quiet, silent_trainer
+from lit_merge.report.environment import hardware, versions
 
 PAIR = ("digits", "letters")
 GOALS = {"direct": 1.8, "linearised": 50.0}

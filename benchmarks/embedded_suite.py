@@ -13,8 +13,8 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from lit_merge.callbacks.writing import write_text
-from lit_merge.cli import run
+from lit_merge.commands.main import run
+from lit_merge.files.text import write_text
 from lit_merge.report import Results, markdown_table, results_figure
 
 ROOT = Path(__file__).parents[1]

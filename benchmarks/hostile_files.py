@@ -42,8 +42,8 @@ from damaged_files import (  # noqa: E402
     write_originals,
 )
 
-from lit_merge.environment import hardware, versions  # noqa: E402
 from lit_merge.errors import LitMergeError  # noqa: E402
+from lit_merge.report.environment import hardware, versions  # noqa: E402
 
 SEED = 20250801
 LIMIT = 1 << 30  # bytes

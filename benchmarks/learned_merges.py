@@ -29,11 +29,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lit_merge import TaskVector, TaskVectors
-from lit_merge.callbacks.writing import write_text
 from lit_merge.data import EMBEDDED_TASKS, MergeDataModule, MultiTaskDataModule, load_split
-from lit_merge.environment import hardware, versions
+from lit_merge.evaluation.search import quiet, silent_trainer
+from lit_merge.files.text import write_text
 from lit_merge.modules import MergeModule, MultiTaskModule
-from lit_merge.search import quiet, silent_trainer
+from lit_merge.report.environment import hardware, versions
 from lit_merge.transforms import LiNeS, Mean, Scale, Sum, Transform, chain, ties
 from lit_merge.vectors import merged_parameters
 

@@ -20,11 +20,11 @@ from pathlib import Path
 import torch
 
 from lit_merge import TaskVector, TaskVectors
-from lit_merge.callbacks.writing import write_text
 from lit_merge.data import EMBEDDED_TASKS, MultiTaskDataModule
-from lit_merge.environment import hardware, versions
+from lit_merge.evaluation.search import CoefficientSearch, quiet, search_coefficient, silent_trainer
+from lit_merge.files.text import write_text
 from lit_merge.modules import MultiTaskModule
-from lit_merge.search import CoefficientSearch, quiet, search_coefficient, silent_trainer
+from lit_merge.report.environment import hardware, versions
 from lit_merge.transforms import task_arithmetic
 
 
@@ -104,7 +104,7 @@ def main() -> None:
 
 def _with_data(folder: str) -> str:
     """An empty cache that still has the drawn images and the heads."""
-    from lit_merge.cache import cache_directory
+    from lit_merge.files.cache import cache_directory
 
     for kept in cache_directory("").iterdir():
         if kept.name != "linear_features":

@@ -28,11 +28,11 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lit_merge import LinearizedModel
-from lit_merge.callbacks.writing import write_text
-from lit_merge.environment import hardware, versions
+from lit_merge.files.text import write_text
+from lit_merge.functional.attention import fast_attention
 from lit_merge.metrics import tau_jp_norms
 from lit_merge.models import Attention
-from lit_merge.modules.attention import fast_attention
+from lit_merge.report.environment import hardware, versions
 
 START, END = "<!-- cost: written by benchmarks/linearized.py -->", "<!-- end of cost -->"
 OTHERS = 7  # tasks beside the own one, as in the papers' suite

@@ -138,7 +138,7 @@ def limit(method: str, folder: Path, output: Path) -> Callable[[], None]:
 
 def lit_merge(method: str, folder: Path, output: Path) -> Callable[[], None]:
     """``lit-merge merge --base … --vectors … --parts …``."""
-    from lit_merge.merging import merge
+    from lit_merge.commands.merge import merge
 
     files = [str(folder / f"{task}.safetensors") for task in range(TASKS)]
     base = str(folder / "base.safetensors")
@@ -287,8 +287,8 @@ def main() -> None:
         tool, method, folder = options.child
         print(json.dumps(child(tool, method, Path(folder).resolve())))
         return
-    from lit_merge.callbacks.writing import write_text
-    from lit_merge.environment import hardware, versions
+    from lit_merge.files.text import write_text
+    from lit_merge.report.environment import hardware, versions
 
     result: dict[str, Any] = {"rows": []}
     if options.output.exists():

@@ -48,7 +48,7 @@ from torch import Tensor, nn
 
 from lit_merge import transforms as ours
 from lit_merge._version import __version__
-from lit_merge.environment import hardware
+from lit_merge.report.environment import hardware
 from lit_merge.transforms import Transform, chain
 from lit_merge.vectors import TaskVector, TaskVectors
 

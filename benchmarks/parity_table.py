@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from lit_merge.callbacks.writing import write_text
+from lit_merge.files.text import write_text
 
 START, END = "<!-- parity: written by benchmarks/parity.py -->", "<!-- end of parity -->"
 ROOT = Path(__file__).parents[1]

@@ -23,11 +23,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lit_merge import transforms as ours
+from lit_merge.evaluation.statistics import collect_fisher, collect_gram
 from lit_merge.params import Params
-from lit_merge.statistics import collect_fisher, collect_gram
 from lit_merge.transforms import Transform
-from lit_merge.transforms.statistics import write_statistics
 from lit_merge.vectors import TaskVector, TaskVectors
+from lit_merge.vectors.statistics import write_statistics
 
 SEED = 20250731
 INPUTS, HIDDEN, CLASSES = 12, 8, 5

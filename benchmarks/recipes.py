@@ -27,12 +27,12 @@ from typing import Any
 import torch
 
 from lit_merge import TaskVector, TaskVectors
-from lit_merge.callbacks.writing import write_text
 from lit_merge.data import EMBEDDED_TASKS, MultiTaskDataModule
-from lit_merge.environment import hardware, versions
+from lit_merge.evaluation.search import normalised_accuracy, quiet, silent_trainer
+from lit_merge.evaluation.statistics.command import statistics
+from lit_merge.files.text import write_text
 from lit_merge.modules import MultiTaskModule
-from lit_merge.search import normalised_accuracy, quiet, silent_trainer
-from lit_merge.statistics.command import statistics
+from lit_merge.report.environment import hardware, versions
 from lit_merge.transforms import (
     WUDI,
     ConsensusMask,

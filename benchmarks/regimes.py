@@ -32,12 +32,18 @@ import torch
 
 from lit_merge import TaskVector, TaskVectors
 from lit_merge.callbacks import ExtractTaskVector
-from lit_merge.callbacks.writing import write_text
 from lit_merge.data import EMBEDDED_TASKS, MultiTaskDataModule, TaskDataModule
-from lit_merge.environment import hardware, versions
+from lit_merge.evaluation.search import (
+    CoefficientSearch,
+    normalised_accuracy,
+    quiet,
+    search_coefficient,
+    silent_trainer,
+)
+from lit_merge.files.text import write_text
 from lit_merge.models import Attention, ExpLR, LastBlocks, LinLR, LoRA
 from lit_merge.modules import FineTuneModule, MultiTaskModule, TauJpPenalty
-from lit_merge.search import CoefficientSearch, normalised_accuracy, quiet, search_coefficient, silent_trainer
+from lit_merge.report.environment import hardware, versions
 from lit_merge.transforms import task_arithmetic
 
 TASKS = list(EMBEDDED_TASKS)

@@ -20,7 +20,7 @@ from typing import Any
 
 from learned_merges import CORRUPTIONS, LEFT_OUT, paired
 
-from lit_merge.callbacks.writing import write_text
+from lit_merge.files.text import write_text
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs/results.md"

@@ -16,8 +16,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from lit_merge.callbacks.writing import write_text
-from lit_merge.environment import hardware, versions
+from lit_merge.files.text import write_text
+from lit_merge.report.environment import hardware, versions
 
 ROOT = Path(__file__).parents[1]
 DRAW = (

@@ -18,15 +18,15 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
-from fork_server import ForkServer
+from builders.fork_server import ForkServer
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lit_merge.data.batch import ImageBatch
 from lit_merge.data.embedded.tasks import EMBEDDED_TASKS, _cache_path, generate_split
+from lit_merge.files.store import write_tensors
 from lit_merge.models import full_clip_model, save_clip
-from lit_merge.vectors.store import write_tensors
 
 FEW = {"train": 128, "val": 32, "test": 61}
 

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import yaml
 
-import lit_merge.suite
-from lit_merge.cli import main
+import lit_merge.commands.suite
+from lit_merge.commands.main import main
 from lit_merge.errors import LitMergeError
 
 ROOT = Path(__file__).parents[1]
@@ -109,6 +109,6 @@ def test_suites_pass_the_check_of_all_their_stages(path, monkeypatch, capsys) ->
     def reached(plan: Any, conductor: Any) -> None:
         raise LitMergeError(f"all {conductor.total} stages are possible")
 
-    monkeypatch.setattr(lit_merge.suite.SuitePlan, "run", reached)
+    monkeypatch.setattr(lit_merge.commands.suite.SuitePlan, "run", reached)
     assert main(["suite", "--config", str(path), "--output=S"]) == 1
     assert re.search(r"error: all \d+ stages are possible", capsys.readouterr().err)

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 import yaml
-from documents import ROOT, arguments_of, blocks, commands, draw_images, shrink
+from builders.documents import ROOT, arguments_of, blocks, commands, draw_images, shrink
 from huggingface_hub import constants
 
-from lit_merge.cli import main
+from lit_merge.commands.main import main
 
 DOCS = ROOT / "docs"
 PAGES = sorted(path.name for path in DOCS.glob("*.md"))

@@ -9,9 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from documents import ROOT, arguments_of, blocks, commands, draw_images, shrink
+from builders.documents import ROOT, arguments_of, blocks, commands, draw_images, shrink
 
-from lit_merge.cli import main
+from lit_merge.commands.main import main
 from lit_merge.report import Results, markdown_table
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -15,10 +15,10 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch.nn import functional as F
 
 from lit_merge.errors import ConfigurationError, DataError, first_few
+from lit_merge.files.text import write_text
 from lit_merge.functional import shannon_entropy
 from lit_merge.functional.evaluation import evaluating
 from lit_merge.metrics import spearman
-from lit_merge.vectors.text import write_text
 
 __all__ = ["EntropyLossCorrelation"]
 

@@ -17,12 +17,12 @@ from torch.utils.data import DataLoader
 
 from lit_merge.data.embedded.tasks import EMBEDDED_TASKS
 from lit_merge.data.multitask import MultiTaskDataModule
-from lit_merge.data.registry import REGISTRY
+from lit_merge.data.published.registry import REGISTRY
 from lit_merge.errors import ConfigurationError, DataError, first_few
 from lit_merge.functional import linearize
 from lit_merge.functional.evaluation import evaluating
+from lit_merge.metrics.hits import hits
 from lit_merge.models.lora import own_parameters
-from lit_merge.modules.accuracy import hits
 from lit_merge.modules.finetune import FineTuneModule
 from lit_merge.params import check_finite
 from lit_merge.transforms import Transform

@@ -11,9 +11,9 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from lit_merge.errors import ConfigurationError
+from lit_merge.files.text import write_text
 from lit_merge.report.coefficient_depth import depth_means
 from lit_merge.report.coefficient_figures import coefficient_depth_figure, coefficient_heat_map
-from lit_merge.vectors.text import write_text
 
 __all__ = ["LogCoefficients"]
 

@@ -11,10 +11,10 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from lit_merge._version import __version__
 from lit_merge.errors import ConfigurationError
-from lit_merge.merge_inputs import Base, ClipBase, ModuleBase
-from lit_merge.merge_output import MergedWeights
+from lit_merge.files.store import write_tensors
+from lit_merge.models.merging.inputs import Base, ClipBase, ModuleBase
+from lit_merge.models.merging.output import MergedWeights
 from lit_merge.transforms import LearnedScale, Sum, chain
-from lit_merge.vectors.store import write_tensors
 
 __all__ = ["WriteMerge"]
 

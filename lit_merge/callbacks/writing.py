@@ -12,7 +12,7 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from lit_merge.vectors.text import write_text
+from lit_merge.files.text import write_text
 
 __all__ = ["WriteMetrics", "WritePredictions", "write_text"]
 

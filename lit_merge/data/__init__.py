@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lit_merge.data.adaptation import MergeDataModule
     from lit_merge.data.batch import ImageBatch, OtherBatch
+    from lit_merge.data.embedded.sheet import contact_sheet
     from lit_merge.data.embedded.tasks import EMBEDDED_TASKS, load_split
     from lit_merge.data.multitask import MultiTaskDataModule
     from lit_merge.data.pretraining import CaptionDataModule
-    from lit_merge.data.published import PublishedSource
-    from lit_merge.data.registry import REGISTRY, SUITES
-    from lit_merge.data.sheet import contact_sheet
+    from lit_merge.data.published.registry import REGISTRY, SUITES
+    from lit_merge.data.published.sources import PublishedSource
     from lit_merge.data.task import TaskDataModule
     from lit_merge.data.templates import templates_for
 
@@ -35,16 +35,16 @@ __all__ = [
 
 _HOMES = {
     "EMBEDDED_TASKS": "embedded.tasks",
-    "REGISTRY": "registry",
-    "SUITES": "registry",
+    "REGISTRY": "published.registry",
+    "SUITES": "published.registry",
     "CaptionDataModule": "pretraining",
     "ImageBatch": "batch",
     "MergeDataModule": "adaptation",
     "MultiTaskDataModule": "multitask",
     "OtherBatch": "batch",
-    "PublishedSource": "published",
+    "PublishedSource": "published.sources",
     "TaskDataModule": "task",
-    "contact_sheet": "sheet",
+    "contact_sheet": "embedded.sheet",
     "load_split": "embedded.tasks",
     "templates_for": "templates",
 }

@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch.utilities import CombinedLoader
 
 from lit_merge.data.batch import PADDING
-from lit_merge.data.datasets import ImageDataset, ImagePreprocessing
+from lit_merge.data.images.datasets import ImageDataset, ImagePreprocessing
 from lit_merge.data.multitask import MultiTaskDataModule
 from lit_merge.data.task import TaskDataModule
 from lit_merge.errors import ConfigurationError, DataError, first_few

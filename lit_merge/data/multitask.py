@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from lit_merge.data.batch import ImageBatch
 from lit_merge.data.embedded.tasks import EMBEDDED_TASKS
-from lit_merge.data.registry import REGISTRY, SUITES
+from lit_merge.data.published.registry import REGISTRY, SUITES
 from lit_merge.data.task import TaskDataModule
 from lit_merge.errors import ConfigurationError, first_few
 

@@ -16,11 +16,11 @@ from torch.utils.data import Dataset
 from torch.utils.data.distributed import DistributedSampler
 
 from lit_merge.data.batch import OtherBatch
-from lit_merge.data.datasets import ImageDataset, ImagePreprocessing
 from lit_merge.data.embedded.tasks import EMBEDDED_TASKS, SPLITS
-from lit_merge.data.folders import FolderSource
+from lit_merge.data.images.datasets import ImageDataset, ImagePreprocessing
+from lit_merge.data.images.folders import FolderSource
 from lit_merge.data.loading import ResumableLoader
-from lit_merge.data.published import named_source
+from lit_merge.data.published.sources import named_source
 from lit_merge.data.sources import EmbeddedSource, TaskSource
 from lit_merge.errors import ConfigurationError, DataError, first_few
 
@@ -78,7 +78,7 @@ def other_sources(
         embedded: tasks of the embedded suite or published data sets; None for all of the embedded suite but the own
             one, or for none if that is not of the suite.
         folders: name -> folder.
-        fractions: of the folders, see :class:`~lit_merge.data.folders.FolderSource`.
+        fractions: of the folders, see :class:`~lit_merge.data.images.folders.FolderSource`.
         split_seed: of the folders.
         skip_corrupt: of the folders.
         root: the folder of the published data sets.

@@ -13,11 +13,11 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from lit_merge.cache import cache_directory
 from lit_merge.data.embedded.captions import captioned_image
 from lit_merge.data.embedded.tasks import GENERATOR_VERSION
 from lit_merge.errors import ConfigurationError, FileFormatError
-from lit_merge.vectors.store import LazyTensors, verify, write_tensors
+from lit_merge.files.cache import cache_directory
+from lit_merge.files.store import LazyTensors, verify, write_tensors
 
 __all__ = ["CaptionDataModule", "augment_strongly"]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from lit_merge.data.datasets import ImageDataset, ImagePreprocessing, TensorImages
 from lit_merge.data.embedded.tasks import EMBEDDED_TASKS, SPLITS, load_split
+from lit_merge.data.images.datasets import ImageDataset, ImagePreprocessing, TensorImages
 from lit_merge.data.templates import templates_for
 from lit_merge.errors import ConfigurationError, first_few
 

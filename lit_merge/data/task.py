@@ -11,8 +11,8 @@ from lightning.pytorch.utilities import CombinedLoader
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from lit_merge.data.batch import PADDING, ImageBatch
-from lit_merge.data.datasets import FileImages, ImageDataset, ImagePreprocessing
-from lit_merge.data.folders import FolderSource, find_images
+from lit_merge.data.images.datasets import FileImages, ImageDataset, ImagePreprocessing
+from lit_merge.data.images.folders import FolderSource, find_images
 from lit_merge.data.loading import ResumableLoader
 from lit_merge.data.other_tasks import (
     ImagePenalty,
@@ -24,7 +24,7 @@ from lit_merge.data.other_tasks import (
     read_other_images,
     sources_in_use,
 )
-from lit_merge.data.published import PublishedSource, named_source
+from lit_merge.data.published.sources import PublishedSource, named_source
 from lit_merge.data.sampling import EvaluationSampler, TrainingSampler, training_batch_size
 from lit_merge.data.sources import TaskSource
 from lit_merge.errors import ConfigurationError, DataError
@@ -48,7 +48,7 @@ class TaskDataModule(L.LightningDataModule):
         task: a task of the embedded suite, or a published data set (``lit-merge data list`` shows them), which is read
             from the disk and never downloaded; either this or ``path``.
         path: a folder with one folder per class, or with ``train``, ``val`` and ``test`` of such folders; see
-            :class:`~lit_merge.data.folders.FolderSource`.
+            :class:`~lit_merge.data.images.folders.FolderSource`.
         batch_size: training images per process and batch; fewer where the split has not that many.
         evaluation_batch_size: images per process and batch in validation, test and prediction.
         workers: processes per loader that read the images; 0 is right for the embedded suite.

@@ -11,7 +11,7 @@ from torchmetrics import Metric
 
 from lit_merge.errors import ConfigurationError, first_few
 from lit_merge.metrics.plotting import figure_and_axes
-from lit_merge.search.scores import pareto_front
+from lit_merge.metrics.scores import pareto_front
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

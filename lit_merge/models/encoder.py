@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_merge.errors import ConfigurationError, DataError, FileFormatError, first_few
-from lit_merge.hub import local_path
+from lit_merge.files.hub import local_path
 from lit_merge.models.text import NOT_TEXT, TextTower
 from lit_merge.models.weights import first_line, open_weights
 from lit_merge.params import Params, check_finite, check_same_structure, fingerprint
@@ -215,7 +215,7 @@ def load_clip(model: str = _SHIPPED, pretrained: str | None = None) -> ClipModel
             the model config itself, or ``model_cfg`` and ``preprocess_cfg`` as published beside weights); or
             ``lit-tiny``, the small model that comes with this package.
         pretrained: a tag that open_clip knows for this architecture; the path of a CLIP's weights in any form that
-            :func:`lit_merge.vectors.checkpoints.open_checkpoint` opens, nothing of which is executed; or ``random`` for
+            :func:`lit_merge.checkpoints.opening.open_checkpoint` opens, nothing of which is executed; or ``random`` for
             an initialisation with torch's current random state. None means the shipped weights, which only
             ``lit-tiny`` has (``shipped`` says so aloud).
 

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lit_merge.cache import cache_directory
 from lit_merge.errors import ConfigurationError, FileFormatError, first_few
-from lit_merge.vectors.store import LazyTensors, write_tensors
+from lit_merge.files.cache import cache_directory
+from lit_merge.files.store import LazyTensors, write_tensors
 
 __all__ = ["TextEncoder", "ZeroShotHead", "build_head", "zero_shot_weights"]
 

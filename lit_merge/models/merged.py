@@ -15,7 +15,7 @@ from lit_merge.functional import combine
 from lit_merge.params import Params, shape_of
 from lit_merge.vectors.coefficients import Coefficients
 from lit_merge.vectors.groups import Granularity, group_names
-from lit_merge.vectors.kept import KeptVectors, Storage
+from lit_merge.vectors.storage import KeptVectors, Storage
 from lit_merge.vectors.task_vectors import TaskVectors
 
 __all__ = ["MergedModel", "swapped"]
@@ -39,7 +39,7 @@ class MergedModel(nn.Module):
         init: where λ starts: one number, one per task (in their order or by name), or :class:`Coefficients`.
         clamp: the range that λ is clamped to whenever it is used, or None. The gradient of a coefficient outside of it
             is zero; on its border it is not.
-        storage: where the task vectors are kept, see :class:`lit_merge.vectors.kept.KeptVectors`.
+        storage: where the task vectors are kept, see :class:`lit_merge.vectors.storage.KeptVectors`.
         sharded: whether each process keeps 1/W of every task vector only.
 
     Attributes:

@@ -8,12 +8,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lit_merge.checkpoints.layouts.recognition import NO_PARAMETERS
+from lit_merge.checkpoints.opening import open_model
 from lit_merge.errors import ConfigurationError, first_few
+from lit_merge.files.lazy import LazyMapping, Selected
+from lit_merge.files.store import write_tensors
 from lit_merge.params import check_finite
-from lit_merge.vectors.checkpoints import open_model
-from lit_merge.vectors.formats.layouts_recognition import NO_PARAMETERS
-from lit_merge.vectors.lazy import LazyMapping, Selected
-from lit_merge.vectors.store import write_tensors
 
 __all__ = ["first_line", "open_weights", "save_clip"]
 
@@ -70,7 +70,7 @@ def open_weights(path: str | Path, keep: Callable[[str], bool] | None = None) ->
     """Open a CLIP's weights under open_clip's names, never executing what the file contains.
 
     Args:
-        path: any checkpoint of a CLIP that :func:`~lit_merge.vectors.checkpoints.open_checkpoint` opens.
+        path: any checkpoint of a CLIP that :func:`~lit_merge.checkpoints.opening.open_checkpoint` opens.
         keep: which names to have; all by default.
 
     Returns:

@@ -11,17 +11,17 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
+from lit_merge.checkpoints.opening import open_checkpoint
 from lit_merge.errors import ConfigurationError, NonFiniteError, StructureMismatchError
+from lit_merge.files.lazy import Computed
 from lit_merge.functional import linearize
+from lit_merge.functional.attention import fast_attention
 from lit_merge.models.encoder import Preprocessing, load_clip
 from lit_merge.models.heads import ZeroShotHead, build_head
 from lit_merge.models.linearized import LinearizedModel
 from lit_merge.models.lora import LoRA, clear_updates, own_parameters, update_of
 from lit_merge.models.selection import Selection
-from lit_merge.modules.attention import fast_attention
 from lit_merge.params import Params, check_finite, check_same_structure, fingerprint
-from lit_merge.vectors.checkpoints import open_checkpoint
-from lit_merge.vectors.lazy import Computed
 from lit_merge.vectors.merge import check_base
 from lit_merge.vectors.task_vector import TaskVector
 

@@ -11,12 +11,12 @@ from torch.nn import functional as F
 from torchmetrics import MeanMetric
 
 from lit_merge.errors import ConfigurationError, StructureMismatchError, first_few
+from lit_merge.metrics.hits import UNLABELLED, hits
 from lit_merge.models.encoder import Preprocessing
 from lit_merge.models.heads import ZeroShotHead
 from lit_merge.models.lora import LoRA
 from lit_merge.models.rates import Rates
 from lit_merge.models.selection import Selection
-from lit_merge.modules.accuracy import UNLABELLED, hits
 from lit_merge.modules.penalty import TauJpPenalty, split_batch
 from lit_merge.modules.protocol import FineTuningProtocol, check_range
 

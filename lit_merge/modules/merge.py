@@ -14,12 +14,12 @@ from torchmetrics import MeanMetric
 
 from lit_merge.errors import ConfigurationError, NonFiniteError, StructureMismatchError, first_few
 from lit_merge.functional import linearize, shannon_entropy
+from lit_merge.functional.attention import fast_attention
 from lit_merge.functional.evaluation import evaluating
-from lit_merge.linear_features import LinearFeatureCache, LinearFeatures
+from lit_merge.metrics.hits import UNLABELLED
 from lit_merge.models.encoder import Preprocessing
+from lit_merge.models.linear_features import LinearFeatureCache, LinearFeatures
 from lit_merge.models.merged import MergedModel, swapped
-from lit_merge.modules.accuracy import UNLABELLED
-from lit_merge.modules.attention import fast_attention
 from lit_merge.modules.protocol import check_range
 from lit_merge.modules.task_heads import TaskHeads
 from lit_merge.params import Params
@@ -28,7 +28,7 @@ from lit_merge.transforms.parts import from_parts
 from lit_merge.vectors import TaskVector, TaskVectors, check_base
 from lit_merge.vectors.coefficients import Coefficients
 from lit_merge.vectors.groups import Granularity
-from lit_merge.vectors.kept import Storage
+from lit_merge.vectors.storage import Storage
 
 __all__ = ["MergeModule"]
 

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lit_merge.errors import ConfigurationError
+from lit_merge.metrics.hits import UNLABELLED
 from lit_merge.models.encoder import Preprocessing
 from lit_merge.models.lora import LoRA
 from lit_merge.models.rates import Rates
 from lit_merge.models.selection import Selection
-from lit_merge.modules.accuracy import UNLABELLED
 from lit_merge.modules.protocol import FineTuningProtocol
 from lit_merge.modules.task_heads import TaskHeads
 

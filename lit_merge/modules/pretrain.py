@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lit_merge.errors import ConfigurationError, NonFiniteError
+from lit_merge.functional.attention import fast_attention
 from lit_merge.models.encoder import Preprocessing, full_clip_model
 from lit_merge.models.weights import save_clip
-from lit_merge.modules.attention import fast_attention
 from lit_merge.modules.protocol import total_steps, warm_up_cosine
 
 __all__ = ["ContrastiveModule", "multi_positive_contrastive_loss"]

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
 from lit_merge.errors import ConfigurationError, StructureMismatchError, first_few
+from lit_merge.metrics.hits import hits
 from lit_merge.metrics.tau_jp import TauJp
 from lit_merge.models.heads import ZeroShotHead
-from lit_merge.modules.accuracy import hits
 from lit_merge.modules.encoding import EncoderModule
 from lit_merge.vectors.task_vector import joined_task
 

@@ -17,9 +17,9 @@ import yaml
 
 from lit_merge._version import __version__
 from lit_merge.errors import ConfigurationError
+from lit_merge.files.text import write_text
 from lit_merge.report.figures import results_svg
 from lit_merge.report.results import ZERO_SHOT, Results, display_name, summary
-from lit_merge.vectors.text import write_text
 
 __all__ = ["report", "results_page"]
 

@@ -16,7 +16,7 @@ from lit_merge.naming import block_of, number_of_blocks
 from lit_merge.transforms.base import Transform, finite_number
 from lit_merge.transforms.reduce import Sum
 from lit_merge.vectors import TaskVectors
-from lit_merge.vectors.statistic import Statistic
+from lit_merge.vectors.global_value import Statistic
 
 __all__ = ["LiNeS", "ScaleBlocks"]
 

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from lit_merge.errors import ConfigurationError, FileFormatError, StructureMismatchError
-from lit_merge.hub import pinned
+from lit_merge.files.hub import pinned
 from lit_merge.transforms.base import Transform
 from lit_merge.vectors import Coefficients, TaskVectors, file_digest
 

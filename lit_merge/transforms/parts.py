@@ -16,9 +16,9 @@ from typing import Any, get_args, get_type_hints
 from lit_merge.errors import ConfigurationError, first_few
 from lit_merge.transforms.base import Chain, Transform, chain
 from lit_merge.transforms.override import Override, WithOverrides
-from lit_merge.transforms.recipes import RECIPES
+from lit_merge.transforms.recipes import RECIPES, recipe
 
-__all__ = ["from_parts", "known_parts", "with_overrides"]
+__all__ = ["from_parts", "known_parts", "resolve_transform", "with_overrides"]
 
 _OVERRIDE_FIELDS = ("names", "blocks", "parts")
 
@@ -163,3 +163,33 @@ def _suggestion(name: str, known: Iterable[str]) -> str:
     close = dict.fromkeys(difflib.get_close_matches(name.lower().replace("_", ""), plain, n=2))
     near = [one for match in close for one, simple in zip(listed, plain, strict=True) if simple == match]
     return f"Did you mean {' or '.join(map(repr, near))}?" if near else f"Use one of {first_few(listed, 12) or 'none'}."
+
+
+def resolve_transform(
+    recipe_name: str | None,
+    settings: Mapping[str, Any] | None,
+    transform: Transform | None,
+    parts: Sequence[str | Mapping[str, Any]] | None = None,
+    overrides: Sequence[Mapping[str, Any]] | None = None,
+) -> Transform:
+    """The chain that a recipe's name with settings, a transform, or a list of parts stands for.
+
+    Raises:
+        ConfigurationError: not exactly one of them is given, or a name, a field or a value is refused.
+    """
+    given = {"recipe": recipe_name, "transform": transform, "parts": parts}
+    names = [name for name, value in given.items() if value is not None]
+    if len(names) != 1:
+        raise ConfigurationError(
+            f"recipe, transform and parts: expected exactly one of them, got {' and '.join(names) or 'none'}. "
+            "Use e.g. recipe: task_arithmetic."
+        )
+    if settings and recipe_name is None:
+        raise ConfigurationError(
+            f"settings: expected none beside {names[0]}, got {dict(settings)}. Put them inside it."
+        )
+    if recipe_name is not None:
+        chosen: Transform = recipe(recipe_name, **(settings or {}))
+    else:
+        chosen = transform if transform is not None else from_parts(parts or [])
+    return chosen if overrides is None else with_overrides(chosen, overrides)

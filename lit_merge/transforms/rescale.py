@@ -14,7 +14,7 @@ from torch import Tensor
 from lit_merge.errors import ConfigurationError
 from lit_merge.transforms.base import Transform
 from lit_merge.vectors import TaskVectors
-from lit_merge.vectors.statistic import Statistic
+from lit_merge.vectors.global_value import Statistic
 
 __all__ = ["Rescale"]
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from lit_merge.transforms.base import Transform
 from lit_merge.transforms.reduce import sum_rows
 from lit_merge.vectors import TaskVectors
-from lit_merge.vectors.statistic import Statistic
+from lit_merge.vectors.global_value import Statistic
 
 __all__ = ["DisjointMean", "DisjointSum", "ElectSign"]
 

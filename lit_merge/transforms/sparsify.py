@@ -24,7 +24,7 @@ from lit_merge.transforms.magnitudes import (
 )
 from lit_merge.transforms.random import Uniform, labels_of
 from lit_merge.vectors import TaskVectors
-from lit_merge.vectors.statistic import Statistic
+from lit_merge.vectors.global_value import Statistic
 
 __all__ = ["Drop", "DropByRank", "MagnitudeWindow", "Trim"]
 

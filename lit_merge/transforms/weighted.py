@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from lit_merge.errors import StructureMismatchError, first_few
+from lit_merge.files.lazy import Computed
 from lit_merge.transforms.base import Transform
 from lit_merge.transforms.reduce import per_task, per_task_values, sum_rows
-from lit_merge.transforms.statistics import StatisticsFiles, open_statistics
 from lit_merge.vectors import LazyTensors, TaskVector, TaskVectors
-from lit_merge.vectors.lazy import Computed
-from lit_merge.vectors.statistic import Statistic
+from lit_merge.vectors.global_value import Statistic
+from lit_merge.vectors.statistics import StatisticsFiles, open_statistics
 from lit_merge.vectors.task_vector import joined_task
 
 __all__ = ["FisherMean", "RegMean"]

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from lit_merge.errors import ConfigurationError, StructureMismatchError, first_few
+from lit_merge.files.lazy import LazyMapping
 from lit_merge.params import Params, add_scaled, shape_of
-from lit_merge.vectors.lazy import LazyMapping
 
 __all__ = ["apply_vector", "check_shapes"]
 

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from lit_merge.errors import ConfigurationError, FileFormatError
-from lit_merge.hub import local_path
-from lit_merge.vectors.file_parts import printable
-from lit_merge.vectors.store import CONTENT_KEY, LazyTensors, write_tensors
-from lit_merge.vectors.text import read_json, write_text
+from lit_merge.files.file_parts import printable
+from lit_merge.files.hub import local_path
+from lit_merge.files.store import CONTENT_KEY, LazyTensors, write_tensors
+from lit_merge.files.text import read_json, write_text
 
 if TYPE_CHECKING:
     from lit_merge.vectors.coefficients import Coefficients

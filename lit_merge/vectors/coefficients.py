@@ -21,7 +21,7 @@ from lit_merge.naming import block_of, number_of_blocks
 from lit_merge.params import is_finite
 from lit_merge.vectors.coefficient_files import OWN_ENTRIES, read_coefficients, write_coefficients
 from lit_merge.vectors.groups import Granularity, group_names
-from lit_merge.vectors.published import Published, in_rows, read_published
+from lit_merge.vectors.published_coefficients import Published, in_rows, read_published
 from lit_merge.vectors.task_vectors import TaskVectors
 
 __all__ = ["Coefficients"]

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from lit_merge.checkpoints.difference import DifferenceSlicer
 from lit_merge.errors import NonFiniteError, StructureMismatchError
+from lit_merge.files.lazy import LazyMapping, Structure
 from lit_merge.params import is_finite
-from lit_merge.vectors.difference import DifferenceSlicer
-from lit_merge.vectors.lazy import LazyMapping, Structure
 from lit_merge.vectors.threads import ordered_map
 
 if TYPE_CHECKING:

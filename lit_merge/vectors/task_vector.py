@@ -12,15 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from lit_merge import params
+from lit_merge.checkpoints.difference import checkpoint_difference
+from lit_merge.checkpoints.pairs import Checkpoint, Names
 from lit_merge.errors import ConfigurationError, FileFormatError, StructureMismatchError, first_few
+from lit_merge.files.lazy import LazyMapping, Slicer, stream
+from lit_merge.files.rounding import Rounded
+from lit_merge.files.shards import ShardedTensors, open_tensors
+from lit_merge.files.store import LazyTensors, write_tensors
 from lit_merge.params import Params, check_same_structure, dtype_of, shape_of, working_dtype
 from lit_merge.vectors.apply import apply_vector
-from lit_merge.vectors.difference import checkpoint_difference
-from lit_merge.vectors.lazy import LazyMapping, Slicer, stream
-from lit_merge.vectors.pairs import Checkpoint, Names
-from lit_merge.vectors.rounding import Rounded
-from lit_merge.vectors.sharded import ShardedTensors, open_tensors
-from lit_merge.vectors.store import LazyTensors, write_tensors
 
 __all__ = ["FORMAT", "TaskVector", "joined_task", "same_base"]
 

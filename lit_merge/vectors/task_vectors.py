@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from lit_merge.errors import ConfigurationError, StructureMismatchError, first_few
+from lit_merge.files.lazy import Computed, LazyMapping, Structure
 from lit_merge.params import shape_of, working_dtype
-from lit_merge.vectors.lazy import Computed, LazyMapping, Structure
+from lit_merge.vectors.global_value import Statistic
 from lit_merge.vectors.sources import Entries, Reader, Rows, Source, Stacks, Subset, Union
-from lit_merge.vectors.statistic import Statistic
 from lit_merge.vectors.task_vector import TaskVector, joined_task, same_base
 from lit_merge.vectors.threads import ordered_map
 

@@ -15,7 +15,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from lit_merge.cache import cache_directory
 from lit_merge.data.embedded.canvas import Brush
 from lit_merge.data.embedded.characters import DIGIT_WORDS, LETTERS, draw_clutter, draw_letter
 from lit_merge.data.embedded.land import LAND_COVER, draw_land
@@ -24,7 +23,8 @@ from lit_merge.data.embedded.signs import SIGN_CLASSES, draw_sign
 from lit_merge.data.embedded.textures import TEXTURES, draw_texture
 from lit_merge.data.embedded.vehicles import VEHICLES, draw_vehicle
 from lit_merge.errors import DataError, FileFormatError
-from lit_merge.vectors.store import LazyTensors, verify, write_tensors
+from lit_merge.files.cache import cache_directory
+from lit_merge.files.store import LazyTensors, verify, write_tensors
 
 __all__ = ["EMBEDDED_TASKS", "GENERATOR_VERSION", "SPLITS", "EmbeddedTask", "load_split", "split_digest"]
 

@@ -1,0 +1,153 @@
+"""The difference of two checkpoints, lazily for files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lit_merge.errors import NonFiniteError, StructureMismatchError, first_few
+from lit_merge.params import check_same_structure, dtype_of, fingerprint, is_finite, shape_of, working_dtype
+from lit_merge.checkpoints.layouts.views import as_lazy
+from lit_merge.files.lazy import Computed, LazyMapping, Slicer, Structure
+from lit_merge.checkpoints.pairs import Checkpoint, Names, Pair, differing, pair_of
+
+__all__ = ["Checkpoint", "DifferenceSlicer", "checkpoint_difference"]
+
+_ENTRIES = 1 << 20  # differenced at a time when a whole vector is read
+
+
+def checkpoint_difference(
+    pretrained: Checkpoint, finetuned: Checkpoint, base_fingerprint: str | None = None, names: Names = "auto"
+) -> tuple[Mapping[str, Tensor], str]:
+    """τ = θ − θ0 over the floating-point entries; see :meth:`TaskVector.from_checkpoints`.
+
+    Returns:
+        The difference, lazy if both checkpoints are files or lazy mappings, and the fingerprint of the floating-point
+        entries of θ0, unless it was given: of an image tower in float32, as encoders are loaded.
+
+    Raises:
+        ConfigurationError: a checkpoint is neither a mapping of tensors nor a path.
+        StructureMismatchError: names, shapes or kinds of dtype differ, or the fine-tuned file says that it started from
+            another θ0.
+        FileFormatError: a path does not lead to a checkpoint.
+        NonFiniteError: the difference is NaN or infinite (for files: when that tensor is read).
+    """
+    pair = pair_of(pretrained, finetuned, names)
+    if pair.own_base is not None and (others := differing(as_lazy(pair.base), pair.own_base)):
+        raise StructureMismatchError(
+            f"fine-tuned checkpoint: expected the θ0 of pretrained inside it, got another one: {len(others)} tensors "
+            f"differ ({first_few(others)}). Give the model that it was linearised at."
+        )
+    difference = pair.tuned if pair.is_difference else _difference_of(pair.own_base or pair.base, pair.tuned)
+    identity = _identity(pair) if base_fingerprint is None else base_fingerprint
+    if pair.image_tower and identity and pair.started_from not in ("", identity):
+        raise StructureMismatchError(
+            f"fine-tuned checkpoint: expected one that started from pretrained (fingerprint {identity}), got one that "
+            f"says it started from fingerprint {pair.started_from}. Give the model that it started from."
+        )
+    return difference, identity
+
+
+def _identity(pair: Pair) -> str:
+    """Of an image tower as :func:`lit_merge.models.load_clip` has it, otherwise of the entries as they are stored."""
+    dtypes = {name: dtype_of(pair.base, name) for name in pair.base}
+    structure = {name: (shape_of(pair.base, name), dtype) for name, dtype in dtypes.items() if dtype.is_floating_point}
+    read = partial(_in_float32, pair.base) if pair.image_tower else pair.base.__getitem__
+    return fingerprint(Computed(structure, read))
+
+
+def _in_float32(tensors: Mapping[str, Tensor], name: str) -> Tensor:
+    return tensors[name].float()
+
+
+def _difference_of(base: Mapping[str, Tensor], tuned: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    check_same_structure(base, tuned, what="fine-tuned checkpoint")
+    kinds = {name: (dtype_of(base, name), dtype_of(tuned, name)) for name in base}
+    offenders = [
+        f"{name} ({first} and {second})"
+        for name, (first, second) in kinds.items()
+        if first.is_floating_point != second.is_floating_point or first.is_complex or second.is_complex
+    ]
+    if offenders:
+        raise StructureMismatchError(
+            f"fine-tuned checkpoint: expected real floating-point values in both, got {first_few(offenders)}. "
+            "Convert both checkpoints to the same kind of dtype."
+        )
+    structure = {
+        name: (shape_of(base, name), working_dtype(*dtypes))
+        for name, dtypes in kinds.items()
+        if dtypes[0].is_floating_point
+    }
+    compute = partial(_difference, base, tuned)
+    if isinstance(base, LazyMapping) and isinstance(tuned, LazyMapping):
+        return _Difference(structure, compute, base, tuned)
+    return dict(Computed(structure, compute))
+
+
+class _Difference(Computed):
+    """A computed difference that can also be read in parts."""
+
+    def __init__(self, structure: Structure, compute: Any, base: LazyMapping, tuned: LazyMapping) -> None:
+        super().__init__(structure, compute)
+        self._base, self._tuned = base, tuned
+
+    def slicer(self, name: str) -> Slicer:
+        """Differences part by part; whoever reads them checks that they are finite."""
+        return DifferenceSlicer(self._tuned.slicer(name), self._base.slicer(name), self._base, self._base.dtype(name))
+
+    def stream(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+        """The flattened differences, each in pieces of four MiB at most."""
+        for name in names:
+            read, count, dtype = self.slicer(name), self.shape(name).numel(), self.dtype(name)
+            for start in range(0, max(count, 1), _ENTRIES):
+                piece = torch.empty(min(_ENTRIES, count - start), dtype=dtype)
+                read(start, start + len(piece), piece)
+                yield name, _finite(piece, name)
+
+
+@dataclass(frozen=True)
+class DifferenceSlicer:
+    """Reads parts of θ − θ0; several vectors of one base can share the part of θ0.
+
+    Attributes:
+        tuned: reads θ.
+        base: reads θ0.
+        origin: the mapping that θ0 belongs to.
+        dtype: of θ0.
+    """
+
+    tuned: Slicer
+    base: Slicer
+    origin: LazyMapping
+    dtype: torch.dtype
+
+    def __call__(self, start: int, stop: int, out: Tensor) -> None:
+        """Write those entries of the flattened difference into ``out``."""
+        self.tuned(start, stop, out)
+        out.sub_(self.base_part(start, stop, out))
+
+    def base_part(self, start: int, stop: int, like: Tensor) -> Tensor:
+        """Those entries of the flattened θ0, as ``like`` is."""
+        part = torch.empty(stop - start, dtype=like.dtype, device=like.device)
+        self.base(start, stop, part)
+        return part
+
+
+def _difference(base: Mapping[str, Tensor], tuned: Mapping[str, Tensor], name: str) -> Tensor:
+    first, second = base[name].detach(), tuned[name].detach()
+    dtype = working_dtype(first.dtype, second.dtype)
+    return _finite(second.to(dtype) - first.to(second.device, dtype), name)
+
+
+def _finite(difference: Tensor, name: str) -> Tensor:
+    if not is_finite(difference):
+        raise NonFiniteError(
+            f"task vector: expected a finite difference, got NaN or infinity in {name}. "
+            "Train again with a lower learning rate, or remove this checkpoint."
+        )
+    return difference

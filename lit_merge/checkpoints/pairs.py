@@ -1,0 +1,268 @@
+"""Two checkpoints brought under the same names, whatever files and layouts they came in."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from lit_merge.errors import ConfigurationError, StructureMismatchError, first_few
+from lit_merge.naming import number_of_blocks
+from lit_merge.params import check_same_structure
+from lit_merge.checkpoints.opening import OpenedCheckpoint, open_checkpoint
+from lit_merge.checkpoints.layouts.towers import image_tower, recognise, written_as
+from lit_merge.checkpoints.layouts.views import as_lazy
+from lit_merge.checkpoints.layouts.linearised_towers import linearised_towers
+from lit_merge.files.lazy import Computed, LazyMapping, Selected, Slicer, Structure
+
+__all__ = ["Checkpoint", "Names", "Pair", "differing", "pair_of"]
+
+Checkpoint = Mapping[str, Tensor] | str | os.PathLike[str]
+"""Name -> tensor, or the path of whatever :func:`lit_merge.checkpoints.opening.open_checkpoint` opens."""
+
+Names = Literal["auto", "own", "image_tower"]
+"""Under which names a difference is taken, see :meth:`lit_merge.vectors.TaskVector.from_checkpoints`."""
+
+_ENTRIES = 1 << 20  # compared at a time
+_PROJECTION = "visual_projection.weight"  # which a CLIPVisionModel of transformers does without
+_ENCODER = "encoder."  # what names of the network begin with in checkpoints of our own modules
+
+
+@dataclass(frozen=True)
+class Pair:
+    """What a task vector is made of.
+
+    Attributes:
+        base: θ0.
+        tuned: θ under the same names; τ itself where the file holds that.
+        is_difference: whether ``tuned`` is τ.
+        image_tower: whether the names are those of an image tower.
+        own_base: θ0 as the fine-tuned file itself has it, if it does; τ is the difference from that.
+        started_from: fingerprint of the θ0 that the fine-tuned file says it started from; empty if it says nothing.
+        notes: what was done about a part that one of them lacks, in words.
+    """
+
+    base: Mapping[str, Tensor]
+    tuned: Mapping[str, Tensor]
+    is_difference: bool = False
+    image_tower: bool = False
+    own_base: LazyMapping | None = None
+    started_from: str = ""
+    notes: tuple[str, ...] = ()
+
+
+def pair_of(pretrained: Checkpoint, finetuned: Checkpoint, names: Names = "auto") -> Pair:
+    """Bring two checkpoints under the same names; nothing but headers is read.
+
+    Raises:
+        ConfigurationError: a checkpoint is neither a mapping of tensors nor a path, or ``names`` is unknown.
+        FileFormatError: a file is damaged, or holds no weights.
+        StructureMismatchError: they cannot be brought under the same names.
+    """
+    if names not in get_args(Names):
+        raise ConfigurationError(f"names: expected {' or '.join(get_args(Names))}, got {names!r}. Use one of them.")
+    base, tuned = _opened(pretrained, "pretrained"), _opened(finetuned, "finetuned")
+    started_from = ""
+    if isinstance(tuned, OpenedCheckpoint):
+        if tuned.adapter is not None:
+            return _adapted(base, tuned, names)
+        if tuned.recognised.layout == "linearised":
+            return _linearised(base, tuned, names)
+        started_from = str(tuned.metadata.get("base_fingerprint") or tuned.other.get("base_fingerprint") or "")
+        if tuned.holds_difference:
+            return _of_linearised_run(base, tuned, names, started_from)
+    if not _by_towers(base, tuned, names):
+        base, tuned = _own_names(base, tuned)
+        return Pair(base, tuned)
+    tower = _tower(base)
+    finetuned_tower, notes = _tower_like(tuned, tower)
+    _check_size(tower, finetuned_tower, _named(base, "pretrained"), _named(tuned, "finetuned"))
+    return Pair(tower, finetuned_tower, image_tower=True, started_from=started_from, notes=notes)
+
+
+def differing(first: LazyMapping, second: LazyMapping) -> list[str]:
+    """Names that both have, and whose shapes or values differ; both are read in pieces."""
+    return [
+        name
+        for name in first
+        if name in second and (first.shape(name) != second.shape(name) or not _equal(first, second, name))
+    ]
+
+
+def _equal(first: LazyMapping, second: LazyMapping, name: str) -> bool:
+    count, dtype = first.shape(name).numel(), torch.promote_types(first.dtype(name), second.dtype(name))
+    readers = first.slicer(name), second.slicer(name)
+    for start in range(0, count, _ENTRIES):
+        stop = min(start + _ENTRIES, count)
+        pieces = [torch.empty(stop - start, dtype=dtype) for _ in readers]
+        for read, piece in zip(readers, pieces, strict=True):
+            read(start, stop, piece)
+        if not torch.equal(*pieces):
+            return False
+    return True
+
+
+def _opened(checkpoint: Checkpoint, what: str) -> Mapping[str, Tensor]:
+    if isinstance(checkpoint, (str, os.PathLike)):
+        checkpoint = open_checkpoint(checkpoint)
+    if isinstance(checkpoint, OpenedCheckpoint):
+        checkpoint.require_weights(difference=what == "finetuned")
+        return checkpoint
+    if not isinstance(checkpoint, Mapping):
+        raise ConfigurationError(
+            f"{what}: expected a mapping name -> tensor or the path of a checkpoint, got "
+            f"{type(checkpoint).__name__}. Use dict(model.named_parameters())."
+        )
+    if not isinstance(checkpoint, LazyMapping):
+        others = [
+            f"{name} ({type(value).__name__})" for name, value in checkpoint.items() if not hasattr(value, "shape")
+        ]
+        if others:
+            raise ConfigurationError(
+                f"{what}: expected a mapping name -> tensor, got {first_few(others)}. Pass the state dict inside it."
+            )
+    return checkpoint
+
+
+def _named(tensors: Mapping[str, Tensor], what: str) -> str:
+    return str(tensors.path) if isinstance(tensors, OpenedCheckpoint) else what
+
+
+def _is_clip(tensors: Mapping[str, Tensor]) -> bool:
+    if isinstance(tensors, OpenedCheckpoint):
+        return tensors.is_clip
+    return recognise(tensors).layout not in ("own", "linearised")
+
+
+def _goes_by_tower(base: Mapping[str, Tensor], names: Names) -> bool:
+    return names == "image_tower" or (names == "auto" and _is_clip(base))
+
+
+def _by_towers(base: Mapping[str, Tensor], tuned: Mapping[str, Tensor], names: Names) -> bool:
+    if names != "auto":
+        return names == "image_tower"
+    same = len(base) == len(tuned) and all(name in tuned for name in base)
+    if same and not isinstance(base, OpenedCheckpoint) and not isinstance(tuned, OpenedCheckpoint):
+        return False
+    clips = _is_clip(base), _is_clip(tuned)
+    return all(clips) if same else any(clips)
+
+
+def _own_names(base: Mapping[str, Tensor], tuned: Mapping[str, Tensor]) -> tuple[Mapping[str, Tensor], ...]:
+    """Both as they are where they agree, otherwise without prefixes, which many programs put before all names."""
+    if set(base) == set(tuned):
+        return base, tuned
+    return tuple(one.without_prefix() if isinstance(one, OpenedCheckpoint) else one for one in (base, tuned))
+
+
+def _tower(tensors: Mapping[str, Tensor]) -> LazyMapping:
+    if isinstance(tensors, OpenedCheckpoint):
+        return tensors.image_tower()
+    return image_tower(tensors, recognise(tensors))
+
+
+def _tower_like(tuned: Mapping[str, Tensor], base: LazyMapping) -> tuple[LazyMapping, tuple[str, ...]]:
+    """The fine-tuned image tower; of a CLIPVisionModel, which ends before the projection, with that of the base."""
+    found = tuned.recognised if isinstance(tuned, OpenedCheckpoint) else recognise(tuned)
+    if found.layout != "transformers" or found.prefix + _PROJECTION in tuned or "proj" not in base:
+        return _tower(tuned), ()
+    projection = Selected(written_as(base, "transformers"), {found.prefix + _PROJECTION: _PROJECTION})
+    whole = _Joined(as_lazy(tuned), projection)
+    note = "the fine-tuned checkpoint has no projection; its difference there is zero"
+    return image_tower(whole, recognise(whole)), (note,)
+
+
+def _check_size(base: LazyMapping, tuned: LazyMapping, base_name: str, tuned_name: str) -> None:
+    """Two sizes of vision transformers differ in every tensor: say it by their size."""
+    sizes = [
+        (number_of_blocks(one), one.shape("class_embedding")[0]) for one in (base, tuned) if "class_embedding" in one
+    ]
+    if len(sizes) == 2 and sizes[0] != sizes[1]:
+        (blocks, width), (other_blocks, other_width) = sizes
+        raise StructureMismatchError(
+            f"{tuned_name}: expected an image tower of {blocks} blocks of width {width} as in {base_name}, got "
+            f"{other_blocks} blocks of width {other_width}. Give the pre-trained model of the same architecture."
+        )
+
+
+def _adapted(base: Mapping[str, Tensor], tuned: OpenedCheckpoint, names: Names) -> Pair:
+    assert tuned.adapter is not None
+    try:
+        difference = tuned.adapter.difference(as_lazy(base))
+    except StructureMismatchError as error:
+        raise StructureMismatchError(f"{tuned.path}: {error}") from error
+    if not _goes_by_tower(base, names):
+        return Pair(base, difference, is_difference=True)
+    recognised = base.recognised if isinstance(base, OpenedCheckpoint) else recognise(base)
+    return Pair(_tower(base), image_tower(difference, recognised), is_difference=True, image_tower=True)
+
+
+def _linearised(base: Mapping[str, Tensor], tuned: OpenedCheckpoint, names: Names) -> Pair:
+    """θ0 and θ that a linearised encoder's file holds side by side, under the names of the base's image tower."""
+    if names == "own":
+        raise ConfigurationError(
+            f"{tuned.path}: expected parameters with names, got the numbered ones of a linearised encoder. Take its "
+            "difference from the CLIP that it started from, under the names of the image tower."
+        )
+    tower = _tower(base)
+    try:
+        initial, final = linearised_towers(tuned, tower)
+    except StructureMismatchError as error:
+        raise StructureMismatchError(f"{tuned.path}: {error}") from error
+    return Pair(tower, final, image_tower=True, own_base=initial)
+
+
+def _of_linearised_run(base: Mapping[str, Tensor], tuned: OpenedCheckpoint, names: Names, started_from: str) -> Pair:
+    """τ, which a linearised module of our own has as its parameters under the encoder's names; zero where none is."""
+    as_tower = _goes_by_tower(base, names)
+    initial = _tower(base) if as_tower else as_lazy(base)
+    stored = Selected(tuned, {name.removeprefix(_ENCODER): name for name in tuned if name.startswith(_ENCODER)})
+    structure = {
+        name: (initial.shape(name), torch.float32) for name in initial if initial.dtype(name).is_floating_point
+    }
+    trained = {name: structure[name] for name in stored if name in structure}
+    check_same_structure(Computed(trained, initial.__getitem__), stored, f"{tuned.path}: what was trained")
+    return Pair(
+        initial, Computed(structure, partial(_or_zeros, stored, structure)), True, as_tower, started_from=started_from
+    )
+
+
+def _or_zeros(stored: LazyMapping, structure: Structure, name: str) -> Tensor:
+    return stored[name].float() if name in stored else torch.zeros(structure[name][0])
+
+
+class _Joined(LazyMapping):
+    """Two mappings with different names, as one."""
+
+    def __init__(self, first: LazyMapping, second: LazyMapping) -> None:
+        self._first, self._second = first, second
+
+    def _of(self, name: str) -> LazyMapping:
+        return self._second if name in self._second else self._first
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._of(name)[name]
+
+    def __iter__(self) -> Iterator[str]:
+        yield from self._first
+        yield from self._second
+
+    def __len__(self) -> int:
+        return len(self._first) + len(self._second)
+
+    def shape(self, name: str) -> torch.Size:
+        """Shape of one tensor, without reading it."""
+        return self._of(name).shape(name)
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Dtype of one tensor, without reading it."""
+        return self._of(name).dtype(name)
+
+    def slicer(self, name: str) -> Slicer:
+        """As the mapping that has it reads parts."""
+        return self._of(name).slicer(name)

@@ -1,0 +1,1 @@
+"""What ``lit-merge`` can be told to do."""

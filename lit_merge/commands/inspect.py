@@ -1,0 +1,274 @@
+"""What ``lit-merge inspect`` does: say what a file holds, without loading a model."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from lit_merge.files.lazy import LazyMapping
+from lit_merge.files.store import CONTENT_KEY
+from lit_merge.naming import block_of, is_behind_blocks
+from lit_merge.vectors.coefficient_files import FORMAT as COEFFICIENTS
+from lit_merge.vectors.coefficients import Coefficients
+from lit_merge.vectors.task_vector import FORMAT as TASK_VECTOR
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+__all__ = ["BlockSummary", "Inspection", "inspect", "summarise_blocks"]
+
+_BEFORE, _BEHIND = "before the blocks", "behind the blocks"
+_SHOWN = 240  # characters of a header entry in the table
+
+
+@dataclass(frozen=True)
+class BlockSummary:
+    """The tensors of one block, or of what lies before or behind the blocks.
+
+    Attributes:
+        block: ``"0"``, ``"1"`` …, or where it lies.
+        tensors: how many.
+        entries: of all of them.
+        floating: how many of these are floating-point numbers, which the following are about.
+        norm: ‖·‖₂, accumulated in float64.
+        largest: the largest magnitude.
+        zeros: how many are exactly zero.
+        not_finite: how many are NaN or infinite; norm and largest leave them out.
+    """
+
+    block: str
+    tensors: int
+    entries: int
+    floating: int
+    norm: float
+    largest: float
+    zeros: int
+    not_finite: int
+
+    @property
+    def sparsity(self) -> float:
+        """Share of zeros, in [0, 1]."""
+        return self.zeros / self.floating if self.floating else 0.0
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What a file holds.
+
+    Attributes:
+        path: as it was given.
+        kind: ``task vector``, ``coefficients``, or how the file of weights was recognised.
+        header: the entries of its header; JSON in them is read.
+        dtypes: dtype -> number of entries.
+        blocks: from the input to the output; empty for coefficients.
+        coefficients: task -> mean, least and largest coefficient, and the shares of zeros and of ones; empty for
+            anything else.
+    """
+
+    path: str
+    kind: str
+    header: dict[str, Any]
+    dtypes: dict[str, int]
+    blocks: list[BlockSummary]
+    coefficients: dict[str, dict[str, float]]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return asdict(self)
+
+    @property
+    def whole(self) -> BlockSummary:
+        """All blocks together."""
+        counts = {
+            key: sum(getattr(one, key) for one in self.blocks)
+            for key in ("tensors", "entries", "floating", "zeros", "not_finite")
+        }
+        norm = math.sqrt(sum(one.norm**2 for one in self.blocks))
+        return BlockSummary("all", norm=norm, largest=max((one.largest for one in self.blocks), default=0.0), **counts)
+
+
+def inspect(path: str, as_json: bool = False, verify: bool = False) -> Inspection:
+    """Print what a task vector, merged weights, a checkpoint or coefficients hold; everything is read once.
+
+    Args:
+        path: the file, or the folder or index of a sharded model.
+        as_json: print JSON rather than tables.
+        verify: also compare the content with the digest in the header.
+
+    Returns:
+        What was printed.
+
+    Raises:
+        FileFormatError: the file is missing, damaged or of an unknown kind; with ``verify``, its content differs.
+    """
+    found = _inspected(path, verify)
+    if as_json:
+        sys.stdout.write(json.dumps(_finite(found.to_dict()), indent=2, ensure_ascii=False) + "\n")
+        return found
+    from rich.console import Console
+
+    console = Console()
+    for part in _tables(found):
+        console.print(part)
+    return found
+
+
+def summarise_blocks(tensors: LazyMapping) -> list[BlockSummary]:
+    """Norm, largest magnitude and zeros of every block, each tensor read once and in pieces.
+
+    Args:
+        tensors: name -> tensor, lazy. Entries that are no floating-point numbers are counted, nothing more.
+
+    Returns:
+        One summary per block in order, those outside the blocks first and last.
+    """
+    found: dict[str, BlockSummary] = {}
+    for name in tensors:
+        one = found.setdefault(_place(name), BlockSummary(_place(name), 0, 0, 0, 0.0, 0.0, 0, 0))
+        found[one.block] = replace(one, tensors=one.tensors + 1, entries=one.entries + tensors.shape(name).numel())
+    for name, piece in tensors.stream([name for name in tensors if tensors.dtype(name).is_floating_point]):
+        found[_place(name)] = _with_piece(found[_place(name)], piece)
+    return sorted(found.values(), key=lambda one: _order(one.block))
+
+
+def _with_piece(one: BlockSummary, piece: Tensor) -> BlockSummary:
+    values = piece if piece.dtype == torch.float64 else piece.float()
+    values = values[torch.isfinite(values)]
+    count = values.numel()
+    norm = float(torch.linalg.vector_norm(values, dtype=torch.float64))
+    return replace(
+        one,
+        floating=one.floating + piece.numel(),
+        norm=math.hypot(one.norm, norm),
+        largest=max(one.largest, float(values.abs().max()) if count else 0.0),
+        zeros=one.zeros + count - int(torch.count_nonzero(values)),
+        not_finite=one.not_finite + piece.numel() - count,
+    )
+
+
+def _place(name: str) -> str:
+    block = block_of(name)
+    return str(block) if block is not None else (_BEHIND if is_behind_blocks(name) else _BEFORE)
+
+
+def _order(place: str) -> tuple[int, int]:
+    return {_BEFORE: (0, 0), _BEHIND: (2, 0)}.get(place) or (1, int(place))
+
+
+def _inspected(path: str | os.PathLike[str], verify: bool) -> Inspection:
+    from lit_merge.checkpoints.opening import open_checkpoint
+    from lit_merge.files.hub import local_path
+
+    place = local_path(path)
+    if place.suffix == ".json" and _says_coefficients(place):
+        return _of_coefficients(str(path), place)
+    tensors = open_checkpoint(place)
+    header = dict(tensors.metadata)
+    if digest := tensors.content_digest:
+        header[CONTENT_KEY] = digest
+    if header.get("format") == COEFFICIENTS:
+        return _of_coefficients(str(path), place)
+    if verify:
+        tensors.verify()
+    vector = header.get("format") == TASK_VECTOR
+    dtypes: dict[str, int] = {}
+    for name in tensors:
+        key = str(tensors.dtype(name)).removeprefix("torch.")
+        dtypes[key] = dtypes.get(key, 0) + tensors.shape(name).numel()
+    kind = f"task vector ({tensors.container})" if vector else tensors.describe()
+    return Inspection(str(path), kind, _read(header), dtypes, summarise_blocks(tensors), {})
+
+
+def _says_coefficients(path: Path) -> bool:
+    try:
+        with path.open(encoding="utf-8") as file:
+            return COEFFICIENTS in file.read(4096)
+    except (OSError, ValueError):
+        return False
+
+
+def _of_coefficients(given: str, path: Path) -> Inspection:
+    loaded = Coefficients.load(path)
+    rows = {
+        task: {
+            "mean": float(row.mean()),
+            "least": float(row.min()),
+            "largest": float(row.max()),
+            "zeros": float((row == 0).double().mean()),
+            "ones": float((row == 1).double().mean()),
+        }
+        for task, row in zip(loaded.tasks, loaded.values, strict=True)
+    }
+    header = {"granularity": loaded.granularity, "groups": len(loaded.groups), "parameters": len(loaded.members)}
+    return Inspection(
+        given, "coefficients", {**header, **_read(loaded.metadata)}, {"float64": loaded.values.numel()}, [], rows
+    )
+
+
+def _read(header: Mapping[str, str]) -> dict[str, Any]:
+    """The header, with JSON objects and lists in it as such."""
+    found: dict[str, Any] = {}
+    for key, value in header.items():
+        try:
+            content = json.loads(value) if value[:1] in ("{", "[") else value
+        except (ValueError, RecursionError):
+            content = value
+        found[key] = content
+    return found
+
+
+def _finite(value: Any) -> Any:
+    """JSON knows neither NaN nor infinity."""
+    if isinstance(value, dict):
+        return {key: _finite(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _tables(found: Inspection) -> list[RenderableType]:
+    from rich.table import Table
+    from rich.text import Text
+
+    head = Table.grid(padding=(0, 2))
+    entries = {"file": found.path, "kind": found.kind}
+    entries |= {"entries": ", ".join(f"{count:,} {dtype}" for dtype, count in found.dtypes.items())}
+    for key, value in {**entries, **found.header}.items():
+        text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+        text = text if len(text) <= _SHOWN or key == CONTENT_KEY else f"{text[:_SHOWN]}… ({len(text):,} characters)"
+        head.add_row(Text(key, style="dim"), Text(text, overflow="fold"))
+    parts: list[RenderableType] = [head]
+    if found.blocks:
+        table = _table("block", "tensors", "entries", "norm", "largest", "zeros (%)", "not finite")
+        for one in [*found.blocks, found.whole]:
+            if one.block == "all":
+                table.add_section()
+            cells = [f"{one.tensors}", f"{one.entries:,}", f"{one.norm:.6g}", f"{one.largest:.4g}"]
+            table.add_row(one.block, *cells, f"{100 * one.sparsity:.2f}", f"{one.not_finite or ''}")
+        parts.append(table)
+    if found.coefficients:
+        table = _table("task", "mean", "least", "largest", "zeros (%)", "ones (%)")
+        for task, row in found.coefficients.items():
+            shares = [f"{100 * row[key]:.1f}" for key in ("zeros", "ones")]
+            table.add_row(Text(task), *(f"{row[key]:.4f}" for key in ("mean", "least", "largest")), *shares)
+        parts.append(table)
+    return parts
+
+
+def _table(first: str, *others: str) -> Any:
+    from rich.table import Table
+
+    table = Table()
+    table.add_column(first)
+    for name in others:
+        table.add_column(name, justify="right")
+    return table

@@ -1,0 +1,1 @@
+"""The commands that train and evaluate, run by Lightning's command line."""

@@ -1,0 +1,1 @@
+"""The data sets of the literature, where they are on the disk."""

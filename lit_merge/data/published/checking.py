@@ -1,0 +1,200 @@
+"""What `lit-merge data list` and `lit-merge data check` do: the published data sets, and which are on the disk."""
+
+from __future__ import annotations
+
+import difflib
+import json as json_format
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+
+from lit_merge.data.published.registry import REGISTRY, SUITES, DataSetEntry
+from lit_merge.data.published.sources import PublishedSource, data_root, held_out
+from lit_merge.errors import ConfigurationError, DataError, first_few
+
+__all__ = ["CheckReport", "CheckedDataSet", "check", "check_data_set", "chosen_entries", "list_data"]
+
+_SPLITS = ("train", "val", "test")
+
+
+@dataclass(frozen=True)
+class CheckedDataSet:
+    """What was found of a data set.
+
+    Attributes:
+        name: of the data set.
+        state: ``complete``, ``other counts``, ``damaged`` or ``missing``.
+        problem: what is wrong, in one line; empty if it is complete.
+        layout: how its files lie; empty if it is missing.
+        path: where they are; empty if it is missing.
+        classes: how many it has.
+        counts: split -> images found.
+        expected: split -> images in the literature.
+    """
+
+    name: str
+    state: str
+    problem: str = ""
+    layout: str = ""
+    path: str = ""
+    classes: int = 0
+    counts: Mapping[str, int] = field(default_factory=dict)
+    expected: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class CheckReport:
+    """What :func:`check` found.
+
+    Attributes:
+        data_sets: one per data set.
+        json: whether it is shown as JSON.
+        named: whether the data sets were asked for by name, so that a missing one is a failure.
+    """
+
+    data_sets: tuple[CheckedDataSet, ...]
+    json: bool = False
+    named: bool = True
+
+    def describe(self) -> str:
+        """A table, or JSON."""
+        if self.json:
+            return json_format.dumps([asdict(one) for one in self.data_sets], indent=2)
+        rows: list[tuple[str, ...]] = [("data set", "state", "train", "val", "test", "classes", "where")]
+        for one in self.data_sets:
+            counts = [_counted(one, split) for split in _SPLITS]
+            where = f"{one.path} ({one.layout})" if one.path else "lit-merge data prepare " + one.name
+            rows.append((one.name, one.state, *counts, f"{one.classes:,}" if one.classes else "", where))
+        problems = [one.problem for one in self.data_sets if one.problem and one.state != "missing"]
+        return "\n".join([aligned(rows, right=(2, 3, 4, 5)), *problems])
+
+    def refuse(self) -> None:
+        """Raise if something is not as it should be.
+
+        Raises:
+            DataError: a data set that was asked for is missing, or one that was found is not complete.
+        """
+        wrong = [one for one in self.data_sets if one.state != "complete" and (self.named or one.state != "missing")]
+        if len(wrong) == 1:
+            raise DataError(wrong[0].problem)
+        if wrong:
+            states = first_few((f"{one.name} ({one.state})" for one in wrong), 30)
+            raise DataError(f"data: expected {len(self.data_sets)} complete data sets, got {states}. Prepare them.")
+
+
+def chosen_entries(names: Sequence[str]) -> list[DataSetEntry]:
+    """The data sets of some names, each once; a suite such as ``clip8`` stands for its data sets.
+
+    Raises:
+        ConfigurationError: a name is unknown; the nearest ones are named.
+    """
+    found: dict[str, DataSetEntry] = {}
+    for name in names:
+        known = SUITES.get(name.lower(), (name.lower(),))
+        if known[0] not in REGISTRY:
+            close = difflib.get_close_matches(name.lower(), [*SUITES, *REGISTRY], n=3, cutoff=0.6)
+            hint = f"Did you mean {', '.join(close)}?" if close else "`lit-merge data list` shows them."
+            raise ConfigurationError(f"names: expected data sets or suites ({', '.join(SUITES)}), got {name!r}. {hint}")
+        found.update((one, REGISTRY[one]) for one in known)
+    return list(found.values())
+
+
+def list_data(names: list[str] | None = None) -> str:
+    """Describe the published data sets that can be tasks.
+
+    Args:
+        names: of data sets or suites; None for all.
+
+    Returns:
+        A table: name, classes, images in train, val and test, size of the download, suites, where it comes from.
+
+    Raises:
+        ConfigurationError: a name is unknown.
+    """
+    rows: list[tuple[str, ...]] = [("data set", "classes", "train", "val", "test", "GB", "suites", "from", "title")]
+    for one in chosen_entries(names or list(REGISTRY)):
+        suites = [suite for suite, members in SUITES.items() if one.name in members]
+        sources = [f"torchvision ({one.torchvision})" if one.torchvision else "", one.hub or ""]
+        counts = [f"{one.counts[split]:,}" if split in one.counts else "–" for split in _SPLITS]
+        rows.append(
+            (
+                one.name,
+                f"{len(one.classes):,}",
+                *counts,
+                f"{one.gigabytes:g}",
+                ", ".join(suites),
+                ", ".join(filter(None, sources)),
+                one.title,
+            )
+        )
+    return aligned(rows, right=(1, 2, 3, 4, 5))
+
+
+def check(names: list[str] | None = None, root: str | None = None, json: bool = False) -> CheckReport:
+    """Look which published data sets are on the disk, and whether they are those of the literature.
+
+    Every image is counted, and the first one of every split decoded.
+
+    Args:
+        names: of data sets or suites, e.g. ``mnist`` or ``clip8``; None for all, of which some may be missing.
+        root: the folder of the published data sets; None for ``$LIT_MERGE_DATA``, or ``data``.
+        json: whether to show JSON instead of a table.
+
+    Raises:
+        ConfigurationError: a name is unknown.
+    """
+    entries = chosen_entries(names or list(REGISTRY))
+    return CheckReport(tuple(check_data_set(one, root) for one in entries), json, bool(names))
+
+
+def check_data_set(one: DataSetEntry, root: str | os.PathLike[str] | None = None) -> CheckedDataSet:
+    """Look whether a data set is on the disk, and whether it is that of the literature."""
+    source, expected = PublishedSource(one, root), dict(one.counts)
+    try:
+        place = source.place
+    except DataError as error:
+        return CheckedDataSet(one.name, "missing", str(error), expected=expected)
+    path = str(next((path for path in place.paths if path.exists()), place.paths[0]))
+    counts: dict[str, int] = {}
+    try:
+        for split in one.counts:
+            listed = source.listed(split)
+            counts[split] = len(listed)
+            if len(listed):
+                listed.picture(0)
+    except DataError as error:
+        return CheckedDataSet(one.name, "damaged", str(error), place.layout, path, 0, counts, expected)
+    if one.validation == "own" and not source.has_validation:
+        expected["val"] = held_out(expected["train"])
+        expected["train"] -= expected["val"]
+    other = [
+        f"{counts[split]:,} of {expected[split]:,} in {split}" for split in expected if counts[split] != expected[split]
+    ]
+    problem = (
+        f"{one.name}: expected the images of the literature in {path}, got {', '.join(other)}. Complete it, or move it "
+        f"away and run: lit-merge data prepare {one.name} --root {data_root(root)}."
+    )
+    state, said = ("other counts", problem) if other else ("complete", "")
+    return CheckedDataSet(one.name, state, said, place.layout, path, len(one.classes), counts, expected)
+
+
+def aligned(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
+    """A table with columns of equal width; those in ``right`` are aligned to the right."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = [
+        "  ".join(
+            cell.rjust(width) if column in right else cell.ljust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    ]
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _counted(one: CheckedDataSet, split: str) -> str:
+    if split not in one.expected:
+        return "–"
+    expected = f"{one.expected[split]:,}"
+    if split not in one.counts:
+        return expected if one.state == "missing" else f"?/{expected}"
+    return expected if one.counts[split] == one.expected[split] else f"{one.counts[split]:,}/{expected}"

@@ -1,0 +1,1 @@
+"""Merged models on data: searches, soups, statistics, analyses."""

@@ -1,0 +1,225 @@
+"""Validation accuracies of merged models, task by task; nothing here knows of a test split."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lit_merge.errors import ConfigurationError, DataError
+from lit_merge.evaluation.search.record import AccuracyRecord
+from lit_merge.vectors import TaskVector, check_base
+
+if TYPE_CHECKING:
+    import lightning as L
+    from torch import Tensor
+
+    from lit_merge.models.linear_features import LinearFeatures
+    from lit_merge.modules.multitask import MultiTaskModule
+
+__all__ = [
+    "Evaluation",
+    "LinearEvaluation",
+    "in_memory",
+    "quiet",
+    "silent_trainer",
+    "task_names",
+    "validation_loaders",
+]
+
+
+class Evaluation:
+    """Accuracies of θ0 + α τ on the validation images of every task; what was measured before is taken from disk.
+
+    Args:
+        module: evaluates, as it is set: the encoder, or its tangent at θ0.
+        loaders: task -> validation loader, from :func:`validation_loaders`.
+    """
+
+    def __init__(self, module: MultiTaskModule, loaders: Mapping[str, Any]) -> None:
+        self.module, self.loaders = module, dict(loaders)
+        self._record = AccuracyRecord(module, loaders)
+
+    def accuracy(
+        self, vector: TaskVector | None, coefficient: float = 1.0, tasks: Sequence[str] | None = None
+    ) -> dict[str, float]:
+        """Task -> accuracy, in [0, 1].
+
+        Args:
+            vector: τ, which is read twice; None for the pre-trained model.
+            coefficient: α.
+            tasks: some of the tasks; by default all.
+
+        Raises:
+            StructureMismatchError: the vector belongs to another base or architecture.
+        """
+        chosen = list(self.loaders) if tasks is None else list(tasks)
+        if vector is not None:
+            check_base(vector, self.module.base_fingerprint, self.module.base_name)
+        key = self._record.key(vector, coefficient, chosen)
+        found = self._record.read(key, chosen)
+        if found is None:
+            if vector is None:
+                self.module.load_parameters(self.module.initial_parameters)
+            else:
+                self.module.load_task_vector(vector, coefficient)
+            found = {task: self._measure(task) for task in chosen}
+            self._record.write(key, found)
+        return found
+
+    def _measure(self, task: str) -> float:
+        device = self.module.device
+        with torch.inference_mode():
+            batches = ((self.module(batch.images.to(device)), batch.labels) for batch in self.loaders[task])
+            return _accuracy(self.module, task, batches)
+
+
+class LinearEvaluation(Evaluation):
+    """The same of a linearised module, for factors of few vectors: ``f0(x) + α J τ(x)`` for every α from one pass.
+
+    Args:
+        module: a linearised one.
+        loaders: task -> validation loader of images that have a ``digest()``.
+        individual: task -> its own vector; their tangents are computed in the same pass as the merged vector's.
+    """
+
+    def __init__(
+        self, module: MultiTaskModule, loaders: Mapping[str, Any], individual: Mapping[str, TaskVector]
+    ) -> None:
+        self.module, self.loaders, self._individual = module, dict(loaders), individual
+        self._merged: TaskVector | None = None
+        self._features: dict[str, LinearFeatures] = {}
+
+    def accuracy(
+        self, vector: TaskVector | None, coefficient: float = 1.0, tasks: Sequence[str] | None = None
+    ) -> dict[str, float]:
+        """See :meth:`Evaluation.accuracy`; images are read for the first vector, and for another one that is no task's.
+
+        The pre-trained model comes after some vector.
+        """
+        own = next((name for name, known in self._individual.items() if known is vector), None)
+        if vector is not None and vector is not self._merged and (own is None or not self._features):
+            self._read(vector)
+        name = "merged" if own is None else f"task {own}"
+        coefficients = {} if vector is None else {name: coefficient}
+        chosen = list(self.loaders) if tasks is None else list(tasks)
+        return {task: self._at(task, coefficients) for task in chosen}
+
+    def _read(self, vector: TaskVector) -> None:
+        from lit_merge.models.linear_features import LinearFeatureCache
+
+        check_base(vector, self.module.base_fingerprint, self.module.base_name)
+        names = {task: f"task {task}" for task in self._individual}
+        directions = {"merged": vector, **{names[task]: own for task, own in self._individual.items()}}
+        cache = LinearFeatureCache(self.module.network, directions)
+        self._features = {
+            task: cache.of(loader, ["merged", *([names[task]] if task in names else [])])
+            for task, loader in self.loaders.items()
+        }
+        self._merged = vector
+
+    def _at(self, task: str, coefficients: Mapping[str, float]) -> float:
+        features = self._features[task]
+        parts = features.batches(self.loaders[task].batch_size or len(features))
+        batches = (part.to(self.module.device) for part in parts)
+        with torch.inference_mode():
+            return _accuracy(self.module, task, ((part.features(coefficients), part.labels) for part in batches))
+
+
+def in_memory(vector: TaskVector) -> TaskVector:
+    """The same vector with every tensor computed once, for what reads them several times."""
+    return TaskVector(dict(vector), vector.task, metadata=vector.metadata)
+
+
+def _accuracy(module: MultiTaskModule, task: str, batches: Iterable[tuple[Tensor, Tensor]]) -> float:
+    """The accuracy of features ``[B, d]`` with labels ``[B]``, counted as the module counts."""
+    from torchmetrics import MeanMetric
+
+    from lit_merge.metrics.hits import hits
+
+    metric = MeanMetric().to(module.device)
+    for features, labels in batches:
+        metric.update(*hits(module.classify(features, task), labels.to(module.device)))
+    return float(metric.compute())
+
+
+def validation_loaders(module: MultiTaskModule, data: Any, tasks: Sequence[str]) -> dict[str, Any]:
+    """Task -> loader of its validation images; builds the module's heads, and sets up no other split.
+
+    Args:
+        module: is put on the accelerator, for evaluation.
+        data: a data module of several tasks.
+        tasks: some of its tasks.
+
+    Raises:
+        ConfigurationError: the data are not of several tasks.
+        DataError: a task has no validation images.
+    """
+    from lightning.pytorch.utilities.model_helpers import is_overridden
+
+    names = task_names(data)
+    if not is_overridden("val_dataloader", data):
+        raise DataError(
+            f"search: expected validation data, got a {type(data).__name__} without val_dataloader. "
+            "Add a validation split; test images are for the final evaluation only."
+        )
+    trainer = silent_trainer(limit_val_batches=0)
+    with quiet():
+        trainer.validate(module, datamodule=data, verbose=False)
+    module.to(trainer.strategy.root_device).eval()
+    given = data.val_dataloader()
+    loaders = dict(zip(names, given if isinstance(given, list | tuple) else [given], strict=False))
+    empty = [task for task in tasks if task not in loaders or not len(loaders[task])]
+    if empty:
+        raise DataError(
+            f"search: expected validation images of every task, got none of {empty[0]}. "
+            "Add a validation split; test images are for the final evaluation only."
+        )
+    return {task: loaders[task] for task in loaders if task in tasks}
+
+
+def task_names(data: Any) -> tuple[str, ...]:
+    """The tasks of a data module.
+
+    Raises:
+        ConfigurationError: the data are not of several tasks.
+    """
+    if not hasattr(data, "task_names"):
+        raise ConfigurationError(
+            f"data: expected a data module of several tasks, got {type(data).__name__}. Use MultiTaskDataModule."
+        )
+    return tuple(data.task_names)
+
+
+def silent_trainer(**settings: Any) -> L.Trainer:
+    """A trainer for evaluations inside a larger job: no files, no bars."""
+    import lightning as L
+
+    return L.Trainer(
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        devices=1,
+        **settings,
+    )
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Hide Lightning's notices about devices, workers and seeds; errors still show."""
+    names = ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero", "lightning")
+    levels = {name: logging.getLogger(name).level for name in names}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for name in names:
+            logging.getLogger(name).setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            for name, level in levels.items():
+                logging.getLogger(name).setLevel(level)

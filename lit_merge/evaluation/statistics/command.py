@@ -1,0 +1,192 @@
+"""Statistics of one task's fine-tuned encoder on disk: what ``lit-merge statistics`` does."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch.utils.data import DataLoader
+
+from lit_merge._version import __version__
+from lit_merge.checkpoints.opening import open_checkpoint
+from lit_merge.errors import ConfigurationError
+from lit_merge.evaluation.search import quiet, silent_trainer
+from lit_merge.evaluation.statistics.fisher import LABELS, collect_fisher
+from lit_merge.evaluation.statistics.gram import collect_gram
+from lit_merge.files.hub import address_entry, parse_address, pinned
+from lit_merge.vectors import LazyTensors, TaskVector, file_digest
+from lit_merge.vectors.statistics import FORMATS, write_statistics
+
+if TYPE_CHECKING:
+    from lit_merge.data import TaskDataModule
+    from lit_merge.modules import FineTuneModule
+
+__all__ = ["statistics"]
+
+_STAGES = {"train": "fit", "val": "validate", "test": "test"}
+
+
+def statistics(
+    kind: Literal["fisher", "gram"],
+    task_vector: str | None = None,
+    weights: str | None = None,
+    output: str | None = None,
+    data: TaskDataModule | None = None,
+    split: Literal["train", "val", "test"] = "train",
+    images: int | None = 256,
+    labels: Literal["expected", "sampled", "true"] = "expected",
+    convolutions: bool = False,
+    seed: int = 0,
+    model: str = "lit-tiny",
+    pretrained: str | None = None,
+    linearized: bool = False,
+    overwrite: bool = False,
+) -> Path:
+    """Collect what Fisher merging or RegMean needs of one task, and write it to a safetensors file.
+
+    It runs in one process, on one device. The images are not augmented; which ones are taken depends on the seed alone.
+
+    Args:
+        kind: fisher for the diagonal Fisher information, gram for the Gram matrices of the linear layers' inputs.
+        task_vector: file of the task's vector; the encoder is θ0 + τ.
+        weights: instead of it a file of the task's whole weights; then data has to be given.
+        output: file to write, ending in .safetensors; by default <name>-<kind>.safetensors beside the vector or the
+            weights.
+        data: the task's images; by default the embedded task that the vector is named after.
+        split: which of them.
+        images: how many, drawn from the split at random; null for all.
+        labels: of fisher: expected (exact over the classes) and sampled (drawn from the model) read no labels; true is
+            the empirical Fisher.
+        convolutions: of gram: also of 2-D convolutions, such as the patch embedding.
+        seed: of the choice of images, and of sampled labels.
+        model: the base model that the vector starts from.
+        pretrained: its weights.
+        linearized: of fisher: whether the vector was trained linearised; the Fisher information is that of the tangent.
+        overwrite: replace an existing output.
+
+    Returns:
+        The file.
+
+    Raises:
+        LitMergeError: inputs are missing, damaged or do not fit each other, or the output exists.
+    """
+    _check_settings(kind, split, images, labels, convolutions, linearized)
+    if (task_vector is None) == (weights is None):
+        raise ConfigurationError(
+            f"task_vector and weights: expected exactly one of them, got {'none' if weights is None else 'both'}. "
+            "Give the file of the task's fine-tuned model."
+        )
+    task_vector, weights = task_vector and pinned(task_vector), weights and pinned(weights)
+    source = task_vector or weights
+    assert source is not None
+    target = _check_output(source, output, kind, overwrite)
+    task = "" if task_vector is None else TaskVector.load(task_vector).task
+    from lit_merge.modules import FineTuneModule
+
+    module = FineTuneModule(model, pretrained, task_vector=task_vector, weights=weights, linearized=linearized)
+    own = _data_of(task, data, module)
+    loader = _loader(own, split, images, seed)
+    with quiet():
+        device = silent_trainer().strategy.root_device
+    encoder = module.encoder.to(device)
+    if kind == "fisher":
+        head = module.make_head(own.classes, own.templates).to(device)
+        tensors = collect_fisher(encoder, loader, head, labels, seed)
+    else:
+        tensors = collect_gram(encoder, loader, convolutions)
+    read = labels if kind == "fisher" else "none"
+    header = {
+        **module.base_description(),
+        "images": str(len(loader.sampler)),  # type: ignore[arg-type]
+        "split": split,
+        "labels": read,
+        "labels_read": "true" if read == "true" else "false",
+        "seed": str(seed),
+        "inputs": json.dumps({"file": Path(source).name, **address_entry(source), "sha256": _digests(source)}),
+        "versions": json.dumps({"lit_merge": __version__, "torch": str(torch.__version__)}),
+    }
+    if linearized:
+        header["linearized"] = "true"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    write_statistics(target, kind, tensors, own.name, module.base_fingerprint, header)
+    LazyTensors(target, verify=True)
+    return target
+
+
+def _check_settings(
+    kind: str, split: str, images: int | None, labels: str, convolutions: bool, linearized: bool
+) -> None:
+    for name, value, valid in (("kind", kind, FORMATS), ("split", split, _STAGES), ("labels", labels, LABELS)):
+        if value not in valid:
+            raise ConfigurationError(f"{name}: expected {' or '.join(valid)}, got {value!r}. Use one of them.")
+    if images is not None and images < 1:
+        raise ConfigurationError(f"images: expected a positive number or null, got {images}. Change it.")
+    if kind == "fisher" and convolutions:
+        raise ConfigurationError("convolutions: expected only with kind: gram, got it with fisher. Remove it.")
+    if kind == "gram" and labels != "expected":
+        raise ConfigurationError(f"labels: expected only with kind: fisher, got {labels} with gram. Remove it.")
+    if kind == "gram" and linearized:
+        raise ConfigurationError(
+            "linearized: expected only with kind: fisher, got it with gram, as the layers of a tangent have inputs of "
+            "two kinds. Remove it, or merge by Fisher information."
+        )
+
+
+def _digests(source: str) -> str | dict[str, str]:
+    """SHA-256 of the file, or of every file of a model that consists of several."""
+    files = open_checkpoint(source).files
+    return file_digest(files[0]) if len(files) == 1 else {file.name: file_digest(file) for file in files}
+
+
+def _check_output(given: str, output: str | None, kind: str, overwrite: bool) -> Path:
+    source = Path(given)
+    if output is None:  # beside it, or in the current folder if it lies on the Hub
+        name = f"{source.stem}-{kind}.safetensors"
+        target = source.with_name(name) if parse_address(given) is None else Path(name)
+    else:
+        target = Path(output)
+    if target.suffix != ".safetensors":
+        raise ConfigurationError(f"output: expected a file ending in .safetensors, got {target}. Rename it.")
+    if target.resolve() == source.resolve():
+        raise ConfigurationError(f"output: expected another file than the input, got {target}. Choose another name.")
+    if target.exists() and not overwrite:
+        raise ConfigurationError(
+            f"output: expected a new file, got {target}, which exists. Set overwrite to replace it."
+        )
+    return target
+
+
+def _data_of(task: str, data: TaskDataModule | None, module: FineTuneModule) -> Any:
+    """The task's data module, ready for the module and without augmentation; the given one is not changed."""
+    from lit_merge.data import TaskDataModule
+
+    if data is None and not task:
+        raise ConfigurationError(
+            "data: expected the task's images, as the file does not name an embedded task, got none. Set data."
+        )
+    own: Any = TaskDataModule(task=task) if data is None else copy.copy(data)
+    if task and own.name != task:
+        raise ConfigurationError(
+            f"data: expected images of the vector's task {task!r}, got {own.name!r}. "
+            "Give that task's data, or name it so (data.name)."
+        )
+    own.augment, own.preprocessing, own.datasets = False, own.preprocessing or module.preprocessing, {}
+    return own
+
+
+def _loader(data: Any, split: str, images: int | None, seed: int) -> DataLoader[Any]:
+    """Batches of images drawn from a split, each at most once."""
+    data.prepare_data()
+    data.setup(_STAGES[split])
+    whole = data.evaluation_loader(split)
+    order = torch.randperm(len(whole.dataset), generator=torch.Generator().manual_seed(seed)).tolist()
+    return DataLoader(
+        whole.dataset,
+        batch_size=min(whole.batch_size, len(order)) or 1,
+        sampler=order if images is None else order[:images],
+        num_workers=whole.num_workers,
+        collate_fn=whole.collate_fn,
+    )

@@ -1,0 +1,319 @@
+"""Addresses on the Hugging Face Hub wherever a path is given: what they name is downloaded, or taken from the cache.
+
+``hf://owner/name[@revision][/path/in/repository]``: a file, the folder of one model, or a whole repository. Files lie
+in the Hub's own cache (``HF_HOME``); tokens are known to ``huggingface_hub`` alone and never pass through here.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import glob
+import json
+import os
+import posixpath
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
+
+from lit_merge._version import __version__
+from lit_merge.errors import ConfigurationError, HubError, first_few
+from lit_merge.files.hub_refusals import is_unreachable, not_cached, refusals
+
+__all__ = [
+    "Address",
+    "Snapshot",
+    "address_entry",
+    "fetch",
+    "hub_api",
+    "local_path",
+    "needed_address",
+    "parse_address",
+    "pinned",
+]
+
+_FORM = re.compile(
+    r"(?:models/)?(?P<repository>[\w.-]+/[\w.-]+)"
+    r"(?:@(?P<revision>refs/pr/\d+|refs/convert/[\w.-]+|[^/@]+))?(?P<path>/.*)?"
+)
+_OTHER_KINDS = ("buckets/", "datasets/", "kernels/", "spaces/")
+_MANY = 1000
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+# What a folder is opened as, the first that is there; the same order as when a folder on the disk is opened.
+_ONE_MODEL = (
+    r"adapter_model\.safetensors",
+    r"adapter_model\.bin",
+    r"model\.safetensors\.index\.json",
+    r"model\.safetensors",
+    r".+\.safetensors\.index\.json",
+    r".+\.safetensors",
+    r"pytorch_model\.bin",
+    r".+\.(bin|ckpt|pt|pth|pkl|pickle)",
+)
+
+
+@dataclass(frozen=True)
+class Address:
+    """A place on the Hub.
+
+    Attributes:
+        repository: ``owner/name`` of a model repository.
+        path: in it, without leading slash; empty for the whole repository.
+        revision: branch, tag or commit; None for the main branch.
+    """
+
+    repository: str
+    path: str = ""
+    revision: str | None = None
+
+    def __str__(self) -> str:
+        revision = self.revision or ""
+        if not revision.startswith("refs/"):
+            revision = revision.replace("/", "%2F")
+        return f"hf://{self.repository}{revision and f'@{revision}'}{self.path and f'/{self.path}'}"
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """Files of one commit in the cache.
+
+    Attributes:
+        folder: that the repository's paths start from; its name is the commit.
+        names: paths of the files in the repository.
+    """
+
+    folder: Path
+    names: tuple[str, ...]
+
+    @property
+    def commit(self) -> str:
+        """Forty hexadecimal digits."""
+        return self.folder.name
+
+
+def parse_address(path: str | os.PathLike[str]) -> Address | None:
+    """The address that a path is, or None if it is an ordinary path.
+
+    Raises:
+        ConfigurationError: it begins with ``hf:/`` and does not go on as an address does.
+    """
+    text = os.fspath(path)
+    begin = next((one for one in ("hf://", "hf:/") if text.startswith(one)), None)  # pathlib makes one slash of two
+    if begin is None:
+        return None
+    rest = text.removeprefix(begin)
+    found = _FORM.fullmatch(rest)
+    parts = (found["path"] or "").rstrip("/").split("/")[1:] if found else []
+    wrong = found is None or rest.startswith(_OTHER_KINDS) or not {"", ".", ".."}.isdisjoint(parts)
+    if found is None or wrong or "\\" in rest:
+        raise ConfigurationError(
+            f"{text}: expected hf://owner/name, with @revision and /path/in/repository behind it if need be, of a "
+            "model repository, got something else. Write it like that, a slash in a revision as %2F."
+        )
+    revision = found["revision"]
+    return Address(found["repository"], "/".join(parts), revision and unquote(revision))
+
+
+def needed_address(text: str) -> Address:
+    """As :func:`parse_address`, of what must be an address.
+
+    Raises:
+        ConfigurationError: it is none.
+    """
+    address = parse_address(text)
+    if address is None:
+        raise ConfigurationError(f"address: expected hf://owner/name, got {text!r}. Put hf:// in front of it.")
+    return address
+
+
+def local_path(path: str | os.PathLike[str]) -> Path:
+    """Where a path leads on this machine: of an address on the Hub the file or folder in the cache, else the path.
+
+    A single file is downloaded alone, an index of shards with its shards, and of a folder or repository the one model
+    in it. What is in the cache already is not downloaded again. Without network, or with ``HF_HUB_OFFLINE=1``, the
+    cache must have it. What is in the files is checked by whoever opens them, as of any file.
+
+    Args:
+        path: an ordinary path, which is returned as it is, or ``hf://owner/name[@revision][/path]``.
+
+    Raises:
+        ConfigurationError: it begins as an address and is none.
+        HubError: the Hub, the repository, the revision or the file cannot be reached or read.
+    """
+    address = parse_address(path)
+    return Path(path) if address is None else fetch(address).folder / address.path
+
+
+def pinned(path: str | os.PathLike[str]) -> str:
+    """A path as it can be written down: an address on the Hub with the commit that it stands for now.
+
+    Raises:
+        LitMergeError: as for :func:`local_path`.
+    """
+    address = parse_address(path)
+    if address is None:
+        return str(path)
+    return str(replace(address, revision=fetch(address).commit))
+
+
+def address_entry(path: str | None) -> dict[str, str]:
+    """What provenance says of where an input is: its address on the Hub, nothing of the machine's own paths."""
+    return {} if path is None or parse_address(path) is None else {"address": path}
+
+
+def fetch(address: Address, everything: bool = False) -> Snapshot:
+    """Bring what an address stands for into the cache.
+
+    Args:
+        address: what to bring.
+        everything: of a folder or repository all files, rather than those of the one model in it.
+
+    Raises:
+        HubError: it cannot be reached or read, or (without ``everything``) there is not one model in the folder.
+    """
+    with refusals(address, "read"):
+        if found := _known(address):
+            return found
+        get: Callable[[Sequence[str]], Path] = functools.partial(_download, address)
+        try:
+            listing = _listing(address)
+        except Exception as error:
+            if not is_unreachable(error):
+                raise
+            get = functools.partial(_cached, address, error)
+            listing = _cached_listing(address, error, get([]))
+        names = _choose(address, listing, everything)
+        folder = get(names)
+        shards = [] if everything else _shards(folder, names, listing)
+        return Snapshot(get([*names, *shards]) if shards else folder, (*names, *shards))
+
+
+def hub_api() -> Any:
+    """The library's client, which finds the user's token by itself.
+
+    Raises:
+        ConfigurationError: the library is not installed.
+    """
+    try:
+        from huggingface_hub import HfApi
+    except ImportError as error:
+        raise ConfigurationError(
+            "hf://: expected the package huggingface_hub, got none. Install it: pip install huggingface_hub."
+        ) from error
+    return HfApi(library_name="lit-merge", library_version=__version__)
+
+
+def _listing(address: Address) -> list[str]:
+    """All files of a revision; without network it fails at once, as this request is not repeated."""
+    files = hub_api().model_info(address.repository, revision=address.revision).siblings or []
+    if len(files) >= _MANY:  # of which the Hub may not have said all
+        names = list(hub_api().list_repo_files(address.repository, revision=address.revision))
+    else:
+        names = [file.rfilename for file in files]
+    wrong = [name for name in names if name.startswith("/") or "\\" in name or ".." in name.split("/")]
+    if wrong:
+        raise HubError(
+            f"{address}: expected files inside the repository, got {first_few(map(repr, wrong))}. Do not trust it."
+        )
+    return names
+
+
+def _known(address: Address) -> Snapshot | None:
+    """A single file of a commit, if it is in the cache: it cannot have changed."""
+    alone = address.path and not address.path.endswith(".index.json")
+    folder = _kept(address, [address.path]) if alone else None
+    return None if folder is None else Snapshot(folder, (address.path,))
+
+
+def _kept(address: Address, names: Sequence[str]) -> Path | None:
+    """The folder of a commit in the cache if it has these files; None for a branch, which may have moved."""
+    hub_api()
+    from huggingface_hub import try_to_load_from_cache
+
+    if not names or not _COMMIT.fullmatch(address.revision or ""):
+        return None
+    found = [try_to_load_from_cache(address.repository, name, revision=address.revision) for name in names]
+    if not all(isinstance(path, str) and Path(path).is_file() for path in found):
+        return None
+    return Path(str(found[0])).parents[names[0].count("/")]
+
+
+def _download(address: Address, names: Sequence[str]) -> Path:
+    if kept := _kept(address, names):
+        return kept
+    patterns = [glob.escape(name) for name in names]
+    return Path(hub_api().snapshot_download(address.repository, revision=address.revision, allow_patterns=patterns))
+
+
+def _cached(address: Address, reason: Exception, names: Sequence[str]) -> Path:
+    """The folder of the commit in the cache, which must have these files."""
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    missing: Sequence[str] = names
+    try:
+        folder = Path(
+            hub_api().snapshot_download(
+                address.repository, revision=address.revision, local_files_only=True, allow_patterns=[]
+            )
+        )
+        missing = [name for name in names if not (folder / name).is_file()]
+        if not missing:
+            return folder
+    except LocalEntryNotFoundError:
+        missing = [address.path] if address.path else []
+    raise not_cached(address, missing, reason)
+
+
+def _cached_listing(address: Address, reason: Exception, folder: Path) -> list[str]:
+    """The files of a commit as they were on the Hub if that was kept, otherwise those that are in the cache."""
+    import huggingface_hub
+
+    try:
+        tree = huggingface_hub.get_cached_repo_tree(address.repository, revision=folder.name)
+        return [file.path for file in tree]
+    except Exception:  # older versions of the library keep no listing, nor does a snapshot that was copied
+        if not (folder / address.path).exists():
+            raise not_cached(address, [address.path], reason) from None
+        return [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file()]
+
+
+def _choose(address: Address, listing: Sequence[str], everything: bool) -> list[str]:
+    if address.path in listing:
+        return [address.path]
+    within = [name for name in listing if not address.path or name.startswith(f"{address.path}/")]
+    if not within:
+        near = difflib.get_close_matches(address.path, listing, 3, 0.5) or listing
+        raise HubError(
+            f"{address}: expected a file or folder of {address.repository}, got none of this name. "
+            f"There {'is' if len(near) == 1 else 'are'} {first_few(near) or 'no files'}."
+        )
+    if everything:
+        return within
+    names = {posixpath.basename(name): name for name in within if posixpath.dirname(name) == address.path}
+    for pattern in _ONE_MODEL:
+        found = [name for name in names if re.fullmatch(pattern, name)]
+        if len(found) > 1:
+            raise HubError(
+                f"{address}: expected one model in this folder, got {first_few(found)}. Name the file itself."
+            )
+        if found:
+            return [names[found[0]], *(path for name, path in names.items() if name.endswith("config.json"))]
+    raise HubError(
+        f"{address}: expected a model in this folder, got {first_few(names or within)}. Name the file itself."
+    )
+
+
+def _shards(folder: Path, names: Sequence[str], listing: Sequence[str]) -> list[str]:
+    """The files beside an index that it names; what else is wrong with it is said when it is opened."""
+    shards: list[str] = []
+    for index in (name for name in names if name.endswith(".index.json")):
+        try:
+            places = json.loads((folder / index).read_text(encoding="utf-8"))["weight_map"].values()
+            beside = {posixpath.join(posixpath.dirname(index), str(place)) for place in places}
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            continue
+        shards += [name for name in listing if name in beside]
+    return shards

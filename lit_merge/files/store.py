@@ -1,0 +1,338 @@
+"""Tensors on disk: safetensors with a string header, written atomically, read lazily, verified on request.
+
+The format is safetensors as its own documentation defines it: eight bytes with the length of the header, the header as
+JSON, the data. It is written here rather than by the safetensors package so that the same input gives the same bytes,
+one tensor is held in memory at a time, and a content digest can be added; any safetensors reader opens the result.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import secrets
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from lit_merge.errors import ConfigurationError, FileFormatError
+from lit_merge.files.file_parts import FileParts, bytes_of, printable
+from lit_merge.files.hub import local_path
+from lit_merge.files.lazy import LazyMapping, Slicer, stream
+from lit_merge.files.tensor_header import DTYPES, LONGEST_HEADER, read_header
+from lit_merge.params import dtype_of, shape_of
+
+__all__ = ["CONTENT_KEY", "LazyTensors", "file_digest", "verify", "write_tensors"]
+
+CONTENT_KEY = "content_sha256"
+"""The metadata entry that holds the content digest: SHA-256 of names, dtypes, shapes, bytes and other metadata."""
+
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_WHAT = "a safetensors file"
+_WAITING = 16 << 20  # bytes that are computed ahead of the disk
+
+
+def write_tensors(
+    path: str | os.PathLike[str],
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str],
+    late_metadata: Callable[[], Mapping[str, str]] | None = None,
+) -> str:
+    """Write tensors and a string header to a safetensors file, atomically.
+
+    The bytes go to a temporary file in the same folder, which is synchronised to disk and renamed; whatever happens,
+    the file at ``path`` is the old one or the complete new one. The same input gives the same bytes. Tensors are read
+    one at a time, so a lazy mapping is never in memory as a whole.
+
+    Args:
+        path: the file to write, in an existing folder.
+        tensors: name -> tensor of any shape. A lazy mapping tells shapes and dtypes by ``shape(name)`` and
+            ``dtype(name)``.
+        metadata: string header entries.
+        late_metadata: called after the last tensor was read; its entries replace those of the same names in
+            ``metadata``, whose values must be at least as long (they reserve the space).
+
+    Returns:
+        The content digest, 64 hexadecimal digits, also stored in the header as ``content_sha256``.
+
+    Raises:
+        ConfigurationError: the folder is missing, a name or metadata entry is not a string, or a dtype cannot be
+            stored.
+        OSError: the disk is full or not writable; ``path`` is as it was before.
+    """
+    target = Path(path)
+    if not target.parent.is_dir():
+        raise ConfigurationError(f"{target}: expected an existing folder to write into, got none. Create it first.")
+    header = {key: value for key, value in metadata.items() if key != CONTENT_KEY}
+    _check_strings(header, tensors)
+    layout = _layout(tensors)
+    reserved = _header_bytes(layout, {**header, CONTENT_KEY: "0" * 64})
+    temporary = target.with_name(f".{secrets.token_hex(8)}.temporary")
+    try:
+        with temporary.open("xb") as file:
+            file.write(reserved)
+            digest = hashlib.sha256()
+            with _Behind(file, digest) as behind:
+                _write_stream(behind, layout, stream(tensors, layout))
+            header.update(late_metadata() if late_metadata else {})
+            _digest_metadata(digest, header)
+            final = _header_bytes(layout, {**header, CONTENT_KEY: digest.hexdigest()}, length=len(reserved))
+            file.seek(0)
+            file.write(final)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(target)
+    except BaseException:  # an interrupt included
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
+    _synchronise_folder(target.parent)
+    return digest.hexdigest()
+
+
+class LazyTensors(LazyMapping):
+    """The tensors of a safetensors file, read one at a time: ``tensors[name]`` maps that tensor and nothing else.
+
+    Every read gives a tensor of its own: changing one in place changes neither the file nor a later read. Pickling
+    keeps the path only, so that a worker process opens the file by itself.
+
+    Args:
+        path: a safetensors file, or its address on the Hub (``hf://owner/name/file``).
+        verify: also compare all bytes with the content digest in the header (reads the whole file once).
+
+    Raises:
+        FileFormatError: the file is missing, truncated, or not a safetensors file; with ``verify``, also if its
+            content is not what was written.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], verify: bool = False) -> None:
+        self.path = local_path(path)
+        self._parts = FileParts(self.path, _WHAT)
+        header = read_header(self._parts)
+        self.metadata: dict[str, str] = header.metadata
+        self.content_digest: str | None = self.metadata.pop(CONTENT_KEY, None)
+        self._entries, self._places = header.entries, header.places
+        if verify:
+            self.verify()
+
+    def __getitem__(self, name: str) -> Tensor:
+        dtype, shape = self._entries[name]
+        return self._parts.tensor(name, dtype, shape, self._places[name])
+
+    def slicer(self, name: str) -> Slicer:
+        """A function that reads parts of one flattened tensor from the file, without mapping it.
+
+        Nothing but ``out`` is filled: parts that have been read do not add up in memory, as those of a map would.
+        """
+        return self._parts.slicer(name, self._entries[name][0], self._places[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._entries
+
+    def __repr__(self) -> str:
+        return f"LazyTensors({str(self.path)!r})"
+
+    def __reduce__(self) -> tuple[type[LazyTensors], tuple[Path]]:
+        return (type(self), (self.path,))
+
+    def shape(self, name: str) -> torch.Size:
+        """Shape of one tensor, from the header."""
+        return self._entries[name][1]
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Dtype of one tensor, from the header."""
+        return self._entries[name][0]
+
+    def verify(self) -> None:
+        """Read everything and compare it with the content digest of the header.
+
+        Raises:
+            FileFormatError: there is no digest, or the content differs from what was written.
+        """
+        if self.content_digest is None:
+            raise FileFormatError(
+                f"{self.path}: expected a content digest in the header, got none. "
+                "Load without verify, or write the file with lit-merge."
+            )
+        digest = hashlib.sha256()
+        for name in _file_order(self):
+            digest.update(_entry_line(name, self.dtype(name), self.shape(name)))
+            digest.update(_raw(self[name]))
+        _digest_metadata(digest, self.metadata)
+        if digest.hexdigest() != self.content_digest:
+            raise FileFormatError(
+                f"{self.path}: expected content {printable(self.content_digest, 16)}, got {digest.hexdigest()[:16]}…: "
+                "the file has changed since it was written. Copy or write it again."
+            )
+
+
+def verify(path: str | os.PathLike[str]) -> None:
+    """Refuse a file whose bytes are not those that :func:`write_tensors` wrote.
+
+    Raises:
+        FileFormatError: the file is missing, malformed, without a content digest, or damaged.
+    """
+    LazyTensors(path, verify=True)
+
+
+def file_digest(path: str | os.PathLike[str]) -> str:
+    """SHA-256 of a file, 64 hexadecimal digits, read in pieces of one MiB.
+
+    Raises:
+        FileFormatError: there is no such file.
+    """
+    digest = hashlib.sha256()
+    place = FileParts(local_path(path), _WHAT).path
+    with place.open("rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def _check_strings(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> None:
+    for key, value in metadata.items():
+        if not isinstance(key, str) or not isinstance(value, str):
+            raise ConfigurationError(
+                f"metadata {key!r}: expected strings, got {type(value).__name__}. Use json.dumps for other values."
+            )
+    for name in tensors:
+        if not isinstance(name, str) or name == "__metadata__" or not name.isprintable():
+            raise ConfigurationError(
+                f"tensor name {name!r}: expected a string other than '__metadata__', without control characters. "
+                "Rename it."
+            )
+
+
+def _file_order(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Names with wider dtypes first (every tensor stays aligned), then sorted."""
+    return sorted(tensors, key=lambda name: (-dtype_of(tensors, name).itemsize, name))
+
+
+def _layout(tensors: Mapping[str, Tensor]) -> dict[str, tuple[torch.dtype, torch.Size, int, int]]:
+    layout, end = {}, 0
+    for name in _file_order(tensors):
+        dtype, shape = dtype_of(tensors, name), shape_of(tensors, name)
+        if dtype not in _NAMES:
+            raise ConfigurationError(f"{name}: expected a dtype that can be stored, got {dtype}. Convert it first.")
+        start, end = end, end + shape.numel() * dtype.itemsize
+        layout[name] = (dtype, shape, start, end)
+    return layout
+
+
+def _header_bytes(
+    layout: Mapping[str, tuple[torch.dtype, torch.Size, int, int]], metadata: Mapping[str, str], length: int = 0
+) -> bytes:
+    """The length and the JSON, padded with spaces to a multiple of eight, or to ``length`` in all."""
+    header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))}
+    for name, (dtype, shape, start, end) in layout.items():
+        header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
+    padded = length - 8 if length else (len(text) + 7) // 8 * 8
+    if padded > LONGEST_HEADER:
+        raise ConfigurationError(
+            f"header: expected at most {LONGEST_HEADER:,} bytes of names and metadata, got {padded:,}. "
+            "Write several files, or less metadata."
+        )
+    if len(text) > padded:
+        raise ConfigurationError(f"late metadata: expected at most {padded} header bytes, got {len(text)}. Shorten it.")
+    return padded.to_bytes(8, "little") + text.ljust(padded)
+
+
+class _Behind:
+    """Writes and digests pieces in order while the next ones are computed; few MiB wait, or one larger piece.
+
+    Leaving the context waits for the last one; what failed on the way is raised by the next call.
+    """
+
+    def __init__(self, file: BinaryIO, digest: Any) -> None:
+        self._file, self._digest = file, digest
+        self._threads = ThreadPoolExecutor(max_workers=1)
+        self._pending: deque[tuple[int, Future[None]]] = deque()
+        self._bytes = 0
+
+    def __enter__(self) -> _Behind:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        try:
+            if kind is None:
+                self._wait(-1)  # a piece without bytes has its line in the digest, too
+        finally:
+            self._threads.shutdown(cancel_futures=True)
+
+    def add(self, entry: bytes, data: memoryview) -> None:
+        """Write the data; the digest takes the entry first."""
+        self._wait(max(0, _WAITING - data.nbytes))
+        self._pending.append((data.nbytes, self._threads.submit(self._write, entry, data)))
+        self._bytes += data.nbytes
+
+    def _wait(self, most: int) -> None:
+        """Until at most so many bytes are left to write; -1 waits for every piece."""
+        while self._pending and (self._bytes > most or self._pending[0][1].done()):
+            size, written = self._pending.popleft()
+            self._bytes -= size
+            written.result()
+
+    def _write(self, entry: bytes, data: memoryview) -> None:
+        self._digest.update(entry)
+        self._digest.update(data)
+        self._file.write(data)
+
+
+def _write_stream(
+    behind: _Behind,
+    layout: Mapping[str, tuple[torch.dtype, torch.Size, int, int]],
+    pieces: Iterator[tuple[str, Tensor]],
+) -> None:
+    """Write all tensors of the layout; their pieces come in its order."""
+    got, piece = next(pieces, (None, None))
+    for name, (dtype, shape, _, _) in layout.items():
+        line, count = _entry_line(name, dtype, shape), 0
+        while piece is not None and got == name:
+            if piece.dtype != dtype:
+                raise _not_announced(name, dtype, shape, f"{piece.dtype}")
+            behind.add(line, _raw(piece))
+            line, count = b"", count + piece.numel()
+            got, piece = next(pieces, (None, None))
+        if count != shape.numel() or line:
+            raise _not_announced(name, dtype, shape, f"{count} entries")
+
+
+def _not_announced(name: str, dtype: torch.dtype, shape: torch.Size, got: str) -> ConfigurationError:
+    return ConfigurationError(
+        f"{name}: expected {dtype} {tuple(shape)} as announced, got {got}. "
+        "Make shape(name) and dtype(name) of the lazy mapping agree with its tensors."
+    )
+
+
+def _raw(tensor: Tensor) -> memoryview:
+    return bytes_of(tensor.detach().cpu().contiguous()) if tensor.numel() else memoryview(b"")
+
+
+def _entry_line(name: str, dtype: torch.dtype, shape: torch.Size) -> bytes:
+    return json.dumps([name, _NAMES[dtype], list(shape)]).encode()
+
+
+def _digest_metadata(digest: Any, metadata: Mapping[str, str]) -> None:
+    digest.update(json.dumps(dict(sorted(metadata.items()))).encode())
+
+
+def _synchronise_folder(folder: Path) -> None:
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -1,0 +1,271 @@
+"""What ``lit-merge merge`` writes: which files, the tensors in them one at a time, and all of them or none."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import secrets
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lit_merge.errors import ConfigurationError, NonFiniteError
+from lit_merge.files.lazy import LazyMapping, Slicer
+from lit_merge.files.rounding import Rounded
+from lit_merge.files.shards import INDEX_ENDING, bytes_of, plan_shards
+from lit_merge.models.merging.inputs import Base
+from lit_merge.params import add_scaled, dtype_of, is_finite, shape_of, working_dtype
+from lit_merge.vectors import TaskVectors, merged_parameters
+
+__all__ = ["MergedWeights", "Output", "RoundedVector", "Target", "beside", "card_of", "staged"]
+
+_OTHER_KINDS = {
+    *(".bin", ".ckpt", ".csv", ".gguf", ".h5", ".json", ".md", ".msgpack", ".npy", ".npz", ".onnx", ".pickle", ".pkl"),
+    *(".pt", ".pth", ".tar", ".txt", ".yaml", ".yml", ".zip"),
+}
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where a merge writes to: one file, or a folder.
+
+    Args:
+        path: a file that ends in .safetensors, or a folder.
+
+    Raises:
+        ConfigurationError: it is another kind of file, or exists as one.
+    """
+
+    path: Path
+
+    def __post_init__(self) -> None:
+        if not self.is_file and (self.path.suffix in _OTHER_KINDS or self.path.is_file()):
+            raise ConfigurationError(
+                f"output: expected a file ending in .safetensors, got {self.path}. Rename it, or name a folder."
+            )
+        if self.is_file and self.path.is_dir():
+            raise ConfigurationError(f"output: expected a file, got {self.path}, which is a folder. Rename it.")
+
+    @property
+    def is_file(self) -> bool:
+        """Whether it is one file; otherwise a folder, of shards or of several files."""
+        return self.path.suffix == ".safetensors"
+
+    @property
+    def folder(self) -> Path:
+        """The folder that everything is written into."""
+        return self.path.parent if self.is_file else self.path
+
+    def stems(self, kind: str, tasks: Sequence[str]) -> list[str]:
+        """What the names of the files begin with, one for each of the merged vectors.
+
+        Raises:
+            ConfigurationError: there are several, and the output is one file, or the tasks cannot name files.
+        """
+        if len(tasks) == 1:
+            return [self.path.stem if self.is_file else {"weights": "model"}.get(kind, kind)]
+        if self.is_file:
+            raise ConfigurationError(
+                f"output: expected one vector, got {len(tasks)} ({', '.join(tasks)}) for one file. Reduce them first, "
+                "e.g. with Sum() or Mean(), or name a folder as output."
+            )
+        wrong = [task for task in tasks if not re.fullmatch(r"[\w+\-][\w+\-. ]*", task) or tasks.count(task) > 1]
+        if wrong:
+            raise ConfigurationError(
+                f"output: expected tasks that can name a file each, got {wrong[0]!r} among {', '.join(tasks)}. "
+                "Set tasks to names of their own."
+            )
+        return list(tasks)
+
+
+def beside(output: Path, ending: str) -> Path:
+    """The file that goes with a merge's output, e.g. ``m-search.json`` with ``m.safetensors``; or in its folder."""
+    return output.with_name(f"{output.stem}-{ending}") if output.suffix == ".safetensors" else output / ending
+
+
+def card_of(output: Path) -> Path:
+    """The model card: ``m.md`` with ``m.safetensors``, ``README.md`` in a folder."""
+    return output.with_suffix(".md") if output.suffix == ".safetensors" else output / "README.md"
+
+
+class MergedWeights(LazyMapping):
+    """θ0 + τ within the whole model, computed one parameter at a time and rounded once.
+
+    Args:
+        base: the whole model; what τ does not have passes through.
+        merged: τ, T = 1.
+        dtype: of floating-point tensors other than scalars; None keeps those of the base.
+
+    Raises:
+        StructureMismatchError: τ has other names, shapes or kinds of dtype than the base.
+        NonFiniteError: on reading, a value is NaN or infinite, or does not fit into ``dtype``.
+    """
+
+    def __init__(self, base: Base, merged: TaskVectors, dtype: torch.dtype | None) -> None:
+        merged_parameters(base.parameters, merged)  # checks, and computes nothing yet
+        self._whole, self._prefix, self._merged, self._dtype = base.whole(), base.prefix, merged, dtype
+        self._base = base.parameters
+
+    def __getitem__(self, name: str) -> Tensor:
+        if not self._is_merged(name):
+            return self._stored(name, self._whole[name].detach())
+        parameter = self._parameter(name)
+        value = self._sum(parameter, self._base[parameter].detach(), self._merged[parameter][0])
+        return self._stored(name, value)
+
+    def stream(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+        """The flattened tensors one after the other; merged ones in pieces, computed ahead on several threads."""
+        asked = list(names)
+        full = {self._parameter(name): name for name in asked if self._is_merged(name)}
+        starts = {parameter: self._base.slicer(parameter) for parameter in full}
+        pieces = self._merged.over_pieces(partial(self._piece, starts), list(full))
+        ready = next(pieces, None)
+        for name in asked:
+            if not self._is_merged(name):
+                yield name, self[name].reshape(-1)
+            while ready is not None and full[ready[0]] == name:
+                yield name, ready[1]
+                ready = next(pieces, None)
+
+    def _is_merged(self, name: str) -> bool:
+        return name.startswith(self._prefix) and self._parameter(name) in self._merged
+
+    def _parameter(self, name: str) -> str:
+        return name.removeprefix(self._prefix)
+
+    def _piece(self, starts: Mapping[str, Slicer], name: str, start: int, piece: Tensor) -> tuple[str, Tensor]:
+        base = torch.empty(piece.shape[1], dtype=dtype_of(self._base, name), device=piece.device)
+        starts[name](start, start + piece.shape[1], base)
+        return name, self._stored(self._prefix + name, self._sum(name, base, piece[0]))
+
+    def _sum(self, parameter: str, base: Tensor, merged: Tensor) -> Tensor:
+        """θ0 + τ in the base's dtype if that is stored, otherwise in float32 or better, to be rounded once."""
+        keep = base.dtype == self.dtype(self._prefix + parameter)
+        total = add_scaled(base if keep else base.to(working_dtype(base.dtype)), merged)
+        if not is_finite(total):
+            raise NonFiniteError(
+                f"merged parameters: expected finite values, got NaN or infinity in {parameter}. "
+                "Use a smaller coefficient, or remove the damaged input."
+            )
+        return total
+
+    def _stored(self, name: str, value: Tensor) -> Tensor:
+        stored = value.to(self.dtype(name))
+        if stored.dtype != value.dtype and is_finite(value) and not is_finite(stored):
+            raise NonFiniteError(
+                f"merged weights: expected values that fit into {stored.dtype}, got "
+                f"{float(value.abs().max()):.3g} in {name}. Store them as bfloat16 or float32."
+            )
+        return stored
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._whole)
+
+    def __len__(self) -> int:
+        return len(self._whole)
+
+    def shape(self, name: str) -> torch.Size:
+        """Shape of one tensor, as in the base."""
+        return shape_of(self._whole, name)
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Dtype of one tensor, as it is stored."""
+        dtype = dtype_of(self._whole, name)
+        keep = self._dtype is None or not dtype.is_floating_point or not self.shape(name)
+        return dtype if keep else self._dtype or dtype
+
+
+class RoundedVector(Rounded):
+    """A merged τ in the dtype to store; with None in that of each parameter of the base."""
+
+    def __init__(self, vector: LazyMapping, dtype: torch.dtype | None, base: Mapping[str, Tensor]) -> None:
+        super().__init__(vector, dtype, "merged task vector")
+        self._base = base
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Dtype to store, without reading the tensor."""
+        return self._dtype or dtype_of(self._base, name)
+
+
+@dataclass(frozen=True)
+class Output:
+    """One of the models or vectors that a merge writes.
+
+    Attributes:
+        stem: what its files' names begin with.
+        tensors: what is in them.
+        metadata: the headers' entries.
+        shards: file name -> names of tensors.
+    """
+
+    stem: str
+    tensors: LazyMapping
+    metadata: Mapping[str, str]
+    shards: Mapping[str, list[str]]
+
+    @classmethod
+    def plan(cls, stem: str, tensors: LazyMapping, metadata: Mapping[str, str], shard_size: int | None) -> Output:
+        """Decide which tensors go into which file."""
+        total = sum(bytes_of(tensors, name) for name in tensors)
+        return cls(stem, tensors, metadata, plan_shards(tensors, shard_size or max(total, 1), stem))
+
+    @property
+    def files(self) -> dict[str, int]:
+        """Every file with its bytes, headers and index left out."""
+        sizes = {file: sum(bytes_of(self.tensors, name) for name in names) for file, names in self.shards.items()}
+        return sizes if len(sizes) == 1 else {**sizes, f"{self.stem}{INDEX_ENDING}": 0}
+
+    def in_the_way(self, folder: Path) -> list[Path]:
+        """What an earlier output under this name has left; the index first, so that half a model is never read."""
+        mine = re.compile(re.escape(self.stem) + r"(-\d{5}-of-\d{5})?\.safetensors")
+        found = sorted(folder.iterdir()) if folder.is_dir() else []
+        index = [path for path in found if path.name == f"{self.stem}{INDEX_ENDING}"]
+        return index + [path for path in found if mine.fullmatch(path.name)]
+
+
+@contextlib.contextmanager
+def staged(folder: Path, stale: Sequence[Path] = ()) -> Iterator[Path]:
+    """A temporary folder whose files are moved into ``folder`` at the end, or of which nothing is left.
+
+    Files of tensors are moved after all others, and an index last.
+
+    Args:
+        folder: is created if it is missing.
+        stale: files in it that are removed before that, in this order.
+
+    Raises:
+        ConfigurationError: the folder cannot be created.
+        OSError: the disk is full or not writable.
+    """
+    created = [place for place in (folder, *folder.parents) if not place.exists()]
+    temporary = folder / f".{secrets.token_hex(8)}.temporary"
+    try:
+        try:
+            temporary.mkdir(parents=True)
+        except OSError as error:
+            raise ConfigurationError(
+                f"output: expected a folder that can be created, got {folder} ({error.strerror}). Choose another one."
+            ) from error
+        yield temporary
+        files = sorted(temporary.iterdir(), key=lambda path: (path.name.endswith(INDEX_ENDING), _holds_tensors(path)))
+        for path in stale:
+            if path.name not in {file.name for file in files if not file.name.endswith(INDEX_ENDING)}:
+                path.unlink()
+        for path in files:
+            path.replace(folder / path.name)
+        temporary.rmdir()
+    except BaseException:  # an interrupt included
+        shutil.rmtree(temporary, ignore_errors=True)
+        for place in created:
+            with contextlib.suppress(OSError):
+                place.rmdir()
+        raise
+
+
+def _holds_tensors(path: Path) -> bool:
+    return path.suffix == ".safetensors"

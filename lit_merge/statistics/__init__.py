@@ -1,9 +1,0 @@
-"""What merging with a little data has to know about a task: Fisher information and Gram matrices.
-
-``lit-merge statistics`` collects them from a task's fine-tuned encoder; from Python any module will do.
-"""
-
-from lit_merge.statistics.fisher import collect_fisher
-from lit_merge.statistics.gram import collect_gram
-
-__all__ = ["collect_fisher", "collect_gram"]

@@ -1,0 +1,1 @@
+"""The whole experiment as a graph of stages that are run once."""

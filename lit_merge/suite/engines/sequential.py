@@ -1,0 +1,69 @@
+"""One stage after the other, in this process."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
+from io import StringIO
+from typing import Any
+
+from lit_merge.errors import ConfigurationError, LitMergeError
+from lit_merge.evaluation.search import quiet
+from lit_merge.suite.engines.job import Job, Outcome
+from lit_merge.suite.engines.process import StageProcess
+
+__all__ = ["RunCommand", "SequentialEngine"]
+
+RunCommand = Callable[[str, Sequence[str]], Any]
+"""Runs one of lit-merge's commands in this process: its name, and what follows it on the command line."""
+
+
+class SequentialEngine:
+    """Runs every job at once, in this process unless it starts others; an error that is no refusal comes through.
+
+    Args:
+        run: runs a command, given its name and the arguments that follow it.
+    """
+
+    def __init__(self, run: RunCommand) -> None:
+        self._run = run
+        self._ended: list[Outcome] = []
+
+    def free(self) -> bool:
+        """Whether the last outcome has been taken."""
+        return not self._ended
+
+    def start(self, job: Job) -> None:
+        """Run a job to its end."""
+        if job.processes:
+            process = StageProcess(job)
+            try:
+                self._ended.append(process.wait())
+            finally:
+                process.end()
+            return
+        started, error = time.perf_counter(), None
+        try:
+            self._run_here(job)
+        except LitMergeError as refusal:
+            error = refusal
+        self._ended.append(Outcome(job.name, time.perf_counter() - started, error, refused=error is not None))
+
+    def wait(self) -> Outcome:
+        """The outcome of the job that was run."""
+        return self._ended.pop()
+
+    def close(self) -> None:
+        """There is nothing that still runs."""
+
+    def _run_here(self, job: Job) -> None:
+        try:
+            with quiet(), redirect_stdout(StringIO()):
+                self._run(job.command, job.arguments)
+            gc.collect()  # a trainer and its model refer to each other, and would stay through the next stages
+        except SystemExit as error:  # the parser has said on the standard error what is wrong
+            raise ConfigurationError(
+                f"{job.command}: the configuration {job.folder}/stage.yaml was refused, see the line above."
+            ) from error

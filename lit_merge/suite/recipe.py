@@ -1,0 +1,158 @@
+"""A suite's ways to merge: by a chain of transforms, with statistics of a little data, or with learned coefficients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lit_merge.errors import ConfigurationError, first_few
+from lit_merge.evaluation.search import CoefficientSearch
+from lit_merge.transforms import Transform
+from lit_merge.transforms.parts import resolve_transform
+
+__all__ = ["STATISTICS", "Recipe"]
+
+STATISTICS = {"fisher": "fisher", "regmean": "gram"}
+"""Recipe -> the kind of statistics that it needs of every task."""
+
+_OF_STATISTICS = ("split", "images", "labels", "convolutions", "seed")
+_FILLED_IN = ("vectors", "model", "pretrained", "linearized")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A way to merge.
+
+    Strings in settings, parts and overrides may hold ``{seed}``, which becomes the fine-tuning seed. A file of
+    coefficients that they name may be one that the suite itself writes, such as
+    ``runs/suite/seed-{seed}/merge/adamerging/coefficients.safetensors``: it is read when it is there.
+
+    Args:
+        recipe: name of a method of :data:`lit_merge.transforms.RECIPES`. For fisher and regmean the suite collects the
+            statistics.
+        settings: its arguments.
+        transform: instead, any transform by class path, or a Chain of them.
+        parts: instead, a list of names of transforms and recipes, each with its fields if it needs any.
+        overrides: other parts for some of the parameters.
+        search: what is varied, and chosen on validation data.
+        statistics: of fisher and regmean, how they are collected: images, split, labels, convolutions, seed.
+        learned: instead of all of these, coefficients are learned: arguments of
+            :class:`~lit_merge.modules.MergeModule`, e.g. {granularity: tensor}.
+        data: of learned, arguments of :class:`~lit_merge.data.MergeDataModule`, e.g. {adapt_on: test}.
+        trainer: of learned, e.g. {max_steps: 500}.
+    """
+
+    recipe: str | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
+    transform: Transform | None = None
+    parts: list[str | dict[str, Any]] | None = None
+    overrides: list[dict[str, Any]] | None = None
+    search: CoefficientSearch | None = None
+    # Not dict[str, Any], in which the parser would build the classes that are named.
+    statistics: dict | None = None
+    learned: dict | None = None
+    data: dict | None = None
+    trainer: dict | None = None
+
+    @property
+    def collected(self) -> str | None:
+        """The kind of statistics that the suite collects for it, if any."""
+        return None if "statistics" in self.settings else STATISTICS.get(self.recipe or "")
+
+    def check(self, directory: Path | None = None) -> None:
+        """Refuse what no merge could be made of.
+
+        Args:
+            directory: of the suite; a recipe that names a file in it is looked at when that is there.
+
+        Raises:
+            ConfigurationError: the recipe, a setting or the searched field is unknown, or a value is refused.
+        """
+        if self.learned is not None:
+            self._check_learned()
+            return
+        if beside := [name for name in ("data", "trainer") if getattr(self, name) is not None]:
+            raise ConfigurationError(
+                f"{beside[0]}: expected only with learned, got it without. Add learned: {{granularity: tensor}}, or "
+                f"remove {beside[0]}."
+            )
+        if self.statistics is not None:
+            self._check_statistics()
+        if directory is not None and any(_is_below(path, directory) for path in self.files()):
+            return
+        files = {"statistics": {"a task": "a file"}} if self.collected else {}
+        settings = {**self.settings, **files} or None
+        transform = resolve_transform(self.recipe, settings, self.transform, self.parts, self.overrides)
+        if self.search:
+            self.search.check(transform)
+
+    def _check_learned(self) -> None:
+        given = ("recipe", "settings", "transform", "parts", "overrides", "search", "statistics")
+        if others := [name for name in given if getattr(self, name)]:
+            raise ConfigurationError(
+                f"learned: expected no {others[0]} beside it, got one. Put parts and transform inside learned, or "
+                "remove learned."
+            )
+        assert self.learned is not None
+        if wrong := [name for name in _FILLED_IN if name in self.learned]:
+            raise ConfigurationError(
+                f"learned: expected no {wrong[0]}, which the suite fills in, got {self.learned[wrong[0]]!r}. Remove it."
+            )
+
+    def _check_statistics(self) -> None:
+        if not self.collected:
+            raise ConfigurationError(
+                f"statistics: expected only with recipe {' or '.join(STATISTICS)}, whose settings name no files, got "
+                f"it with {self.recipe or 'no recipe'}. Remove it."
+            )
+        if unknown := [name for name in self.statistics or {} if name not in _OF_STATISTICS]:
+            raise ConfigurationError(
+                f"statistics: expected settings among {', '.join(_OF_STATISTICS)}, got {first_few(unknown)}. Correct."
+            )
+
+    def files(self, seed: int = 0) -> list[Path]:
+        """The files of coefficients or statistics that settings, parts and overrides name."""
+        named = _strings(self.of_seed(seed))
+        return [Path(one) for one in named if one.endswith((".safetensors", ".json")) and "://" not in one]
+
+    def of_seed(self, seed: int) -> dict[str, Any]:
+        """Settings, parts and overrides of one fine-tuning seed."""
+        given = {"settings": self.settings or None, "parts": self.parts, "overrides": self.overrides}
+        filled: dict[str, Any] = _mapped(given, lambda text: text.replace("{seed}", str(seed)))
+        return filled
+
+    def description(self) -> dict[str, Any]:
+        """The recipe as plain data."""
+        optional = ("parts", "overrides", "statistics", "learned", "data", "trainer")
+        given = {name: getattr(self, name) for name in optional if getattr(self, name)}
+        if self.learned is not None:
+            return {**given, "learned": self.learned}
+        return {
+            "recipe": self.recipe,
+            "settings": self.settings,
+            "transform": self.transform.to_config() if self.transform else None,
+            **given,
+            "search": self.search.to_config() if self.search else None,
+        }
+
+
+def _is_below(path: Path, directory: Path) -> bool:
+    return path.resolve().is_relative_to(directory.resolve())
+
+
+def _strings(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from _strings(inner)
+
+
+def _mapped(value: Any, function: Callable[[str], str]) -> Any:
+    if isinstance(value, dict):
+        return {key: _mapped(inner, function) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_mapped(inner, function) for inner in value]
+    return function(value) if isinstance(value, str) else value

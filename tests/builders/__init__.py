@@ -1,0 +1,1 @@
+"""What several tests share: files, models, servers and processes to test with."""
