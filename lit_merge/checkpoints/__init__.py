@@ -1,0 +1,1 @@
+"""Checkpoints of other programs: opened, paired with their base, differenced. Nothing in them is run."""

@@ -1,0 +1,1 @@
+"""Low-rank adapters of peft: read, and turned into the changes that they make."""

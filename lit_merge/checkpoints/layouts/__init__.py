@@ -1,0 +1,1 @@
+"""Names that libraries give the same parameters: recognised, and translated."""
