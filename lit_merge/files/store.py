@@ -7,11 +7,9 @@ one tensor is held in memory at a time, and a content digest can be added; any s
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
-import secrets
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -26,6 +24,7 @@ from lit_merge.files.file_parts import FileParts, bytes_of, printable
 from lit_merge.files.hub import local_path
 from lit_merge.files.lazy import LazyMapping, Slicer, stream
 from lit_merge.files.tensor_header import DTYPES, LONGEST_HEADER, read_header
+from lit_merge.files.writing import new_file
 from lit_merge.params import dtype_of, shape_of
 
 __all__ = ["CONTENT_KEY", "LazyTensors", "file_digest", "verify", "write_tensors"]
@@ -64,7 +63,7 @@ def write_tensors(
     Raises:
         ConfigurationError: the folder is missing, a name or metadata entry is not a string, or a dtype cannot be
             stored.
-        OSError: the disk is full or not writable; ``path`` is as it was before.
+        WriteError: the disk is full or not writable; ``path`` is as it was before.
     """
     target = Path(path)
     if not target.parent.is_dir():
@@ -73,26 +72,16 @@ def write_tensors(
     _check_strings(header, tensors)
     layout = _layout(tensors)
     reserved = _header_bytes(layout, {**header, CONTENT_KEY: "0" * 64})
-    temporary = target.with_name(f".{secrets.token_hex(8)}.temporary")
-    try:
-        with temporary.open("xb") as file:
-            file.write(reserved)
-            digest = hashlib.sha256()
-            with _Behind(file, digest) as behind:
-                _write_stream(behind, layout, stream(tensors, layout))
-            header.update(late_metadata() if late_metadata else {})
-            _digest_metadata(digest, header)
-            final = _header_bytes(layout, {**header, CONTENT_KEY: digest.hexdigest()}, length=len(reserved))
-            file.seek(0)
-            file.write(final)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(target)
-    except BaseException:  # an interrupt included
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise
-    _synchronise_folder(target.parent)
+    size = len(reserved) + max((end for _, _, _, end in layout.values()), default=0)
+    with new_file(target, size) as file:
+        file.write(reserved)
+        digest = hashlib.sha256()
+        with _Behind(file, digest) as behind:
+            _write_stream(behind, layout, stream(tensors, layout))
+        header.update(late_metadata() if late_metadata else {})
+        _digest_metadata(digest, header)
+        file.seek(0)
+        file.write(_header_bytes(layout, {**header, CONTENT_KEY: digest.hexdigest()}, length=len(reserved)))
     return digest.hexdigest()
 
 
@@ -327,12 +316,3 @@ def _entry_line(name: str, dtype: torch.dtype, shape: torch.Size) -> bytes:
 
 def _digest_metadata(digest: Any, metadata: Mapping[str, str]) -> None:
     digest.update(json.dumps(dict(sorted(metadata.items()))).encode())
-
-
-def _synchronise_folder(folder: Path) -> None:
-    with contextlib.suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

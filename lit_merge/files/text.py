@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
+
+from lit_merge.files.writing import new_file, writing
 
 __all__ = ["read_json", "unique_items", "write_text"]
 
@@ -14,17 +15,16 @@ _MOST_BRACKETS = 1_000_000
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file so that it appears whole or not at all, in a folder that is created if it is missing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with temporary.open("w", encoding="utf-8", newline="") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    """Write a text file so that it appears whole or not at all, in a folder that is created if it is missing.
+
+    Raises:
+        WriteError: the disk is full or not writable.
+    """
+    content = text.encode()
+    with writing(path, len(content)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    with new_file(path, len(content)) as file:
+        file.write(content)
 
 
 def read_json(path: Path) -> Any:

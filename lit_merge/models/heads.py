@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,9 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lit_merge.errors import ConfigurationError, FileFormatError, first_few
-from lit_merge.files.cache import cache_directory
-from lit_merge.files.store import LazyTensors, write_tensors
+from lit_merge.errors import ConfigurationError, first_few
+from lit_merge.files.cache import Cache
 
 __all__ = ["TextEncoder", "ZeroShotHead", "build_head", "zero_shot_weights"]
 
@@ -126,14 +123,13 @@ def build_head(
 ) -> ZeroShotHead:
     """Build the head of a task, or read it from the cache, in which case the text tower is not needed.
 
-    The cache's key is the SHA-256 of the text encoder's fingerprint, the classes and the templates. An entry is
-    verified on reading, and a damaged one is built again; several processes may build the same head at once.
+    The key is made of the text encoder's fingerprint, the classes and the templates; see :class:`Cache`.
 
     Args:
         clip: encodes the texts.
         classes: C different class names, in the order of the labels.
         templates: texts with exactly one ``{}`` each, see :mod:`lit_merge.data.templates`.
-        cache_dir: the cache's folder; ``cache_directory("heads")`` by default.
+        cache_dir: the cache's folder; the user's by default.
 
     Returns:
         The head, on the CPU.
@@ -142,30 +138,14 @@ def build_head(
         ConfigurationError: as :func:`zero_shot_weights`, or the cache cannot be created.
     """
     _check_texts(classes, templates)
-    folder = cache_directory("heads") if cache_dir is None else Path(cache_dir)
-    content = [_CACHE_VERSION, clip.text_fingerprint, list(classes), list(templates)]
-    key = hashlib.sha256(json.dumps(content).encode()).hexdigest()
-    path = folder / f"{key}.safetensors"
-    cached = _read_entry(path, key, classes)
-    if cached is not None:
-        return cached
+    cache = Cache("heads", cache_dir)
+    key = cache.key([_CACHE_VERSION, clip.text_fingerprint, list(classes), list(templates)])
+    stored = cache.tensors(key)
+    if stored is not None:
+        return ZeroShotHead(stored["weight"], float(stored["logit_scale"]), classes)
     head = ZeroShotHead(zero_shot_weights(clip, classes, templates).cpu(), clip.logit_scale, classes)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_tensors(path, head.state_dict(), {"key": key})
+    cache.write_tensors(key, head.state_dict())
     return head
-
-
-def _read_entry(path: Path, key: str, classes: Sequence[str]) -> ZeroShotHead | None:
-    """The cached head, or None if there is none that can be trusted."""
-    if not path.is_file():
-        return None
-    try:
-        tensors = LazyTensors(path, verify=True)
-        if tensors.metadata.get("key") != key:
-            return None
-        return ZeroShotHead(tensors["weight"], float(tensors["logit_scale"]), classes)
-    except (ConfigurationError, FileFormatError, KeyError):
-        return None
 
 
 def _check_texts(classes: Sequence[str], templates: Sequence[str]) -> None:
