@@ -32,7 +32,11 @@ from typing import Any
 from lit_merge.errors import ConfigurationError
 from lit_merge.vectors.task_vectors import TaskVectors
 
-__all__ = ["Chain", "Transform", "chain", "check_transform", "finite_number", "whole_number"]
+__all__ = ["OWN", "PACKAGE", "Chain", "Transform", "chain", "check_transform", "finite_number", "whole_number"]
+
+PACKAGE = __name__.rpartition(".")[0]
+OWN: dict[str, type[Transform]] = {}
+"""Name -> transform of this package: the only ones that a file's header can ask for, and a part by its bare name."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,11 @@ class Transform(ABC):
     Subclasses are frozen dataclasses, check their fields in ``__post_init__`` (raising ``ConfigurationError``) and do
     not change their input.
     """
+
+    def __init_subclass__(cls, **settings: Any) -> None:
+        super().__init_subclass__(**settings)
+        if cls.__module__.startswith(f"{PACKAGE}."):
+            OWN[cls.__name__] = cls
 
     @abstractmethod
     def __call__(self, vectors: TaskVectors) -> TaskVectors:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,12 +13,11 @@ from torch import Tensor
 
 from lit_merge.errors import ConfigurationError, FileFormatError, StructureMismatchError
 from lit_merge.files.hub import pinned
-from lit_merge.transforms.base import Transform
+from lit_merge.transforms.base import OWN, PACKAGE, Transform
+from lit_merge.transforms.override import Override, WithOverrides
 from lit_merge.vectors import Coefficients, TaskVectors, file_digest
 
 __all__ = ["LearnedScale", "transform_before"]
-
-_PACKAGE = "lit_merge.transforms"
 
 
 @dataclass(frozen=True)
@@ -93,24 +91,21 @@ def transform_before(path: str) -> Transform | None:
         return _built(json.loads(text))
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise FileFormatError(
-            f"{path}: expected a transform_config of transforms in {_PACKAGE}, got {_shortened(text)}. "
+            f"{path}: expected a transform_config of transforms in {PACKAGE}, got {_shortened(text)}. "
             "Write the chain out: chain(…, LearnedScale(path), Sum())."
         ) from error
 
 
 def _built(config: Mapping[str, Any]) -> Transform:
     """The inverse of ``to_config``; anything but a public transform of this package raises one of Python's errors."""
-    from lit_merge import transforms  # when the package is complete
-
     package, _, name = config["class_path"].rpartition(".")
-    transform = getattr(transforms, name, None)
-    if package != _PACKAGE or not inspect.isclass(transform) or not issubclass(transform, Transform):
+    if package != PACKAGE:
         raise KeyError(config["class_path"])
+    transform = OWN[name]
     arguments = {key: _value(value) for key, value in config["init_args"].items()}
-    if transform is transforms.WithOverrides:  # whose overrides are plain mappings
-        arguments["overrides"] = [transforms.Override(**one) for one in arguments["overrides"]]
-    built: Transform = transform(**arguments)
-    return built
+    if transform is WithOverrides:  # whose overrides are plain mappings
+        arguments["overrides"] = [Override(**one) for one in arguments["overrides"]]
+    return transform(**arguments)
 
 
 def _value(value: Any) -> Any:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, get_args, get_type_hints
 
 from lit_merge.errors import ConfigurationError, first_few
-from lit_merge.transforms.base import Chain, Transform, chain
+from lit_merge.transforms.base import OWN, Chain, Transform, chain
 from lit_merge.transforms.override import Override, WithOverrides
 from lit_merge.transforms.recipes import RECIPES, recipe
 
@@ -73,15 +73,10 @@ def with_overrides(transform: Transform, overrides: Sequence[Mapping[str, Any]])
 
 def known_parts() -> dict[str, Callable[..., Transform]]:
     """Every name that a part can have, and what builds it: the transforms of this package, then the recipes."""
-    from lit_merge import transforms  # when the package is complete
-
-    exposed = {name: vars(transforms)[name] for name in transforms.__all__}
     classes: dict[str, Callable[..., Transform]] = {
-        name: value
-        for name, value in exposed.items()
-        if inspect.isclass(value) and issubclass(value, Transform) and not inspect.isabstract(value)
+        name: OWN[name] for name in sorted(OWN) if OWN[name] not in (Chain, WithOverrides)
     }
-    return {name: value for name, value in classes.items() if value not in (Chain, WithOverrides)} | dict(RECIPES)
+    return classes | RECIPES
 
 
 def _part(part: Any) -> Transform:

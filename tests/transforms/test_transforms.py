@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from lit_merge import transforms
 from lit_merge.errors import ConfigurationError, StructureMismatchError
 from lit_merge.transforms import (
     RECIPES,
@@ -37,6 +38,7 @@ from lit_merge.transforms import (
     task_arithmetic,
     weight_average,
 )
+from lit_merge.transforms.base import OWN
 from lit_merge.vectors import TaskVector, TaskVectors
 
 
@@ -312,3 +314,9 @@ def test_blocks_that_do_not_fit_are_refused():
         match=r"LiNeS\.alpha: expected one merged vector for norm_ratio, got 2\. Reduce them first, e\.g\. with",
     ):
         LiNeS("norm_ratio")(vectors)
+
+
+def test_transforms_of_this_package_are_known_by_name_and_no_others():
+    exposed = {name for name in transforms.__all__ if isinstance(getattr(transforms, name), type)} - {"Override"}
+    assert {*OWN} == exposed - {"Transform"}
+    assert all(OWN[name] is getattr(transforms, name) for name in OWN)
