@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lit_merge.data.batch import ImageBatch
-from lit_merge.data.embedded.tasks import EMBEDDED_TASKS, _cache_path, generate_split
-from lit_merge.files.store import write_tensors
+from lit_merge.data.embedded.tasks import EMBEDDED_TASKS, cache_key, generate_split
+from lit_merge.files.cache import Cache
 from lit_merge.models import full_clip_model, save_clip
 
 FEW = {"train": 128, "val": 32, "test": 61}
@@ -265,13 +265,13 @@ def colour_folder(tmp_path: Path, write_colours: Callable[..., Path]) -> Callabl
 def few_images_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A cache in which the splits of the embedded tasks are short; heads are cached here too."""
     folder = tmp_path_factory.mktemp("cache")
-    (folder / "embedded").mkdir()
+    cache = Cache("embedded", folder / "embedded")
     for task in EMBEDDED_TASKS.values():
         few = replace(task, sizes=tuple(FEW.items()))
         for split, count in FEW.items():
             images, labels = (torch.from_numpy(array[:count]) for array in generate_split(few, split))
             tensors = {"images": images.permute(0, 3, 1, 2).contiguous(), "labels": labels}
-            write_tensors(_cache_path(task, split, folder / "embedded"), tensors, {"task": task.name, "split": split})
+            cache.write_tensors(cache_key(task.name, split), tensors)
     return folder
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -15,9 +14,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from lit_merge.data.embedded.captions import captioned_image
 from lit_merge.data.embedded.tasks import GENERATOR_VERSION
-from lit_merge.errors import ConfigurationError, FileFormatError
-from lit_merge.files.cache import cache_directory
-from lit_merge.files.store import LazyTensors, verify, write_tensors
+from lit_merge.errors import ConfigurationError
+from lit_merge.files.cache import Cache
 
 __all__ = ["CaptionDataModule", "augment_strongly"]
 
@@ -112,15 +110,13 @@ class CaptionDataModule(L.LightningDataModule):
                 f"count and batch_size: expected count >= batch_size >= 2, got {count} and {batch_size}. Raise count."
             )
         self.count, self.batch_size, self.seed, self.workers = count, batch_size, seed, workers
-        self._path = cache_directory("pretraining") / f"captions-v{GENERATOR_VERSION}-{count}-{seed}.safetensors"
+        self._cache = Cache("pretraining")
+        self._key = self._cache.key(["captions", GENERATOR_VERSION, count, seed])
 
     def prepare_data(self) -> None:
         """Draw the images if the cache lacks them."""
-        if self._path.exists():
-            try:
-                return verify(self._path)
-            except FileFormatError:
-                self._path.unlink()
+        if self._cache.tensors(self._key) and self._cache.value(self._key):
+            return
         loader = DataLoader(_Drawn(self.count, self.seed), 500, num_workers=self.workers, collate_fn=_keep)
         images, captions = np.empty((self.count, 3, 32, 32), np.uint8), list[str]()
         for pixels, texts in loader:
@@ -129,15 +125,17 @@ class CaptionDataModule(L.LightningDataModule):
         distinct = sorted(set(captions))
         number = {caption: index for index, caption in enumerate(distinct)}
         stored = {"images": torch.from_numpy(images), "captions": torch.tensor([number[text] for text in captions])}
-        write_tensors(self._path, stored, {"texts": json.dumps(distinct)})
+        self._cache.write_value(self._key, distinct)
+        self._cache.write_tensors(self._key, stored)
 
     def setup(self, stage: str) -> None:
         """Read the images and tokenise the distinct captions with the model's tokenizer."""
         assert self.trainer is not None
-        stored = LazyTensors(self._path)
+        stored, texts = self._cache.tensors(self._key), self._cache.value(self._key)
+        assert stored is not None  # by prepare_data
         self.images, self.captions = stored["images"], stored["captions"]
         model: Any = self.trainer.lightning_module
-        self.tokens = model.tokenizer(json.loads(stored.metadata["texts"]))
+        self.tokens = model.tokenizer(texts)
         self.preprocessing = model.preprocessing
         self.generator = torch.Generator().manual_seed(self.seed)
 

@@ -18,7 +18,7 @@ from lit_merge.data import EMBEDDED_TASKS, load_split
 from lit_merge.data.embedded import tasks as suite
 from lit_merge.data.embedded.canvas import _LEVELS, COLOURS, Brush, _cells
 from lit_merge.data.embedded.glyphs import POOLS, GlyphAtlas
-from lit_merge.data.embedded.tasks import GENERATOR_VERSION, SPLITS, generate_split, split_digest
+from lit_merge.data.embedded.tasks import GENERATOR_VERSION, SPLITS, cache_key, generate_split, split_digest
 from lit_merge.errors import DataError
 
 DIGESTS = Path(__file__).with_name("embedded_digests.json")
@@ -118,7 +118,7 @@ def test_no_cell_of_a_palette_is_in_two_splits(purpose, count):
 def test_splits_are_cached_and_damage_is_mended(tmp_path):
     images, labels = load_split("digits", "val", tmp_path)
     (path,) = tmp_path.iterdir()
-    assert f"-v{GENERATOR_VERSION}-" in path.name
+    assert path.stem == cache_key("digits", "val")
     content = path.read_bytes()
     damaged = bytearray(content)
     damaged[-5] ^= 1

@@ -22,11 +22,10 @@ from lit_merge.data.embedded.scenes import SCENES, draw_scene
 from lit_merge.data.embedded.signs import SIGN_CLASSES, draw_sign
 from lit_merge.data.embedded.textures import TEXTURES, draw_texture
 from lit_merge.data.embedded.vehicles import VEHICLES, draw_vehicle
-from lit_merge.errors import DataError, FileFormatError
-from lit_merge.files.cache import cache_directory
-from lit_merge.files.store import LazyTensors, verify, write_tensors
+from lit_merge.errors import DataError
+from lit_merge.files.cache import Cache
 
-__all__ = ["EMBEDDED_TASKS", "GENERATOR_VERSION", "SPLITS", "EmbeddedTask", "load_split", "split_digest"]
+__all__ = ["EMBEDDED_TASKS", "GENERATOR_VERSION", "SPLITS", "EmbeddedTask", "cache_key", "load_split", "split_digest"]
 
 GENERATOR_VERSION = 1
 """Part of the cache key: raise it with every change of what is drawn."""
@@ -163,10 +162,10 @@ def split_digest(images: Tensor, labels: Tensor) -> str:
     return hashlib.sha256(images.numpy().tobytes() + labels.numpy().tobytes()).hexdigest()[:16]
 
 
-def _cache_path(task: EmbeddedTask, split: str, directory: Path | None) -> Path:
-    content = hashlib.sha256(_asset("glyphs.png") + _asset("digits.npz")).hexdigest()[:8]
-    folder = directory if directory is not None else cache_directory("embedded")
-    return folder / f"{task.name}-{split}-v{GENERATOR_VERSION}-{content}.safetensors"
+def cache_key(name: str, split: str) -> str:
+    """What a split is stored under in :class:`lit_merge.files.cache.Cache`."""
+    content = hashlib.sha256(_asset("glyphs.png") + _asset("digits.npz")).hexdigest()
+    return Cache.key([GENERATOR_VERSION, content, name, split])
 
 
 def load_split(name: str, split: str, directory: Path | None = None) -> tuple[Tensor, Tensor]:
@@ -187,17 +186,11 @@ def load_split(name: str, split: str, directory: Path | None = None) -> tuple[Te
         raise DataError(f"embedded task: expected one of {', '.join(EMBEDDED_TASKS)}, got {name!r}.")
     if split not in SPLITS:
         raise DataError(f"split of {name}: expected one of {', '.join(SPLITS)}, got {split!r}.")
-    task = EMBEDDED_TASKS[name]
-    path = _cache_path(task, split, directory)
-    if path.exists():
-        try:
-            verify(path)
-            stored = LazyTensors(path)
-            return stored["images"], stored["labels"]
-        except FileFormatError:
-            path.unlink(missing_ok=True)  # a damaged cache entry is drawn again
-    pixels, targets = generate_split(task, split)
-    images = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
-    labels = torch.from_numpy(targets)
-    write_tensors(path, {"images": images, "labels": labels}, {"task": name, "split": split})
-    return images, labels
+    cache, key = Cache("embedded", directory), cache_key(name, split)
+    stored = cache.tensors(key)
+    if stored is None:
+        pixels, targets = generate_split(EMBEDDED_TASKS[name], split)
+        images = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
+        stored = {"images": images, "labels": torch.from_numpy(targets)}
+        cache.write_tensors(key, stored)
+    return stored["images"], stored["labels"]
