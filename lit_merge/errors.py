@@ -18,7 +18,9 @@ __all__ = [
     "NonFiniteError",
     "StructureMismatchError",
     "WriteError",
+    "did_you_mean",
     "first_few",
+    "one_line",
 ]
 
 
