@@ -232,7 +232,7 @@ def merge_module(inputs: Inputs, storage: str) -> MergeModule:
         heads=inputs.heads,
         preprocessing=inputs.preprocessing,
     ).to(inputs.device)
-    module.merged.kept()
+    module.merged.vector_storage()
     return module
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-__all__ = ["block_of", "is_attention", "is_behind_blocks", "is_bias", "is_mlp", "number_of_blocks"]
+__all__ = ["block_of", "is_after_blocks", "is_attention", "is_bias", "is_mlp", "number_of_blocks"]
 
 # `blocks.3`: a list of blocks or stages, then the index.
 _LISTS = frozenset({"blocks", "h", "layer", "layers", "resblocks", "stages"})
@@ -63,18 +63,18 @@ def number_of_blocks(names: Iterable[str]) -> int:
     return 1 + max((index for index in map(block_of, names) if index is not None), default=-1)
 
 
-def is_behind_blocks(name: str) -> bool:
+def is_after_blocks(name: str) -> bool:
     """Whether a parameter outside the blocks acts on their output: last normalisation, pooling, projection, head.
 
     A name without such a component is taken to lie before them (embeddings, stem). The order of a network's parameters
     is no guide: open_clip registers ``proj`` first.
 
     Examples:
-        >>> is_behind_blocks("ln_post.weight"), is_behind_blocks("attnpool.positional_embedding")
+        >>> is_after_blocks("ln_post.weight"), is_after_blocks("attnpool.positional_embedding")
         (True, True)
-        >>> is_behind_blocks("ln_pre.weight"), is_behind_blocks("trunk.patch_embed.proj.weight")
+        >>> is_after_blocks("ln_pre.weight"), is_after_blocks("trunk.patch_embed.proj.weight")
         (False, False)
-        >>> is_behind_blocks("trunk.blocks.11.norm.weight")
+        >>> is_after_blocks("trunk.blocks.11.norm.weight")
         False
     """
     first = next((part for part in name.split(".") if part in _BEFORE_BLOCKS or part in _BEHIND_BLOCKS), None)

@@ -6,7 +6,7 @@ import open_clip
 import pytest
 import torch
 
-from lit_merge.naming import block_of, is_attention, is_behind_blocks, is_bias, is_mlp, number_of_blocks
+from lit_merge.naming import block_of, is_after_blocks, is_attention, is_bias, is_mlp, number_of_blocks
 
 TEXT = {"context_length": 4, "vocab_size": 8, "width": 8, "heads": 1, "layers": 1}
 
@@ -200,11 +200,11 @@ OUTSIDE = {
 
 @pytest.mark.parametrize(("before", "behind"), OUTSIDE.values(), ids=OUTSIDE)
 def test_what_lies_behind_the_blocks(before, behind):
-    assert [name for name in f"{before} {behind}".split() if is_behind_blocks(name)] == behind.split()
+    assert [name for name in f"{before} {behind}".split() if is_after_blocks(name)] == behind.split()
 
 
 def test_a_prefix_changes_nothing():
     for prefix in ("visual.", "encoder.visual.", "module.trunk."):
-        assert is_behind_blocks(f"{prefix}proj")
-        assert not is_behind_blocks(f"{prefix}ln_pre.weight")
-        assert not is_behind_blocks(f"{prefix}patch_embed.norm.weight")
+        assert is_after_blocks(f"{prefix}proj")
+        assert not is_after_blocks(f"{prefix}ln_pre.weight")
+        assert not is_after_blocks(f"{prefix}patch_embed.norm.weight")

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lit_merge.files.lazy import LazyMapping
 from lit_merge.files.store import CONTENT_KEY
-from lit_merge.naming import block_of, is_behind_blocks
+from lit_merge.naming import block_of, is_after_blocks
 from lit_merge.vectors.coefficient_files import FORMAT as COEFFICIENTS
 from lit_merge.vectors.coefficients import Coefficients
 from lit_merge.vectors.task_vector import FORMAT as TASK_VECTOR
@@ -157,7 +157,7 @@ def _with_piece(one: BlockSummary, piece: Tensor) -> BlockSummary:
 
 def _place(name: str) -> str:
     block = block_of(name)
-    return str(block) if block is not None else (_BEHIND if is_behind_blocks(name) else _BEFORE)
+    return str(block) if block is not None else (_BEHIND if is_after_blocks(name) else _BEFORE)
 
 
 def _order(place: str) -> tuple[int, int]:

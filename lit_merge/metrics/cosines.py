@@ -23,7 +23,7 @@ def pairwise_products(stack: Tensor) -> Tensor:
     """All inner products ``⟨τ_s, τ_t⟩`` of a stack, by one matrix product in float64.
 
     Args:
-        stack: ``(T, *shape)``, e.g. one parameter of T task vectors, or a piece of it.
+        stack: ``(T, *shape)``, e.g. one parameter of T task vectors, or a chunk of it.
 
     Returns:
         float64 ``(T, T)``. Those of two parts of a parameter add up to those of the whole.
@@ -70,16 +70,16 @@ class CosineMatrix(DepthMetric):
     """
 
     products: Tensor
-    entries: Tensor
+    elements: Tensor
 
     def __init__(self, tasks: Sequence[str], blocks: int = 0, **settings: Any) -> None:
         super().__init__(tasks, blocks, **settings)
         count, places = len(self.tasks), len(self.places) - 1
         self.add_state("products", torch.zeros(places, count, count, dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("entries", torch.zeros(places, dtype=torch.long), dist_reduce_fx="sum")
+        self.add_state("elements", torch.zeros(places, dtype=torch.long), dist_reduce_fx="sum")
 
     def update(self, vectors: TaskVectors, names: Sequence[str] | None = None) -> None:
-        """Take in some parameters, each of them once over all updates and processes; they are read piece by piece.
+        """Take in some parameters, each of them once over all updates and processes; they are read chunk by chunk.
 
         Args:
             vectors: the T task vectors, or a view of them.
@@ -89,16 +89,16 @@ class CosineMatrix(DepthMetric):
             StructureMismatchError: there are not T vectors, or more blocks than were announced.
         """
         self._check(vectors)
-        for name, size, found in vectors.over_pieces(_products, names):
+        for name, size, found in vectors.over_chunks(_products, names):
             place = place_of(name, self.blocks)
             self.products[place] += found.to(self.products)
-            self.entries[place] += size
+            self.elements[place] += size
 
     def compute(self) -> Tensor:
         """``[1 + P, T, T]`` in float64: of the whole vectors, then of every place; NaN without parameters there."""
         products = torch.cat([self.products.sum(0, keepdim=True), self.products])
-        entries = torch.cat([self.entries.sum(0, keepdim=True), self.entries])
-        return cosines(products).masked_fill((entries == 0).view(-1, 1, 1), torch.nan)
+        elements = torch.cat([self.elements.sum(0, keepdim=True), self.elements])
+        return cosines(products).masked_fill((elements == 0).view(-1, 1, 1), torch.nan)
 
     def plot(self, val: Tensor | None = None, ax: Axes | None = None) -> tuple[Figure, Axes]:
         """Draw the matrix of the whole vectors.
@@ -135,7 +135,7 @@ class NormByDepth(DepthMetric):
 
     squares: Tensor
     base_squares: Tensor
-    entries: Tensor
+    elements: Tensor
 
     def __init__(self, tasks: Sequence[str], blocks: int = 0, relative: bool = False, **settings: Any) -> None:
         super().__init__(tasks, blocks, **settings)
@@ -143,10 +143,10 @@ class NormByDepth(DepthMetric):
         places = len(self.places) - 1
         self.add_state("squares", torch.zeros(places, len(self.tasks), dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("base_squares", torch.zeros(places, dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("entries", torch.zeros(places, dtype=torch.long), dist_reduce_fx="sum")
+        self.add_state("elements", torch.zeros(places, dtype=torch.long), dist_reduce_fx="sum")
 
     def update(self, vectors: TaskVectors, names: Sequence[str] | None = None) -> None:
-        """Take in some parameters, each of them once over all updates and processes; they are read piece by piece.
+        """Take in some parameters, each of them once over all updates and processes; they are read chunk by chunk.
 
         Args:
             vectors: the T task vectors, or a view of them.
@@ -158,20 +158,20 @@ class NormByDepth(DepthMetric):
         """
         self._check(vectors)
         base = vectors.base if self.relative else {}
-        for name, size, found in vectors.over_pieces(_squares, names):
+        for name, size, found in vectors.over_chunks(_squares, names):
             place = place_of(name, self.blocks)
             self.squares[place] += found.to(self.squares)
-            self.entries[place] += size
+            self.elements[place] += size
         for name in (vectors.names if names is None else names) if self.relative else ():
             self.base_squares[place_of(name, self.blocks)] += _square_sum(base[name]).to(self.base_squares)
 
     def compute(self) -> Tensor:
         """``[1 + P, T]`` in float64: of the whole vectors, then of every place; NaN without parameters there."""
         norms = torch.cat([self.squares.sum(0, keepdim=True), self.squares]).sqrt()
-        entries = torch.cat([self.entries.sum(0, keepdim=True), self.entries])
+        elements = torch.cat([self.elements.sum(0, keepdim=True), self.elements])
         if self.relative:
             norms = norms / torch.cat([self.base_squares.sum(0, keepdim=True), self.base_squares]).sqrt().unsqueeze(-1)
-        return norms.masked_fill((entries == 0).unsqueeze(-1), torch.nan)
+        return norms.masked_fill((elements == 0).unsqueeze(-1), torch.nan)
 
     def plot(self, val: Tensor | None = None, ax: Axes | None = None) -> tuple[Figure, Axes]:
         """Draw the norms in every place, a line per task.
@@ -190,12 +190,12 @@ class NormByDepth(DepthMetric):
         return figure, axes
 
 
-def _products(name: str, start: int, piece: Tensor) -> tuple[str, int, Tensor]:
-    return name, piece.shape[1], pairwise_products(piece)
+def _products(name: str, start: int, chunk: Tensor) -> tuple[str, int, Tensor]:
+    return name, chunk.shape[1], pairwise_products(chunk)
 
 
-def _squares(name: str, start: int, piece: Tensor) -> tuple[str, int, Tensor]:
-    return name, piece.shape[1], piece.double().square().sum(1)
+def _squares(name: str, start: int, chunk: Tensor) -> tuple[str, int, Tensor]:
+    return name, chunk.shape[1], chunk.double().square().sum(1)
 
 
 def _square_sum(value: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 from torchmetrics import Metric
 
 from lit_merge.errors import ConfigurationError, StructureMismatchError
-from lit_merge.naming import block_of, is_behind_blocks
+from lit_merge.naming import block_of, is_after_blocks
 from lit_merge.vectors import TaskVectors
 
 __all__ = ["DepthMetric", "place_names", "place_of"]
@@ -22,7 +22,7 @@ def place_of(name: str, blocks: int) -> int:
     """
     block = block_of(name)
     if block is None:
-        return blocks + 1 if blocks and is_behind_blocks(name) else 0
+        return blocks + 1 if blocks and is_after_blocks(name) else 0
     if block >= blocks:
         raise StructureMismatchError(
             f"{name}: expected a parameter of a network with {blocks} blocks, got one of block {block}. "

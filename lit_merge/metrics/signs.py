@@ -1,4 +1,4 @@
-"""How much the entries that matter of several task vectors overlap, and how often they disagree in sign."""
+"""How much the elements that matter of several task vectors overlap, and how often they disagree in sign."""
 
 from __future__ import annotations
 
@@ -22,25 +22,25 @@ _EXACT = 1 << 22  # columns in one product: a float32 sum of that many ±1 is ex
 
 
 def sign_counts(stack: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Count in how many entries of a stack of T vectors which of them are not zero, and which differ in sign.
+    """Count in how many elements of a stack of T vectors which of them are not zero, and which differ in sign.
 
     Args:
         stack: ``(T, *shape)``, usually trimmed: what is zero does not count.
 
     Returns:
-        Three int64 tensors: ``(T, T)`` entries that are not zero in both; ``(T, T)`` those of them with two signs; and
-        ``(3,)`` entries that at least one, that at least two vectors have, and that have both signs among them. Counts
+        Three int64 tensors: ``(T, T)`` elements that are not zero in both; ``(T, T)`` those of them with two signs; and
+        ``(3,)`` elements that at least one, that at least two vectors have, and that have both signs among them. Counts
         of two parts of a parameter add up to those of the whole.
 
     Examples:
         >>> import torch
-        >>> both, differing, entries = sign_counts(torch.tensor([[1.0, 2.0, 0.0], [3.0, -1.0, 5.0]]))
-        >>> both.tolist(), differing.tolist(), entries.tolist()
+        >>> both, differing, elements = sign_counts(torch.tensor([[1.0, 2.0, 0.0], [3.0, -1.0, 5.0]]))
+        >>> both.tolist(), differing.tolist(), elements.tolist()
         ([[2, 2], [2, 3]], [[0, 1], [1, 0]], [3, 2, 1])
     """
     rows = stack.reshape(len(stack), -1)
     both = torch.zeros(len(rows), len(rows), dtype=torch.long, device=rows.device)
-    differing, entries = torch.zeros_like(both), torch.zeros(3, dtype=torch.long, device=rows.device)
+    differing, elements = torch.zeros_like(both), torch.zeros(3, dtype=torch.long, device=rows.device)
     for part in rows.split(_EXACT, dim=1):
         signs = part.sign().to(torch.float64 if part.dtype == torch.float64 else torch.float32)
         present = signs.abs()
@@ -49,20 +49,20 @@ def sign_counts(stack: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         differing += (shared - (signs @ signs.T).long()) // 2
         holders = present.sum(0)
         mixed = (signs.sum(0).abs() < holders).sum()
-        entries += torch.stack([(holders > 0).sum(), (holders > 1).sum(), mixed])
-    return both, differing, entries
+        elements += torch.stack([(holders > 0).sum(), (holders > 1).sum(), mixed])
+    return both, differing, elements
 
 
 class SignConflict(DepthMetric):
     """Overlap and sign conflict of trimmed task vectors, of the whole network and of every block.
 
-    With ``A_t`` the entries of τ_t that are not zero:
+    With ``A_t`` the elements of τ_t that are not zero:
 
-    - ``overlap``: of the entries that are in some ``A_t``, the share that is in two or more;
-    - ``conflict``: of the entries in two or more ``A_t``, the share whose values have both signs, which is what TIES
-      elects signs for (Yadav et al. 2023, section 3);
+    - ``overlap``: of the elements that are in some ``A_t``, the fraction that is in two or more;
+    - ``conflict``: of the elements in two or more ``A_t``, the fraction whose values have both signs, for which TIES
+      elects one (Yadav et al. 2023, section 3);
     - ``pair_overlap``: ``|A_s ∩ A_t| / |A_s ∪ A_t|``;
-    - ``pair_conflict``: of ``A_s ∩ A_t``, the share with two signs.
+    - ``pair_conflict``: of ``A_s ∩ A_t``, the fraction with two signs.
 
     Args:
         tasks: the T tasks.
@@ -82,17 +82,17 @@ class SignConflict(DepthMetric):
 
     both: Tensor
     differing: Tensor
-    entries: Tensor
+    elements: Tensor
 
     def __init__(self, tasks: Sequence[str], blocks: int = 0, **settings: Any) -> None:
         super().__init__(tasks, blocks, **settings)
         count, places = len(self.tasks), len(self.places) - 1
         for name in ("both", "differing"):
             self.add_state(name, torch.zeros(places, count, count, dtype=torch.long), dist_reduce_fx="sum")
-        self.add_state("entries", torch.zeros(places, 3, dtype=torch.long), dist_reduce_fx="sum")
+        self.add_state("elements", torch.zeros(places, 3, dtype=torch.long), dist_reduce_fx="sum")
 
     def update(self, vectors: TaskVectors, names: Sequence[str] | None = None) -> None:
-        """Take in some parameters, each of them once over all updates and processes; they are read piece by piece.
+        """Take in some parameters, each of them once over all updates and processes; they are read chunk by chunk.
 
         Args:
             vectors: the T trimmed task vectors, e.g. ``Trim(0.2)(vectors)``.
@@ -102,9 +102,9 @@ class SignConflict(DepthMetric):
             StructureMismatchError: there are not T vectors, or more blocks than were announced.
         """
         self._check(vectors)
-        for name, counts in vectors.over_pieces(_counts, names):
+        for name, counts in vectors.over_chunks(_counts, names):
             place = place_of(name, self.blocks)
-            for state, found in zip((self.both, self.differing, self.entries), counts, strict=True):
+            for state, found in zip((self.both, self.differing, self.elements), counts, strict=True):
                 state[place] += found.to(state)
 
     def compute(self) -> dict[str, Tensor]:
@@ -113,14 +113,14 @@ class SignConflict(DepthMetric):
         Returns:
             ``overlap`` and ``conflict`` ``[1 + P]``, ``pair_overlap`` and ``pair_conflict`` ``[1 + P, T, T]``.
         """
-        both, differing, entries = (
+        both, differing, elements = (
             torch.cat([state.sum(0, keepdim=True), state]).double()
-            for state in (self.both, self.differing, self.entries)
+            for state in (self.both, self.differing, self.elements)
         )
         own = both.diagonal(dim1=-2, dim2=-1)
         return {
-            "overlap": entries[:, 1] / entries[:, 0],
-            "conflict": entries[:, 2] / entries[:, 1],
+            "overlap": elements[:, 1] / elements[:, 0],
+            "conflict": elements[:, 2] / elements[:, 1],
             "pair_overlap": both / (own.unsqueeze(-1) + own.unsqueeze(-2) - both),
             "pair_conflict": differing / both,
         }
@@ -139,10 +139,10 @@ class SignConflict(DepthMetric):
         found = self.compute() if val is None else val
         draw_bars(axes, self.places, {name: found[name].tolist() for name in ("overlap", "conflict")})
         name_places(axes, self.places)
-        axes.set_ylabel("share of entries (%)")
+        axes.set_ylabel("fraction of elements (%)")
         axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False)
         return figure, axes
 
 
-def _counts(name: str, start: int, piece: Tensor) -> tuple[str, tuple[Tensor, Tensor, Tensor]]:
-    return name, sign_counts(piece)
+def _counts(name: str, start: int, chunk: Tensor) -> tuple[str, tuple[Tensor, Tensor, Tensor]]:
+    return name, sign_counts(chunk)

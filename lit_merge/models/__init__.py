@@ -13,7 +13,7 @@ from lit_merge.models.lora import LoRA
 from lit_merge.models.rates import ExpLR, LinLR, Rates
 from lit_merge.models.selection import All, Attention, LastBlocks, Matching, Selection
 from lit_merge.models.weights import save_clip
-from lit_merge.naming import block_of, is_attention, is_behind_blocks, number_of_blocks
+from lit_merge.naming import block_of, is_after_blocks, is_attention, number_of_blocks
 
 __all__ = [
     "All",
@@ -33,8 +33,8 @@ __all__ = [
     "empty_image_tower",
     "full_clip_model",
     "hub_repository",
+    "is_after_blocks",
     "is_attention",
-    "is_behind_blocks",
     "load_clip",
     "number_of_blocks",
     "save_clip",

@@ -15,7 +15,7 @@ from lit_merge.functional import combine
 from lit_merge.params import Params, shape_of
 from lit_merge.vectors.coefficients import Coefficients
 from lit_merge.vectors.groups import Granularity, group_names
-from lit_merge.vectors.storage import KeptVectors, Storage
+from lit_merge.vectors.storage import Storage, VectorStorage
 from lit_merge.vectors.task_vectors import TaskVectors
 
 __all__ = ["MergedModel", "swapped"]
@@ -39,7 +39,7 @@ class MergedModel(nn.Module):
         init: where λ starts: one number, one per task (in their order or by name), or :class:`Coefficients`.
         clamp: the range that λ is clamped to whenever it is used, or None. The gradient of a coefficient outside of it
             is zero; on its border it is not.
-        storage: where the task vectors are kept, see :class:`lit_merge.vectors.storage.KeptVectors`.
+        storage: where the task vectors are kept, see :class:`lit_merge.vectors.storage.VectorStorage`.
         sharded: whether each process keeps 1/W of every task vector only.
 
     Attributes:
@@ -92,7 +92,7 @@ class MergedModel(nn.Module):
         self.coefficients = nn.Parameter(start.to(torch.float64 if wide else torch.float32))
         # Beside the registered modules: the coefficients are what trains and what a checkpoint holds.
         self._base = [module.requires_grad_(False)]
-        self._kept: KeptVectors | None = None
+        self._stored: VectorStorage | None = None
 
     @property
     def module(self) -> nn.Module:
@@ -121,19 +121,19 @@ class MergedModel(nn.Module):
             out: results of an earlier call that nobody needs any more; their memory may be used again.
         """
         base = None if tangent else {name: own for name, own in self.module.named_parameters() if name in self.members}
-        return combine(base, self.kept(), self.applied(), self._columns, out)
+        return combine(base, self.vector_storage(), self.applied(), self._columns, out)
 
-    def kept(self) -> KeptVectors:
-        """The task vectors where they are kept; read when this is called for the first time on a device.
+    def vector_storage(self) -> VectorStorage:
+        """The task vectors where ``storage`` says; read when this is called for the first time on a device.
 
         Raises:
             ConfigurationError: there is too little memory; the message says which storage would fit.
         """
         device = self.coefficients.device
-        if self._kept is None or self._kept.device != device:
-            self._kept = None
-            self._kept = KeptVectors(self._vectors, self.storage, device, self.sharded)
-        return self._kept
+        if self._stored is None or self._stored.device != device:
+            self._stored = None
+            self._stored = VectorStorage(self._vectors, self.storage, device, self.sharded)
+        return self._stored
 
     def to_coefficients(self, metadata: Mapping[str, str] | None = None) -> Coefficients:
         """λ as it is used, with the tasks and parameters that it belongs to."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from numbers import Real
 
 from lit_merge.errors import ConfigurationError, first_few
-from lit_merge.naming import block_of, is_behind_blocks, number_of_blocks
+from lit_merge.naming import block_of, is_after_blocks, number_of_blocks
 
 __all__ = ["ExpLR", "LinLR", "Rates"]
 
@@ -44,7 +44,7 @@ class Rates(ABC):
 
         def depth(name: str) -> int:
             block = block_of(name)
-            return block if block is not None else last if is_behind_blocks(name) else 0
+            return block if block is not None else last if is_after_blocks(name) else 0
 
         return {name: self.factor(depth(name), last) for name in names}
 

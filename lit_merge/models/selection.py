@@ -19,7 +19,7 @@ from numbers import Real
 from typing import Literal
 
 from lit_merge.errors import ConfigurationError, first_few
-from lit_merge.naming import block_of, is_attention, is_behind_blocks, is_bias, is_mlp, number_of_blocks
+from lit_merge.naming import block_of, is_after_blocks, is_attention, is_bias, is_mlp, number_of_blocks
 
 __all__ = ["All", "Attention", "LastBlocks", "Matching", "Selection"]
 
@@ -153,7 +153,7 @@ class LastBlocks(Selection):
 
         def selected(name: str) -> bool:
             block = block_of(name)
-            return block >= frozen if block is not None else self.behind and is_behind_blocks(name)
+            return block >= frozen if block is not None else self.behind and is_after_blocks(name)
 
         return selected
 

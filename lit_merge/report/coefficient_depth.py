@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lit_merge.naming import block_of, is_behind_blocks, number_of_blocks
+from lit_merge.naming import block_of, is_after_blocks, number_of_blocks
 from lit_merge.vectors.coefficients import Coefficients
 
 __all__ = ["DepthMeans", "depth_means", "group_places", "lines_fit"]
@@ -47,7 +47,7 @@ def group_places(coefficients: Coefficients) -> dict[str, int] | None:
     places: dict[str, int] = {}
     for name, group in coefficients.members.items():
         block = block_of(name)
-        place = block if block is not None else blocks if is_behind_blocks(name) else -1
+        place = block if block is not None else blocks if is_after_blocks(name) else -1
         if places.setdefault(group, place) != place:
             return None
     return places if blocks else None

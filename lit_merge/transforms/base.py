@@ -76,11 +76,11 @@ class Transform(ABC):
         object.__setattr__(self, field, value)
 
     def _fraction(self, field: str) -> None:
-        """Check that a field is a share in (0, 1], and make it a float."""
+        """Check that a field is a fraction in (0, 1], and make it a float."""
         what = f"{type(self).__name__}.{field}"
         value = finite_number(what, getattr(self, field), minimum=0.0, maximum=1.0)
         if value == 0:
-            raise ConfigurationError(f"{what}: expected a share above 0 and at most 1, got 0. Change this setting.")
+            raise ConfigurationError(f"{what}: expected a fraction above 0 and at most 1, got 0. Change this setting.")
         object.__setattr__(self, field, value)
 
     def _choice(self, field: str, valid: Sequence[str]) -> None:

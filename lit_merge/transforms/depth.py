@@ -55,7 +55,7 @@ class ScaleBlocks(Transform):
                 f"ScaleBlocks.coefficients: expected one per block ({count}), got {len(self.coefficients)}. "
                 "Give as many as the network has blocks."
             )
-        return vectors.map_entries(partial(_scaled_by_block, tuple(self.coefficients), self.outside), note=self)
+        return vectors.map_elements(partial(_scaled_by_block, tuple(self.coefficients), self.outside), note=self)
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ class LiNeS(Transform):
         if self.alpha != "norm_ratio":
             assert not isinstance(self.alpha, str)
             function = partial(_lines, self, blocks, self.alpha)
-            return vectors.map_entries(function, note=self)
+            return vectors.map_elements(function, note=self)
         if len(vectors.tasks) != 1:
             raise ConfigurationError(
                 f"LiNeS.alpha: expected one merged vector for norm_ratio, got {len(vectors.tasks)}. "
@@ -110,7 +110,7 @@ class LiNeS(Transform):
             )
         reads = vectors.inputs.walk + vectors.walk
         ratio = Statistic("LiNeS: ratio of norms", reads, partial(_norm_ratio, vectors))
-        return vectors.map_entries(partial(_lines, self, blocks, ratio), note=self, statistics=[ratio])
+        return vectors.map_elements(partial(_lines, self, blocks, ratio), note=self, statistics=[ratio])
 
     def factors(self, blocks: int, alpha: float) -> list[float]:
         """The factor of each block, the first one first.
@@ -135,17 +135,17 @@ def _blocks_of(transform: Transform, vectors: TaskVectors) -> int:
     return blocks
 
 
-def _scaled_by_block(factors: tuple[float, ...], outside: float, name: str, start: int, piece: Tensor) -> Tensor:
+def _scaled_by_block(factors: tuple[float, ...], outside: float, name: str, start: int, chunk: Tensor) -> Tensor:
     block = block_of(name)
-    return piece.mul_(outside if block is None else factors[block])
+    return chunk.mul_(outside if block is None else factors[block])
 
 
 def _lines(
-    transform: LiNeS, blocks: int, alpha: float | Statistic[float], name: str, start: int, piece: Tensor
+    transform: LiNeS, blocks: int, alpha: float | Statistic[float], name: str, start: int, chunk: Tensor
 ) -> Tensor:
     first = alpha() if isinstance(alpha, Statistic) else alpha
     outside = first if transform.outside is None else transform.outside
-    return _scaled_by_block(tuple(transform.factors(blocks, first)), outside, name, start, piece)
+    return _scaled_by_block(tuple(transform.factors(blocks, first)), outside, name, start, chunk)
 
 
 def _norm_ratio(vectors: TaskVectors) -> float:
@@ -156,8 +156,8 @@ def _norm_ratio(vectors: TaskVectors) -> float:
 
 
 def _total(vectors: TaskVectors) -> float:
-    return math.fsum(vectors.over_pieces(_sum_of_magnitudes))
+    return math.fsum(vectors.over_chunks(_sum_of_magnitudes))
 
 
-def _sum_of_magnitudes(name: str, start: int, piece: Tensor) -> float:
-    return float(piece.abs_().sum(dtype=torch.float64))
+def _sum_of_magnitudes(name: str, start: int, chunk: Tensor) -> float:
+    return float(chunk.abs_().sum(dtype=torch.float64))

@@ -24,7 +24,7 @@ def replace_field(transform: Transform, field: str, value: Any, *, step: int | N
         transform: a transform or a chain.
         field: the field's address: ``coefficient``, if exactly one step has it; ``LiNeS.beta``, of the only step of
             that class; ``1.density``, of the step at a position; and on through what a field holds: transforms
-            (``ConsensusMask.merge.Trim.density``), one task's number (``Scale.coefficient.digits``) or an entry of a
+            (``ConsensusMask.merge.Trim.density``), one task's number (``Scale.coefficient.digits``) or an element of a
             sequence (``ScaleBlocks.coefficients.0``).
         value: its new value, a number for a number and per-task values for per-task values. A whole number is brought
             to the field's type, and a field that is None takes any value.

@@ -26,7 +26,7 @@ __all__ = ["KarcherMean", "ModelStock", "Slerp"]
 
 Space = Literal["weights", "task_vectors"]
 
-_LENGTH = 1 << 18  # entries per row of what is brought to float64 at a time
+_LENGTH = 1 << 18  # elements per row of what is brought to float64 at a time
 _NO_ANGLE = 1e-8  # a sine that float64 cannot tell from that of 0 or π
 
 
@@ -163,10 +163,10 @@ def _combined(coefficients: _Coefficients, base: Mapping[str, Tensor] | None, na
 def _inner_products(rows: Tensor, origin: Tensor | None) -> Tensor:
     products = torch.zeros(len(rows), len(rows), dtype=torch.float64, device=rows.device)
     for start in range(0, rows.shape[1], _LENGTH):
-        piece = rows[:, start : start + _LENGTH].double()
+        chunk = rows[:, start : start + _LENGTH].double()
         if origin is not None:
-            piece = piece + origin[start : start + _LENGTH].double()
-        products += piece @ piece.T
+            chunk = chunk + origin[start : start + _LENGTH].double()
+        products += chunk @ chunk.T
     return products
 
 

@@ -69,7 +69,7 @@ class LearnedScale(Transform):
             raise StructureMismatchError(f"{self.path}: {error}") from error
         rows = coefficients.for_tasks(vectors.tasks)
         factors = {name: rows.of(name).unsqueeze(1) for name in vectors}
-        return vectors.map_entries(partial(_scaled_by_parameter, factors), note=self)
+        return vectors.map_elements(partial(_scaled_by_parameter, factors), note=self)
 
 
 def transform_before(path: str) -> Transform | None:
@@ -125,5 +125,5 @@ def _shortened(text: str, limit: int = 80) -> str:
     return line if len(line) <= limit else f"{line[:limit]}…"
 
 
-def _scaled_by_parameter(factors: Mapping[str, Tensor], name: str, start: int, piece: Tensor) -> Tensor:
-    return piece.mul_(factors[name].to(piece.device, piece.dtype))
+def _scaled_by_parameter(factors: Mapping[str, Tensor], name: str, start: int, chunk: Tensor) -> Tensor:
+    return chunk.mul_(factors[name].to(chunk.device, chunk.dtype))

@@ -1,4 +1,4 @@
-"""Exact selection by magnitude in streamed passes: where to cut so that exactly k entries of every row are kept."""
+"""Exact selection by magnitude in streamed passes: where to cut so that exactly k elements of every row are kept."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ __all__ = [
 ]
 
 Walk = Callable[[], Iterator[tuple[str, int, Tensor]]]
-"""Starts a pass: parameter names in sorted order, positions in them, pieces ``(T, n)``."""
+"""Starts a pass: parameter names in sorted order, positions in them, chunks ``(T, n)``."""
 
-_SAMPLE = 1 << 21  # entries of a sample
+_SAMPLE = 1 << 21  # elements of a sample
 _CHUNK = 1 << 10  # that lie side by side
-_LENGTH = 1 << 18  # entries per row and piece: a histogram of 2^16 counters should cost little beside them
+_LENGTH = 1 << 18  # elements per row and chunk: a histogram of 2^16 counters should cost little beside them
 _DIGITS: dict[torch.dtype, tuple[torch.dtype, list[tuple[int, int]]]] = {  # shift and number of bits, the highest first
     torch.float32: (torch.int32, [(15, 16), (0, 15)]),
     torch.float64: (torch.int64, [(47, 16), (31, 16), (15, 16), (0, 15)]),
@@ -47,8 +47,8 @@ class Cut:
 
     Attributes:
         threshold: the smallest magnitude that is kept.
-        name: the parameter, in sorted order, up to which entries of just this magnitude are kept; None for all.
-        position: the last such entry in that parameter's flattened order.
+        name: the parameter, in sorted order, up to which elements of just this magnitude are kept; None for all.
+        position: the last such element in that parameter's flattened order.
     """
 
     threshold: float
@@ -69,12 +69,12 @@ def common_dtype(vectors: TaskVectors) -> torch.dtype:
 def walk_all(vectors: TaskVectors) -> Iterator[tuple[str, int, Tensor]]:
     """One pass over all parameters, in the sorted order of their names."""
     for name in sorted(vectors):
-        for start, piece in vectors.pieces(name, max(vectors.piece_length(name), _LENGTH)):
-            yield name, start, piece
+        for start, chunk in vectors.chunks(name, max(vectors.chunk_length(name), _LENGTH)):
+            yield name, start, chunk
 
 
 def walk_stack(name: str, stack: Tensor) -> Iterator[tuple[str, int, Tensor]]:
-    """One pass over one parameter's stack ``(T, *shape)``, in pieces that are views of it."""
+    """One pass over one parameter's stack ``(T, *shape)``, in chunks that are views of it."""
     flat = stack.reshape(len(stack), -1)
     length = _LENGTH if flat.device.type == "cpu" else flat.shape[1]
     for start in range(0, flat.shape[1], length):
@@ -82,31 +82,31 @@ def walk_stack(name: str, stack: Tensor) -> Iterator[tuple[str, int, Tensor]]:
 
 
 def find_cuts(walk: Walk, kept: int, dtype: torch.dtype) -> tuple[Cut, ...]:
-    """The cuts that keep exactly ``kept`` entries of every row, in memory that does not depend on their number.
+    """The cuts that keep exactly ``kept`` elements of every row, in memory that does not depend on their number.
 
     The threshold's bit pattern is found digit by digit, each by a histogram over one pass: two passes for float32, four
-    for float64. Only if several entries have just that magnitude (which is not zero), and not all of them are kept, one
-    more looks for the place up to which they are: in the sorted order of the names, so that the order of the parameters
+    for float64. Only if several elements have just that magnitude (not zero), and not all of them are kept, one more
+    looks for the place up to which they are: in the sorted order of the names, so that the order of the parameters
     does not matter.
 
     Args:
-        walk: starts a pass; the pieces are read only.
-        kept: how many, from 1 to the number of entries.
-        dtype: float32, or float64 if any piece is.
+        walk: starts a pass; the chunks are read only.
+        kept: how many, from 1 to the number of elements.
+        dtype: float32, or float64 if any chunk is.
 
     Returns:
         One cut per row.
     """
     integer, digits = _DIGITS[dtype]
     prefixes: list[int] = []  # of each row's threshold, as far as it is known
-    missing: list[int] = []  # how many of the entries with that prefix are kept
+    missing: list[int] = []  # how many of the elements with that prefix are kept
     for shift, bits in digits:
         counts: Tensor | None = None
-        for _, _, piece in walk():
-            missing = missing or [kept] * len(piece)
+        for _, _, chunk in walk():
+            missing = missing or [kept] * len(chunk)
             if counts is None:
-                counts = torch.zeros(len(piece), 1 << bits, dtype=torch.int64, device=piece.device)
-            for row, values in enumerate(piece):
+                counts = torch.zeros(len(chunk), 1 << bits, dtype=torch.int64, device=chunk.device)
+            for row, values in enumerate(chunk):
                 keys = values.to(dtype).abs().view(integer)
                 if prefixes:
                     keys = keys[(keys >> (shift + bits)) == prefixes[row]]
@@ -127,7 +127,7 @@ def find_cuts(walk: Walk, kept: int, dtype: torch.dtype) -> tuple[Cut, ...]:
 
 
 def find_cuts_of_stack(name: str, stack: Tensor, kept: int) -> tuple[Cut, ...]:
-    """The cuts that keep exactly ``kept`` entries of every row of one parameter's stack ``(T, *shape)``."""
+    """The cuts that keep exactly ``kept`` elements of every row of one parameter's stack ``(T, *shape)``."""
     flat = stack.reshape(len(stack), -1)
     size = flat.shape[1]
     if size > _LENGTH:
@@ -142,9 +142,9 @@ def find_cuts_of_stack(name: str, stack: Tensor, kept: int) -> tuple[Cut, ...]:
     return tuple(cuts)
 
 
-def keep_largest(cuts: tuple[Cut, ...], name: str, start: int, piece: Tensor) -> Tensor:
-    """What the cuts keep of a piece ``(T, n)`` that begins at a position; the rest is 0. The piece is written into."""
-    for row, cut in zip(piece, cuts, strict=True):
+def keep_largest(cuts: tuple[Cut, ...], name: str, start: int, chunk: Tensor) -> Tensor:
+    """What the cuts keep of a chunk ``(T, n)`` that begins at a position; the rest is 0. The chunk is written into."""
+    for row, cut in zip(chunk, cuts, strict=True):
         # Up to the place what equals the threshold is kept, behind it is not: hardshrink keeps what is above a number.
         place = len(row) if cut.name is None or name < cut.name else 0
         if name == cut.name:
@@ -152,20 +152,20 @@ def keep_largest(cuts: tuple[Cut, ...], name: str, start: int, piece: Tensor) ->
         for part, equal_too in ((row[:place], True), (row[place:], False)):
             if len(part):
                 torch.hardshrink(part, _limit(cut.threshold, equal_too, row.dtype), out=part)
-    return piece
+    return chunk
 
 
 def _limit(threshold: float, equal_too: bool, dtype: torch.dtype) -> float:
     """The number of a dtype that what is above the threshold, or equals it too, is above, and nothing else is."""
     wanted = math.nextafter(threshold, -math.inf) if equal_too else threshold
     limit = torch.tensor(wanted, dtype=dtype)
-    if float(limit) > wanted:  # float32 entries, and a threshold that is not
+    if float(limit) > wanted:  # float32 elements, and a threshold that is not
         limit = torch.nextafter(limit, torch.tensor(-math.inf, dtype=dtype))
     return float(limit)
 
 
 def find_global_cuts(vectors: TaskVectors, kept: int) -> tuple[Cut, ...]:
-    """The cuts that keep exactly ``kept`` entries of every row, of all parameters together.
+    """The cuts that keep exactly ``kept`` elements of every row, of all parameters together.
 
     For large models a sample tells between which two magnitudes the threshold lies; one pass counts what is above and
     collects what is between, well below one percent. Should the sample have misled, the digits decide.
@@ -177,12 +177,12 @@ def find_global_cuts(vectors: TaskVectors, kept: int) -> tuple[Cut, ...]:
 
 
 def sampled(vectors: TaskVectors) -> bool:
-    """Whether there are so many entries that a sample of them pays."""
+    """Whether there are so many elements that a sample of them pays."""
     return size_of(vectors) >= 4 * _SAMPLE
 
 
 def size_of(vectors: TaskVectors) -> int:
-    """The number of entries of each vector."""
+    """The number of elements of each vector."""
     return sum(vectors.shape(name)[1:].numel() for name in vectors)
 
 
@@ -202,11 +202,11 @@ def _brackets(vectors: TaskVectors, kept: int) -> list[tuple[float, float]]:
             wanted = wanted // stride * stride + stride + generator.randrange(stride)
         before += size
     sample = torch.cat([part.to(common_dtype(vectors)) for part in parts], dim=1).numpy()
-    share = kept / before
+    fraction = kept / before
     count = sample.shape[1]
-    margin = 9 * math.sqrt(count * share * (1 - share)) + 1  # entries of a chunk are alike: wider than chance asks for
-    low = max(math.floor(count * (1 - share) - margin), 0)
-    high = min(math.ceil(count * (1 - share) + margin), count - 1)
+    margin = 9 * math.sqrt(count * fraction * (1 - fraction)) + 1  # neighbours are alike: wider than chance asks for
+    low = max(math.floor(count * (1 - fraction) - margin), 0)
+    high = min(math.ceil(count * (1 - fraction) + margin), count - 1)
     sample.partition([low, high], axis=1)
     return [(float(row[low]), float(row[high])) for row in sample]
 
@@ -221,9 +221,9 @@ def _cuts_within(vectors: TaskVectors, kept: int, brackets: Sequence[tuple[float
     # Of what lies between. Thousands of small tensors instead would keep freed memory from being used again.
     positions = torch.empty(len(brackets), most, dtype=torch.int32)
     magnitudes = torch.empty(len(brackets), most, dtype=dtype)
-    ends: list[list[tuple[str, int]]] = [[] for _ in brackets]  # where each piece's part ends
+    ends: list[list[tuple[str, int]]] = [[] for _ in brackets]  # where each chunk's part ends
     above, filled = [0] * len(brackets), [0] * len(brackets)
-    for name, rows in vectors.over_pieces(partial(_compared, limits, dtype), sorted(vectors), _LENGTH):
+    for name, rows in vectors.over_chunks(partial(_compared, limits, dtype), sorted(vectors), _LENGTH):
         for row, (count, found, values) in enumerate(rows):
             above[row] += count
             begin, filled[row] = filled[row], filled[row] + len(found)
@@ -250,11 +250,11 @@ def _cuts_within(vectors: TaskVectors, kept: int, brackets: Sequence[tuple[float
 
 
 def _compared(
-    limits: Sequence[tuple[float, float]], dtype: torch.dtype, name: str, start: int, piece: Tensor
+    limits: Sequence[tuple[float, float]], dtype: torch.dtype, name: str, start: int, chunk: Tensor
 ) -> tuple[str, list[tuple[int, Tensor, Tensor]]]:
-    """Of every row how many entries are above its limits, and the positions and magnitudes of those between them."""
+    """Of every row how many elements are above its limits, and the positions and magnitudes of those between them."""
     rows = []
-    for row, (low, high) in zip(piece, limits, strict=True):
+    for row, (low, high) in zip(chunk, limits, strict=True):
         values = row.to(dtype)
         top = torch.hardshrink(values, high)
         found = torch.hardshrink(values, low).sub_(top).abs_()
@@ -264,13 +264,13 @@ def _compared(
 
 
 def _count(values: Tensor) -> int:
-    """How many entries are not 0; ``values`` is written into. Several times as fast as ``count_nonzero``."""
+    """How many elements are not 0; ``values`` is written into. Several times as fast as ``count_nonzero``."""
     exact = torch.float64 if len(values) > 1 << 24 else None  # float32 counts no further
     return int(values.sign_().abs_().sum(dtype=exact))
 
 
 def _nonzero(values: Tensor) -> Tensor:
-    """Positions of the few entries that are above 0, in order; far faster than ``nonzero`` where they are few."""
+    """Positions of the few elements that are above 0, in order; far faster than ``nonzero`` where they are few."""
     if len(values) % 16:
         return values.nonzero().flatten()
     columns = values.view(16, -1)
@@ -291,12 +291,12 @@ def _digit(counts: Tensor, kept: int) -> tuple[int, int, int]:
 def _placed(
     cuts: list[Cut | None], walk: Walk, thresholds: Sequence[float], missing: Sequence[int], dtype: torch.dtype
 ) -> tuple[Cut, ...]:
-    """The cuts, with those that are None replaced by one with the place up to which equal entries are kept."""
+    """The cuts, with those that are None replaced by one with the place up to which equal elements are kept."""
     left = list(missing)
-    for name, start, piece in walk() if None in cuts else ():
+    for name, start, chunk in walk() if None in cuts else ():
         for row, threshold in enumerate(thresholds):
             if cuts[row] is None:
-                positions = (piece[row].to(dtype).abs() == threshold).nonzero().flatten()
+                positions = (chunk[row].to(dtype).abs() == threshold).nonzero().flatten()
                 if len(positions) >= left[row]:
                     cuts[row] = Cut(threshold, name, start + int(positions[left[row] - 1]))
                 left[row] -= len(positions)

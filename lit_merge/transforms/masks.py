@@ -1,4 +1,4 @@
-"""Masks that say which entries of a merged vector belong to which task."""
+"""Masks that say which elements of a merged vector belong to which task."""
 
 from __future__ import annotations
 
@@ -44,12 +44,12 @@ class TallMask(Transform):
         """From stacks ``(T, *shape)`` to masked copies of the merged vector, ``(T, *shape)``."""
         merged = _merged(self, self.merge, vectors)
         thresholds = per_task_values("TallMask.threshold", self.threshold, vectors.tasks)
-        return vectors.map_entries(partial(_cut_out, thresholds), note=self, others=[merged])
+        return vectors.map_elements(partial(_cut_out, thresholds), note=self, others=[merged])
 
 
 @dataclass(frozen=True)
 class ConsensusMask(Transform):
-    """The merged vector without the entries that fewer than k tasks use: an entry stays if k TALL masks have it.
+    """The merged vector without the elements that fewer than k tasks use: an element stays if k TALL masks have it.
 
     Consensus merging (Wang et al. 2024, section 4.2).
 
@@ -81,7 +81,7 @@ class ConsensusMask(Transform):
             )
         merged = _merged(self, self.merge, vectors)
         thresholds = per_task_values("ConsensusMask.threshold", self.threshold, vectors.tasks)
-        return vectors.reduce_entries(partial(_agreed, self.k, thresholds), note=self, others=[merged])
+        return vectors.reduce_elements(partial(_agreed, self.k, thresholds), note=self, others=[merged])
 
 
 def _merged(transform: Transform, merge: Transform, vectors: TaskVectors) -> TaskVectors:
@@ -94,16 +94,16 @@ def _merged(transform: Transform, merge: Transform, vectors: TaskVectors) -> Tas
     return merged
 
 
-def _mask(thresholds: tuple[float, ...], piece: Tensor, merged: Tensor) -> Tensor:
-    """The TALL masks; the piece is written into."""
-    factors = torch.tensor(thresholds, dtype=piece.dtype, device=piece.device).unsqueeze(1)
-    others = (merged - piece).abs_().mul_(factors)
-    return piece.abs_() > others
+def _mask(thresholds: tuple[float, ...], chunk: Tensor, merged: Tensor) -> Tensor:
+    """The TALL masks; the chunk is written into."""
+    factors = torch.tensor(thresholds, dtype=chunk.dtype, device=chunk.device).unsqueeze(1)
+    others = (merged - chunk).abs_().mul_(factors)
+    return chunk.abs_() > others
 
 
-def _cut_out(thresholds: tuple[float, ...], name: str, start: int, piece: Tensor, merged: Tensor) -> Tensor:
-    return merged * _mask(thresholds, piece, merged)
+def _cut_out(thresholds: tuple[float, ...], name: str, start: int, chunk: Tensor, merged: Tensor) -> Tensor:
+    return merged * _mask(thresholds, chunk, merged)
 
 
-def _agreed(k: int, thresholds: tuple[float, ...], name: str, start: int, piece: Tensor, merged: Tensor) -> Tensor:
-    return merged.masked_fill_(_mask(thresholds, piece, merged).sum(0, keepdim=True) < k, 0)
+def _agreed(k: int, thresholds: tuple[float, ...], name: str, start: int, chunk: Tensor, merged: Tensor) -> Tensor:
+    return merged.masked_fill_(_mask(thresholds, chunk, merged).sum(0, keepdim=True) < k, 0)

@@ -1,4 +1,4 @@
-"""Random numbers that belong to an entry of a task vector, not to the order in which entries are visited."""
+"""Random numbers that belong to an element of a task vector, not to the order in which elements are visited."""
 
 from __future__ import annotations
 
@@ -47,15 +47,15 @@ class Uniform:
         bits = self._bits(self.labels[row], name, positions, torch.empty_like(positions), torch.empty_like(positions))
         return ((bits >> 8) & 0xFFFFFF).float().mul_(2.0**-24)
 
-    def drop(self, p: float, name: str, start: int, piece: Tensor) -> Tensor:
-        """Set entries of a piece ``(T, n)`` to zero with probability p, to 32 bits, in place."""
+    def drop(self, p: float, name: str, start: int, chunk: Tensor) -> Tensor:
+        """Set elements of a chunk ``(T, n)`` to zero with probability p, to 32 bits, in place."""
         limit = round(p * 2**32) - 2**31  # the bits are signed
         if limit > -(2**31):
-            positions = _positions(start, piece[0])
+            positions = _positions(start, chunk[0])
             bits, shifted = torch.empty_like(positions), torch.empty_like(positions)
-            for row, label in zip(piece, self.labels, strict=True):
+            for row, label in zip(chunk, self.labels, strict=True):
                 _zero_below(limit, self._bits(label, name, positions, bits, shifted), row)
-        return piece
+        return chunk
 
     def _bits(self, label: Label, name: str, positions: Tensor, bits: Tensor, shifted: Tensor) -> Tensor:
         """Written into ``bits``; ``shifted`` is to work in."""

@@ -95,15 +95,15 @@ def ties(density: float = 0.2, coefficient: float = 1.0, scope: Literal["global"
     """Trim, elect signs, average what agrees (Yadav et al. 2023).
 
     Args:
-        density: share of the entries that each task vector keeps.
+        density: fraction of the elements that each task vector keeps.
         coefficient: α, usually searched over 0.1 … 1.5 on validation data; the paper's default is 1.
-        scope: over what the entries are ranked.
+        scope: over what the elements are ranked.
     """
     return chain(Trim(density, scope), ElectSign(), DisjointMean(), Scale(coefficient))
 
 
 def dare_linear(p: float = 0.9, coefficient: float = 0.3, seed: int = 0) -> Chain:
-    """Drop entries at random and rescale, then task arithmetic (Yu et al. 2024).
+    """Drop elements at random and rescale, then task arithmetic (Yu et al. 2024).
 
     Args:
         p: probability of being dropped.
@@ -114,11 +114,11 @@ def dare_linear(p: float = 0.9, coefficient: float = 0.3, seed: int = 0) -> Chai
 
 
 def dare_ties(p: float = 0.9, density: float = 1.0, coefficient: float = 1.0, seed: int = 0) -> Chain:
-    """Drop entries at random and rescale, then TIES (Yu et al. 2024).
+    """Drop elements at random and rescale, then TIES (Yu et al. 2024).
 
     Args:
         p: probability of being dropped.
-        density: share that TIES keeps of each vector; by default all of what was not dropped.
+        density: fraction that TIES keeps of each vector; by default all of what was not dropped.
         coefficient: α.
         seed: of the masks.
     """
@@ -129,7 +129,7 @@ def consensus_ta(k: int = 2, threshold: float = 0.4, coefficient: float = 0.3) -
     """Task arithmetic without what fewer than k tasks use (Wang et al. 2024).
 
     Args:
-        k: number of tasks that must use an entry.
+        k: number of tasks that must use an element.
         threshold: λ of the masks.
         coefficient: α.
     """
@@ -140,9 +140,9 @@ def consensus_ties(k: int = 2, threshold: float = 0.4, density: float = 0.2, coe
     """TIES without what fewer than k tasks use (Wang et al. 2024).
 
     Args:
-        k: number of tasks that must use an entry.
+        k: number of tasks that must use an element.
         threshold: λ of the masks.
-        density: share of the entries that each task vector keeps in TIES.
+        density: fraction of the elements that each task vector keeps in TIES.
         coefficient: α.
     """
     return chain(ConsensusMask(k, threshold, ties(density)), Scale(coefficient))
@@ -153,7 +153,7 @@ def tall_masks(threshold: float = 0.4, density: float | None = None) -> Chain:
 
     Args:
         threshold: λ of the masks.
-        density: None to cut out of the sum of the vectors, a share to cut out of TIES with that density.
+        density: None to cut out of the sum of the vectors, a fraction to cut out of TIES with that density.
     """
     return chain(TallMask(threshold, Sum() if density is None else ties(density)))
 
@@ -176,21 +176,21 @@ def lines(
 
 
 def breadcrumbs(density: float = 0.85, outliers: float = 0.01, coefficient: float = 0.3) -> Chain:
-    """Task arithmetic without the smallest and the very largest entries of each parameter (Davari and Belilovsky 2024).
+    """Task arithmetic without the smallest and the largest elements of each parameter (Davari and Belilovsky 2024).
 
     Args:
-        density: share of the entries that is kept.
-        outliers: share of the largest entries that is left out.
+        density: fraction of the elements that is kept.
+        outliers: fraction of the largest elements that is left out.
         coefficient: α.
     """
     return chain(MagnitudeWindow(density, outliers), Sum(), Scale(coefficient))
 
 
 def della(density: float = 0.7, epsilon: float = 0.1, coefficient: float = 1.0, seed: int = 0) -> Chain:
-    """Drop small entries more often than large ones, elect signs, average what agrees (Deep et al. 2024).
+    """Drop small elements more often than large ones, elect signs, average what agrees (Deep et al. 2024).
 
     Args:
-        density: mean share that is kept.
+        density: mean fraction that is kept.
         epsilon: half the spread of the probabilities of being kept.
         coefficient: α.
         seed: of the masks.
@@ -199,7 +199,7 @@ def della(density: float = 0.7, epsilon: float = 0.1, coefficient: float = 1.0, 
 
 
 def tsv_m(coefficient: float = 1.0) -> Chain:
-    """An equal share of the rank for every task, its singular vectors orthogonal to the others' (Gargiulo et al. 2025).
+    """An equal part of the rank for every task, with singular vectors orthogonal to the others' (Gargiulo et al. 2025).
 
     Args:
         coefficient: α; the paper's default is 1.
@@ -220,7 +220,7 @@ def iso_cts(common_fraction: float = 0.8, coefficient: float = 1.0) -> Chain:
     """A flat spectrum over directions of the sum and directions of every task (Marczak et al. 2025).
 
     Args:
-        common_fraction: share of the rank that the sum takes.
+        common_fraction: fraction of the rank that the sum takes.
         coefficient: α, usually searched on validation data.
     """
     return chain(IsoCTS(common_fraction), Scale(coefficient))
@@ -268,7 +268,7 @@ def fisher(
     normalise: Literal["norm", "mean"] | None = "norm",
     coefficient: float = 1.0,
 ) -> Chain:
-    """The mean of the weights, each entry weighted by its Fisher information (Matena and Raffel 2022).
+    """The mean of the weights, each element weighted by its Fisher information (Matena and Raffel 2022).
 
     Args:
         statistics: task -> file of its Fisher information, from ``lit-merge statistics --kind fisher``.
@@ -284,7 +284,7 @@ def regmean(statistics: Mapping[str, str], off_diagonal: float = 0.9, coefficien
 
     Args:
         statistics: task -> file of its Gram matrices, from ``lit-merge statistics --kind gram``.
-        off_diagonal: factor of the Gram matrices' off-diagonal entries.
+        off_diagonal: factor of the Gram matrices' off-diagonal elements.
         coefficient: α; the paper has none, which is 1.
     """
     return chain(RegMean(statistics, off_diagonal), Scale(coefficient))

@@ -24,7 +24,7 @@ class Sum(Transform):
 
     def __call__(self, vectors: TaskVectors) -> TaskVectors:
         """Reduce stacks ``(T, *shape)`` to ``(1, *shape)``."""
-        return vectors.reduce_entries(_sum, note=self)
+        return vectors.reduce_elements(_sum, note=self)
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Mean(Transform):
 
     def __call__(self, vectors: TaskVectors) -> TaskVectors:
         """Reduce stacks ``(T, *shape)`` to ``(1, *shape)``."""
-        return vectors.reduce_entries(_mean, note=self)
+        return vectors.reduce_elements(_mean, note=self)
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Negate(Transform):
 
     def __call__(self, vectors: TaskVectors) -> TaskVectors:
         """Negate every stack ``(T, *shape)``."""
-        return vectors.map_entries(_negated, note=self)
+        return vectors.map_elements(_negated, note=self)
 
 
 class _PerTask(dict[str, float]):
@@ -81,9 +81,9 @@ class Scale(Transform):
     def __call__(self, vectors: TaskVectors) -> TaskVectors:
         """Scale every stack ``(T, *shape)``."""
         if isinstance(self.coefficient, float):
-            return vectors.map_entries(partial(_scaled, self.coefficient), note=self)
+            return vectors.map_elements(partial(_scaled, self.coefficient), note=self)
         coefficients = per_task_values("Scale.coefficient", self.coefficient, vectors.tasks)
-        return vectors.map_entries(partial(_scaled_by_task, coefficients), note=self)
+        return vectors.map_elements(partial(_scaled_by_task, coefficients), note=self)
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ class Interpolate(Transform):
                 f"Interpolate: expected two vectors, got {len(vectors.tasks)} ({', '.join(vectors.tasks)}). "
                 "Select two of them."
             )
-        return vectors.reduce_entries(partial(_interpolated, self.fraction), note=self)
+        return vectors.reduce_elements(partial(_interpolated, self.fraction), note=self)
 
 
 def per_task(what: str, value: Any, minimum: float | None = None) -> Any:
@@ -163,33 +163,33 @@ def _by_name(what: str, value: Mapping[str, float], tasks: tuple[str, ...]) -> t
     return tuple(value[task] for task in tasks)
 
 
-def sum_rows(piece: Tensor) -> Tensor:
+def sum_rows(chunk: Tensor) -> Tensor:
     """``(T, n)`` to ``(1, n)``, one row after the other; the first row is written into."""
-    total = piece[:1]
-    for row in range(1, len(piece)):
-        total.add_(piece[row : row + 1])
+    total = chunk[:1]
+    for row in range(1, len(chunk)):
+        total.add_(chunk[row : row + 1])
     return total
 
 
-def _sum(name: str, start: int, piece: Tensor) -> Tensor:
-    return sum_rows(piece)
+def _sum(name: str, start: int, chunk: Tensor) -> Tensor:
+    return sum_rows(chunk)
 
 
-def _mean(name: str, start: int, piece: Tensor) -> Tensor:
-    return sum_rows(piece).div_(len(piece))
+def _mean(name: str, start: int, chunk: Tensor) -> Tensor:
+    return sum_rows(chunk).div_(len(chunk))
 
 
-def _negated(name: str, start: int, piece: Tensor) -> Tensor:
-    return piece.neg_()
+def _negated(name: str, start: int, chunk: Tensor) -> Tensor:
+    return chunk.neg_()
 
 
-def _scaled(coefficient: float, name: str, start: int, piece: Tensor) -> Tensor:
-    return piece.mul_(coefficient)
+def _scaled(coefficient: float, name: str, start: int, chunk: Tensor) -> Tensor:
+    return chunk.mul_(coefficient)
 
 
-def _scaled_by_task(coefficients: tuple[float, ...], name: str, start: int, piece: Tensor) -> Tensor:
-    return piece.mul_(torch.tensor(coefficients, dtype=piece.dtype, device=piece.device).unsqueeze(1))
+def _scaled_by_task(coefficients: tuple[float, ...], name: str, start: int, chunk: Tensor) -> Tensor:
+    return chunk.mul_(torch.tensor(coefficients, dtype=chunk.dtype, device=chunk.device).unsqueeze(1))
 
 
-def _interpolated(fraction: float, name: str, start: int, piece: Tensor) -> Tensor:
-    return piece[:1].mul_(1 - fraction).add_(piece[1:], alpha=fraction)
+def _interpolated(fraction: float, name: str, start: int, chunk: Tensor) -> Tensor:
+    return chunk[:1].mul_(1 - fraction).add_(chunk[1:], alpha=fraction)

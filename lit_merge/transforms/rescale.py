@@ -54,21 +54,21 @@ class Rescale(Transform):
             return vectors.map(partial(_rescaled_stack, self.norm), note=self, others=[inputs])
         compute = partial(_global_factors, self.norm, inputs, vectors)
         factors = Statistic("Rescale: norms", inputs.walk + vectors.walk, compute)
-        return vectors.map_entries(partial(_rescaled, factors), note=self, statistics=[factors])
+        return vectors.map_elements(partial(_rescaled, factors), note=self, statistics=[factors])
 
 
 _ORDERS = {"l1": 1.0, "l2": 2.0, "linf": math.inf}
 
 
-def _norms(kind: str, pieces: Iterable[Tensor]) -> list[float]:
-    """The norm of every row, from those of its pieces, in float64; no numbers if there is no entry."""
+def _norms(kind: str, chunks: Iterable[Tensor]) -> list[float]:
+    """The norm of every row, from those of its chunks, in float64; no numbers if there is no element."""
     order = _ORDERS[kind]
-    found = [torch.linalg.vector_norm(piece, order, dim=1, dtype=torch.float64) for piece in pieces if piece.numel()]
+    found = [torch.linalg.vector_norm(chunk, order, dim=1, dtype=torch.float64) for chunk in chunks if chunk.numel()]
     return torch.linalg.vector_norm(torch.stack(found), order, dim=0).tolist() if found else []
 
 
 def _all_pieces(vectors: TaskVectors) -> Iterator[Tensor]:
-    return (piece for name in vectors for _, piece in vectors.pieces(name))
+    return (chunk for name in vectors for _, chunk in vectors.chunks(name))
 
 
 def _factors(before: list[float], after: list[float]) -> tuple[float, ...]:
@@ -80,8 +80,8 @@ def _global_factors(kind: str, inputs: TaskVectors, vectors: TaskVectors) -> tup
     return _factors(_norms(kind, _all_pieces(inputs)), _norms(kind, _all_pieces(vectors)))
 
 
-def _rescaled(factors: Statistic[tuple[float, ...]], name: str, start: int, piece: Tensor) -> Tensor:
-    return _scaled_rows(factors(), piece) if piece.numel() else piece
+def _rescaled(factors: Statistic[tuple[float, ...]], name: str, start: int, chunk: Tensor) -> Tensor:
+    return _scaled_rows(factors(), chunk) if chunk.numel() else chunk
 
 
 def _rescaled_stack(kind: str, name: str, stack: Tensor, before: Tensor) -> Tensor:

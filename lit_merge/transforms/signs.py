@@ -1,4 +1,4 @@
-"""Electing a sign for every entry, and reducing the entries that agree with it."""
+"""Electing a sign for every element, and reducing the elements that agree with it."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ __all__ = ["DisjointMean", "DisjointSum", "ElectSign"]
 
 @dataclass(frozen=True)
 class ElectSign(Transform):
-    """Elects a sign for every entry and sets to zero what disagrees with it; there are T vectors still.
+    """Elects a sign for every element and sets to zero what disagrees with it; there are T vectors still.
 
     The second step of TIES (Yadav et al. 2023, section 4): the elected sign is that of Σ_t τ_t. Where the sum is zero,
-    although some entry is not, the sign that was elected most often over the whole vector is taken, as in the authors'
-    program; finding it takes one more pass, only if there is such an entry.
+    although some element is not, the sign that was elected most often over the whole vector is taken, as the authors'
+    program does; finding it takes one more pass, only if there is such an element.
 
     Args:
         weighting: ``mass`` elects by the sum of the values, as the paper does; ``count`` by the number of positive and
@@ -42,66 +42,66 @@ class ElectSign(Transform):
         """Keep what agrees, in every stack ``(T, *shape)``."""
         compute = partial(_majority, vectors, self.weighting)
         majority = Statistic("ElectSign: majority sign, where votes are even", vectors.walk, compute, at_most=True)
-        return vectors.map_entries(partial(_elected, self.weighting, majority), note=self, statistics=[majority])
+        return vectors.map_elements(partial(_elected, self.weighting, majority), note=self, statistics=[majority])
 
 
 @dataclass(frozen=True)
 class DisjointMean(Transform):
-    """The mean of the entries that are not zero, 0 where all are.
+    """The mean of the elements that are not zero, 0 where all are.
 
     The third step of TIES (Yadav et al. 2023, section 4).
     """
 
     def __call__(self, vectors: TaskVectors) -> TaskVectors:
         """Reduce stacks ``(T, *shape)`` to ``(1, *shape)``."""
-        return vectors.reduce_entries(_disjoint_mean, note=self)
+        return vectors.reduce_elements(_disjoint_mean, note=self)
 
 
 @dataclass(frozen=True)
 class DisjointSum(Transform):
-    """The sum of the entries that are not zero: the same as ``Sum``, under the name that goes with ``DisjointMean``."""
+    """The sum of the elements that are not zero: as ``Sum``, under the name that goes with ``DisjointMean``."""
 
     def __call__(self, vectors: TaskVectors) -> TaskVectors:
         """Reduce stacks ``(T, *shape)`` to ``(1, *shape)``."""
-        return vectors.reduce_entries(_disjoint_sum, note=self)
+        return vectors.reduce_elements(_disjoint_sum, note=self)
 
 
-def _votes(weighting: str, piece: Tensor) -> Tensor:
+def _votes(weighting: str, chunk: Tensor) -> Tensor:
     """The elected signs, ``(1, n)``; 0 where votes are even."""
     if weighting == "count":
-        return sum_rows(piece.sign()).sign_()
+        return sum_rows(chunk.sign()).sign_()
     # In float64 the sum of float32 values is exact, but for extreme ratios: neither the order of the tasks nor the
-    # length of the piece decides.
-    total = piece[:1].to(torch.float64, copy=True)
-    for row in range(1, len(piece)):
-        total.add_(piece[row : row + 1])
-    return total.sign_().to(piece.dtype)
+    # length of the chunk decides.
+    total = chunk[:1].to(torch.float64, copy=True)
+    for row in range(1, len(chunk)):
+        total.add_(chunk[row : row + 1])
+    return total.sign_().to(chunk.dtype)
 
 
 def _majority(vectors: TaskVectors, weighting: str) -> float:
-    total = sum(vectors.over_pieces(partial(_sum_of_votes, weighting)))
+    total = sum(vectors.over_chunks(partial(_sum_of_votes, weighting)))
     return float((total > 0) - (total < 0))
 
 
-def _sum_of_votes(weighting: str, name: str, start: int, piece: Tensor) -> int:
-    return int(_votes(weighting, piece).sum(dtype=torch.float64))
+def _sum_of_votes(weighting: str, name: str, start: int, chunk: Tensor) -> int:
+    return int(_votes(weighting, chunk).sum(dtype=torch.float64))
 
 
 # In floating point throughout: operators on masks take several times as long as these.
 
 
-def _elected(weighting: str, majority: Statistic[float], name: str, start: int, piece: Tensor) -> Tensor:
-    sign = _votes(weighting, piece)
+def _elected(weighting: str, majority: Statistic[float], name: str, start: int, chunk: Tensor) -> Tensor:
+    sign = _votes(weighting, chunk)
     even = sign == 0
-    if bool((even & (piece.amax(0) > 0)).any()):  # votes are even and not all zero: some entry is positive
+    if bool((even & (chunk.amax(0) > 0)).any()):  # votes are even and not all zero: some element is positive
         sign.masked_fill_(even, majority())
-    return piece.mul_(sign).relu_().mul_(sign)  # ±1 · ±1: what agrees comes back as it was
+    return chunk.mul_(sign).relu_().mul_(sign)  # ±1 · ±1: what agrees comes back as it was
 
 
-def _disjoint_mean(name: str, start: int, piece: Tensor) -> Tensor:
-    count = piece.sign().abs_().sum(0, keepdim=True).clamp_(min=1)
-    return sum_rows(piece).div_(count)
+def _disjoint_mean(name: str, start: int, chunk: Tensor) -> Tensor:
+    count = chunk.sign().abs_().sum(0, keepdim=True).clamp_(min=1)
+    return sum_rows(chunk).div_(count)
 
 
-def _disjoint_sum(name: str, start: int, piece: Tensor) -> Tensor:
-    return sum_rows(piece)
+def _disjoint_sum(name: str, start: int, chunk: Tensor) -> Tensor:
+    return sum_rows(chunk)

@@ -1,4 +1,4 @@
-"""Setting entries to zero: the smallest, the largest, or some at random."""
+"""Setting elements to zero: the smallest, the largest, or some at random."""
 
 from __future__ import annotations
 
@@ -33,15 +33,15 @@ Scope = Literal["global", "tensor"]
 
 @dataclass(frozen=True)
 class Trim(Transform):
-    """Keeps the entries of largest magnitude of every task vector, and sets the others to zero.
+    """Keeps the elements of largest magnitude of every task vector, and sets the others to zero.
 
     The first step of TIES (Yadav et al. 2023, section 4: "keep only the influential values"). Exactly
-    ⌊density · n⌋ entries are kept, at least one; among entries of equal magnitude those that come first in the sorted
+    ⌊density · n⌋ elements are kept, at least one; among elements of equal magnitude those that come first in the sorted
     order of the parameter names.
 
     Args:
-        density: share of the entries that is kept, in (0, 1].
-        scope: ``global`` ranks the entries of the whole flattened vector, as the paper does, in two more passes over
+        density: fraction of the elements that is kept, in (0, 1].
+        scope: ``global`` ranks the elements of the whole flattened vector, as the paper does, in two more passes over
             the inputs (three if equal magnitudes must be told apart; two more for float64); ``tensor`` ranks those of
             every parameter by itself, as some libraries do.
 
@@ -63,17 +63,17 @@ class Trim(Transform):
 
 @dataclass(frozen=True)
 class MagnitudeWindow(Transform):
-    """Leaves out the largest entries of every task vector and keeps the next largest ones.
+    """Leaves out the largest elements of every task vector and keeps the next largest ones.
 
     Model breadcrumbs (Davari and Belilovsky 2024, equation 2): outliers and small perturbations are masked, per layer.
 
     Args:
-        density: share of the entries that is kept, in (0, 1].
-        outliers: share of the entries, the largest ones, that is left out, in [0, 1).
+        density: fraction of the elements that is kept, in (0, 1].
+        outliers: fraction of the elements, the largest ones, that is left out, in [0, 1).
         scope: ``tensor`` ranks within every parameter, as the paper does; ``global`` within the whole vector.
 
     Raises:
-        ConfigurationError: a share is out of range, their sum is above 1, or there is no such scope.
+        ConfigurationError: a fraction is out of range, their sum is above 1, or there is no such scope.
     """
 
     density: float = 0.85
@@ -97,17 +97,17 @@ class MagnitudeWindow(Transform):
 
 @dataclass(frozen=True)
 class Drop(Transform):
-    """Sets entries to zero at random, and scales the others so that the expectation stays.
+    """Sets elements to zero at random, and scales the others so that the expectation stays.
 
     DARE (Yu et al. 2024, equation 1).
 
-    Which entries depends on the seed, the task's name, the parameter's name and the position alone: not on the order of
-    tasks or parameters, on the number of processes, the device or the version of torch.
+    Which elements depends on the seed, the task's name, the parameter's name and the position alone: not on the order
+    of tasks or parameters, on the number of processes, the device or the version of torch.
 
     Args:
         p: probability of being dropped, in [0, 1).
         rescale: whether what is kept is divided by 1 − p.
-        seed: a whole number. Two in one chain need two seeds, otherwise they drop the same entries.
+        seed: a whole number. Two in one chain need two seeds, otherwise they drop the same elements.
 
     Raises:
         ConfigurationError: ``p`` is not in [0, 1), or the seed is no whole number.
@@ -122,20 +122,20 @@ class Drop(Transform):
         whole_number("Drop.seed", self.seed)
 
     def __call__(self, vectors: TaskVectors) -> TaskVectors:
-        """Drop entries of every row of the stacks ``(T, *shape)``."""
+        """Drop elements of every row of the stacks ``(T, *shape)``."""
         uniform = Uniform(self.seed, labels_of(vectors))
-        return vectors.map_entries(partial(_dropped, self.p, self.rescale, uniform), note=self)
+        return vectors.map_elements(partial(_dropped, self.p, self.rescale, uniform), note=self)
 
 
 @dataclass(frozen=True)
 class DropByRank(Transform):
-    """Drops entries at random, small ones more often than large ones.
+    """Drops elements at random, small ones more often than large ones.
 
     MAGPRUNE of DELLA (Deep et al. 2024, section 3.1).
 
-    Within every row of a matrix (all weights of one output channel of a convolution, all entries of a vector), the
-    entry of rank r = 0 (smallest) … n − 1 is kept with probability ``density − epsilon + 2 · epsilon · r / (n − 1)``,
-    and divided by that probability. A row of one entry has probability ``density``.
+    Within every row of a matrix (all weights of one output channel of a convolution, all elements of a vector), the
+    element of rank r = 0 (smallest) … n − 1 is kept with probability ``density − epsilon + 2 · epsilon · r / (n − 1)``,
+    and divided by that probability. A row of one element has probability ``density``.
 
     Args:
         density: mean probability of being kept, in (0, 1].
@@ -163,13 +163,13 @@ class DropByRank(Transform):
             )
 
     def __call__(self, vectors: TaskVectors) -> TaskVectors:
-        """Drop entries of every row of the stacks ``(T, *shape)``."""
+        """Drop elements of every row of the stacks ``(T, *shape)``."""
         return vectors.map(partial(_dropped_by_rank, self, Uniform(self.seed, labels_of(vectors))), note=self)
 
 
 def _window(transform: Transform, vectors: TaskVectors, density: float, outliers: float, scope: Scope) -> TaskVectors:
     if density == 1.0:
-        return vectors.map_entries(_unchanged, note=transform)
+        return vectors.map_elements(_unchanged, note=transform)
     if scope == "tensor":
         return vectors.map(partial(_window_of_tensor, density, outliers), note=transform)
     size, name = size_of(vectors), type(transform).__name__
@@ -182,21 +182,21 @@ def _window(transform: Transform, vectors: TaskVectors, density: float, outliers
     found = [
         Statistic(what, reads, partial(find_global_cuts, vectors, kept), at_most=True) for what, kept in wanted.items()
     ]
-    return vectors.map_entries(partial(_windowed, tuple(found)), note=transform, statistics=found)
+    return vectors.map_elements(partial(_windowed, tuple(found)), note=transform, statistics=found)
 
 
 def _kept(density: float, size: int) -> int:
     return max(count_of(density, size), 1)
 
 
-def _windowed(found: tuple[Statistic[tuple[Cut, ...]], ...], name: str, start: int, piece: Tensor) -> Tensor:
-    return _between([statistic() for statistic in found], name, start, piece) if piece.numel() else piece
+def _windowed(found: tuple[Statistic[tuple[Cut, ...]], ...], name: str, start: int, chunk: Tensor) -> Tensor:
+    return _between([statistic() for statistic in found], name, start, chunk) if chunk.numel() else chunk
 
 
-def _between(cuts: Sequence[tuple[Cut, ...]], name: str, start: int, piece: Tensor) -> Tensor:
+def _between(cuts: Sequence[tuple[Cut, ...]], name: str, start: int, chunk: Tensor) -> Tensor:
     """What the first cuts keep and the second ones, if there are any, do not."""
-    largest = keep_largest(cuts[1], name, start, piece.clone()) if len(cuts) > 1 else None
-    kept = keep_largest(cuts[0], name, start, piece)
+    largest = keep_largest(cuts[1], name, start, chunk.clone()) if len(cuts) > 1 else None
+    kept = keep_largest(cuts[0], name, start, chunk)
     return kept if largest is None else kept.sub_(largest)
 
 
@@ -211,13 +211,13 @@ def _window_of_tensor(density: float, outliers: float, name: str, stack: Tensor)
     return _between(cuts, name, 0, flat).view_as(stack)
 
 
-def _unchanged(name: str, start: int, piece: Tensor) -> Tensor:
-    return piece
+def _unchanged(name: str, start: int, chunk: Tensor) -> Tensor:
+    return chunk
 
 
-def _dropped(p: float, rescale: bool, uniform: Uniform, name: str, start: int, piece: Tensor) -> Tensor:
-    uniform.drop(p, name, start, piece)
-    return piece.div_(1 - p) if rescale and p else piece
+def _dropped(p: float, rescale: bool, uniform: Uniform, name: str, start: int, chunk: Tensor) -> Tensor:
+    uniform.drop(p, name, start, chunk)
+    return chunk.div_(1 - p) if rescale and p else chunk
 
 
 def _dropped_by_rank(transform: DropByRank, uniform: Uniform, name: str, stack: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Merging by singular vectors: every weight is a matrix, not a list of entries.
+"""Merging by singular vectors: every weight is a matrix, not a list of elements.
 
 What a float cannot tell from zero has no direction: singular values below ``eps · max(m, n)`` times the largest are
 left out, with their vectors, which would be arbitrary. So a task vector of low rank, such as one from LoRA, brings only
@@ -27,7 +27,7 @@ _Triplets = tuple[Tensor, Tensor, Tensor]
 
 @dataclass(frozen=True)
 class TSVMerge(Transform):
-    """Gives every task a share of the rank, and makes the tasks' singular vectors orthogonal to each other.
+    """Gives every task a fraction of the rank, and makes the tasks' singular vectors orthogonal to each other.
 
     TSV-M (Gargiulo et al. 2025, section 4.2 and algorithm 1): of every ``τ_t = U_t S_t V_tᵀ`` the ⌊r/T⌋ largest
     singular values stay, r = min(m, n); ``U = [U_1 … U_T]`` and ``V`` are replaced by the nearest orthogonal matrices
@@ -38,7 +38,8 @@ class TSVMerge(Transform):
     none; the nearest "orthogonal" matrix then has orthogonal rows instead of columns.
 
     Args:
-        rank_fraction: share of the rank that every task keeps, in (0, 1], at least one singular value; by default 1/T.
+        rank_fraction: fraction of the rank that every task keeps, in (0, 1], at least one singular value; by
+            default 1/T.
         exclude: a regular expression; matrices in whose names it is found are averaged too. The authors' program
             excludes ``text_projection``, which an image tower does not have.
 
@@ -139,8 +140,8 @@ def _joined(parts: list[_Triplets]) -> _Triplets:
 
 def _tsv_merged(rank_fraction: float | None, stack: Tensor) -> Tensor:
     rank = min(stack.shape[1:])
-    share = rank // len(stack) if rank_fraction is None else count_of(rank_fraction, rank)
-    left, values, right = _joined([_triplets(matrix, max(share, 1)) for matrix in stack])
+    count = rank // len(stack) if rank_fraction is None else count_of(rank_fraction, rank)
+    left, values, right = _joined([_triplets(matrix, max(count, 1)) for matrix in stack])
     return (left * values) @ right
 
 
@@ -151,11 +152,11 @@ def _iso_c(stack: Tensor) -> Tensor:
 
 def _iso_cts(common_fraction: float, stack: Tensor) -> Tensor:
     rank, tasks = min(stack.shape[1:]), len(stack)
-    share = min(round((rank - count_of(common_fraction, rank)) / tasks), rank // tasks)
-    common = _triplets(stack.sum(0), rank - tasks * share)
+    count = min(round((rank - count_of(common_fraction, rank)) / tasks), rank // tasks)
+    common = _triplets(stack.sum(0), rank - tasks * count)
     parts = [common]
-    for matrix in stack if share else ():
+    for matrix in stack if count else ():
         rest = matrix - common[0] @ (common[0].T @ matrix)
-        parts.append(_triplets(rest, share, torch.linalg.matrix_norm(matrix, 2)))  # rounding leaves a rest of nothing
+        parts.append(_triplets(rest, count, torch.linalg.matrix_norm(matrix, 2)))  # rounding leaves a rest of nothing
     left, values, right = _joined(parts)
     return (left * values.mean()) @ right

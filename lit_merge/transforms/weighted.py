@@ -25,18 +25,18 @@ __all__ = ["FisherMean", "RegMean"]
 
 @dataclass(frozen=True)
 class FisherMean(Transform):
-    r"""The mean of the task vectors, every entry weighted by its Fisher information: from T vectors to one.
+    r"""The mean of the task vectors, every element weighted by its Fisher information: from T vectors to one.
 
     .. math:: \tau = \frac{\sum_t \lambda_t F_t \tau_t}{\sum_t \lambda_t F_t} \text{ entrywise}
 
-    Fisher merging (Matena and Raffel 2022, section 2). The shares ``λ_t F_t / Σ λ_t F_t`` of an entry sum to 1, so that
-    for ``θ_t = θ0 + τ_t`` their ``Σ λ_t F_t θ_t / Σ λ_t F_t`` is ``θ0 + τ``: θ0 need not be known.
+    Fisher merging (Matena and Raffel 2022, section 2). The fractions ``λ_t F_t / Σ λ_t F_t`` of an element sum to 1, so
+    that for ``θ_t = θ0 + τ_t`` their ``Σ λ_t F_t θ_t / Σ λ_t F_t`` is ``θ0 + τ``: θ0 need not be known.
 
     The Fisher information of one task may be larger than another's by orders of magnitude. As the authors' program
     does, each F_t is divided by its Euclidean norm; here it is its root mean square, the same but for a factor that
-    all tasks share, so that ``floor`` means a share of a task's typical value. Their program applies the floor to the
-    values as they are, and in its default setting to the first model's only, whose parameter stays where no model has
-    any information.
+    all tasks share, so that ``floor`` means a fraction of a task's typical value. Their program applies the floor to
+    the values as they are, and in its default setting to the first model's only, whose parameter stays where no model
+    has any information.
 
     Args:
         statistics: task -> file of its Fisher information, from ``lit-merge statistics --kind fisher``.
@@ -44,7 +44,7 @@ class FisherMean(Transform):
             searches over them.
         floor: smallest Fisher information, at least 0: where all tasks are below it their plain mean is taken, if
             their coefficients are the same.
-        normalise: by what each F_t is divided: ``norm``, its root mean square over all entries; ``mean``, their mean;
+        normalise: by what each F_t is divided: ``norm``, its root mean square over all elements; ``mean``, their mean;
             None for nothing.
 
     Raises:
@@ -74,7 +74,7 @@ class FisherMean(Transform):
         fishers = TaskVectors([_fisher_of(file, vectors) for file in files])
         scales = Statistic("FisherMean: scale of each task", 1, partial(_scales, self.normalise, fishers))
         function = partial(_fisher_mean, coefficients, self.floor, scales)
-        return vectors.reduce_entries(function, note=self, others=[fishers], statistics=[scales])
+        return vectors.reduce_elements(function, note=self, others=[fishers], statistics=[scales])
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class RegMean(Transform):
     .. math:: W = \Big(\sum_t \tilde G_t\Big)^{-1} \sum_t \tilde G_t W_t, \qquad G_t = X_t^\top X_t / n_t
 
     RegMean (Jin et al. 2023, section 3): if nothing is damped, of all W it has the smallest
-    ``Σ_t ‖X_t W − X_t W_t‖² / n_t``. G̃_t is G_t with its off-diagonal entries multiplied by ``off_diagonal``. For
+    ``Σ_t ‖X_t W − X_t W_t‖² / n_t``. G̃_t is G_t with its off-diagonal elements multiplied by ``off_diagonal``. For
     ``W_t = W0 + τ_t`` the result is W0 plus the same formula of τ_t, as ``(Σ G̃_t)⁻¹ Σ G̃_t W0 = W0``. (W is
     ``[in, out]`` here; torch's is its transpose.)
 
@@ -98,7 +98,7 @@ class RegMean(Transform):
 
     Args:
         statistics: task -> file of its Gram matrices, from ``lit-merge statistics --kind gram``.
-        off_diagonal: factor α of the off-diagonal entries, in [0, 1]; the paper takes 0.9 for most models, and 0.1
+        off_diagonal: factor α of the off-diagonal elements, in [0, 1]; the paper takes 0.9 for most models, and 0.1
             for T5-base.
 
     Raises:
@@ -146,9 +146,9 @@ def _scales(normalise: str | None, fishers: TaskVectors) -> Tensor:
     power = 2 if normalise == "norm" else 1
     total, count = torch.zeros_like(scales), 0
     for name in fishers:
-        for _, piece in fishers.pieces(name):
-            total += piece.double().pow_(power).sum(1, keepdim=True)
-            count += piece.shape[1]
+        for _, chunk in fishers.chunks(name):
+            total += chunk.double().pow_(power).sum(1, keepdim=True)
+            count += chunk.shape[1]
     means = (total / max(count, 1)) ** (1 / power)
     return torch.where(means > 0, means, scales)
 
@@ -159,14 +159,14 @@ def _fisher_mean(
     scales: Statistic[Tensor],
     name: str,
     start: int,
-    piece: Tensor,
+    chunk: Tensor,
     fisher: Tensor,
 ) -> Tensor:
-    weights = (fisher.to(piece.device).double() / scales().to(piece.device)).clamp_(min=floor)
+    weights = (fisher.to(chunk.device).double() / scales().to(chunk.device)).clamp_(min=floor)
     weights.mul_(weights.new_tensor(coefficients).unsqueeze(1))
     total = weights.sum(0, keepdim=True)
-    shares = torch.where(total > 0, weights / total, 1 / len(piece))
-    return sum_rows(piece.mul_(shares))
+    fractions = torch.where(total > 0, weights / total, 1 / len(chunk))
+    return sum_rows(chunk.mul_(fractions))
 
 
 def _key(name: str, file: LazyTensors) -> str | None:
@@ -232,7 +232,7 @@ def _regression_mean(files: Sequence[LazyTensors], off_diagonal: float, name: st
 def _solve(gram: Tensor, right: Tensor, rounding: float) -> Tensor:
     """The X with ``gram X = right``, ``(in, out)``, for a positive semi-definite ``gram``, ``(in, in)``.
 
-    Of several the one with the smallest ``Σ_i gram_ii ‖X_i‖²``. On the scaled system, with a diagonal of ones, entries
+    Of several the one with the smallest ``Σ_i gram_ii ‖X_i‖²``. On the scaled system, with a diagonal of ones, elements
     were rounded by at most ``rounding`` when they were stored; eigenvalues that this may have made are taken as 0.
     """
     width = len(gram)

@@ -28,7 +28,7 @@ class Statistic(Generic[_Value]):
         self._values: list[_Value] = []
 
     def __call__(self) -> _Value:
-        """The value; in a thread that computes pieces it is asked of the main one."""
+        """The value; in a thread that computes chunks it is asked of the main one."""
         if not self._values and in_worker():
             raise NeededInMainThread(self)
         if not self._values:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Literal, get_args
 
 from lit_merge.errors import ConfigurationError, first_few
-from lit_merge.naming import block_of, is_attention, is_behind_blocks, is_mlp
+from lit_merge.naming import block_of, is_after_blocks, is_attention, is_mlp
 
 __all__ = ["Granularity", "group_names"]
 
@@ -55,7 +55,7 @@ def group_names(names: Sequence[str], granularity: Granularity) -> tuple[str, ..
 def _block(name: str) -> str:
     block = block_of(name)
     if block is None:
-        return "head" if is_behind_blocks(name) else "embedding"
+        return "head" if is_after_blocks(name) else "embedding"
     return f"block {block}"
 
 

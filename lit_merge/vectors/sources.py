@@ -22,23 +22,23 @@ if TYPE_CHECKING:
     from lit_merge.vectors.task_vector import TaskVector
     from lit_merge.vectors.task_vectors import TaskVectors
 
-__all__ = ["Entries", "Reader", "Rows", "Source", "Stacks", "Subset", "Union"]
+__all__ = ["Elements", "Reader", "Rows", "Source", "Stacks", "Subset", "Union"]
 
-_ENTRIES_IN_CACHE = 1 << 20  # four MiB of float32: larger ones leave the processor's cache, smaller ones cost calls
-_FEWEST_ENTRIES = 1 << 12  # below, the cost of calling an operator is no longer small beside its work
+_ELEMENTS_IN_CACHE = 1 << 20  # four MiB of float32: larger ones leave the processor's cache, smaller ones cost calls
+_FEWEST_ELEMENTS = 1 << 12  # below, the cost of calling an operator is no longer small beside its work
 
 
 Reader = Callable[[int, int], Tensor]
-"""``(start, stop)`` -> those entries of a flattened stack, a new piece ``(T, stop - start)``."""
+"""``(start, stop)`` -> those elements of a flattened stack, a new chunk ``(T, stop - start)``."""
 
 
 class Source(ABC):
-    """Gives the stack of a parameter, as a whole or in pieces."""
+    """Gives the stack of a parameter, as a whole or in chunks."""
 
     reads = 1
     """How often going through all parameters reads every input."""
-    by_pieces = True
-    """Whether pieces are computed one by one."""
+    by_chunks = True
+    """Whether chunks are computed one by one."""
 
     @abstractmethod
     def stack(self, name: str) -> Tensor:
@@ -46,10 +46,10 @@ class Source(ABC):
 
     @abstractmethod
     def reader(self, name: str) -> Reader:
-        """Reads any piece of the flattened stack; what several pieces need is done once."""
+        """Reads any chunk of the flattened stack; what several chunks need is done once."""
 
-    def piece_length(self, name: str) -> int:
-        """How many entries a piece should have."""
+    def chunk_length(self, name: str) -> int:
+        """How many elements a chunk should have."""
         raise NotImplementedError
 
 
@@ -69,9 +69,9 @@ class Rows(Source):
         slicers = [row.slicer(name) for row in self.rows]
 
         def read(start: int, stop: int) -> Tensor:
-            piece = torch.empty((len(slicers), stop - start), dtype=dtype, device=device)
+            chunk = torch.empty((len(slicers), stop - start), dtype=dtype, device=device)
             shared: tuple[LazyMapping, Tensor] | None = None
-            for row, fill in zip(piece, slicers, strict=True):
+            for row, fill in zip(chunk, slicers, strict=True):
                 if not isinstance(fill, DifferenceSlicer):
                     fill(start, stop, row)
                     continue
@@ -79,27 +79,27 @@ class Rows(Source):
                 if shared is None or shared[0] is not fill.origin:  # one base for all: it is read once
                     shared = fill.origin, fill.base_part(start, stop, row)
                 row.sub_(shared[1])
-            return self._finite(piece, name)
+            return self._finite(chunk, name)
 
         return read
 
-    def piece_length(self, name: str) -> int:
+    def chunk_length(self, name: str) -> int:
         on_accelerator = self.device is not None and self.device.type != "cpu"
-        if on_accelerator:  # nothing is gained by small pieces there
+        if on_accelerator:  # nothing is gained by small chunks there
             return max(self.structure[name][0].numel(), 1)
-        return max(_ENTRIES_IN_CACHE // len(self.rows), _FEWEST_ENTRIES)
+        return max(_ELEMENTS_IN_CACHE // len(self.rows), _FEWEST_ELEMENTS)
 
-    def _finite(self, piece: Tensor, name: str) -> Tensor:
-        if math.isfinite(float(piece.sum())):  # a sum may overflow by itself, but it never hides what is not finite
-            return piece
-        for index, values in enumerate(piece):
+    def _finite(self, chunk: Tensor, name: str) -> Tensor:
+        if math.isfinite(float(chunk.sum())):  # a sum may overflow by itself, but it never hides what is not finite
+            return chunk
+        for index, values in enumerate(chunk):
             if not is_finite(values):
                 task = self.rows[index].task
                 raise NonFiniteError(
                     f"task vector {repr(task) if task else f'number {index}'}: expected finite values, got NaN or "
                     f"infinity in {name}. Train again with a lower learning rate, or remove this input."
                 )
-        return piece
+        return chunk
 
 
 class _Computed(Source):
@@ -120,7 +120,7 @@ class _Computed(Source):
 class Stacks(_Computed):
     """A function of whole stacks."""
 
-    by_pieces = False
+    by_chunks = False
 
     def stack(self, name: str) -> Tensor:
         stacks = [view[name] for view in (self.source, *self.others)]
@@ -134,25 +134,25 @@ class Stacks(_Computed):
         return lambda start, stop: flat[:, start:stop].clone()
 
 
-class Entries(_Computed):
-    """A function of single entries, applied to one piece after the other."""
+class Elements(_Computed):
+    """A function of single elements, applied to one chunk after the other."""
 
     @property
-    def by_pieces(self) -> bool:  # type: ignore[override]
-        return all(view.by_pieces for view in (self.source, *self.others))
+    def by_chunks(self) -> bool:  # type: ignore[override]
+        return all(view.by_chunks for view in (self.source, *self.others))
 
     def stack(self, name: str) -> Tensor:
         shape = (self.count, *self.source.shape(name)[1:])
-        size, length, read = math.prod(shape[1:]), self.source.piece_length(name), self.reader(name)
+        size, length, read = math.prod(shape[1:]), self.source.chunk_length(name), self.reader(name)
         if size <= length:
             return _own(read(0, size).reshape(shape))
         starts = range(0, size, length)
-        pieces = ordered_map(read, ((start, min(start + length, size)) for start in starts))
+        chunks = ordered_map(read, ((start, min(start + length, size)) for start in starts))
         flat: Tensor | None = None
-        for start, piece in zip(starts, pieces, strict=True):
+        for start, chunk in zip(starts, chunks, strict=True):
             if flat is None:
-                flat = torch.empty((self.count, size), dtype=piece.dtype, device=piece.device)
-            flat[:, start : start + length] = piece
+                flat = torch.empty((self.count, size), dtype=chunk.dtype, device=chunk.device)
+            flat[:, start : start + length] = chunk
         assert flat is not None
         return flat.view(shape)
 
@@ -172,7 +172,7 @@ class Subset(Source):
 
     def __init__(self, source: TaskVectors) -> None:
         self.source = source
-        self.reads, self.by_pieces = source.walk, source.by_pieces
+        self.reads, self.by_chunks = source.walk, source.by_chunks
 
     def stack(self, name: str) -> Tensor:
         return self.source[name]
@@ -180,8 +180,8 @@ class Subset(Source):
     def reader(self, name: str) -> Reader:
         return self.source.reader(name)
 
-    def piece_length(self, name: str) -> int:
-        return self.source.piece_length(name)
+    def chunk_length(self, name: str) -> int:
+        return self.source.chunk_length(name)
 
 
 class Union(Source):
@@ -190,7 +190,7 @@ class Union(Source):
     def __init__(self, views: Mapping[str, TaskVectors]) -> None:
         self.views = dict(views)
         self.reads = max(view.walk for view in self.views.values())
-        self.by_pieces = all(view.by_pieces for view in self.views.values())
+        self.by_chunks = all(view.by_chunks for view in self.views.values())
 
     def stack(self, name: str) -> Tensor:
         return self.views[name][name]

@@ -21,13 +21,13 @@ from lit_merge.vectors.task_vector import TaskVector
 from lit_merge.vectors.task_vectors import TaskVectors
 from lit_merge.vectors.threads import ordered_map
 
-__all__ = ["KeptVectors", "Storage", "bytes_needed"]
+__all__ = ["Storage", "VectorStorage", "bytes_needed"]
 
 Storage = Literal["device", "bfloat16", "host", "mapped"]
 """Where vectors are kept: on the device, there in bfloat16, in the host's memory, or in files that are read anew."""
 
 _Result = TypeVar("_Result")
-_ENTRIES = 1 << 20  # of all vectors together in one piece that is read or converted: four MiB of float32
+_ELEMENTS = 1 << 20  # of all vectors together in one chunk that is read or converted: four MiB of float32
 _COLUMNS = 1 << 20  # in one product: the sums of longer ones lose digits in float32
 
 
@@ -38,9 +38,9 @@ class _Segment:
     Attributes:
         name: the parameter.
         column: its position among the parameters.
-        start: first entry of the flattened parameter.
-        stop: the entry behind the last one.
-        place: where the first entry lies in what this process holds of all parameters, one behind the other.
+        start: first element of the flattened parameter.
+        stop: the element behind the last one.
+        place: where the first element lies in what this process holds of all parameters, one behind the other.
     """
 
     name: str
@@ -50,11 +50,11 @@ class _Segment:
     place: int
 
 
-class KeptVectors:
+class VectorStorage:
     """T task vectors of N parameters, as :class:`lit_merge.functional.Directions` are read.
 
     What is in memory in the dtype to compute in goes through one matrix–vector product per parameter, at the speed of
-    the memory. What has to be read or converted first does so in pieces that stay in the processor's cache, on several
+    the memory. What has to be read or converted first does so in chunks that stay in the processor's cache, on several
     threads. Products and sums are those of the library that torch multiplies matrices with: the results differ from
     ``chain(Scale([…]), Sum())`` in the last bits.
 
@@ -64,9 +64,9 @@ class KeptVectors:
             the host's memory, pinned if there is an accelerator, and ``mapped`` nothing: files are read at every pass.
             Transformed vectors are first written to a temporary folder for that.
         device: where the merged weights are needed.
-        sharded: every process of the default group holds the same share of every vector, 1/W, and computes that share
-            of the merged weights, which are then gathered; gradients are averaged over the processes on the way back,
-            and all processes get the same gradient of the coefficients. All have to merge at the same time.
+        sharded: each of the W processes of the default group holds 1/W of every vector and computes that part of the
+            merged weights, which are then gathered; gradients are averaged over the processes on the way back, and all
+            processes get the same gradient of the coefficients. All have to merge at the same time.
 
     Raises:
         ConfigurationError: the storage is unknown, or there is too little memory for it.
@@ -90,8 +90,8 @@ class KeptVectors:
         self._group = sharded and processes.is_available() and processes.is_initialized()
         count, rank = (processes.get_world_size(), processes.get_rank()) if self._group else (1, 0)
         total = sum(shape.numel() for shape in self._shapes.values())
-        self._share = -(-total // count)
-        self._segments = list(self._held(rank * self._share, min((rank + 1) * self._share, total)))
+        self._length = -(-total // count)
+        self._segments = list(self._held(rank * self._length, min((rank + 1) * self._length, total)))
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._flat: Tensor | None = None
         self._vectors: TaskVectors | None = None
@@ -132,10 +132,10 @@ class KeptVectors:
         return merged
 
     def _gathered(self, weights: Tensor, base: Mapping[str, Tensor] | None) -> Params:
-        own = torch.zeros(self._share, dtype=self._dtype, device=self._device)
+        own = torch.zeros(self._length, dtype=self._dtype, device=self._device)
         places = {segment.name: segment.place - segment.start for segment in self._segments}
         self._run(partial(_weighted, weights, base, dict.fromkeys(places, own), places))
-        whole = torch.empty(self._share * processes.get_world_size(), dtype=self._dtype, device=self._device)
+        whole = torch.empty(self._length * processes.get_world_size(), dtype=self._dtype, device=self._device)
         processes.all_gather_into_tensor(whole, own)
         sizes = [shape.numel() for shape in self._shapes.values()]
         parts = whole[: sum(sizes)].split(sizes)
@@ -168,7 +168,7 @@ class KeptVectors:
             before += shape.numel()
 
     def _filled(self, vectors: TaskVectors) -> Tensor:
-        """Everything that this process holds, ``(T, entries)``: read once, stack by stack."""
+        """Everything that this process holds, ``(T, elements)``: read once, stack by stack."""
         dtype = torch.bfloat16 if self._storage == "bfloat16" else self._dtype
         where = torch.device("cpu") if self._storage == "host" else self._device
         pinned = self._storage == "host" and self._device.type == "cuda"
@@ -176,14 +176,14 @@ class KeptVectors:
         flat = torch.empty(len(self.tasks), length, dtype=dtype, device=where, pin_memory=pinned)
         places = {segment.name: segment for segment in self._segments}
 
-        def fill(name: str, start: int, piece: Tensor) -> None:
+        def fill(name: str, start: int, chunk: Tensor) -> None:
             segment = places[name]
-            first, last = max(start, segment.start), min(start + piece.shape[1], segment.stop)
+            first, last = max(start, segment.start), min(start + chunk.shape[1], segment.stop)
             if first < last:
                 place = segment.place + first - segment.start
-                flat[:, place : place + last - first] = piece[:, first - start : last - start]
+                flat[:, place : place + last - first] = chunk[:, first - start : last - start]
 
-        for _ in vectors.over_pieces(fill, list(places)):
+        for _ in vectors.over_chunks(fill, list(places)):
             pass
         return flat
 
@@ -198,10 +198,10 @@ class KeptVectors:
         return TaskVectors([TaskVector.load(path) for path in paths])
 
     def _run(self, function: Callable[[_Segment, int, Tensor], _Result]) -> list[_Result]:
-        """``function(segment, start, piece)`` of everything that this process holds, in order."""
+        """``function(segment, start, chunk)`` of everything that this process holds, in order."""
         on_cpu = self._device.type == "cpu"
         as_it_is = self._flat is not None and self._flat.dtype == self._dtype
-        length = _COLUMNS if as_it_is else max(_ENTRIES // len(self.tasks), 1 << 12)
+        length = _COLUMNS if as_it_is else max(_ELEMENTS // len(self.tasks), 1 << 12)
 
         def jobs() -> Iterator[tuple[_Segment, int, int, Reader]]:
             for segment in self._segments:
@@ -211,8 +211,8 @@ class KeptVectors:
                     yield segment, start, min(start + step, segment.stop), read
 
         def apply(segment: _Segment, start: int, stop: int, read: Reader) -> _Result:
-            piece = read(start, stop).to(self._device, non_blocking=True)
-            return function(segment, start, piece.to(self._dtype))
+            chunk = read(start, stop).to(self._device, non_blocking=True)
+            return function(segment, start, chunk.to(self._dtype))
 
         if on_cpu and not as_it_is:
             return list(ordered_map(apply, jobs()))
@@ -234,7 +234,7 @@ class KeptVectors:
     def _averaged(self, gradients: Mapping[str, Tensor]) -> Params:
         """The mean over the processes of what this one holds, as parts of whole gradients."""
         count = processes.get_world_size()
-        whole = torch.zeros(self._share * count, dtype=self._dtype, device=self._device)
+        whole = torch.zeros(self._length * count, dtype=self._dtype, device=self._device)
         place = 0
         for name, shape in self._shapes.items():
             if name in gradients:
@@ -250,23 +250,23 @@ class KeptVectors:
         return parts
 
 
-def bytes_needed(vectors: TaskVectors, storage: Storage, shares: int = 1) -> int:
+def bytes_needed(vectors: TaskVectors, storage: Storage, parts: int = 1) -> int:
     """What keeping task vectors takes, in bytes per process, on the device (or, for ``host``, in the host's memory)."""
     if storage == "mapped":
         return 0
     dtype = working_dtype(*(vectors.dtype(name) for name in vectors.names))
     size = 2 if storage == "bfloat16" else dtype.itemsize
-    return len(vectors.tasks) * size * -(-sum(vectors.shape(name)[1:].numel() for name in vectors.names) // shares)
+    return len(vectors.tasks) * size * -(-sum(vectors.shape(name)[1:].numel() for name in vectors.names) // parts)
 
 
-def _check_memory(vectors: TaskVectors, storage: Storage, device: torch.device, shares: int) -> None:
+def _check_memory(vectors: TaskVectors, storage: Storage, device: torch.device, parts: int) -> None:
     on_host = storage == "host" or device.type == "cpu"
     free = _free_on_host() if on_host else _free_on_device(device)
-    needed = bytes_needed(vectors, storage, shares)
+    needed = bytes_needed(vectors, storage, parts)
     if free is None or needed <= free:
         return
-    others = ", ".join(f"{one} {_gib(bytes_needed(vectors, one, shares))}" for one in get_args(Storage))
-    fitting = [one for one in get_args(Storage) if bytes_needed(vectors, one, shares) <= free and one != storage]
+    others = ", ".join(f"{one} {_gib(bytes_needed(vectors, one, parts))}" for one in get_args(Storage))
+    fitting = [one for one in get_args(Storage) if bytes_needed(vectors, one, parts) <= free and one != storage]
     raise ConfigurationError(
         f"storage {storage}: expected {_gib(needed)} of free memory for {len(vectors.tasks)} task vectors "
         f"({first_few(vectors.tasks)}) on {'the host' if on_host else device}, got {_gib(free)}. Needed per process: "
@@ -298,27 +298,27 @@ def _weighted(
     offsets: Mapping[str, int],
     segment: _Segment,
     start: int,
-    piece: Tensor,
+    chunk: Tensor,
 ) -> None:
-    """Write one piece of the merged weights."""
-    stop, offset = start + piece.shape[1], offsets.get(segment.name, 0)
+    """Write one chunk of the merged weights."""
+    stop, offset = start + chunk.shape[1], offsets.get(segment.name, 0)
     column, target = weights[:, segment.column], targets[segment.name][start + offset : stop + offset]
     first = None if base is None else base[segment.name].detach().reshape(-1)[start:stop]
-    if first is None and target.dtype == piece.dtype:
-        torch.mv(piece.T, column, out=target)
-    elif first is not None and first.dtype == target.dtype == piece.dtype:
-        torch.addmv(first, piece.T, column, out=target)
+    if first is None and target.dtype == chunk.dtype:
+        torch.mv(chunk.T, column, out=target)
+    elif first is not None and first.dtype == target.dtype == chunk.dtype:
+        torch.addmv(first, chunk.T, column, out=target)
     else:
-        total = torch.mv(piece.T, column)
+        total = torch.mv(chunk.T, column)
         target.copy_(total if first is None else add_scaled(first, total))
 
 
 def _products(
-    gradients: Mapping[str, Tensor], segment: _Segment, start: int, piece: Tensor
+    gradients: Mapping[str, Tensor], segment: _Segment, start: int, chunk: Tensor
 ) -> tuple[int, Tensor | list[float] | None]:
-    """One piece's part of ⟨τ_t, g⟩, summed up in float64 over the pieces."""
+    """One chunk's part of ⟨τ_t, g⟩, summed up in float64 over the chunks."""
     if segment.name not in gradients:
         return segment.column, None
-    found = torch.mv(piece, gradients[segment.name][start : start + piece.shape[1]].to(piece)).double()
+    found = torch.mv(chunk, gradients[segment.name][start : start + chunk.shape[1]].to(chunk)).double()
     # As plain numbers: thousands of small tensors would keep freed memory from being used again.
-    return segment.column, found.tolist() if piece.device.type == "cpu" else found
+    return segment.column, found.tolist() if chunk.device.type == "cpu" else found

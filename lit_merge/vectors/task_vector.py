@@ -209,11 +209,11 @@ class TaskVector(LazyMapping):
         return torch.device("cpu") if isinstance(self._tensors, LazyMapping) else self._tensors[name].device
 
     def slicer(self, name: str) -> Slicer:
-        """A function ``(start, stop, out)`` that writes those entries of one flattened tensor into ``out``."""
+        """A function ``(start, stop, out)`` that writes those elements of one flattened tensor into ``out``."""
         return self._tensors.slicer(name) if isinstance(self._tensors, LazyMapping) else super().slicer(name)
 
     def stream(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-        """The flattened tensors one after the other, in pieces."""
+        """The flattened tensors one after the other, in chunks."""
         return stream(self._tensors, names)
 
     def __add__(self, other: TaskVector) -> TaskVector:
@@ -245,7 +245,7 @@ class TaskVector(LazyMapping):
         return self._mapped(torch.neg, f"-{self.task}" if self.task else "")
 
     def dot(self, other: Mapping[str, Tensor]) -> float:
-        """Inner product ⟨τ, τ'⟩ over all entries, accumulated in float64.
+        """Inner product ⟨τ, τ'⟩ over all elements, accumulated in float64.
 
         Raises:
             StructureMismatchError: names or shapes differ.
@@ -253,7 +253,7 @@ class TaskVector(LazyMapping):
         return params.dot(self, other)
 
     def norm(self) -> float:
-        """Euclidean norm ‖τ‖₂ over all entries, accumulated in float64."""
+        """Euclidean norm ‖τ‖₂ over all elements, accumulated in float64."""
         return params.norm(self)
 
     def cosine_similarity(self, other: Mapping[str, Tensor]) -> float:

@@ -15,20 +15,20 @@ from lit_merge.errors import ConfigurationError, StructureMismatchError, first_f
 from lit_merge.files.lazy import Computed, LazyMapping, Structure
 from lit_merge.params import shape_of, working_dtype
 from lit_merge.vectors.global_value import Statistic
-from lit_merge.vectors.sources import Entries, Reader, Rows, Source, Stacks, Subset, Union
+from lit_merge.vectors.sources import Elements, Reader, Rows, Source, Stacks, Subset, Union
 from lit_merge.vectors.task_vector import TaskVector, joined_task, same_base
 from lit_merge.vectors.threads import ordered_map
 
 _Result = TypeVar("_Result")
 
-__all__ = ["EntryFunction", "StackFunction", "TaskVectors"]
+__all__ = ["ElementFunction", "StackFunction", "TaskVectors"]
 
 StackFunction = Callable[..., Tensor]
 """``function(name, stack, *others)``: from a parameter's stack ``(T, *shape)``, and those of other views, to its new
 stack ``(T', *shape)``."""
 
-EntryFunction = Callable[..., Tensor]
-"""``function(name, start, piece, *others)``: from the entries ``start … start + n`` of a parameter's flattened stack,
+ElementFunction = Callable[..., Tensor]
+"""``function(name, start, chunk, *others)``: from the elements ``start … start + n`` of a parameter's flattened stack,
 ``(T, n)``, and of those of other views, to ``(T', n)``."""
 
 
@@ -155,9 +155,9 @@ class TaskVectors(LazyMapping):
         return self._from_files
 
     @property
-    def by_pieces(self) -> bool:
-        """Whether a stack can be computed piece by piece, so that it need not be in memory as a whole."""
-        return self._source.by_pieces
+    def by_chunks(self) -> bool:
+        """Whether a stack can be computed chunk by chunk, so that it need not be in memory as a whole."""
+        return self._source.by_chunks
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self._structure:
@@ -185,50 +185,50 @@ class TaskVectors(LazyMapping):
         """Dtype of one stack, float32 or float64, without reading it."""
         return self._structure[name][1]
 
-    def pieces(self, name: str, length: int | None = None) -> Iterator[tuple[int, Tensor]]:
-        """The stack of one parameter in pieces that stay in the processor's cache, in order.
+    def chunks(self, name: str, length: int | None = None) -> Iterator[tuple[int, Tensor]]:
+        """The stack of one parameter in chunks that stay in the processor's cache, in order.
 
         Args:
             name: a parameter.
-            length: entries per piece; by default about two MiB per piece, and the whole stack on an accelerator.
+            length: elements per chunk; by default about two MiB per chunk, and the whole stack on an accelerator.
 
         Yields:
-            The position of the piece in the flattened parameter, and the piece ``(T, n)``, which is the caller's own to
-            write into. A parameter without entries gives one empty piece.
+            The position of the chunk in the flattened parameter, and the chunk ``(T, n)``, which is the caller's own to
+            write into. A parameter without elements gives one empty chunk.
         """
         read, size = self.reader(name), self.shape(name)[1:].numel()
-        length = length or self.piece_length(name)
+        length = length or self.chunk_length(name)
         for start in range(0, max(size, 1), length):
             yield start, read(start, min(start + length, size))
 
     def reader(self, name: str) -> Reader:
-        """Reads any piece of one parameter: ``(start, stop)`` -> a new ``(T, stop - start)`` of the flattened stack."""
+        """Reads any chunk of one parameter: ``(start, stop)`` -> a new ``(T, stop - start)`` of the flattened stack."""
         if name not in self._structure:
             raise KeyError(name)
         return self._source.reader(name)
 
     def stream(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-        """The flattened stacks one after the other; those of one vector piece by piece, computed on several threads."""
+        """The flattened stacks one after the other; those of one vector chunk by chunk, computed on several threads."""
         if len(self._tasks) > 1:
             yield from super().stream(names)
         else:
-            yield from self.over_pieces(_flattened, list(names))
+            yield from self.over_chunks(_flattened, list(names))
 
-    def over_pieces(
+    def over_chunks(
         self, function: Callable[[str, int, Tensor], _Result], names: Sequence[str] | None = None, length: int = 0
     ) -> Iterator[_Result]:
-        """``function(name, start, piece)`` of all pieces of all or some parameters, in order, on several threads.
+        """``function(name, start, chunk)`` of all chunks of all or some parameters, in order, on several threads.
 
         Args:
-            function: it may write into the piece, and may be called from several threads at once.
+            function: it may write into the chunk, and may be called from several threads at once.
             names: the parameters; all by default.
-            length: fewest entries per piece.
+            length: fewest elements per chunk.
         """
 
         def jobs() -> Iterator[tuple[str, int, int, Reader]]:
             for name in self.names if names is None else names:
                 read, size = self.reader(name), self.shape(name)[1:].numel()
-                step = max(self.piece_length(name), length)
+                step = max(self.chunk_length(name), length)
                 for start in range(0, max(size, 1), step):
                     yield name, start, min(start + step, size), read
 
@@ -237,9 +237,9 @@ class TaskVectors(LazyMapping):
 
         return ordered_map(apply, jobs())
 
-    def piece_length(self, name: str) -> int:
-        """Entries per piece: about two MiB for all inputs together; on an accelerator the whole parameter."""
-        return self._inputs._source.piece_length(name)
+    def chunk_length(self, name: str) -> int:
+        """Elements per chunk: about two MiB for all inputs together; on an accelerator the whole parameter."""
+        return self._inputs._source.chunk_length(name)
 
     def map(
         self,
@@ -267,19 +267,19 @@ class TaskVectors(LazyMapping):
         source = Stacks(self, tuple(others), function, len(names), str(note) or "function")
         return self._view(source, names, str(note), _needed(others, statistics))
 
-    def map_entries(
+    def map_elements(
         self,
-        function: EntryFunction,
+        function: ElementFunction,
         tasks: Sequence[str] | None = None,
         note: object = "",
         others: Sequence[TaskVectors] = (),
         statistics: Sequence[Statistic[Any]] = (),
     ) -> TaskVectors:
-        """A new lazy view for what treats every entry by itself: computed piece by piece, fast and in little memory.
+        """A new lazy view for what treats every element by itself: computed chunk by chunk, fast and in little memory.
 
         Args:
-            function: called with the parameter's name, the position of the piece in the flattened parameter, the piece
-                ``(T, n)``, which is its own to write into, and the same piece of each of ``others``; it returns
+            function: called with the parameter's name, the position of the chunk in the flattened parameter, the chunk
+                ``(T, n)``, which is its own to write into, and the same chunk of each of ``others``; it returns
                 ``(T', n)`` of the same dtype, and does not keep what it returns.
             tasks: the T' tasks of the result; by default the present ones.
             note: added to the provenance as a string; a transform passes itself.
@@ -290,18 +290,21 @@ class TaskVectors(LazyMapping):
             The view. ``StructureMismatchError`` is raised on access if the function returns another shape or dtype.
         """
         names = self._tasks if tasks is None else tuple(tasks)
-        source = Entries(self, tuple(others), function, len(names), str(note) or "function")
+        source = Elements(self, tuple(others), function, len(names), str(note) or "function")
         return self._view(source, names, str(note), _needed(others, statistics))
 
-    def reduce_entries(
+    def reduce_elements(
         self,
-        function: EntryFunction,
+        function: ElementFunction,
         note: object = "",
         others: Sequence[TaskVectors] = (),
         statistics: Sequence[Statistic[Any]] = (),
     ) -> TaskVectors:
-        """As :meth:`map_entries`, from T vectors to one that is named after all tasks."""
-        return self.map_entries(function, (joined_task(self._tasks),), note, others, statistics)
+        """As :meth:`map_elements`, from T vectors to one that is named after all tasks."""
+        return self.map_elements(function, (joined_task(self._tasks),), note, others, statistics)
+
+    # Names of 0.1.0.
+    pieces, map_entries, reduce_entries = chunks, map_elements, reduce_elements
 
     def restrict(self, names: Sequence[str]) -> TaskVectors:
         """The same vectors with some of the parameters only; statistics of what is applied next are over these.
@@ -350,7 +353,7 @@ class TaskVectors(LazyMapping):
         if self._rows is not None:
             assert isinstance(self._source, Rows)
             return TaskVectors([self._rows[index] for index in indices], self._base, self._source.device)
-        view = self.map_entries(
+        view = self.map_elements(
             partial(_selected, indices),
             tasks=[self._tasks[index] for index in indices],
             note=f"select({[self._tasks[index] or index for index in indices]})",
@@ -466,8 +469,8 @@ def _needed(views: Sequence[TaskVectors], statistics: Sequence[Statistic[Any]]) 
     return [*(statistic for view in views for statistic in view.statistics), *statistics]
 
 
-def _selected(indices: list[int], name: str, start: int, piece: Tensor) -> Tensor:
-    return piece[indices]
+def _selected(indices: list[int], name: str, start: int, chunk: Tensor) -> Tensor:
+    return chunk[indices]
 
 
 class _Row(Computed):
@@ -482,8 +485,8 @@ class _Row(Computed):
         yield from self._vectors.stream(names) if only else super().stream(names)
 
 
-def _flattened(name: str, start: int, piece: Tensor) -> tuple[str, Tensor]:
-    return name, piece.reshape(-1)
+def _flattened(name: str, start: int, chunk: Tensor) -> tuple[str, Tensor]:
+    return name, chunk.reshape(-1)
 
 
 def _row(vectors: TaskVectors, index: int, name: str) -> Tensor:

@@ -1,7 +1,7 @@
-"""Pieces of task vectors on several threads, each computing by itself.
+"""Chunks of task vectors on several threads, each computing by itself.
 
-A piece is small, so that the threads of a single operator would spend their time waiting for each other, above all
-beside other work. Here every thread computes whole pieces, and operators inside it use one thread.
+A chunk is small, so that the threads of a single operator would spend their time waiting for each other, above all
+beside other work. Here every thread computes whole chunks, and operators inside it use one thread.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class NeededInMainThread(Exception):  # noqa: N818 - a request, not an error
 
 
 def in_worker() -> bool:
-    """Whether this thread computes pieces."""
+    """Whether this thread computes chunks."""
     return getattr(_state, "worker", False)
 
 
@@ -78,7 +78,7 @@ def _executor(threads: int) -> ThreadPoolExecutor:
     with _lock:
         if threads not in _executors:
             ready = threading.Barrier(threads + 1)
-            executor = ThreadPoolExecutor(threads, "pieces", _begin)
+            executor = ThreadPoolExecutor(threads, "chunks", _begin)
             for _ in range(threads):
                 executor.submit(ready.wait)
             ready.wait()

@@ -349,7 +349,7 @@ def test_pieces_are_the_stack_and_the_input_stays(kind, transform, write, vector
     for name, shape in SHAPES.items():
         assert result.shape(name) == result[name].shape == (1, *shape)
         assert result[name].dtype == torch.float32
-        pieces = torch.cat([piece for _, piece in result.pieces(name, 5)], 1)
+        pieces = torch.cat([piece for _, piece in result.chunks(name, 5)], 1)
         torch.testing.assert_close(pieces.reshape(1, *shape), result[name], rtol=0, atol=0)
         assert torch.equal(vectors[name], before[name])
 

@@ -97,7 +97,7 @@ def test_in_pieces_is_at_once(kind, monkeypatch):
     parts = pickle.loads(pickle.dumps(parts))
     parts.update(vectors, [name for name in SHAPES if name not in ("proj", "transformer.resblocks.1.mlp.c_fc.weight")])
     small = kind(TASKS, 2)
-    monkeypatch.setattr(TaskVectors, "piece_length", lambda self, name: 3)
+    monkeypatch.setattr(TaskVectors, "chunk_length", lambda self, name: 3)
     small.update(vectors)
     results = [metric.compute() for metric in (whole, parts, small)]
     results = [one if isinstance(one, dict) else {"value": one} for one in results]

@@ -17,7 +17,7 @@ from lit_merge.errors import ConfigurationError, StructureMismatchError
 from lit_merge.models.merged import swapped
 from lit_merge.transforms import ElectSign, LearnedScale, Scale, Sum, Trim, chain
 from lit_merge.vectors import Coefficients, TaskVector, TaskVectors, merged_parameters
-from lit_merge.vectors import storage as kept
+from lit_merge.vectors import storage as stored
 from lit_merge.vectors.groups import group_names
 
 TASKS = ["x", "y", "z"]
@@ -96,14 +96,14 @@ def test_vectors_in_bfloat16_are_rounded_and_nothing_else():
         model(images).square().sum().backward()
     assert torch.equal(found(images), expected(images))
     assert torch.equal(found.coefficients.grad, expected.coefficients.grad)
-    assert found.kept().bytes_held * 2 == expected.kept().bytes_held
+    assert found.vector_storage().bytes_held * 2 == expected.vector_storage().bytes_held
 
 
 @pytest.mark.parametrize("storage", ["device", "host", "mapped"])
 @pytest.mark.parametrize("before", [None, chain(Trim(0.3), ElectSign())])
-@pytest.mark.parametrize("entries", [1 << 19, 24])
-def test_weights_are_those_of_a_merge_but_for_the_last_bits(storage, before, entries, tmp_path, monkeypatch):
-    monkeypatch.setattr(kept, "_ENTRIES", entries)
+@pytest.mark.parametrize("elements", [1 << 19, 24])
+def test_weights_are_those_of_a_merge_but_for_the_last_bits(storage, before, elements, tmp_path, monkeypatch):
+    monkeypatch.setattr(stored, "_ELEMENTS", elements)
     module = network(torch.float32)
     given = vectors(module)
     changed = before(given) if before else given
@@ -219,7 +219,7 @@ def test_vectors_of_another_network_are_refused():
 
 
 def test_too_little_memory_names_what_would_fit(monkeypatch):
-    monkeypatch.setattr(kept, "_free_on_host", lambda: 3000 * 4 + 1)
+    monkeypatch.setattr(stored, "_free_on_host", lambda: 3000 * 4 + 1)
     module = nn.Linear(40, 50, bias=False)
     given = TaskVectors([TaskVector({"weight": torch.zeros(50, 40)}, task) for task in TASKS])
     with pytest.raises(
@@ -238,9 +238,9 @@ def test_mapped_vectors_are_read_from_their_own_files(tmp_path):
         vector.save(tmp_path / f"{vector.task}.safetensors")
     given = TaskVectors([TaskVector.load(tmp_path / f"{task}.safetensors") for task in TASKS])
     model = MergedModel(module, given, storage="mapped")
-    assert model.kept().bytes_held == 0
-    assert model.kept()._folder is None  # nothing is written: the files are there
-    trimmed = MergedModel(module, Trim(0.5)(given), storage="mapped").kept()
+    assert model.vector_storage().bytes_held == 0
+    assert model.vector_storage()._folder is None  # nothing is written: the files are there
+    trimmed = MergedModel(module, Trim(0.5)(given), storage="mapped").vector_storage()
     assert trimmed._folder is not None  # and here once, instead of trimming at every step
     folder = trimmed._folder.name
     del trimmed

@@ -382,18 +382,18 @@ def test_pieces_are_the_stack(case: Case) -> None:
     for length in (1, 3, 7, 1 << 40):
         result = case.transform(TaskVectors(vectors_of(case)))
         for name in result:
-            pieces = list(result.pieces(name, length))
+            chunks = list(result.chunks(name, length))
             stack = result[name]
-            assert [start for start, _ in pieces] == list(range(0, max(stack[0].numel(), 1), length))
-            whole = torch.cat([piece for _, piece in pieces], dim=1)
+            assert [start for start, _ in chunks] == list(range(0, max(stack[0].numel(), 1), length))
+            whole = torch.cat([chunk for _, chunk in chunks], dim=1)
             assert whole.dtype == stack.dtype
             assert torch.equal(whole, stack.reshape(len(stack), -1))
 
 
 @every_case
 def test_the_number_of_threads_does_not_matter(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "_ENTRIES_IN_CACHE", 3 * len(case.tasks))
-    monkeypatch.setattr(sources, "_FEWEST_ENTRIES", 2)
+    monkeypatch.setattr(sources, "_ELEMENTS_IN_CACHE", 3 * len(case.tasks))
+    monkeypatch.setattr(sources, "_FEWEST_ELEMENTS", 2)
     threads, results = torch.get_num_threads(), []
     try:
         for number in (1, 3):
@@ -418,7 +418,7 @@ def test_what_is_not_finite_is_named(case: Case) -> None:
         with pytest.raises(
             NonFiniteError, match=rf"task vector '{case.tasks[-1]}': expected finite .* infinity in {name}\."
         ):
-            [piece for other in result for piece in result.pieces(other, 3)]
+            [chunk for other in result for chunk in result.chunks(other, 3)]
 
 
 @every_case

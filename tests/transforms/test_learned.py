@@ -104,7 +104,7 @@ def test_every_parameter_is_scaled_by_its_group(granularity, ending, learned, ta
     found = coefficients(granularity)
     scaled = LearnedScale(learned(granularity, ending=ending))(TaskVectors(list(taus.values())))
     assert scaled.tasks == TASKS
-    assert scaled.by_pieces
+    assert scaled.by_chunks
     for name in SHAPES:
         column = found.groups.index(found.members[name])
         for row, task in enumerate(TASKS):

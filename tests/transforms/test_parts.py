@@ -140,7 +140,7 @@ class Halve(Transform):
         self._fraction("share")
 
     def __call__(self, vectors):
-        return vectors.map_entries(lambda name, start, stack: stack * self.share, note=self)
+        return vectors.map_elements(lambda name, start, stack: stack * self.share, note=self)
 
 number = 3
 """

@@ -137,7 +137,7 @@ def test_mass_and_count_differ():
 
 
 def test_rounding_elects_no_sign():
-    """0.1 + 0.2 − 0.3 in float32, whose exact sum is negative, in any order and at every place of a piece."""
+    """0.1 + 0.2 − 0.3 in float32, whose exact sum is negative, in any order and at every place of a chunk."""
     numbers = [0.1, 0.2, -0.3, 1e-3, 5.0, -5.0, -1e-3]
     exact = sign(sum(Fraction(float(np.float32(number))) for number in numbers))
     assert exact == -1

@@ -75,7 +75,7 @@ def test_float64_threshold_among_float32_entries(scope):
 
 
 def big_vectors(kind: str, dtype: torch.dtype = torch.float32) -> tuple[TaskVectors, torch.Tensor]:
-    """Several parameters of several pieces, and the vectors flattened in sorted order."""
+    """Several parameters of several chunks, and the vectors flattened in sorted order."""
     generator = torch.Generator().manual_seed(5)
     sizes = {"c": (300, 1000), "a": (40_001,), "d": (5, 7, 999), "b": (3,)}
     rows = []
@@ -103,7 +103,7 @@ def flattened(result: TaskVectors) -> torch.Tensor:
 @pytest.mark.parametrize("kind", ["random", "equal", "constant"])
 @pytest.mark.parametrize("chunks", [None, 64], ids=["digits", "sample"])
 def test_large_vectors_are_ranked_exactly(kind, dtype, chunks, monkeypatch):
-    """In many pieces; by digits alone, and with a sample that tells where the threshold lies."""
+    """In many chunks; by digits alone, and with a sample that tells where the threshold lies."""
     monkeypatch.setattr(magnitudes, "_LENGTH", 1 << 15)
     if chunks:
         monkeypatch.setattr(magnitudes, "_CHUNK", chunks)

@@ -1,4 +1,4 @@
-"""Reading in pieces: what is read and how often, how much memory that takes, and views of views."""
+"""Reading in chunks: what is read and how often, how much memory that takes, and views of views."""
 
 from __future__ import annotations
 
@@ -186,14 +186,14 @@ def test_the_length_of_pieces_changes_no_bit(transform, dtype, monkeypatch):
     expected = transform(vectors)
     expected = {name: expected[name] for name in expected}
     for length in (1, 7):
-        monkeypatch.setattr(sources, "_ENTRIES_IN_CACHE", 1)
-        monkeypatch.setattr(sources, "_FEWEST_ENTRIES", length if length > 1 else 64)
+        monkeypatch.setattr(sources, "_ELEMENTS_IN_CACHE", 1)
+        monkeypatch.setattr(sources, "_FEWEST_ELEMENTS", length if length > 1 else 64)
         monkeypatch.setattr(magnitudes, "_LENGTH", 97)
         result = transform(vectors)
-        assert result.piece_length("proj") == (7 if length > 1 else 64)
+        assert result.chunk_length("proj") == (7 if length > 1 else 64)
         for name in shapes:
             assert torch.equal(result[name], expected[name])
-            whole = torch.cat([piece for _, piece in result.pieces(name, length)], dim=1)
+            whole = torch.cat([chunk for _, chunk in result.chunks(name, length)], dim=1)
             assert torch.equal(whole, expected[name].reshape(len(whole), -1))
 
 
@@ -201,11 +201,11 @@ def test_pieces_are_the_callers_own():
     for transform in (chain(), Sum(), Trim(0.5, "tensor"), TallMask()):
         result = transform(random_vectors())
         before = result["blocks.0.weight"].clone()
-        for _, piece in result.pieces("blocks.0.weight", 100):
-            piece.fill_(7.0)
+        for _, chunk in result.chunks("blocks.0.weight", 100):
+            chunk.fill_(7.0)
         assert torch.equal(result["blocks.0.weight"], before)
     with pytest.raises(KeyError, match="nothing"):
-        random_vectors().pieces("nothing").__next__()
+        random_vectors().chunks("nothing").__next__()
     with pytest.raises(KeyError, match="nothing"):
         random_vectors()["nothing"]
 
@@ -264,7 +264,7 @@ def test_restricted_views_have_statistics_of_their_own():
     assert Rescale()(later).reads == 3 + 1 + 1 + 1
     again = part.restrict(["proj"])
     assert torch.equal(again["proj"], vectors["proj"])
-    assert again.piece_length("proj") == vectors.piece_length("proj")
+    assert again.chunk_length("proj") == vectors.chunk_length("proj")
 
 
 def test_restrict_refuses_unknown_names():
@@ -309,7 +309,7 @@ def test_selecting_from_a_view_selects_its_inputs_too():
 
 def test_rescale_refuses_rows_that_came_from_nowhere():
     vectors = random_vectors()
-    fewer = vectors.map_entries(lambda name, start, piece: piece[:2], tasks=["x", "y"])
+    fewer = vectors.map_elements(lambda name, start, chunk: chunk[:2], tasks=["x", "y"])
     with pytest.raises(
         ConfigurationError, match=r"Rescale: expected 1 or 3 vectors, as many as the inputs, got 2\. Put it before"
     ):
@@ -323,21 +323,21 @@ def test_map_and_map_entries_hand_over_other_views():
     def both(name, stack, other):
         return stack + other
 
-    def pieces(name, start, piece, other):
-        return piece + other
+    def chunks(name, start, chunk, other):
+        return chunk + other
 
-    for view in (vectors.map(both, others=[doubled]), vectors.map_entries(pieces, others=[doubled])):
+    for view in (vectors.map(both, others=[doubled]), vectors.map_elements(chunks, others=[doubled])):
         torch.testing.assert_close(view["blocks.0.weight"], vectors["blocks.0.weight"] * 3)
         assert view.reads == 2
     trimmed = Trim(0.5)(vectors)
     assert vectors.map(both, others=[trimmed]).statistics == trimmed.statistics
-    assert not vectors.map(both, others=[trimmed]).by_pieces
-    assert vectors.map_entries(pieces, others=[trimmed]).by_pieces
-    assert not Sum()(vectors.map(both, others=[trimmed])).by_pieces
+    assert not vectors.map(both, others=[trimmed]).by_chunks
+    assert vectors.map_elements(chunks, others=[trimmed]).by_chunks
+    assert not Sum()(vectors.map(both, others=[trimmed])).by_chunks
 
 
 def test_pieces_of_another_shape_are_refused():
-    view = random_vectors().map_entries(lambda name, start, piece: piece[:, :1], note="cut")
+    view = random_vectors().map_elements(lambda name, start, chunk: chunk[:, :1], note="cut")
     with pytest.raises(StructureMismatchError, match=r"cut: expected torch.float32 \(3, 2000\) for blocks.0.w"):
         view["blocks.0.weight"]
 
@@ -346,7 +346,7 @@ def test_a_vector_without_a_name_is_named_by_its_number():
     tensors = [random_tensors(seed) for seed in range(3)]
     tensors[1]["proj"] = torch.tensor(torch.nan)
     vectors = TaskVectors([TaskVector(row) for row in tensors])
-    for read in (vectors.__getitem__, lambda name: list(Sum()(vectors).pieces(name)), Trim(0.5)(vectors).__getitem__):
+    for read in (vectors.__getitem__, lambda name: list(Sum()(vectors).chunks(name)), Trim(0.5)(vectors).__getitem__):
         with pytest.raises(NonFiniteError, match=r"task vector number 1: expected finite values, .* in proj\."):
             read("proj")
 

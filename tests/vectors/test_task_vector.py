@@ -425,13 +425,13 @@ def test_reduce():
     several = TaskVectors([make_vector(seed, task, torch.bfloat16) for seed, task in enumerate("abc")])
     expected = [several["weight"], 2 * several["weight"]]
     for view, stack in zip((several, Scale(2)(several)), expected, strict=True):
-        reduced = view.reduce_entries(lambda name, start, piece: piece.amax(0, keepdim=True), note="maximum")
+        reduced = view.reduce_elements(lambda name, start, chunk: chunk.amax(0, keepdim=True), note="maximum")
         assert reduced.tasks == ("a+b+c",)
         assert reduced.provenance[-1] == "maximum"
         assert torch.equal(reduced["weight"], stack.amax(dim=0, keepdim=True))
         assert reduced.shape("weight") == (1, 3, 4)
     with pytest.raises(StructureMismatchError, match=r"function: expected torch\.float32 \(1, 12\) for weight, got"):
-        several.reduce_entries(lambda name, start, piece: piece[:1].half())["weight"]
+        several.reduce_elements(lambda name, start, chunk: chunk[:1].half())["weight"]
 
 
 def test_select_vector_and_single():
@@ -581,8 +581,8 @@ def test_merging_from_disk_holds_one_stack_in_memory(tmp_path: Path):
     assert everything.peak >= sum(stack.nbytes for stack in stacks) == 64 * 2**20
     with LiveTensorBytes() as live:
         Scale(range(16))(vectors)["block.0"]
-    assert live.peak <= (16 + 3 * 4) * 2**20  # a stack, and pieces of four MiB
-    with LiveTensorBytes() as live:  # what goes entry by entry holds a row and a few pieces, not a stack
+    assert live.peak <= (16 + 3 * 4) * 2**20  # a stack, and chunks of four MiB
+    with LiveTensorBytes() as live:  # what goes entry by entry holds a row and a few chunks, not a stack
         task_arithmetic(0.1)(vectors).single().save(tmp_path / "merged.safetensors")
     assert live.peak < 16 * 2**20
     assert TaskVector.load(tmp_path / "merged.safetensors")["block.3"][0].item() == pytest.approx(12.0)

@@ -1,4 +1,4 @@
-"""Pieces on several threads: in order, with the caller's modes, and without a trace."""
+"""Chunks on several threads: in order, with the caller's modes, and without a trace."""
 
 from __future__ import annotations
 

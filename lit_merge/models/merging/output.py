@@ -123,7 +123,7 @@ class MergedWeights(LazyMapping):
         asked = list(names)
         full = {self._parameter(name): name for name in asked if self._is_merged(name)}
         starts = {parameter: self._base.slicer(parameter) for parameter in full}
-        pieces = self._merged.over_pieces(partial(self._piece, starts), list(full))
+        pieces = self._merged.over_chunks(partial(self._piece, starts), list(full))
         ready = next(pieces, None)
         for name in asked:
             if not self._is_merged(name):

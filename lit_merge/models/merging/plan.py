@@ -119,7 +119,7 @@ def plan_merge(
     walks = merged.walk * len(outputs)
     whole = _total(base.parameters, base.parameters) if base.files else 0
     base_reads = (1 if fingerprinted else 0) + (len(outputs) if writes_weights else 0)
-    computing = _PIECES if merged.by_pieces else _STACKS * largest
+    computing = _PIECES if merged.by_chunks else _STACKS * largest
     return MergePlan(
         inputs=tuple(
             (one.vector.task, one.path, "weights" if one.weights else "task vector", _dtypes(one.source), one.size)
@@ -129,9 +129,9 @@ def plan_merge(
         steps=tuple(_steps(transform)),
         statistics=statistics,
         walks=walks,
-        by_pieces=merged.by_pieces,
+        by_pieces=merged.by_chunks,
         largest_stack=largest,
-        memory=base.memory + computing + (1 if merged.by_pieces else 3) * parameter,
+        memory=base.memory + computing + (1 if merged.by_chunks else 3) * parameter,
         device=device,
         read=one_pass * (walks + sum(reads for _, reads, _ in statistics)) + whole * base_reads,
         files=tuple((str(folder / name), size) for output in outputs for name, size in output.files.items()),
