@@ -2,7 +2,8 @@
 
 Small whole files are damaged at random (bits, bytes, length fields, cuts, splices with other files), opened and read,
 in a process of its own that may use 1 GiB beyond what it has after its imports, and whose every import, execution and
-write an audit hook sees. Beside them the files of tests/damaged_files.py that are made to do harm, and larger ones.
+write an audit hook sees. Beside them the files of tests/builders/damaged_files.py that are made to do harm, and larger
+ones.
 
 The run fails if anything but a one-line refusal escapes, anything is executed, imported or written, a file takes over
 five seconds, or memory runs out.
@@ -27,7 +28,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from damaged_files import (  # noqa: E402
+from builders.damaged_files import (  # noqa: E402
     archive,
     archives,
     bombs,
