@@ -10,10 +10,9 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from lit_merge._version import __version__
-from lit_merge.commands.repository_card import split_card, updated_card
+from lit_merge.commands.repository_card import merged_card, split_card
 from lit_merge.errors import ConfigurationError, FileFormatError, first_few
-from lit_merge.files.hub import Address, hub_api, needed_address, parse_address
-from lit_merge.files.hub_refusals import refusals
+from lit_merge.files.hub import Address, hub_api, needed_address, parse_address, refusals
 from lit_merge.files.lazy import LazyMapping
 from lit_merge.files.shards import INDEX_ENDING, ShardedTensors, open_tensors
 from lit_merge.models.merging.card import file_card, front_matter
@@ -23,7 +22,7 @@ from lit_merge.vectors import Coefficients, file_digest
 __all__ = ["PushResult", "push"]
 
 _CARD = "README.md"
-_BESIDE = ("merge.yaml", "search.json", "soup.json")  # what merge and soup write with their output
+_WITH_A_MERGE = ("merge.yaml", "search.json", "soup.json")  # what merge and soup write with their output
 _KINDS = {"task-vector": "task vector", "coefficients": "coefficients", "fisher": "statistics", "gram": "statistics"}
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _PLAIN = re.compile(r"[\w+\-. ()=,]+(/[\w+\-. ()=,]+)*")  # nothing that could end a marker in the card
@@ -66,42 +65,28 @@ class _Model:
     content_digest: str | None
 
 
-@dataclass(frozen=True)
-class _Place:
-    """Where the files of a source go.
+class _Target:
+    """Where the files of a source go: a repository, a folder in it, or another name for a single file."""
 
-    Attributes:
-        source: a file or folder.
-        target: what was asked for: a repository, a folder in it, or another name for a single file.
-    """
+    def __init__(self, source: Path, address: Address) -> None:
+        self._source, self._address = source, address
+        self._folder, self._name = PurePosixPath(address.path), "" if source.is_dir() else source.name
+        renames = self._folder.suffix == source.suffix and not source.name.endswith(INDEX_ENDING)
+        if self._name and address.path and renames:
+            self._folder, self._name = self._folder.parent, self._folder.name
 
-    source: Path
-    target: Address
+    def path(self, file: Path) -> str:
+        """The path of a file in the repository; of the source, if it is the root, an empty one."""
+        path = self._folder / (self._name if file == self._source else file.name)
+        return "" if path == PurePosixPath() else path.as_posix()
 
-    @property
-    def _base(self) -> PurePosixPath:
-        path = PurePosixPath(self.target.path)
-        if self.source.is_dir():
-            return path
-        same = path.suffix == self.source.suffix and not self.source.name.endswith(INDEX_ENDING)
-        return path if self.target.path and same else path / self.source.name
+    def companion(self, ending: str) -> str:
+        """The path of what goes with the source, e.g. ``m-merge.yaml`` with ``m.safetensors``."""
+        return (self._folder / _companion(self._name, ending)).as_posix()
 
-    def of(self, path: Path) -> str:
-        """The path of a file in the repository; of the source itself, if it is the root, an empty one."""
-        base = self._base
-        if path != self.source:
-            base = (base if self.source.is_dir() else base.parent) / path.name
-        return "" if base == PurePosixPath() else base.as_posix()
-
-    def beside(self, ending: str) -> str:
-        """The path of what goes with the source."""
-        base = self._base
-        path = base / ending if self.source.is_dir() else base.with_name(_named_beside(base.name, ending))
-        return path.as_posix()
-
-    def address(self, path: str) -> str:
+    def address(self, file: Path) -> str:
         """Of a file in the repository."""
-        return str(replace(self.target, path=path))
+        return str(replace(self._address, path=self.path(file)))
 
 
 def push(
@@ -115,12 +100,12 @@ def push(
 ) -> PushResult:
     """Put task vectors, merged models, coefficients or statistics on the Hugging Face Hub, in one commit.
 
-    With them go a provenance (<name>-provenance.json: digests and headers), what merge wrote beside them, and a model
+    With them go a provenance (<name>-provenance.json: digests and headers), what merge wrote with them, and a model
     card in the repository's README.md, of which only the blocks between lit-merge's markers are ever replaced.
 
     Args:
         source: a file that lit-merge wrote, the index of a sharded model, or a folder of such files.
-        address: hf://owner/name, with @branch and /folder or /file.safetensors behind it if need be; the repository is
+        address: hf://owner/name, with @branch and /folder or /file.safetensors after it if need be; the repository is
             created if there is none.
         private: create it as a private one; one that exists must be private then.
         message: of the commit.
@@ -133,49 +118,46 @@ def push(
         FileFormatError: a file is damaged, or was not written by lit-merge.
         HubError: the Hub refuses something or cannot be reached; nothing is written then.
     """
-    target = needed_address(address)
-    if _COMMIT.fullmatch(target.revision or ""):
+    repository = needed_address(address)
+    if _COMMIT.fullmatch(repository.revision or ""):
         raise ConfigurationError(f"address: expected a branch to write to, got the commit of {address}. Leave it out.")
     if base_model is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", base_model):
-        raise ConfigurationError(
-            f"base_model: expected owner/name of a model on the Hub, got {base_model!r}. Name it like that."
-        )
-    place = _Place(Path(source), target)
-    models = _models(place.source)
-    files: dict[str, Path | bytes] = {place.of(path): path for model in models for path in model.files}
-    files |= {place.beside(name): path for name in _BESIDE if (path := _beside(place.source, name)).is_file()}
-    files[place.beside("provenance.json")] = _provenance(models, place)
-    wrong = [path for path in files if not _PLAIN.fullmatch(path)]
+        raise ConfigurationError(f"base_model: expected owner/name of a model on the Hub, got {base_model!r}.")
+    place = Path(source)
+    target, models = _Target(place, repository), _models(place)
+    files: dict[str, Path | bytes] = {target.path(path): path for model in models for path in model.files}
+    for ending in _WITH_A_MERGE:
+        path = place / ending if place.is_dir() else place.with_name(_companion(place.name, ending))
+        files |= {target.companion(ending): path} if path.is_file() else {}
+    files[target.companion("provenance.json")] = _provenance(models, target)
+    wrong = [name for name in files if not _PLAIN.fullmatch(name)]
     if wrong:
         raise ConfigurationError(
             f"{source}: expected names of letters, digits and - _ + . , = ( ), got {first_few(wrong)}. Rename them."
         )
-    sizes = {path: len(one) if isinstance(one, bytes) else one.stat().st_size for path, one in sorted(files.items())}
-    repository = replace(target, path="")
+    sizes = {name: len(one) if isinstance(one, bytes) else one.stat().st_size for name, one in sorted(files.items())}
+    repository = replace(repository, path="")
     if dry_run:
         return PushResult(str(repository), sizes, "", "")
-    front, blocks = _card(place, models, base_model)
+    front, blocks = _card(place, target, models, base_model)
     with refusals(repository, "write"):
         head, existing = _repository(repository, private)
-        card = updated_card(existing, front, target.repository.partition("/")[2], blocks, license)
-        contents = {**files, **({_CARD: card.text.encode()} if card.text != existing else {})}
-        url = _commit(repository, head, contents, message or f"Add {place.source.name} with lit-merge")
-    return PushResult(str(repository), sizes, card.note, url)
+        card, note = merged_card(existing, front, repository.repository.partition("/")[2], blocks, license)
+        files |= {_CARD: card.encode()} if card != existing else {}
+        url = _commit(repository, head, files, message or f"Add {place.name} with lit-merge")
+    return PushResult(str(repository), sizes, note, url)
 
 
 def _models(source: Path) -> list[_Model]:
     """What is in a file, or in all files of a folder that hold models; every byte is verified."""
-    if source.is_dir():
-        indices = sorted(source.glob(f"*{INDEX_ENDING}"))
-        sharded = [_model(index) for index in indices]
-        taken = {path for model in sharded for path in model.files}
-        found = sharded + [_model(path) for path in sorted(source.glob("*.safetensors")) if path not in taken]
-        if not found:
-            raise ConfigurationError(
-                f"source: expected a folder with safetensors files, got none in {source}. Name another one."
-            )
-        return found
-    return [_model(source)]
+    if not source.is_dir():
+        return [_model(source)]
+    sharded = [_model(index) for index in sorted(source.glob(f"*{INDEX_ENDING}"))]
+    taken = {path for model in sharded for path in model.files}
+    found = sharded + [_model(path) for path in sorted(source.glob("*.safetensors")) if path not in taken]
+    if not found:
+        raise ConfigurationError(f"source: expected a folder with safetensors files, got none in {source}.")
+    return found
 
 
 def _model(path: Path) -> _Model:
@@ -201,28 +183,25 @@ def _model(path: Path) -> _Model:
     return _Model(path, kind, tensors.metadata, files, shown, tensors.content_digest)
 
 
-def _beside(source: Path, ending: str) -> Path:
-    return source / ending if source.is_dir() else source.with_name(_named_beside(source.name, ending))
+def _companion(name: str, ending: str) -> str:
+    """What goes with a file, e.g. ``m-merge.yaml`` with ``m.safetensors``; with a folder, the ending itself."""
+    return f"{PurePosixPath(name.removesuffix('.index.json')).stem}-{ending}" if name else ending
 
 
-def _named_beside(name: str, ending: str) -> str:
-    """What goes with a file, e.g. ``m-merge.yaml`` with ``m.safetensors``."""
-    return f"{PurePosixPath(name.removesuffix('.index.json')).stem}-{ending}"
-
-
-def _provenance(models: Sequence[_Model], place: _Place) -> bytes:
+def _provenance(models: Sequence[_Model], target: _Target) -> bytes:
     """The digests and headers of all files; the same files give the same bytes."""
     content = {
         "format": "lit-merge/provenance/1",
         "lit_merge": __version__,
         "models": [
             {
-                "path": place.of(model.path),
+                "path": target.path(model.path),
                 "kind": model.kind,
                 "content_sha256": model.content_digest,
                 "header": dict(model.header),
                 "files": {
-                    place.of(path): {"bytes": path.stat().st_size, "sha256": file_digest(path)} for path in model.files
+                    target.path(path): {"bytes": path.stat().st_size, "sha256": file_digest(path)}
+                    for path in model.files
                 },
             }
             for model in models
@@ -231,22 +210,24 @@ def _provenance(models: Sequence[_Model], place: _Place) -> bytes:
     return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
 
 
-def _card(place: _Place, models: Sequence[_Model], base_model: str | None) -> tuple[dict[str, Any], dict[str, str]]:
-    """The metadata of a new card, and a block per model; or one block, the card that merge wrote beside them."""
+def _card(
+    source: Path, target: _Target, models: Sequence[_Model], base_model: str | None
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """The metadata of a new card, and a block per model; or one block, the card that merge wrote with them."""
+    own = card_of(source)
+    if own.is_file():
+        known, text = split_card(own.read_text(encoding="utf-8"))
+        block = f"{text.strip()}\n\nOn the Hub it is `{target.address(source)}`, wherever lit-merge takes a path."
+        return {**known, **({"base_model": base_model} if base_model else {})}, {
+            target.path(source) or "all files": block
+        }
     first = models[0]
     clip = first.kind == "weights" and first.tensors is not None and "visual.conv1.weight" in first.tensors
-    front = front_matter(first.kind, base_model or _base_of(first.header), clip)
-    own = card_of(place.source)
-    if not own.is_file():
-        paths = {place.of(model.path): model for model in models}
-        return front, {
-            path: file_card(place.address(path), model.kind, model.header, model.tensors)
-            for path, model in paths.items()
-        }
-    known, text = split_card(own.read_text(encoding="utf-8"))
-    path = place.of(place.source)
-    block = f"{text.strip()}\n\nOn the Hub it is `{place.address(path)}`, wherever lit-merge takes a path."
-    return {**known, **({"base_model": base_model} if base_model else {})}, {path or "all files": block}
+    blocks = {
+        target.path(model.path): file_card(target.address(model.path), model.kind, model.header, model.tensors)
+        for model in models
+    }
+    return front_matter(first.kind, base_model or _base_of(first.header), clip), blocks
 
 
 def _base_of(header: Mapping[str, str]) -> str | None:
@@ -260,26 +241,19 @@ def _base_of(header: Mapping[str, str]) -> str | None:
 
 def _repository(address: Address, private: bool) -> tuple[str, str | None]:
     """The commit that this one follows, and the card that is there; the repository is created if it is missing."""
-    from huggingface_hub import errors
+    from huggingface_hub.errors import EntryNotFoundError
 
     hub = hub_api()
-    try:
-        info = hub.model_info(address.repository)
-    except errors.GatedRepoError:
-        raise
-    except errors.RepositoryNotFoundError:
-        hub.create_repo(address.repository, private=private, exist_ok=True)
-        info = hub.model_info(address.repository)
+    hub.create_repo(address.repository, private=private, exist_ok=True)
+    info = hub.model_info(address.repository, revision=address.revision)
     if private and not info.private:
         raise ConfigurationError(
             f"private: expected a private repository, got {address.repository}, which is public. Change it on its "
             "settings page, or push to another one."
         )
-    if address.revision is not None:
-        info = hub.model_info(address.repository, revision=address.revision)
     try:
         card = hub.hf_hub_download(address.repository, _CARD, revision=info.sha)
-    except errors.EntryNotFoundError:
+    except EntryNotFoundError:
         return info.sha, None
     return info.sha, Path(card).read_bytes().decode("utf-8")
 

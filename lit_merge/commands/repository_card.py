@@ -4,51 +4,30 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
-
-import yaml
 
 from lit_merge.errors import HubError
 
-__all__ = ["RepositoryCard", "split_card", "updated_card"]
-
-_FRONT = re.compile(r"\A---[ \t]*\r?\n(?P<front>.*?)(?<=\n)---[ \t]*(\r?\n|\Z)", re.DOTALL)
-_MARKER = "<!-- lit-merge: "
-
-
-@dataclass(frozen=True)
-class RepositoryCard:
-    """A repository's card.
-
-    Attributes:
-        text: of the whole file.
-        note: what was done to the one that was there.
-    """
-
-    text: str
-    note: str
+__all__ = ["merged_card", "split_card"]
 
 
 def split_card(text: str) -> tuple[dict[str, Any], str]:
-    """The metadata at the top of a card, empty if there are none or they are malformed, and the text below them."""
-    found = _FRONT.match(text)
-    if found is None:
+    """The metadata at the top of a card, and the text below them."""
+    from huggingface_hub.repocard import REGEX_YAML_BLOCK, ModelCard
+
+    if not REGEX_YAML_BLOCK.search(text):
         return {}, text
-    try:
-        front = yaml.safe_load(found["front"])
-    except (yaml.YAMLError, RecursionError):
-        front = None
-    return front if isinstance(front, dict) else {}, text[found.end() :]
+    card = ModelCard(text, ignore_metadata_errors=True)
+    return card.data.to_dict(), card.text
 
 
-def updated_card(
+def merged_card(
     existing: str | None, front: Mapping[str, Any], title: str, blocks: Mapping[str, str], licence: str | None
-) -> RepositoryCard:
+) -> tuple[str, str]:
     """Put the blocks of files into a repository's card, and leave everything that a user wrote as it is.
 
     A card without text gets it all. In one that has blocks, those of the same files are replaced and new ones are put
-    behind the last; metadata and other text stay. A text without any block is somebody's own and stays as a whole.
+    after the last; metadata and other text stay. A text without any block is somebody's own and stays as a whole.
 
     Args:
         existing: the card that is there, or None.
@@ -56,6 +35,9 @@ def updated_card(
         title: of a new card.
         blocks: path of a file in the repository -> what is said of it, Markdown.
         licence: an identifier of the Hub such as ``apache-2.0``; put in where the card has none.
+
+    Returns:
+        The card's text, and what was done to the one that was there.
 
     Raises:
         HubError: the card names another licence, or has one of two markers.
@@ -66,54 +48,44 @@ def updated_card(
             f"README.md: expected the license {licence}, got {known['license']} in the card that is there. "
             "Change it there first, or leave license out."
         )
-    wrapped = {path: f"{_begin(path)}\n{_harmless(text).strip()}\n{_end(path)}" for path, text in blocks.items()}
+    chosen = {"license": licence} if licence else {}
     if not body.strip():
-        chosen = {"license": licence} if licence else {}
-        top = {**chosen, **front, **known, **chosen}
-        heading = [] if next(iter(blocks.values()), "").startswith("# ") else [f"# {title}"]
-        sections = [f"---\n{yaml.safe_dump(top, sort_keys=False, allow_unicode=True)}---", *heading, *wrapped.values()]
-        return RepositoryCard("\n\n".join(sections) + "\n", "written")
+        heading = "" if next(iter(blocks.values()), "").startswith("# ") else f"# {title}\n\n"
+        text = "\n\n".join(_wrapped(path, block) for path, block in blocks.items())
+        return _with_metadata({**chosen, **front, **known}, f"\n{heading}{text}\n"), "written"
     text = existing or ""
     if licence is not None and "license" not in known:
-        text = _with_licence(text, licence)
-    if _MARKER not in body:
-        return RepositoryCard(text, "left as it is, as it has a text of its own")
-    for path, block in wrapped.items():
-        text = _with_block(text, path, block)
-    return RepositoryCard(text, f"{', '.join(blocks)} replaced in it, the rest left as it is")
+        text = _with_metadata({**known, **chosen}, body)
+    if "<!-- lit-merge: " not in body:
+        return text, "left as it is, as it has a text of its own"
+    for path, block in blocks.items():
+        text = _with_block(text, path, _wrapped(path, block))
+    return text, f"{', '.join(blocks)} replaced in it, the rest left as it is"
 
 
-def _begin(path: str) -> str:
-    return f"{_MARKER}{path} -->"
+def _with_metadata(metadata: Mapping[str, Any], text: str) -> str:
+    from huggingface_hub import CardData
+
+    return f"---\n{CardData(**metadata).to_yaml()}\n---\n{text}"
 
 
-def _end(path: str) -> str:
-    return f"<!-- lit-merge end: {path} -->"
-
-
-def _harmless(text: str) -> str:
-    """A text that cannot be taken for a marker."""
-    return text.replace("<!-- lit-merge", "<!-- lit merge")
+def _wrapped(path: str, block: str) -> str:
+    """A block between its markers, with no text that could be taken for a marker."""
+    harmless = block.replace("<!-- lit-merge", "<!-- lit merge").strip()
+    return f"<!-- lit-merge: {path} -->\n{harmless}\n<!-- lit-merge end: {path} -->"
 
 
 def _with_block(text: str, path: str, block: str) -> str:
-    begin, end = text.find(_begin(path)), text.find(_end(path))
-    if begin < 0 and end < 0:  # behind the last one
-        last = list(re.finditer(r"<!-- lit-merge end: .*? -->", text))
-        place = last[-1].end() if last else len(text)
-        return f"{text[:place]}\n\n{block}{text[place:]}"
-    if not 0 <= begin < end:
+    begin, end = (f"<!-- lit-merge{what}: {path} -->" for what in ("", " end"))
+    if begin not in text and end not in text:  # after the last one
+        last = [found.end() for found in re.finditer(r"<!-- lit-merge end: .*? -->", text)]
+        position = last[-1] if last else len(text)
+        return f"{text[:position]}\n\n{block}{text[position:]}"
+    before, _, rest = text.partition(begin)
+    _, closed, after = rest.partition(end)
+    if not closed:
         raise HubError(
-            f"README.md: expected {_begin(path)} and behind it {_end(path)}, got one of them or another order. "
+            f"README.md: expected {begin} and after it {end}, got one of them or another order. "
             "Put both around what may be replaced, or remove both."
         )
-    return text[:begin] + block + text[end + len(_end(path)) :]
-
-
-def _with_licence(text: str, licence: str) -> str:
-    """The license as the last line of the metadata; nothing else changes."""
-    found = _FRONT.match(text)
-    if found is None:
-        return f"---\nlicense: {licence}\n---\n{text}"
-    place = found.end("front")
-    return f"{text[:place]}license: {licence}\n{text[place:]}"
+    return before + block + after

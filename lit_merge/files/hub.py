@@ -1,27 +1,26 @@
 """Addresses on the Hugging Face Hub wherever a path is given: what they name is downloaded, or taken from the cache.
 
-``hf://owner/name[@revision][/path/in/repository]``: a file, the folder of one model, or a whole repository. Files lie
+``hf://owner/name[@revision][/path/in/repository]``: a file, the folder of one model, or a whole repository. Files are
 in the Hub's own cache (``HF_HOME``); tokens are known to ``huggingface_hub`` alone and never pass through here.
 """
 
 from __future__ import annotations
 
 import difflib
-import functools
 import glob
 import json
 import os
 import posixpath
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
 from lit_merge._version import __version__
-from lit_merge.errors import ConfigurationError, HubError, first_few
-from lit_merge.files.hub_refusals import is_unreachable, not_cached, refusals
+from lit_merge.errors import ConfigurationError, HubError, LitMergeError, first_few
 
 __all__ = [
     "Address",
@@ -33,12 +32,14 @@ __all__ = [
     "needed_address",
     "parse_address",
     "pinned",
+    "refusals",
 ]
 
 _FORM = re.compile(
     r"(?:models/)?(?P<repository>[\w.-]+/[\w.-]+)"
     r"(?:@(?P<revision>refs/pr/\d+|refs/convert/[\w.-]+|[^/@]+))?(?P<path>/.*)?"
 )
+_URL = re.compile(r"(https?|ftp|s3|gs|az|file)://?", re.IGNORECASE)  # pathlib makes one slash of two
 _OTHER_KINDS = ("buckets/", "datasets/", "kernels/", "spaces/")
 _MANY = 1000
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -53,11 +54,21 @@ _ONE_MODEL = (
     r"pytorch_model\.bin",
     r".+\.(bin|ckpt|pt|pth|pkl|pickle)",
 )
+# Tokens, and what follows a link's question mark, which may be a signature.
+_SECRETS = re.compile(r"hf_\w{6,}|(?<=\?)\S+|[Bb]earer\s+\S+")
+_ADVICE = {
+    401: "Check owner and name; if it is private or gated, run hf auth login",
+    403: "Ask for access on its page, or run hf auth login with a token that may do this",
+    404: "Check owner, name, revision and path; if it is private, run hf auth login",
+    409: "Somebody else has committed in between: push again",
+    412: "Somebody else has committed in between: push again",
+    429: "Wait a few minutes; hf auth login allows more requests",
+}
 
 
 @dataclass(frozen=True)
 class Address:
-    """A place on the Hub.
+    """What an address on the Hub names.
 
     Attributes:
         repository: ``owner/name`` of a model repository.
@@ -88,20 +99,20 @@ class Snapshot:
     folder: Path
     names: tuple[str, ...]
 
-    @property
-    def commit(self) -> str:
-        """Forty hexadecimal digits."""
-        return self.folder.name
-
 
 def parse_address(path: str | os.PathLike[str]) -> Address | None:
     """The address that a path is, or None if it is an ordinary path.
 
     Raises:
-        ConfigurationError: it begins with ``hf:/`` and does not go on as an address does.
+        ConfigurationError: it begins with ``hf:/`` and does not go on as an address does, or it is a URL.
     """
     text = os.fspath(path)
-    begin = next((one for one in ("hf://", "hf:/") if text.startswith(one)), None)  # pathlib makes one slash of two
+    if _URL.match(text):
+        raise ConfigurationError(
+            f"{text}: expected a path, or hf://owner/name/file on the Hugging Face Hub, got a URL, which is not read. "
+            "Download it first."
+        )
+    begin = next((one for one in ("hf://", "hf:/") if text.startswith(one)), None)
     if begin is None:
         return None
     rest = text.removeprefix(begin)
@@ -110,7 +121,7 @@ def parse_address(path: str | os.PathLike[str]) -> Address | None:
     wrong = found is None or rest.startswith(_OTHER_KINDS) or not {"", ".", ".."}.isdisjoint(parts)
     if found is None or wrong or "\\" in rest:
         raise ConfigurationError(
-            f"{text}: expected hf://owner/name, with @revision and /path/in/repository behind it if need be, of a "
+            f"{text}: expected hf://owner/name, with @revision and /path/in/repository after it if need be, of a "
             "model repository, got something else. Write it like that, a slash in a revision as %2F."
         )
     revision = found["revision"]
@@ -140,7 +151,7 @@ def local_path(path: str | os.PathLike[str]) -> Path:
         path: an ordinary path, which is returned as it is, or ``hf://owner/name[@revision][/path]``.
 
     Raises:
-        ConfigurationError: it begins as an address and is none.
+        ConfigurationError: it begins as an address and is none, or is a URL.
         HubError: the Hub, the repository, the revision or the file cannot be reached or read.
     """
     address = parse_address(path)
@@ -154,9 +165,7 @@ def pinned(path: str | os.PathLike[str]) -> str:
         LitMergeError: as for :func:`local_path`.
     """
     address = parse_address(path)
-    if address is None:
-        return str(path)
-    return str(replace(address, revision=fetch(address).commit))
+    return str(path) if address is None else str(replace(address, revision=fetch(address).folder.name))
 
 
 def address_entry(path: str | None) -> dict[str, str]:
@@ -177,18 +186,20 @@ def fetch(address: Address, everything: bool = False) -> Snapshot:
     with refusals(address, "read"):
         if found := _known(address):
             return found
-        get: Callable[[Sequence[str]], Path] = functools.partial(_download, address)
+        offline: Exception | None = None
         try:
             listing = _listing(address)
         except Exception as error:
-            if not is_unreachable(error):
+            status = _status(error)
+            if isinstance(error, LitMergeError) or (status is not None and status < 500):  # an answer
                 raise
-            get = functools.partial(_cached, address, error)
-            listing = _cached_listing(address, error, get([]))
+            offline, listing = error, _cached_listing(address, error)
         names = _choose(address, listing, everything)
-        folder = get(names)
-        shards = [] if everything else _shards(folder, names, listing)
-        return Snapshot(get([*names, *shards]) if shards else folder, (*names, *shards))
+        folder = _download(address, names, offline)
+        if not everything and (shards := _shards(folder, names, listing)):
+            names += shards
+            _download(address, names, offline)
+        return Snapshot(folder, tuple(names))
 
 
 def hub_api() -> Any:
@@ -206,13 +217,83 @@ def hub_api() -> Any:
     return HfApi(library_name="lit-merge", library_version=__version__)
 
 
+@contextmanager
+def refusals(address: Address, doing: str) -> Iterator[None]:
+    """Turn whatever the library and the network raise into one line.
+
+    Args:
+        address: that is read or written.
+        doing: ``read`` or ``write``.
+
+    Raises:
+        HubError: instead of the library's errors.
+    """
+    try:
+        yield
+    except LitMergeError:
+        raise
+    except Exception as error:  # the network libraries below raise whatever they like
+        from huggingface_hub import constants
+
+        status = _status(error)
+        if status is not None and status < 500:
+            advice = f" {_ADVICE[status]}." if status in _ADVICE else ""
+            line = f"expected the Hub to {doing} this, got {status}: {_line(error)}.{advice}"
+        elif isinstance(error, OSError) and error.errno and not isinstance(error, ConnectionError | TimeoutError):
+            line = (
+                f"expected to write into the cache {constants.HF_HUB_CACHE}, got {os.strerror(error.errno)}. "
+                "Make room there, or set HF_HOME to another folder."
+            )
+        else:
+            line = (
+                f"expected an answer from {constants.ENDPOINT}, got {_line(error)}. Connect to the network, or check "
+                "HF_ENDPOINT."
+            )
+        raise HubError(f"{address}: {line}") from error
+
+
+def _not_cached(address: Address, missing: Sequence[str], reason: Exception) -> HubError:
+    """The refusal of what neither the Hub nor the cache gives: of some files, or of the whole revision."""
+    from huggingface_hub import constants
+
+    what = first_few(missing) or f"snapshot of {address.repository}"
+    if not constants.HF_HUB_OFFLINE:
+        return HubError(
+            f"{address}: expected an answer from {constants.ENDPOINT}, got {_line(reason)}, and no {what} in the cache "
+            f"{constants.HF_HUB_CACHE}. Connect to the network, or check HF_ENDPOINT."
+        )
+    command = " ".join(["hf download", address.repository, *missing])
+    command += f" --revision {address.revision}" if address.revision else ""
+    return HubError(
+        f"{address}: expected it in the cache {constants.HF_HUB_CACHE}, as HF_HUB_OFFLINE is set, got no {what}. "
+        f"Run {command} where there is network, and bring the folder "
+        f"models--{address.repository.replace('/', '--')} of that cache here; or unset HF_HUB_OFFLINE."
+    )
+
+
+def _status(error: BaseException) -> int | None:
+    """Of the answer, if there was one."""
+    return getattr(getattr(error, "response", None), "status_code", None)
+
+
+def _line(error: BaseException) -> str:
+    """What the server says, or what the error says; without tokens of any form and the signatures of links."""
+    from huggingface_hub import get_token
+
+    try:
+        token = get_token()
+    except Exception:  # it is about to be said what is wrong
+        token = None
+    text = getattr(error, "server_message", None) or str(error) or type(error).__name__
+    return _SECRETS.sub("…", " ".join(str(text).split()).replace(token or "\0", "…"))[:200].rstrip(". ")
+
+
 def _listing(address: Address) -> list[str]:
     """All files of a revision; without network it fails at once, as this request is not repeated."""
     files = hub_api().model_info(address.repository, revision=address.revision).siblings or []
-    if len(files) >= _MANY:  # of which the Hub may not have said all
+    names = [file.rfilename for file in files]
+    if len(names) >= _MANY:  # of which the Hub may not have said all
         names = list(hub_api().list_repo_files(address.repository, revision=address.revision))
-    else:
-        names = [file.rfilename for file in files]
     wrong = [name for name in names if name.startswith("/") or "\\" in name or ".." in name.split("/")]
     if wrong:
         raise HubError(
@@ -223,60 +304,51 @@ def _listing(address: Address) -> list[str]:
 
 def _known(address: Address) -> Snapshot | None:
     """A single file of a commit, if it is in the cache: it cannot have changed."""
-    alone = address.path and not address.path.endswith(".index.json")
-    folder = _kept(address, [address.path]) if alone else None
-    return None if folder is None else Snapshot(folder, (address.path,))
-
-
-def _kept(address: Address, names: Sequence[str]) -> Path | None:
-    """The folder of a commit in the cache if it has these files; None for a branch, which may have moved."""
     hub_api()
     from huggingface_hub import try_to_load_from_cache
 
-    if not names or not _COMMIT.fullmatch(address.revision or ""):
+    if not address.path or address.path.endswith(".index.json") or not _COMMIT.fullmatch(address.revision or ""):
         return None
-    found = [try_to_load_from_cache(address.repository, name, revision=address.revision) for name in names]
-    if not all(isinstance(path, str) and Path(path).is_file() for path in found):
+    found = try_to_load_from_cache(address.repository, address.path, revision=address.revision)
+    if not isinstance(found, str) or not Path(found).is_file():
         return None
-    return Path(str(found[0])).parents[names[0].count("/")]
+    return Snapshot(Path(found).parents[address.path.count("/")], (address.path,))
 
 
-def _download(address: Address, names: Sequence[str]) -> Path:
-    if kept := _kept(address, names):
-        return kept
-    patterns = [glob.escape(name) for name in names]
-    return Path(hub_api().snapshot_download(address.repository, revision=address.revision, allow_patterns=patterns))
-
-
-def _cached(address: Address, reason: Exception, names: Sequence[str]) -> Path:
-    """The folder of the commit in the cache, which must have these files."""
+def _download(address: Address, names: Sequence[str], offline: Exception | None) -> Path:
+    """The folder of the commit in the cache, with these files; ``offline``: why the Hub did not answer, if so."""
     from huggingface_hub.errors import LocalEntryNotFoundError
 
-    missing: Sequence[str] = names
+    patterns = [] if offline else [glob.escape(name) for name in names]
+    missing = [address.path] if address.path else []
     try:
         folder = Path(
             hub_api().snapshot_download(
-                address.repository, revision=address.revision, local_files_only=True, allow_patterns=[]
+                address.repository,
+                revision=address.revision,
+                allow_patterns=patterns,
+                local_files_only=offline is not None,
             )
         )
         missing = [name for name in names if not (folder / name).is_file()]
         if not missing:
             return folder
-    except LocalEntryNotFoundError:
-        missing = [address.path] if address.path else []
-    raise not_cached(address, missing, reason)
+    except LocalEntryNotFoundError as error:
+        offline = offline or error
+    raise _not_cached(address, missing, offline or FileNotFoundError(first_few(missing)))
 
 
-def _cached_listing(address: Address, reason: Exception, folder: Path) -> list[str]:
-    """The files of a commit as they were on the Hub if that was kept, otherwise those that are in the cache."""
+def _cached_listing(address: Address, reason: Exception) -> list[str]:
+    """The files of a commit as they were on the Hub if that is stored, otherwise those that are in the cache."""
     import huggingface_hub
 
+    folder = _download(address, [], reason)
     try:
         tree = huggingface_hub.get_cached_repo_tree(address.repository, revision=folder.name)
         return [file.path for file in tree]
-    except Exception:  # older versions of the library keep no listing, nor does a snapshot that was copied
+    except Exception:  # older versions of the library store no listing, nor does a snapshot that was copied
         if not (folder / address.path).exists():
-            raise not_cached(address, [address.path], reason) from None
+            raise _not_cached(address, [address.path], reason) from None
         return [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file()]
 
 
@@ -307,13 +379,13 @@ def _choose(address: Address, listing: Sequence[str], everything: bool) -> list[
 
 
 def _shards(folder: Path, names: Sequence[str], listing: Sequence[str]) -> list[str]:
-    """The files beside an index that it names; what else is wrong with it is said when it is opened."""
+    """The files that an index names; what else is wrong with it is said when it is opened."""
     shards: list[str] = []
     for index in (name for name in names if name.endswith(".index.json")):
         try:
-            places = json.loads((folder / index).read_text(encoding="utf-8"))["weight_map"].values()
-            beside = {posixpath.join(posixpath.dirname(index), str(place)) for place in places}
+            files = json.loads((folder / index).read_text(encoding="utf-8"))["weight_map"].values()
+            named = {posixpath.join(posixpath.dirname(index), str(file)) for file in files}
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             continue
-        shards += [name for name in listing if name in beside]
+        shards += [name for name in listing if name in named]
     return shards

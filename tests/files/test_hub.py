@@ -22,7 +22,7 @@ from lit_merge.checkpoints.opening import named_after, open_checkpoint
 from lit_merge.commands.main import main
 from lit_merge.commands.pull import pull
 from lit_merge.commands.push import push
-from lit_merge.errors import ConfigurationError, FileFormatError, HubError
+from lit_merge.errors import ConfigurationError, FileFormatError, HubError, WriteError
 from lit_merge.files.hub import Address, local_path, parse_address, pinned
 from lit_merge.files.shards import open_tensors, plan_shards, write_shards
 from lit_merge.files.store import write_tensors
@@ -116,7 +116,7 @@ def test_what_an_address_says(text, expected):
     assert parse_address(str(expected)) == expected
 
 
-@pytest.mark.parametrize("text", ["me/vectors", "/hf/x", "", "a.hf://me/x", "hf", "https://huggingface.co/me/x"])
+@pytest.mark.parametrize("text", ["me/vectors", "/hf/x", "", "a.hf://me/x", "hf", "C:/x", "http/x", "s3"])
 def test_other_paths_are_left_alone(text):
     assert parse_address(text) is None
     assert local_path(text) == Path(text)
@@ -133,6 +133,18 @@ def test_other_paths_are_left_alone(text):
 def test_malformed_addresses_are_refused(text):
     with pytest.raises(ConfigurationError, match=r"expected hf://owner/name.*got something else\. Write it like that"):
         local_path(text)
+
+
+@pytest.mark.parametrize("url", ["https://huggingface.co/me/x", "http:/host/file", "s3://bucket/x", "HTTP://host/x"])
+@pytest.mark.parametrize(
+    "opened", [local_path, pinned, open_tensors, open_checkpoint, TaskVector.load, Coefficients.load]
+)
+def test_a_url_is_no_path(url, opened):
+    for path in (url, Path(url)):
+        with pytest.raises(
+            ConfigurationError, match=r"expected a path, or hf://owner/name/file .*, got a URL, which is"
+        ):
+            opened(path)
 
 
 # Reading
@@ -276,59 +288,44 @@ def test_a_damaged_file_is_noticed_as_any(hub, tmp_path):
 # Refusals
 
 
-REFUSED = "Repository not found"
 ANSWERS = [  # what the Hub answers instead, what is said
     (
         404,
-        {"X-Error-Code": "RepoNotFound"},
-        REFUSED,
-        r"model repository that you may read, got none \(404\).*hf auth login",
+        "RepoNotFound",
+        "Repository not found",
+        r"404: Repository not found\. Check owner, .*private, run hf auth login",
     ),
     (
         401,
-        {"X-Error-Code": "RepoNotFound"},
-        REFUSED,
-        r"that you may read, got none \(401\)\. Check owner and name; if it",
+        "RepoNotFound",
+        "Repository not found",
+        r"401: Repository not found\. Check owner and name; if it is private",
     ),
-    (401, {}, "Invalid credentials in Authorization header", r"a valid login, got a refusal \(401: Inv.*hf auth login"),
-    (
-        403,
-        {"X-Error-Code": "GatedRepo"},
-        "no",
-        r"access to a gated repository, got a refusal \(403\)\. Ask for it at http.*me/x, ",
-    ),
-    (
-        403,
-        {},
-        "This token is read-only",
-        r"a login that may read this, got a refusal \(403: This token is read-only\)\. Use",
-    ),
-    (404, {"X-Error-Code": "RevisionNotFound"}, "no", r"expected a branch, tag or commit of me/x, got None\. Check it"),
-    (404, {"X-Error-Code": "EntryNotFound"}, "no", r"expected a file of me/x, got none of this name \(404\)"),
-    (429, {}, "slow down", r"expected an answer, got too many requests \(429\)\. Wait a few minutes"),
-    (
-        500,
-        {},
-        "on fire",
-        r"expected an answer from http://127.*, got on fire, and no a\.safetensors in the cache .*cache\. Conn",
-    ),
-    (
-        418,
-        {},
-        "a teapot",
-        r"expected the Hub to read this, got a refusal \(418: a teapot\)\. Change what it complains about",
-    ),
+    (401, "", "Invalid credentials in Authorization header", r"401: Invalid credentials in .*hf auth login"),
+    (403, "GatedRepo", "Access is restricted", r"403: Access is restricted\. Ask for access on its page, or"),
+    (403, "", "This token is read-only", r"403: This token is read-only\. .*run hf auth login with a token that may"),
+    (404, "RevisionNotFound", "Invalid rev id: v2", r"404: Invalid rev id: v2\. Check owner, name, revision"),
+    (404, "EntryNotFound", "Entry not found", r"404: Entry not found\. Check owner, name, revision and path"),
+    (429, "", "slow down", r"429: slow down\. Wait a few minutes"),
+    (418, "", "a teapot", r"418: a teapot\.$"),
 ]
 
 
-@pytest.mark.parametrize(("status", "headers", "text", "expected"), ANSWERS)
-def test_refusals_are_one_line(hub, status, headers, text, expected):
-    hub.instead["GET", "/api/models/me/x"] = (status, headers, text)
+@pytest.mark.parametrize(("status", "code", "text", "expected"), ANSWERS)
+def test_refusals_are_one_line(hub, status, code, text, expected):
+    hub.instead["GET", "/api/models/me/x"] = (status, {"X-Error-Code": code} if code else {}, text)
     with pytest.raises(
-        HubError, match=f"^hf://me/x/a.safetensors: expected .*{expected.removeprefix('expected ')}"
-    ) as refusal:
+        HubError, match=f"^hf://me/x/a.safetensors: expected the Hub to read this, got {expected}"
+    ) as no:
         TaskVector.load("hf://me/x/a.safetensors")
-    assert "\n" not in str(refusal.value)
+    assert "\n" not in str(no.value)
+
+
+def test_a_hub_on_fire(hub):
+    hub.instead["GET", "/api/models/me/x"] = (500, {}, "on fire")
+    line = r"expected an answer from http://127.*, got on fire, and no a\.safetensors in the cache .*cache\. Connect to"
+    with pytest.raises(HubError, match=f"^hf://me/x/a.safetensors: {line}"):
+        TaskVector.load("hf://me/x/a.safetensors")
 
 
 def test_what_a_repository_does_not_have(hub):
@@ -339,9 +336,9 @@ def test_what_a_repository_does_not_have(hub):
         local_path("hf://me/x/mnits.safetensors")
     with pytest.raises(HubError, match=r"file or folder of me/x, got none .* There are \.gitattributes, mnist"):
         local_path("hf://me/x/zzzzzzzz")
-    with pytest.raises(HubError, match=r"expected a branch, tag or commit of me/x, got 'dev'\. Check it"):
+    with pytest.raises(HubError, match=r"expected the Hub to read this, got 404: Invalid rev id: dev\. Check"):
         local_path("hf://me/x@dev/mnist.safetensors")
-    with pytest.raises(HubError, match=rf"got '{COMMIT}'"):
+    with pytest.raises(HubError, match=rf"got 404: Invalid rev id: {COMMIT}\."):
         local_path(f"hf://me/x@{COMMIT}/mnist.safetensors")
 
 
@@ -349,7 +346,7 @@ def test_a_private_repository_needs_the_library_s_token(hub, tmp_path, monkeypat
     content = vector_file(tmp_path, "mnist").read_bytes()
     hub.repository("me/secret", {"mnist.safetensors": content}, private=True)
     hub.readers = {TOKEN}
-    with pytest.raises(HubError, match=r"got none \(401\).*if it is private, run hf auth login"):
+    with pytest.raises(HubError, match=r"got 401: Repo.*if it is private or gated, run hf auth login"):
         local_path("hf://me/secret/mnist.safetensors")
     Path(constants.HF_TOKEN_PATH).write_text(TOKEN)  # as hf auth login leaves it
     assert local_path("hf://me/secret/mnist.safetensors").read_bytes() == content
@@ -369,24 +366,16 @@ def test_without_an_answer_the_cache_is_used_and_else_the_network_is_named(hub, 
         local_path("hf://me/vectors")  # that the other one exists is known from the listing
 
 
-@pytest.mark.parametrize(
-    ("number", "expected"),
-    [
-        (
-            errno.ENOSPC,
-            r"expected room in the cache .*cache, got No space left on device\. Free space there, or set HF_HOME",
-        ),
-        (errno.EACCES, r"got Permission denied\. Make it writable, or set HF_HOME to another folder\."),
-    ],
-)
-def test_a_full_disk_is_named(hub, monkeypatch, number, expected):
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EACCES])
+def test_a_full_disk_is_named(hub, monkeypatch, number):
     hub.repository("me/x", {"a.safetensors": b""})
 
     def full(*_, **__):
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(huggingface_hub.HfApi, "snapshot_download", full)
-    with pytest.raises(HubError, match=expected):
+    line = rf"expected to write into the cache .*cache, got {os.strerror(number)}\. Make room there, or set HF_HOME"
+    with pytest.raises(HubError, match=line):
         local_path("hf://me/x/a.safetensors")
 
 
@@ -549,7 +538,7 @@ def test_what_a_user_wrote_stays(hub, tmp_path):
     broken = card.replace("<!-- lit-merge end: svhn.safetensors -->", "")
     repository.commit({"README.md": broken.encode()})
     with pytest.raises(
-        HubError, match=r"expected <!-- lit-merge: svhn.* and behind it .*got one of them or another order"
+        HubError, match=r"expected <!-- lit-merge: svhn.* and after it .*got one of them or another order"
     ):
         push("svhn.safetensors", "hf://me/vectors")
     assert repository.files["README.md"].decode() == broken
@@ -645,7 +634,7 @@ def test_what_does_not_verify_is_not_pushed(hub, tmp_path):
     with pytest.raises(FileFormatError, match=r"expected format lit-merge/coefficients/1, got none"):
         push("c.json", "hf://me/x")
     Path("empty").mkdir()
-    with pytest.raises(ConfigurationError, match=r"expected a folder with safetensors files, got none in empty\. Name"):
+    with pytest.raises(ConfigurationError, match=r"expected a folder with safetensors files, got none in empty\.$"):
         push("empty", "hf://me/x")
     with pytest.raises(FileFormatError, match=r"expected a safetensors file, got No such file"):
         push("missing.safetensors", "hf://me/x")
@@ -681,39 +670,19 @@ def test_a_public_repository_does_not_become_private(hub, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("method", "path", "answer", "expected"),
+    ("path", "answer", "expected"),
     [
-        (
-            "POST",
-            "/api/repos/create",
-            (403, {}, "no rights in me"),
-            r"a login that may write this, got a refusal \(403: no",
-        ),
-        (
-            "POST",
-            "/commit/",
-            (412, {}, "refresh"),
-            r"expected the repository as it was read, got another commit in between",
-        ),
-        (
-            "POST",
-            "/commit/",
-            (400, {}, "bad front matter"),
-            r"expected the Hub to write this, got a refusal \(400: bad front",
-        ),
-        (
-            "POST",
-            "/preupload/",
-            (401, {}, "no"),
-            r"a valid login, got a refusal \(401: no\)\. Log in again: run hf auth login",
-        ),
-        ("POST", "/commit/", (403, {}, f"for {TOKEN} at http://x/y?sig=abc"), r"\(403: for … at http://x/y\?…\)\. Use"),
+        ("/api/repos/create", (403, {}, "no rights in me"), r"403: no rights in me\. .*with a token that may do this"),
+        ("/commit/", (412, {}, "refresh"), r"412: refresh\. Somebody else has committed in between: push again"),
+        ("/commit/", (400, {}, "bad front matter"), r"400: bad front matter\."),
+        ("/preupload/", (401, {}, "no"), r"401: no\. .*run hf auth login"),
+        ("/commit/", (403, {}, f"for {TOKEN} at http://x/y?sig=abc"), r"403: for … at http://x/y\?…\. Ask"),
     ],
 )
-def test_refused_pushes_are_one_line(hub, tmp_path, method, path, answer, expected):
+def test_refused_pushes_are_one_line(hub, tmp_path, path, answer, expected):
     vector_file(tmp_path, "mnist")
-    hub.instead[method, path] = answer
-    with pytest.raises(HubError, match=f"^hf://me/x: expected .*{expected.removeprefix('expected ')}") as refusal:
+    hub.instead["POST", path] = answer
+    with pytest.raises(HubError, match=f"^hf://me/x: expected the Hub to write this, got {expected}") as refusal:
         push("mnist.safetensors", "hf://me/x")
     assert "\n" not in str(refusal.value)
     assert "sig=abc" not in str(refusal.value)
@@ -729,7 +698,7 @@ def test_a_commit_in_between_is_noticed(hub, tmp_path, monkeypatch):
         return real(*arguments, **keywords)
 
     monkeypatch.setattr(huggingface_hub.HfApi, "create_commit", late)
-    with pytest.raises(HubError, match=r"got another commit in between \(412\)\. Push again"):
+    with pytest.raises(HubError, match=r"got 412: .* Somebody else has committed in between: push again"):
         push("mnist.safetensors", "hf://me/x")
     assert hub.repositories["me/x"].files["README.md"] == b"somebody else's"
 
@@ -760,6 +729,23 @@ def test_pull_replaces_nothing_unasked_and_leaves_nothing_behind(hub, tmp_path):
         pull("me/x")
     assert {path.name: path.read_text() for path in target.iterdir()} == {"mine": "mine"}
     assert pull("hf://me/x/mnist.safetensors", "out/mine", overwrite=True).read_bytes() == good
+
+
+def test_pull_to_a_full_disk(hub, tmp_path, full_disk, monkeypatch):
+    size = len(content := vector_file(tmp_path, "mnist").read_bytes())
+    hub.repository("me/x", {"mnist.safetensors": content})
+    copyfile = shutil.copyfile
+
+    def limited(source, target):
+        with full_disk():
+            copyfile(source, target)
+
+    monkeypatch.setattr(shutil, "copyfile", limited)
+    with pytest.raises(
+        WriteError, match=rf"^new/a\.safetensors: expected room for {size:,} bytes, got File too large \("
+    ):
+        pull("hf://me/x/mnist.safetensors", "new/a.safetensors")
+    assert list(Path("new").iterdir()) == []
 
 
 # The command line
