@@ -1,4 +1,4 @@
-"""What a parameter's name says: the block it belongs to or lies behind, and whether it projects attention.
+"""What a parameter's name says: the block it belongs to, precedes or follows, and whether it projects attention.
 
 Names are read component by component, never by substring: ``layers.1`` is not ``layers.11``, and ``pattn`` is no
 ``attn``. They may carry any prefix (``visual.``, ``trunk.``, ``vision_model.``).
@@ -9,40 +9,140 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-__all__ = ["block_of", "is_after_blocks", "is_attention", "is_bias", "is_mlp", "number_of_blocks"]
+from lit_merge.errors import StructureMismatchError
+
+__all__ = [
+    *("Depth", "block_of", "depth_labels", "is_after_blocks", "is_attention", "is_bias", "is_mlp"),
+    "number_of_blocks",
+]
 
 # `blocks.3`: a list of blocks or stages, then the index.
 _LISTS = frozenset({"blocks", "h", "layer", "layers", "resblocks", "stages"})
+# `encoder.block.3` of T5, whose blocks have numbered layers; `block` alone is the inside of torchvision's blocks.
+_STACKS = frozenset({"encoder", "decoder"})
 # `layer1` … `layer4` of residual networks, counted from one.
 _RESNET_STAGE = re.compile(r"layer([1-9])\Z")
 # `encoder_layer_3` of torchvision's vision transformers.
 _TORCHVISION_LAYER = re.compile(r"encoder_layer_(\d+)\Z")
 # Whatever comes before the blocks may have numbered stages of its own.
 _BEFORE_BLOCKS = frozenset({"embeddings", "patch_embed", "patch_embedding", "patch_embeddings", "stem"})
-_BEHIND_BLOCKS = frozenset(
+_AFTER_BLOCKS = frozenset(
     {
         *("attn_pool", "attn_pool_contrastive", "attnpool", "pooler"),
         *("fc_norm", "final_layer_norm", "layernorm", "ln", "ln_f", "ln_final", "ln_post", "norm", "post_layernorm"),
         *("proj", "text_projection", "visual_projection", "logit_bias", "logit_scale"),
-        *("classifier", "fc", "final_conv", "head", "head_dist", "heads", "lm_head"),
+        *("classification_head", "classifier", "fc", "final_conv", "head", "head_dist", "heads", "lm_head"),
     }
 )
-_ATTENTION = frozenset({"attn", "attention", "self_attn", "self_attention"})
-_MLP = frozenset({"feed_forward", "ffn", "mlp"})
-_NORM = re.compile(r"(\A|_)(ln|norm|layernorm)(\d|_|\Z)")
+# The last normalisation of mBART's and Whisper's stacks.
+_STACK_NORM = re.compile(r"(\A|\.)(encoder|decoder)\.layer_norm\.")
+_ATTENTION = frozenset(
+    {
+        *("attn", "attention", "self_attn", "self_attention", "SelfAttention"),
+        *("cross_attn", "crossattention", "encoder_attn", "EncDecAttention", "multihead_attn"),
+    }
+)
+_MLP = frozenset({"feed_forward", "ffn", "mlp", "DenseReluDense"})
+_MLP_OF_BLOCK = frozenset({"fc1", "fc2"})  # BART's, without a component of their own
+# Normalisations and tables of positions within an attention or a feed-forward part.
+_NO_PROJECTION = re.compile(r"(\A|_)((ln|norm|layernorm)(\d|_|\Z)|(relative|position|distance)_)")
 _WEIGHT_OR_BIAS = re.compile(r"(\A|_)(weight|bias)\Z")
 
 
-def block_of(name: str) -> int | None:
-    """Return the index, from 0, of the transformer block or stage that a parameter belongs to.
+class Depth:
+    """The parameters of a network from its input to its output: before the blocks, block 0 … L − 1, after the blocks.
 
-    The outermost numbered list counts: the stage of a ConvNeXt or ResNet, not the block within it.
+    A network of an encoder and a decoder (T5, BART, Whisper) has one running depth: of L_e and L_d blocks, encoder
+    block i is block i and decoder block i is block L_e + i, L = L_e + L_d. What follows the encoder's blocks (its last
+    normalisation, its pooling) counts to the last of them, what precedes the decoder's (its embeddings) to what is
+    before the blocks. Two encoders beside each other, as a CLIP has, share the depths.
+
+    Args:
+        names: of all parameters of the network, in any order.
+
+    Attributes:
+        blocks: their number L.
+
+    Examples:
+        >>> names = ["shared.weight", "encoder.block.0.layer.0.SelfAttention.q.weight"]
+        >>> names += ["encoder.final_layer_norm.weight", "decoder.block.0.layer.1.EncDecAttention.q.weight"]
+        >>> names += ["lm_head.weight"]
+        >>> depth = Depth(names)
+        >>> [depth.label(name) for name in names]
+        ['embedding', 'block 0', 'block 0', 'block 1', 'head']
+    """
+
+    def __init__(self, names: Iterable[str]) -> None:
+        names = tuple(names)
+        counts = {False: 0, True: 0}  # of the encoder, or the only stack, and of the decoder
+        for name in names:
+            if (block := block_of(name)) is not None:
+                counts[_in_decoder(name)] = max(counts[_in_decoder(name)], block + 1)
+        self.blocks = sum(counts.values())
+        self._encoder = counts[False] if counts[True] else 0
+        self._positions = {name: self._position(name) for name in names}
+
+    def position(self, name: str) -> int:
+        """Return -1 for a parameter before the blocks, its block's index, 0 … L − 1, or L for one after the blocks.
+
+        Raises:
+            StructureMismatchError: it was not among the names.
+        """
+        if name not in self._positions:
+            raise StructureMismatchError(
+                f"{name}: expected one of the {len(self._positions)} parameters whose depth is known, got another. "
+                "Use the names of the whole network."
+            )
+        return self._positions[name]
+
+    def block(self, name: str) -> int | None:
+        """Return the index of the block of a parameter; None outside the blocks.
+
+        Raises:
+            StructureMismatchError: it was not among the names.
+        """
+        position = self.position(name)
+        return position if 0 <= position < self.blocks else None
+
+    def label(self, name: str) -> str:
+        """Return ``embedding`` before the blocks, ``block 0`` …, and ``head`` after them.
+
+        Raises:
+            StructureMismatchError: it was not among the names.
+        """
+        return depth_labels(self.blocks)[self.position(name) + 1]
+
+    def _position(self, name: str) -> int:
+        block, decoder = block_of(name), _in_decoder(name)
+        if block is not None:
+            return block + (self._encoder if decoder else 0)
+        if not is_after_blocks(name):
+            return -1
+        ends_encoder = self._encoder and not decoder and "encoder" in name.split(".")
+        return self._encoder - 1 if ends_encoder else self.blocks
+
+
+def depth_labels(blocks: int) -> tuple[str, ...]:
+    """Return the labels of the positions -1 … L of a network with L blocks: ``embedding``, ``block 0``, …, ``head``."""
+    return ("embedding", *(f"block {block}" for block in range(blocks)), "head")
+
+
+def number_of_blocks(names: Iterable[str]) -> int:
+    """Return the number of blocks L of a model, those of its encoder and its decoder together; 0 without any block."""
+    return Depth(names).blocks
+
+
+def block_of(name: str) -> int | None:
+    """Return the index, from 0, of the transformer block or stage that a parameter belongs to in its own stack.
+
+    The outermost numbered list counts: the stage of a ConvNeXt or ResNet, not the block within it; the block of a T5,
+    not the layer within it. The index over an encoder and a decoder is that of :class:`Depth`.
 
     Args:
         name: a parameter's name.
 
     Returns:
-        The index, or None for what lies outside the blocks (embeddings, last normalisation, projection).
+        The index, or None for what is outside the blocks (embeddings, last normalisation, projection).
 
     Examples:
         >>> block_of("transformer.resblocks.3.attn.in_proj_weight")
@@ -51,6 +151,8 @@ def block_of(name: str) -> int | None:
         2
         >>> block_of("layer4.0.conv1.weight")
         3
+        >>> block_of("encoder.block.11.layer.1.DenseReluDense.wi.weight")
+        11
         >>> block_of("ln_post.weight") is None
         True
     """
@@ -58,15 +160,10 @@ def block_of(name: str) -> int | None:
     return None if found is None else found[0]
 
 
-def number_of_blocks(names: Iterable[str]) -> int:
-    """Return the number of blocks L of a model: one more than the largest index, 0 without any block."""
-    return 1 + max((index for index in map(block_of, names) if index is not None), default=-1)
-
-
 def is_after_blocks(name: str) -> bool:
     """Whether a parameter outside the blocks acts on their output: last normalisation, pooling, projection, head.
 
-    A name without such a component is taken to lie before them (embeddings, stem). The order of a network's parameters
+    A name without such a component is taken to be before them (embeddings, stem). The order of a network's parameters
     is no guide: open_clip registers ``proj`` first.
 
     Examples:
@@ -77,14 +174,15 @@ def is_after_blocks(name: str) -> bool:
         >>> is_after_blocks("trunk.blocks.11.norm.weight")
         False
     """
-    first = next((part for part in name.split(".") if part in _BEFORE_BLOCKS or part in _BEHIND_BLOCKS), None)
-    return first in _BEHIND_BLOCKS and block_of(name) is None
+    first = next((part for part in name.split(".") if part in _BEFORE_BLOCKS or part in _AFTER_BLOCKS), None)
+    after = first in _AFTER_BLOCKS or (first is None and _STACK_NORM.search(name) is not None)
+    return after and block_of(name) is None
 
 
 def is_attention(name: str) -> bool:
     """Whether a parameter is a weight or bias of a query, key, value or output projection inside a block.
 
-    Normalisations, scales and position tables within the attention are not, nor is a pooling attention behind the
+    Normalisations, scales and position tables within the attention are not, nor is a pooling attention after the
     blocks.
 
     Examples:
@@ -98,7 +196,7 @@ def is_attention(name: str) -> bool:
 
 def is_mlp(name: str) -> bool:
     """Whether a parameter is a weight or bias of the feed-forward part of a block, e.g. ``…3.mlp.c_fc.weight``."""
-    return _is_linear_of(name, _MLP)
+    return _is_linear_of(name, _MLP, _MLP_OF_BLOCK)
 
 
 def is_bias(name: str) -> bool:
@@ -112,7 +210,8 @@ def _find_block(parts: list[str]) -> tuple[int, int] | None:
     for position, part in enumerate(parts):
         if part in _BEFORE_BLOCKS:
             return None
-        if part in _LISTS and position + 1 < len(parts) and parts[position + 1].isdecimal():
+        of_stack = part == "block" and position > 0 and parts[position - 1] in _STACKS
+        if (part in _LISTS or of_stack) and position + 1 < len(parts) and parts[position + 1].isdecimal():
             return int(parts[position + 1]), position + 2
         if stage := _RESNET_STAGE.match(part):
             return int(stage[1]) - 1, position + 1
@@ -121,18 +220,27 @@ def _find_block(parts: list[str]) -> tuple[int, int] | None:
     return None
 
 
-def _is_linear_of(name: str, owners: frozenset[str]) -> bool:
+def _in_decoder(name: str) -> bool:
+    parts = name.split(".")
+    found = _find_block(parts)
+    return "decoder" in (parts if found is None else parts[: found[1]])
+
+
+def _is_linear_of(name: str, owners: frozenset[str], of_block: frozenset[str] = frozenset()) -> bool:
     parts = name.split(".")
     found = _find_block(parts)
     if found is None:
         return False
     inside = parts[found[1] :]
-    owner = next((position for position, part in enumerate(inside) if part in owners), None)
+    if inside and inside[0] in of_block:
+        owner: int | None = 0
+    else:
+        owner = next((position for position, part in enumerate(inside) if part in owners), None)
     if owner is None:
         return False
     rest = inside[owner + 1 :]
     return (
         bool(rest)
         and _WEIGHT_OR_BIAS.search(rest[-1]) is not None
-        and not any(_NORM.search(part.lower()) for part in rest)
+        and not any(_NO_PROJECTION.search(part.lower()) for part in rest)
     )

@@ -5,8 +5,19 @@ from __future__ import annotations
 import open_clip
 import pytest
 import torch
+import transformers
 
-from lit_merge.naming import block_of, is_after_blocks, is_attention, is_bias, is_mlp, number_of_blocks
+from lit_merge.errors import StructureMismatchError
+from lit_merge.naming import (
+    Depth,
+    block_of,
+    depth_labels,
+    is_after_blocks,
+    is_attention,
+    is_bias,
+    is_mlp,
+    number_of_blocks,
+)
 
 TEXT = {"context_length": 4, "vocab_size": 8, "width": 8, "heads": 1, "layers": 1}
 
@@ -33,6 +44,10 @@ def names_of(vision):
         ("layer1.0.conv1.weight", 0),
         ("layer4.2.downsample.1.bias", 3),
         ("h.4.attn.weight", 4),
+        ("encoder.block.11.layer.1.DenseReluDense.wi_0.weight", 11),
+        ("decoder.block.3.layer.0.SelfAttention.q.weight", 3),
+        ("segformer.encoder.block.2.5.attention.self.query.weight", 2),
+        ("model.decoder.layers.2.encoder_attn.k_proj.weight", 2),
         # outside the blocks, or only looking as if inside
         ("conv1.weight", None),
         ("class_embedding", None),
@@ -45,6 +60,7 @@ def names_of(vision):
         ("vit.embeddings.patch_embeddings.backbone.bit.encoder.stages.0.layers.0.conv1.weight", None),
         ("myblocks.3.weight", None),
         ("blocks.weight", None),
+        ("features.1.0.block.0.weight", None),
         ("blocks", None),
         ("blocks.-1.weight", None),
         ("blocks.3a.weight", None),
@@ -111,6 +127,9 @@ def test_the_four_sets_of_linear_parameters_of_a_vit():
         "attn_pool.attn.in_proj_weight",
         "attn.in_proj_weight",
         "encoder.layer.0.attention.output.LayerNorm.weight",
+        "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight",
+        "encoder.layers.0.blocks.0.attention.self.continuous_position_bias_mlp.0.weight",
+        "encoder.layer.0.attention.self.distance_embedding.weight",
     ],
 )
 def test_what_is_no_attention_projection(name):
@@ -208,3 +227,65 @@ def test_a_prefix_changes_nothing():
         assert is_after_blocks(f"{prefix}proj")
         assert not is_after_blocks(f"{prefix}ln_pre.weight")
         assert not is_after_blocks(f"{prefix}patch_embed.norm.weight")
+
+
+def encoder_decoder(kind):
+    """The parameters of a network with 3 encoder blocks and 2 decoder blocks, in the order of the modules."""
+    if kind == "T5":
+        config = transformers.T5Config(d_model=8, d_kv=4, d_ff=8, num_layers=3, num_decoder_layers=2, vocab_size=8)
+        network = transformers.T5ForConditionalGeneration
+    elif kind == "Whisper":
+        config = transformers.WhisperConfig(d_model=12, encoder_layers=3, decoder_layers=2)
+        network = transformers.WhisperForConditionalGeneration
+    else:
+        config = getattr(transformers, f"{kind}Config")(d_model=16, encoder_layers=3, decoder_layers=2)
+        network = getattr(transformers, f"{kind}ForSequenceClassification")
+    with torch.device("meta"):
+        return [name for name, _ in network(config).named_parameters()]
+
+
+@pytest.mark.parametrize("kind", ["T5", "Bart", "MBart", "Whisper"])
+def test_the_blocks_of_a_decoder_come_after_those_of_the_encoder(kind):
+    names = encoder_decoder(kind)
+    depth = Depth(names)
+    assert depth.blocks == number_of_blocks(names) == 5
+    for name in names:
+        number = next((int(part) for part in name.split(".") if part.isdecimal()), None)
+        if number is not None:
+            assert depth.block(name) == depth.position(name) == number + (3 if ".decoder." in f".{name}" else 0)
+            assert depth.label(name) == f"block {depth.block(name)}"
+        elif "encoder.final_layer_norm" in name or "encoder.layer_norm" in name:
+            assert depth.label(name) == "block 2"
+        elif "head" in name or "decoder.final_layer_norm" in name or "decoder.layer_norm" in name:
+            assert depth.label(name) == "head"
+        else:
+            assert any(word in name for word in ("embed", "shared", "conv"))
+            assert depth.label(name) == "embedding"
+    # Four projections of self-attention in every block, and four of cross-attention in the decoder's; two of the MLP.
+    assert sum(is_attention(name) and not is_bias(name) for name in names) == 4 * 3 + 8 * 2
+    assert sum(is_mlp(name) and not is_bias(name) for name in names) == 2 * 5
+    assert not any(is_attention(name) and is_mlp(name) for name in names)
+
+
+def test_two_encoders_share_their_depths_and_a_decoder_alone_starts_at_0():
+    names = ["vision_model.encoder.layers.11.w", "text_model.encoder.layers.11.w", "text_model.final_layer_norm.w"]
+    assert [Depth(names).position(name) for name in names] == [11, 11, 12]
+    names = ["model.decoder.layers.0.fc1.weight", "model.decoder.layers.1.w", "model.decoder.embed_tokens.weight"]
+    assert [Depth(names).position(name) for name in names] == [0, 1, -1]
+    names = [
+        "encoder.encoder.layer.1.w",
+        "encoder.pooler.dense.weight",
+        "decoder.transformer.h.1.w",
+        "decoder.lm_head.w",
+    ]
+    assert [Depth(names).position(name) for name in names] == [1, 1, 3, 4]
+
+
+def test_depth_without_blocks_and_of_unknown_names():
+    depth = Depth(["a.weight", "head.weight"])
+    assert depth.blocks == 0
+    assert depth.block("head.weight") is None
+    assert [depth.label(name) for name in ("a.weight", "head.weight")] == ["embedding", "head"]
+    assert depth_labels(2) == ("embedding", "block 0", "block 1", "head")
+    with pytest.raises(StructureMismatchError, match=r"b\.weight: expected one of the 2 parameters whose"):
+        depth.position("b.weight")

@@ -1,4 +1,10 @@
-"""What ``lit-merge inspect`` does: say what a file holds, without loading a model."""
+"""Say what a file of vectors, weights or coefficients holds.
+
+Examples:
+  lit-merge inspect runs/digits/task_vector.safetensors
+  lit-merge inspect merged.safetensors --verify true
+  lit-merge inspect checkpoint.pt --as_json true
+"""
 
 from __future__ import annotations
 
@@ -16,7 +22,7 @@ from torch import Tensor
 
 from lit_merge.files.lazy import LazyMapping
 from lit_merge.files.store import CONTENT_KEY
-from lit_merge.naming import block_of, is_after_blocks
+from lit_merge.naming import Depth
 from lit_merge.vectors.coefficient_files import FORMAT as COEFFICIENTS
 from lit_merge.vectors.coefficients import Coefficients
 from lit_merge.vectors.task_vector import FORMAT as TASK_VECTOR
@@ -26,16 +32,18 @@ if TYPE_CHECKING:
 
 __all__ = ["BlockSummary", "Inspection", "inspect", "summarise_blocks"]
 
-_BEFORE, _BEHIND = "before the blocks", "behind the blocks"
+POSITIONAL = ("path",)
+
+_BEFORE, _AFTER = "before the blocks", "after the blocks"
 _SHOWN = 240  # characters of a header entry in the table
 
 
 @dataclass(frozen=True)
 class BlockSummary:
-    """The tensors of one block, or of what lies before or behind the blocks.
+    """The tensors of one block, or of what is before or after the blocks.
 
     Attributes:
-        block: ``"0"``, ``"1"`` …, or where it lies.
+        block: ``"0"``, ``"1"`` …, or where it is.
         tensors: how many.
         entries: of all of them.
         floating: how many of these are floating-point numbers, which the following are about.
@@ -131,13 +139,16 @@ def summarise_blocks(tensors: LazyMapping) -> list[BlockSummary]:
     Returns:
         One summary per block in order, those outside the blocks first and last.
     """
-    found: dict[str, BlockSummary] = {}
+    depth = Depth(tensors)
+    labels = {-1: _BEFORE, depth.blocks: _AFTER}
+    found: dict[int, BlockSummary] = {}
     for name in tensors:
-        one = found.setdefault(_place(name), BlockSummary(_place(name), 0, 0, 0, 0.0, 0.0, 0, 0))
-        found[one.block] = replace(one, tensors=one.tensors + 1, entries=one.entries + tensors.shape(name).numel())
+        position = depth.position(name)
+        one = found.get(position) or BlockSummary(labels.get(position, str(position)), 0, 0, 0, 0.0, 0.0, 0, 0)
+        found[position] = replace(one, tensors=one.tensors + 1, entries=one.entries + tensors.shape(name).numel())
     for name, piece in tensors.stream([name for name in tensors if tensors.dtype(name).is_floating_point]):
-        found[_place(name)] = _with_piece(found[_place(name)], piece)
-    return sorted(found.values(), key=lambda one: _order(one.block))
+        found[depth.position(name)] = _with_piece(found[depth.position(name)], piece)
+    return [found[position] for position in sorted(found)]
 
 
 def _with_piece(one: BlockSummary, piece: Tensor) -> BlockSummary:
@@ -153,15 +164,6 @@ def _with_piece(one: BlockSummary, piece: Tensor) -> BlockSummary:
         zeros=one.zeros + count - int(torch.count_nonzero(values)),
         not_finite=one.not_finite + piece.numel() - count,
     )
-
-
-def _place(name: str) -> str:
-    block = block_of(name)
-    return str(block) if block is not None else (_BEHIND if is_after_blocks(name) else _BEFORE)
-
-
-def _order(place: str) -> tuple[int, int]:
-    return {_BEFORE: (0, 0), _BEHIND: (2, 0)}.get(place) or (1, int(place))
 
 
 def _inspected(path: str | os.PathLike[str], verify: bool) -> Inspection:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lit_merge.metrics.depth import DepthMetric, place_of
+from lit_merge.metrics.depth import DepthMetric
 from lit_merge.metrics.plotting import figure_and_axes
 from lit_merge.vectors import TaskVectors
 
@@ -88,9 +88,9 @@ class CosineMatrix(DepthMetric):
         Raises:
             StructureMismatchError: there are not T vectors, or more blocks than were announced.
         """
-        self._check(vectors)
+        row = self._rows(vectors)
         for name, size, found in vectors.over_chunks(_products, names):
-            place = place_of(name, self.blocks)
+            place = row(name)
             self.products[place] += found.to(self.products)
             self.elements[place] += size
 
@@ -156,14 +156,14 @@ class NormByDepth(DepthMetric):
             StructureMismatchError: there are not T vectors, or more blocks than were announced.
             ConfigurationError: the norms are to be relative, and the vectors have no base.
         """
-        self._check(vectors)
+        row = self._rows(vectors)
         base = vectors.base if self.relative else {}
         for name, size, found in vectors.over_chunks(_squares, names):
-            place = place_of(name, self.blocks)
+            place = row(name)
             self.squares[place] += found.to(self.squares)
             self.elements[place] += size
         for name in (vectors.names if names is None else names) if self.relative else ():
-            self.base_squares[place_of(name, self.blocks)] += _square_sum(base[name]).to(self.base_squares)
+            self.base_squares[row(name)] += _square_sum(base[name]).to(self.base_squares)
 
     def compute(self) -> Tensor:
         """``[1 + P, T]`` in float64: of the whole vectors, then of every place; NaN without parameters there."""

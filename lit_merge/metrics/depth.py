@@ -1,46 +1,24 @@
-"""Measures of task vectors at every depth of the network: what they share."""
+"""Measures of task vectors at every depth of the network: what they have in common."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torchmetrics import Metric
 
 from lit_merge.errors import ConfigurationError, StructureMismatchError
-from lit_merge.naming import block_of, is_after_blocks
+from lit_merge.naming import Depth, depth_labels
 from lit_merge.vectors import TaskVectors
 
-__all__ = ["DepthMetric", "place_names", "place_of"]
-
-
-def place_of(name: str, blocks: int) -> int:
-    """Where a parameter lies: 0 before the blocks, 1 … L in block 0 … L − 1, L + 1 behind them; 0 without blocks.
-
-    Raises:
-        StructureMismatchError: it belongs to a block that the network does not have.
-    """
-    block = block_of(name)
-    if block is None:
-        return blocks + 1 if blocks and is_after_blocks(name) else 0
-    if block >= blocks:
-        raise StructureMismatchError(
-            f"{name}: expected a parameter of a network with {blocks} blocks, got one of block {block}. "
-            "Give the number of blocks of the whole network."
-        )
-    return block + 1
-
-
-def place_names(blocks: int) -> tuple[str, ...]:
-    """What the places of :func:`place_of` are called: ``embedding``, ``block 0``, …, ``head``."""
-    return ("embedding", *(f"block {block}" for block in range(blocks)), "head") if blocks else ("parameters",)
+__all__ = ["DepthMetric"]
 
 
 class DepthMetric(Metric):
     """A measure of T task vectors that adds up over their parameters: of all of them, and of every block.
 
-    Its states have a row for each of the P places of the network, so that parameters may come in any order, in several
-    updates, and from several processes that have some of them each.
+    Its states have a row for each of the P positions in the network's depth, so that parameters may come in any order,
+    in several updates, and from processes that have some of them each: as views of the vectors of a whole network.
 
     Args:
         tasks: the T tasks.
@@ -66,11 +44,29 @@ class DepthMetric(Metric):
                 f"and {blocks}. Use vectors.tasks and number_of_blocks(vectors.model_names)."
             )
         self.tasks, self.blocks = tuple(tasks), blocks
-        self.places = ("whole", *place_names(blocks))
+        self.places = ("whole", *(depth_labels(blocks) if blocks else ("parameters",)))
 
-    def _check(self, vectors: TaskVectors) -> None:
+    def _rows(self, vectors: TaskVectors) -> Callable[[str], int]:
+        """Where a parameter counts: 0 before the blocks, 1 … L in block 0 … L − 1, L + 1 after them; 0 without blocks.
+
+        Raises:
+            StructureMismatchError: there are not T vectors, or more blocks than were announced.
+        """
         if len(vectors.tasks) != len(self.tasks):
             raise StructureMismatchError(
                 f"{type(self).__name__}: expected {len(self.tasks)} task vectors, got {len(vectors.tasks)}. "
                 "Give the same ones in every update."
             )
+        depth = Depth(vectors.model_names)
+        if depth.blocks > self.blocks:
+            raise StructureMismatchError(
+                f"{type(self).__name__}: expected a network with {self.blocks} blocks, got one with {depth.blocks}. "
+                "Give the number of blocks of the whole network."
+            )
+
+        def row(name: str) -> int:
+            position = depth.position(name)
+            after = position == depth.blocks  # of what these vectors have, perhaps not the whole network
+            return 0 if not self.blocks else self.blocks + 1 if after else position + 1
+
+        return row

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lit_merge.metrics.depth import DepthMetric, place_of
+from lit_merge.metrics.depth import DepthMetric
 from lit_merge.metrics.plotting import figure_and_axes
 from lit_merge.vectors import TaskVectors
 
@@ -101,9 +101,9 @@ class SignConflict(DepthMetric):
         Raises:
             StructureMismatchError: there are not T vectors, or more blocks than were announced.
         """
-        self._check(vectors)
+        row = self._rows(vectors)
         for name, counts in vectors.over_chunks(_counts, names):
-            place = place_of(name, self.blocks)
+            place = row(name)
             for state, found in zip((self.both, self.differing, self.elements), counts, strict=True):
                 state[place] += found.to(state)
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from numbers import Real
 
 from lit_merge.errors import ConfigurationError, first_few
-from lit_merge.naming import block_of, is_after_blocks, number_of_blocks
+from lit_merge.naming import Depth
 
 __all__ = ["ExpLR", "LinLR", "Rates"]
 
@@ -17,9 +17,9 @@ __all__ = ["ExpLR", "LinLR", "Rates"]
 class Rates(ABC):
     """A factor of the peak learning rate for every parameter; subclasses implement :meth:`factor`.
 
-    What lies before the blocks (embeddings, stem) moves as the first block does, what lies behind them (last
-    normalisation, pooling, projection) as the last. Blocks are the outermost numbered list: of a ConvNeXt or ResNet,
-    its stages.
+    What is before the blocks (embeddings, stem) moves as the first block does, what is after them (last normalisation,
+    pooling, projection) as the last. Blocks are those of :class:`lit_merge.naming.Depth`: of a ConvNeXt or ResNet its
+    stages, of an encoder and a decoder the encoder's first.
     """
 
     def __call__(self, names: Iterable[str]) -> dict[str, float]:
@@ -35,18 +35,14 @@ class Rates(ABC):
             ConfigurationError: the network has no blocks.
         """
         names = tuple(names)
-        last = number_of_blocks(names) - 1
+        depth = Depth(names)
+        last = depth.blocks - 1
         if last < 0:
             raise ConfigurationError(
                 f"{self!r}: expected a network with numbered blocks, got {len(names)} parameters without"
                 f"{f' ({first_few(names)})' if names else ''}. Train it at one learning rate."
             )
-
-        def depth(name: str) -> int:
-            block = block_of(name)
-            return block if block is not None else last if is_after_blocks(name) else 0
-
-        return {name: self.factor(depth(name), last) for name in names}
+        return {name: self.factor(min(max(depth.position(name), 0), last), last) for name in names}
 
     @abstractmethod
     def factor(self, block: int, last: int) -> float:

@@ -19,7 +19,7 @@ from numbers import Real
 from typing import Literal
 
 from lit_merge.errors import ConfigurationError, first_few
-from lit_merge.naming import block_of, is_after_blocks, is_attention, is_bias, is_mlp, number_of_blocks
+from lit_merge.naming import Depth, is_attention, is_bias, is_mlp
 
 __all__ = ["All", "Attention", "LastBlocks", "Matching", "Selection"]
 
@@ -67,7 +67,7 @@ class All(Selection):
 class Attention(Selection):
     """Linear layers of the transformer blocks (Jin et al. 2024, "Fine-Tuning Attention Modules Only").
 
-    Normalisations, embeddings and what lies outside the blocks, a pooling attention too, stay as they are.
+    Normalisations, embeddings and what is outside the blocks, a pooling attention too, stay as they are.
 
     Args:
         paradigm: 1 for the weights of the query, key, value and output projections, which is the paper's method;
@@ -101,16 +101,17 @@ class Attention(Selection):
 
 @dataclass(frozen=True)
 class LastBlocks(Selection):
-    """The last blocks of a network, and what lies behind them.
+    """The last blocks of a network, and what is after them.
 
     HalfFT and LastFT of the LiNeS paper (Wang et al. 2025) are ``LastBlocks(fraction=0.5)``, the first half of the
-    blocks frozen, and ``LastBlocks(count=1, behind=False)``. What lies before the blocks never trains. Blocks are the
-    outermost numbered list: of a ConvNeXt or ResNet, its stages.
+    blocks frozen, and ``LastBlocks(count=1, behind=False)``. What is before the blocks never trains. Blocks are
+    those of :class:`lit_merge.naming.Depth`: of a ConvNeXt or ResNet its stages, of an encoder and a decoder the
+    encoder's first.
 
     Args:
         count: how many blocks, from 1 to the network's number L.
-        fraction: share of the blocks in (0, 1]; of L blocks, the first L (1 − fraction), rounded down, are frozen.
-        behind: whether the parameters behind the blocks (last normalisation, pooling, projection) train too.
+        fraction: fraction of the blocks in (0, 1]; of L blocks, the first L (1 − fraction), rounded down, are frozen.
+        behind: whether the parameters after the blocks (last normalisation, pooling, projection) train too.
 
     Raises:
         ConfigurationError: both or neither of count and fraction are given, or out of range; when called, the network
@@ -138,7 +139,8 @@ class LastBlocks(Selection):
 
     def selects(self, names: Sequence[str]) -> Callable[[str], object]:
         """Names from the first trained block on."""
-        blocks = number_of_blocks(names)
+        depth = Depth(names)
+        blocks = depth.blocks
         if not blocks:
             raise ConfigurationError(
                 f"LastBlocks: expected a network with numbered blocks, got {_count(names)} without. "
@@ -149,18 +151,13 @@ class LastBlocks(Selection):
                 f"LastBlocks.count: expected at most {blocks}, the network's number of blocks, got {self.count}. "
                 "Lower it."
             )
-        frozen = blocks - self.count if self.count is not None else self._frozen_share(blocks)
-
-        def selected(name: str) -> bool:
-            block = block_of(name)
-            return block >= frozen if block is not None else self.behind and is_after_blocks(name)
-
-        return selected
-
-    def _frozen_share(self, blocks: int) -> int:
-        assert self.fraction is not None
-        # 10 * (1 - 0.9) is a little less than 1.
-        return min(math.floor(blocks * (1 - self.fraction) + 1e-9), blocks - 1)
+        if self.count is not None:
+            frozen = blocks - self.count
+        else:
+            assert self.fraction is not None
+            frozen = min(math.floor(blocks * (1 - self.fraction) + 1e-9), blocks - 1)  # 10 (1 − 0.9) is less than 1
+        end = blocks if self.behind else blocks - 1
+        return lambda name: frozen <= depth.position(name) <= end
 
 
 @dataclass(frozen=True)

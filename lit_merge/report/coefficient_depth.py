@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lit_merge.naming import block_of, is_after_blocks, number_of_blocks
+from lit_merge.naming import Depth, depth_labels
 from lit_merge.vectors.coefficients import Coefficients
 
 __all__ = ["DepthMeans", "depth_means", "group_places", "lines_fit"]
@@ -15,12 +15,13 @@ __all__ = ["DepthMeans", "depth_means", "group_places", "lines_fit"]
 
 @dataclass(frozen=True, eq=False)
 class DepthMeans:
-    """The mean coefficient of every task at every place of a network, its groups counting alike.
+    """The mean coefficient of every task at every position in a network's depth, its groups counting alike.
 
     Attributes:
         values: float64 ``(T, D)``.
         tasks: the T tasks.
-        places: the D places from the input to the output: -1 before the blocks, the block's index, L behind them.
+        places: the D positions of :class:`lit_merge.naming.Depth`: -1 before the blocks, the block's index, L after
+            them.
         blocks: their number L.
     """
 
@@ -31,26 +32,24 @@ class DepthMeans:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """What the places are called: ``embedding``, ``block 0``, …, ``head``."""
-        outside = {-1: "embedding", self.blocks: "head"}
-        return tuple(outside.get(place, f"block {place}") for place in self.places)
+        """What the positions are called: ``embedding``, ``block 0``, …, ``head``."""
+        labels = depth_labels(self.blocks)
+        return tuple(labels[place + 1] for place in self.places)
 
 
 def group_places(coefficients: Coefficients) -> dict[str, int] | None:
-    """The place of every group, as in :attr:`DepthMeans.places`.
+    """The position of every group, as in :attr:`DepthMeans.places`.
 
     Returns:
-        Group -> place; None if a group lies at several depths, as the only one of task-wise coefficients does, or if
-        the network has no blocks.
+        Group -> position; None if a group has several, as the only one of task-wise coefficients does, or if the
+        network has no blocks.
     """
-    blocks = number_of_blocks(coefficients.members)
+    depth = Depth(coefficients.members)
     places: dict[str, int] = {}
     for name, group in coefficients.members.items():
-        block = block_of(name)
-        place = block if block is not None else blocks if is_after_blocks(name) else -1
-        if places.setdefault(group, place) != place:
+        if places.setdefault(group, depth.position(name)) != depth.position(name):
             return None
-    return places if blocks else None
+    return places if depth.blocks else None
 
 
 def depth_means(coefficients: Coefficients) -> DepthMeans | None:
@@ -61,13 +60,13 @@ def depth_means(coefficients: Coefficients) -> DepthMeans | None:
     of_groups = torch.tensor([places[group] for group in coefficients.groups])
     present = sorted(set(of_groups.tolist()))
     values = torch.stack([coefficients.values[:, of_groups == place].mean(1) for place in present], dim=1)
-    return DepthMeans(values, coefficients.tasks, tuple(present), number_of_blocks(coefficients.members))
+    return DepthMeans(values, coefficients.tasks, tuple(present), Depth(coefficients.members).blocks)
 
 
 def lines_fit(means: DepthMeans) -> tuple[float, float] | None:
     """The line ``α + β · ℓ / (L − 1)`` of LiNeS (Wang et al. 2025, eq. 3) through the means over the tasks.
 
-    It is the least-squares line over the blocks; what lies outside of them does not count.
+    It is the least-squares line over the blocks; what is outside of them does not count.
 
     Returns:
         Its ends ``(α, α + β)``, at the first and at the last block; None with less than two blocks.

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lit_merge.errors import ConfigurationError
-from lit_merge.naming import block_of, number_of_blocks
+from lit_merge.naming import Depth
 from lit_merge.transforms.base import Transform, finite_number
 from lit_merge.transforms.reduce import Sum
 from lit_merge.vectors import TaskVectors
@@ -49,13 +49,13 @@ class ScaleBlocks(Transform):
 
     def __call__(self, vectors: TaskVectors) -> TaskVectors:
         """Scale every stack ``(T, *shape)``."""
-        count = _blocks_of(self, vectors)
-        if count != len(self.coefficients):
+        depth = _depth_of(self, vectors)
+        if depth.blocks != len(self.coefficients):
             raise ConfigurationError(
-                f"ScaleBlocks.coefficients: expected one per block ({count}), got {len(self.coefficients)}. "
+                f"ScaleBlocks.coefficients: expected one per block ({depth.blocks}), got {len(self.coefficients)}. "
                 "Give as many as the network has blocks."
             )
-        return vectors.map_elements(partial(_scaled_by_block, tuple(self.coefficients), self.outside), note=self)
+        return vectors.map_elements(partial(_scaled_by_block, depth, self.coefficients, self.outside), note=self)
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,8 @@ class LiNeS(Transform):
 
     For one task, ``α`` is chosen and ``β = 1 − α``. For several, ``alpha="norm_ratio"`` is the paper's
     ``α = (‖Σ_t τ_t‖₁ / ‖τ‖₁) / T``, where τ is the merged vector that the transform is applied to and τ_t are the
-    inputs of the chain, and β is searched. It follows any other transform.
+    inputs of the chain, and β is searched. It follows any other transform. Blocks are those of
+    :class:`lit_merge.naming.Depth`: of an encoder and a decoder the encoder's first.
 
     Args:
         alpha: the factor of the first block; or ``norm_ratio``, which takes one more pass over the inputs and one over
@@ -98,10 +99,10 @@ class LiNeS(Transform):
 
     def __call__(self, vectors: TaskVectors) -> TaskVectors:
         """Scale every stack ``(T, *shape)``."""
-        blocks = _blocks_of(self, vectors)
+        depth = _depth_of(self, vectors)
         if self.alpha != "norm_ratio":
             assert not isinstance(self.alpha, str)
-            function = partial(_lines, self, blocks, self.alpha)
+            function = partial(_lines, self, depth, self.alpha)
             return vectors.map_elements(function, note=self)
         if len(vectors.tasks) != 1:
             raise ConfigurationError(
@@ -110,7 +111,7 @@ class LiNeS(Transform):
             )
         reads = vectors.inputs.walk + vectors.walk
         ratio = Statistic("LiNeS: ratio of norms", reads, partial(_norm_ratio, vectors))
-        return vectors.map_elements(partial(_lines, self, blocks, ratio), note=self, statistics=[ratio])
+        return vectors.map_elements(partial(_lines, self, depth, ratio), note=self, statistics=[ratio])
 
     def factors(self, blocks: int, alpha: float) -> list[float]:
         """The factor of each block, the first one first.
@@ -124,28 +125,30 @@ class LiNeS(Transform):
         return [alpha + beta * grow(index / (blocks - 1) if blocks > 1 else 1.0) for index in range(blocks)]
 
 
-def _blocks_of(transform: Transform, vectors: TaskVectors) -> int:
-    blocks = number_of_blocks(vectors.model_names)
-    if not blocks:
+def _depth_of(transform: Transform, vectors: TaskVectors) -> Depth:
+    depth = Depth(vectors.model_names)
+    if not depth.blocks:
         name = type(transform).__name__
         raise ConfigurationError(
             f"{name}: expected parameters in numbered blocks, such as blocks.3.mlp.weight, got none among "
             f"{len(vectors)} names. Use another transform for this network."
         )
-    return blocks
+    return depth
 
 
-def _scaled_by_block(factors: tuple[float, ...], outside: float, name: str, start: int, chunk: Tensor) -> Tensor:
-    block = block_of(name)
+def _scaled_by_block(
+    depth: Depth, factors: Sequence[float], outside: float, name: str, start: int, chunk: Tensor
+) -> Tensor:
+    block = depth.block(name)
     return chunk.mul_(outside if block is None else factors[block])
 
 
 def _lines(
-    transform: LiNeS, blocks: int, alpha: float | Statistic[float], name: str, start: int, chunk: Tensor
+    transform: LiNeS, depth: Depth, alpha: float | Statistic[float], name: str, start: int, chunk: Tensor
 ) -> Tensor:
     first = alpha() if isinstance(alpha, Statistic) else alpha
     outside = first if transform.outside is None else transform.outside
-    return _scaled_by_block(tuple(transform.factors(blocks, first)), outside, name, start, chunk)
+    return _scaled_by_block(depth, transform.factors(depth.blocks, first), outside, name, start, chunk)
 
 
 def _norm_ratio(vectors: TaskVectors) -> float:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lit_merge.errors import ConfigurationError, first_few
-from lit_merge.naming import block_of, number_of_blocks
+from lit_merge.naming import Depth
 from lit_merge.transforms.base import Transform, check_transform, whole_number
 from lit_merge.vectors import TaskVectors
 
@@ -22,7 +22,8 @@ class Override:
     Args:
         transform: what is applied to them.
         names: a regular expression that is searched for in the parameters' names.
-        blocks: indices of blocks, from 0. With both, a parameter must fit both.
+        blocks: indices of blocks, from 0, as :class:`lit_merge.naming.Depth` counts them. With both, a
+            parameter must fit both.
 
     Raises:
         ConfigurationError: neither names nor blocks are given, or the transform, the expression or an index is none.
@@ -51,10 +52,10 @@ class Override:
                 whole_number("Override.blocks", index, minimum=0)
             object.__setattr__(self, "blocks", tuple(self.blocks))
 
-    def selects(self, name: str) -> bool:
-        """Whether a parameter is meant."""
+    def selects(self, name: str, depth: Depth) -> bool:
+        """Whether a parameter of a network is meant."""
         by_name = self.names is None or re.search(self.names, name) is not None
-        return by_name and (self.blocks is None or block_of(name) in self.blocks)
+        return by_name and (self.blocks is None or depth.block(name) in self.blocks)
 
 
 @dataclass(frozen=True)
@@ -87,24 +88,24 @@ class WithOverrides(Transform):
 
     def __call__(self, vectors: TaskVectors) -> TaskVectors:
         """Apply each part to its own parameters."""
-        count = number_of_blocks(vectors.model_names)
+        depth = Depth(vectors.model_names)
         left = list(vectors)
         views = []
         for override in self.overrides:
-            beyond = [index for index in override.blocks or () if index >= count]
+            beyond = [index for index in override.blocks or () if index >= depth.blocks]
             if beyond:
                 raise ConfigurationError(
-                    f"Override.blocks: expected indices below the number of blocks ({count}), got {first_few(beyond)}. "
-                    "Correct them."
+                    f"Override.blocks: expected indices below the number of blocks ({depth.blocks}), got "
+                    f"{first_few(beyond)}. Blocks are counted from 0."
                 )
-            meant = [name for name in left if override.selects(name)]
+            meant = [name for name in left if override.selects(name, depth)]
             if not meant:
                 raise ConfigurationError(
                     f"Override: expected at least one parameter for {override!r}, got none of {len(vectors)} "
                     f"(such as {first_few(vectors, 2)}). Correct the pattern, or the order of the overrides."
                 )
             views.append(override.transform(vectors.restrict(meant)))
-            left = [name for name in left if not override.selects(name)]
+            left = [name for name in left if not override.selects(name, depth)]
         if left:
             views.append(self.transform(vectors.restrict(left)))
         return vectors.united(views, note=self)

@@ -17,7 +17,7 @@ from lit_merge.errors import (
     StructureMismatchError,
     first_few,
 )
-from lit_merge.naming import block_of, number_of_blocks
+from lit_merge.naming import Depth
 from lit_merge.params import is_finite
 from lit_merge.vectors.coefficient_files import OWN_ENTRIES, read_coefficients, write_coefficients
 from lit_merge.vectors.groups import Granularity, group_names
@@ -90,10 +90,10 @@ class Coefficients:
         """
         if group not in self.groups:
             raise ConfigurationError(f"group: expected one of {first_few(self.groups, 12)}, got {group!r}. Use these.")
-        blocks = {block_of(name) for name, owner in self.members.items() if owner == group}
+        depth = Depth(self.members)
+        blocks = {depth.block(name) for name, owner in self.members.items() if owner == group}
         block = blocks.pop() if len(blocks) == 1 else None
-        last = number_of_blocks(self.members) - 1
-        return None if block is None else block / last if last else 1.0
+        return None if block is None else block / (depth.blocks - 1) if depth.blocks > 1 else 1.0
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the coefficients, atomically: what was at ``path`` stays until the new file is complete.

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Literal, get_args
 
 from lit_merge.errors import ConfigurationError, first_few
-from lit_merge.naming import block_of, is_after_blocks, is_attention, is_mlp
+from lit_merge.naming import Depth, is_attention, is_mlp
 
 __all__ = ["Granularity", "group_names"]
 
@@ -38,29 +38,21 @@ def group_names(names: Sequence[str], granularity: Granularity) -> tuple[str, ..
         raise ConfigurationError(
             f"granularity: expected {', '.join(get_args(Granularity))}, got {granularity!r}. Use one of them."
         )
-    if granularity in ("block", "group") and all(block_of(name) is None for name in names):
+    if granularity == "task":
+        return ("all",) * len(names)
+    if granularity == "tensor":
+        return tuple(names)
+    depth = Depth(names)
+    if not depth.blocks:
         raise ConfigurationError(
             f"granularity {granularity}: expected parameters in numbered blocks, such as blocks.3.mlp.weight, got "
             f"{first_few(names)}. Use tensor for this network."
         )
-    group_of: dict[str, Callable[[str], str]] = {
-        "task": lambda name: "all",
-        "block": _block,
-        "tensor": lambda name: name,
-        "group": _part_of_block,
-    }
-    return tuple(map(group_of[granularity], names))
+    return tuple(_group(depth, name, granularity == "group") for name in names)
 
 
-def _block(name: str) -> str:
-    block = block_of(name)
-    if block is None:
-        return "head" if is_after_blocks(name) else "embedding"
-    return f"block {block}"
-
-
-def _part_of_block(name: str) -> str:
-    if block_of(name) is None:
-        return _block(name)
-    part = "attention" if is_attention(name) else "mlp" if is_mlp(name) else "other"
-    return f"{_block(name)} {part}"
+def _group(depth: Depth, name: str, divided: bool) -> str:
+    label = depth.label(name)
+    if not divided or depth.block(name) is None:
+        return label
+    return f"{label} {'attention' if is_attention(name) else 'mlp' if is_mlp(name) else 'other'}"

@@ -37,7 +37,7 @@ def vector(path: Path) -> Path:
 
 def test_blocks_are_what_plain_arithmetic_says(tmp_path: Path) -> None:
     found = inspect(str(vector(tmp_path / "v.safetensors")))
-    assert [one.block for one in found.blocks] == ["before the blocks", "0", "2", "10", "behind the blocks"]
+    assert [one.block for one in found.blocks] == ["before the blocks", "0", "2", "10", "after the blocks"]
     values = tensors()
     members = [[0], [1, 2], [4], [3], [5]]
     for one, places in zip(found.blocks, members, strict=True):
@@ -75,7 +75,7 @@ def test_tables_name_blocks_and_provenance(tmp_path: Path, capsys, monkeypatch) 
     monkeypatch.setenv("COLUMNS", "160")
     assert main(["inspect", str(vector(tmp_path / "v.safetensors")), "--verify", "true"]) == 0
     printed = capsys.readouterr().out
-    for expected in ("task vector", "regime", "full", "before the blocks", "behind the blocks", "zeros (%)", "all"):
+    for expected in ("task vector", "regime", "full", "before the blocks", "after the blocks", "zeros (%)", "all"):
         assert expected in printed
 
 

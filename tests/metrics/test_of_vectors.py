@@ -11,7 +11,6 @@ import torch
 import lit_merge.metrics.signs
 from lit_merge.errors import ConfigurationError, StructureMismatchError
 from lit_merge.metrics import CosineMatrix, NormByDepth, SignConflict, cosines, pairwise_products, sign_counts
-from lit_merge.metrics.depth import place_names, place_of
 from lit_merge.transforms import Trim
 from lit_merge.vectors import TaskVector, TaskVectors
 
@@ -48,15 +47,20 @@ def cosine(one, other):
     return dot / math.sqrt(math.fsum(a * a for a in one) * math.fsum(b * b for b in other))
 
 
-def test_places_are_those_of_the_names():
-    names = place_names(2)
-    assert names == ("embedding", "block 0", "block 1", "head")
-    assert {name: [n for n in SHAPES if names[place_of(n, 2)] == name] for name in names} == PLACES
-    assert place_names(0) == ("parameters",)
-    assert {place_of(name, 0) for name in ("inner.weight", "proj")} == {0}
-    message = r"blocks\.2\.w: expected a parameter of a network with 2 blocks, got one of block 2\. Give the number"
-    with pytest.raises(StructureMismatchError, match=message):
-        place_of("blocks.2.w", 2)
+def test_the_decoder_of_a_network_counts_after_its_encoder():
+    names = {
+        "encoder.block.0.w": 2.0,
+        "encoder.final_layer_norm.weight": 3.0,
+        "decoder.block.0.w": 4.0,
+        "lm_head.w": 5.0,
+    }
+    vectors = TaskVectors([TaskVector({name: torch.tensor([value]) for name, value in names.items()})])
+    metric = NormByDepth(["one"], 2)
+    for name in reversed(names):
+        metric.update(vectors.restrict([name]))
+    assert metric.places == ("whole", "embedding", "block 0", "block 1", "head")
+    assert metric.compute()[2:].flatten().tolist() == [pytest.approx(math.sqrt(13)), 4.0, 5.0]
+    assert NormByDepth(["one"]).places == ("whole", "parameters")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
@@ -175,7 +179,7 @@ def test_what_is_refused():
         message = f"{kind.__name__}: expected 2 task vectors, got 3. Give the same ones in every update."
         with pytest.raises(StructureMismatchError, match=message):
             kind(["one", "two"], 2).update(make_vectors())
-        with pytest.raises(StructureMismatchError, match="network with 1 blocks, got one of block 1"):
+        with pytest.raises(StructureMismatchError, match="network with 1 blocks, got one with 2"):
             kind(TASKS, 1).update(make_vectors())
     with pytest.raises(ConfigurationError, match="base: expected the pre-trained parameters, got none"):
         NormByDepth(TASKS, 2, relative=True).update(make_vectors())

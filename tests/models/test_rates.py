@@ -154,3 +154,10 @@ def test_configuration_files(rates):
 def test_command_line():
     parsed = parser().parse_args(["--rates=lit_merge.models.ExpLR", "--rates.base=0.8"])
     assert parser().instantiate_classes(parsed).rates == ExpLR(0.8)
+
+
+def test_the_blocks_of_a_decoder_are_deeper_than_those_of_the_encoder():
+    names = [*(f"encoder.block.{i}.layer.0.SelfAttention.q.weight" for i in (0, 1)), "encoder.final_layer_norm.weight"]
+    names += [f"decoder.block.{i}.layer.1.EncDecAttention.q.weight" for i in (0, 1, 2)]
+    names += ["decoder.embed_tokens.weight", "decoder.final_layer_norm.weight", "lm_head.weight"]
+    assert list(LinLR()(names).values()) == [0, 1 / 4, 1 / 4, 2 / 4, 3 / 4, 1, 0, 1, 1]

@@ -340,3 +340,13 @@ def test_command_line():
         parse("--trainable=lit_merge.models.Attention", "--trainable.paradigm=5")
     with pytest.raises(Exception, match="LastBlocks: expected either count or fraction, got neither"):
         parse("--trainable=lit_merge.models.LastBlocks")
+
+
+def test_the_last_blocks_of_an_encoder_and_a_decoder_are_the_decoders():
+    names = [f"encoder.block.{i}.layer.0.SelfAttention.q.weight" for i in (0, 1)]
+    names += ["encoder.final_layer_norm.weight", "decoder.embed_tokens.weight"]
+    last = ["decoder.block.0.layer.1.EncDecAttention.q.weight", "decoder.final_layer_norm.weight", "lm_head.weight"]
+    assert LastBlocks(count=1)([*names, *last]) == tuple(last)
+    assert LastBlocks(count=1, behind=False)([*names, *last]) == (last[0],)
+    assert LastBlocks(count=2)([*names, *last]) == (names[1], names[2], *last)
+    assert Attention()([*names, *last]) == (*names[:2], last[0])

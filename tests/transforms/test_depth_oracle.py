@@ -9,7 +9,19 @@ import pytest
 import torch
 
 from lit_merge.naming import block_of
-from lit_merge.transforms import DisjointMean, LiNeS, Scale, ScaleBlocks, Sum, Trim, chain, lines, ties
+from lit_merge.transforms import (
+    DisjointMean,
+    LiNeS,
+    Override,
+    Scale,
+    ScaleBlocks,
+    Sum,
+    Trim,
+    WithOverrides,
+    chain,
+    lines,
+    ties,
+)
 from lit_merge.vectors import TaskVector, TaskVectors
 
 SHAPES = {
@@ -120,3 +132,17 @@ def test_the_number_of_blocks_is_that_of_the_whole_network(vectors):
     result = LiNeS(0.0, 1.0)(part)
     torch.testing.assert_close(result["blocks.2.weight"], vectors["blocks.2.weight"] * (2 / 11))
     assert result["proj"].count_nonzero() == 0
+
+
+def test_the_decoder_of_a_t5_follows_its_encoder():
+    """L_e = 2 and L_d = 3: depths 0, 1, then 2, 3, 4."""
+    expected = {f"encoder.block.{i}.layer.1.DenseReluDense.wi.weight": i / 4 for i in (0, 1)}
+    expected |= {f"decoder.block.{i}.layer.2.DenseReluDense.wi.weight": (2 + i) / 4 for i in (0, 1, 2)}
+    expected |= {"encoder.final_layer_norm.weight": 1 / 4, "decoder.final_layer_norm.weight": 9.0, "shared.weight": 9.0}
+    vectors = TaskVectors([TaskVector({name: torch.ones(2) for name in expected}, "a")])
+    scaled = LiNeS(0.0, 1.0, outside=9.0)(vectors)
+    assert {name: scaled[name][0, 0].item() for name in expected} == expected
+    only = WithOverrides(Scale(1), [Override(Scale(5), blocks=[2, 4])])(vectors)
+    assert [name for name in expected if only[name][0, 0] == 5] == [
+        f"decoder.block.{i}.layer.2.DenseReluDense.wi.weight" for i in (0, 2)
+    ]

@@ -206,7 +206,7 @@ def test_application_refuses_overrides_that_do_not_fit(vectors):
         WithOverrides(Sum(), [Override(Sum(), blocks=[0]), Override(Sum(), names=r"blocks\.0\.attn")])(vectors)
     with pytest.raises(
         ConfigurationError,
-        match=r"Override\.blocks: expected indices below the number of blocks \(2\), got 2, 7\. Corr",
+        match=r"Override\.blocks: expected indices below the number of blocks \(2\), got 2, 7\. Blocks are",
     ):
         WithOverrides(Sum(), [Override(Sum(), blocks=[1, 2, 7])])(vectors)
     with pytest.raises(
