@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import shutil
@@ -95,6 +96,35 @@ def test_the_command_in_its_head_is_right(path: Path, capsys: pytest.CaptureFixt
             arguments = shlex.split(line)[1:]
             assert f"--config {named(path)}" in line
             assert main([*arguments, "--print_config"]) == 0, capsys.readouterr().err
+
+
+SETTINGS = yaml.safe_load((ROOT / "tests/finetune_settings.yaml").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_regime_and_a_network_make_what_one_file_was(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every setting, those of the defaults as well; the order of the files is the regime's first."""
+    one = SETTINGS[name]
+    files = [f"--config=configs/finetune/{file}.yaml" for file in one["files"]]
+    resolved = []
+    for arguments in ([*files, *one.get("options", [])], ["--config", yaml.safe_dump(one["settings"])]):
+        assert main(["fit", *arguments, "--print_config"]) == 0
+        resolved.append(yaml.safe_load(capsys.readouterr().out))
+    assert resolved[0] == resolved[1]
+
+
+def test_every_way_to_fine_tune_is_there_once() -> None:
+    finetune = {path.stem: loaded(path) for path in CONFIGS if path.parent.name == "finetune"}
+    assert set(finetune) == {file for one in SETTINGS.values() for file in one["files"]} | {
+        "clip_vit_b16",
+        "clip_vit_l14",
+    }
+    assert len({json.dumps(content, sort_keys=True) for content in finetune.values()}) == len(finetune)
+    for name, content in finetune.items():  # a network says all numbers; a regime is lit-tiny's unless one follows it
+        settings = content["model"]["init_args"]
+        assert ("model" in settings) == name.startswith("clip_")
+        assert content["trainer"].keys() >= {"max_steps", "log_every_n_steps"}
+        assert "learning_rate" in settings
 
 
 PAPERS = "clip"  # need weights and data sets: test_published_protocols.py runs them

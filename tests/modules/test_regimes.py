@@ -961,7 +961,7 @@ def test_each_configuration_trains(path, tiny, write_colours, clip_module):
     given = yaml.safe_load(path.read_text(encoding="utf-8"))
     settings = given["model"]["init_args"]
     options = [*tiny, *SHORT, "--output=R"]
-    if "task" not in given["data"]["init_args"]:
+    if given["data"]["init_args"].get("task") is None:
         options += ["--data.path", str(write_colours(Path("colours"))), "--data.workers=0"]
     if "penalty" in settings:
         options += ["--data.other_tasks=[signs, land]"]

@@ -22,7 +22,17 @@ from lit_merge.vectors import Coefficients, TaskVector
 
 ROOT = Path(__file__).parents[2]
 SUITE_FILES = sorted((ROOT / "configs/suite").glob("clip*.yaml"))
-REGIMES = sorted((ROOT / "configs/finetune/clip").glob("*.yaml"))
+REGIMES = [
+    "full",
+    "linearized",
+    "attention",
+    "exp_lr",
+    "lin_lr",
+    "half_ft",
+    "last_ft",
+    "tau_jp_cyclic",
+    "tau_jp_strict",
+]
 MODELS = {"b32": "ViT-B-32-quickgelu", "b16": "ViT-B-16-quickgelu", "l14": "ViT-L-14-quickgelu"}
 RECIPE_FILE = ROOT / "configs/suite/protocol/recipes.yaml"
 
@@ -61,18 +71,29 @@ def test_there_is_one_for_every_model_and_list_of_tasks() -> None:
         }
 
 
-@pytest.mark.parametrize("path", [*SUITE_FILES, *REGIMES], ids=lambda path: path.stem)
-def test_fine_tuning_is_the_papers(path) -> None:
-    fit = resolved("--config", str(path))["fit"] if path in SUITE_FILES else loaded(path)
+def regime_files(regime: str, suite: str) -> str:
+    """A regime's configuration and then that of a suite's network, as ``--fit`` takes them."""
+    network = suite.partition("_")[2]
+    return json.dumps([f"configs/finetune/{regime}.yaml", f"configs/finetune/clip_{network}.yaml"])
+
+
+@pytest.mark.parametrize("regime", ["", *REGIMES])
+@pytest.mark.parametrize("path", SUITE_FILES, ids=lambda path: path.stem)
+def test_fine_tuning_is_the_papers(path, regime, monkeypatch) -> None:
+    monkeypatch.chdir(ROOT)
+    given = [f"--fit={regime_files(regime, path.stem)}"] if regime else []
+    fit = resolved("--config", str(path), *given)["fit"]
     trainer, model, data = fit["trainer"], fit["model"]["init_args"], fit["data"]["init_args"]
     assert trainer["max_steps"] == 2000
     assert data["batch_size"] * trainer.get("accumulate_grad_batches", 1) == 128
     assert trainer.get("accumulate_grad_batches", 1) == (2 if "l14" in path.stem else 1)
     assert (model["learning_rate"], model["weight_decay"], model["gradient_clip"]) == (1e-5, 0.1, 1.0)
     assert model["warmup_fraction"] * trainer["max_steps"] == 200
-    if "penalty" in model:
+    assert (model["model"], model["pretrained"]) == (MODELS[path.stem.rpartition("_")[2]], "openai")
+    assert ("penalty" in model) == regime.startswith("tau_jp")
+    if "penalty" in model:  # on an eighth of the batch, however that is divided
         assert model["linearized"]
-        assert model["penalty"] == {"schedule": path.stem.removeprefix("tau_jp_"), "weight": 0.1, "batch_size": 16}
+        assert model["penalty"] == {"schedule": regime.removeprefix("tau_jp_"), "weight": 0.1}
 
 
 def test_merging_is_the_papers() -> None:
@@ -206,7 +227,7 @@ RUNS: list[tuple[str, list[str] | None, list[str], bool, str, str]] = [
 
 def test_every_file_is_run() -> None:
     assert {run[0] for run in RUNS} == {path.stem for path in SUITE_FILES}
-    assert {run[4] for run in RUNS} == {"", *(path.stem for path in REGIMES if path.stem != "full")}
+    assert {run[4] for run in RUNS} == {"", *REGIMES} - {"full"}
     assert sorted(recipe for run in RUNS for recipe in run[2]) == sorted(loaded(RECIPE_FILE))
     tasks = [task for run in RUNS for task in run[1] or SUITES["clip8"]]
     assert set(tasks) == set(SUITES["clip20"])
@@ -214,7 +235,7 @@ def test_every_file_is_run() -> None:
 
 @pytest.mark.parametrize(("suite", "tasks", "recipes", "joint", "regime", "header"), RUNS, ids=lambda value: str(value))
 def test_a_protocol_from_end_to_end(run, suite, tasks, recipes, joint, regime, header) -> None:
-    output = run(suite, tasks, recipes, joint, *([f"--fit=configs/finetune/clip/{regime}.yaml"] if regime else []))
+    output = run(suite, tasks, recipes, joint, *([f"--fit={regime_files(regime, suite)}"] if regime else []))
     results = Results.load(output / "results.json")
     chosen = tasks or SUITES["clip8"]
     assert results.tasks == tuple(chosen)
