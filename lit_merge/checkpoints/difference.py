@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lit_merge.errors import NonFiniteError, StructureMismatchError, first_few
-from lit_merge.params import check_same_structure, dtype_of, fingerprint, is_finite, shape_of, working_dtype
 from lit_merge.checkpoints.layouts.views import as_lazy
-from lit_merge.files.lazy import Computed, LazyMapping, Slicer, Structure
 from lit_merge.checkpoints.pairs import Checkpoint, Names, Pair, differing, pair_of
+from lit_merge.errors import NonFiniteError, StructureMismatchError, first_few
+from lit_merge.files.lazy import Computed, LazyMapping, Slicer, Structure
+from lit_merge.params import check_same_structure, dtype_of, fingerprint, is_finite, shape_of, working_dtype
 
 __all__ = ["Checkpoint", "DifferenceSlicer", "checkpoint_difference"]
 

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from lit_merge.errors import ConfigurationError, FileFormatError, StructureMismatchError, first_few
-from lit_merge.files.hub import local_path, parse_address
 from lit_merge.checkpoints.layouts.towers import Recognised, image_tower, recognise, whole_clip
 from lit_merge.checkpoints.pickles.torch_files import TorchFile, is_torch_file, open_torch_file
+from lit_merge.errors import ConfigurationError, FileFormatError, StructureMismatchError, first_few
+from lit_merge.files.hub import local_path, parse_address
 from lit_merge.files.lazy import LazyMapping, Selected, Slicer
 from lit_merge.files.shards import INDEX_ENDING, ShardedTensors, open_tensors
 from lit_merge.files.store import LazyTensors

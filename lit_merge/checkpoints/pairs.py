@@ -11,14 +11,14 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from lit_merge.errors import ConfigurationError, StructureMismatchError, first_few
-from lit_merge.naming import number_of_blocks
-from lit_merge.params import check_same_structure
-from lit_merge.checkpoints.opening import OpenedCheckpoint, open_checkpoint
+from lit_merge.checkpoints.layouts.linearised_towers import linearised_towers
 from lit_merge.checkpoints.layouts.towers import image_tower, recognise, written_as
 from lit_merge.checkpoints.layouts.views import as_lazy
-from lit_merge.checkpoints.layouts.linearised_towers import linearised_towers
+from lit_merge.checkpoints.opening import OpenedCheckpoint, open_checkpoint
+from lit_merge.errors import ConfigurationError, StructureMismatchError, first_few
 from lit_merge.files.lazy import Computed, LazyMapping, Selected, Slicer, Structure
+from lit_merge.naming import number_of_blocks
+from lit_merge.params import check_same_structure
 
 __all__ = ["Checkpoint", "Names", "Pair", "differing", "pair_of"]
 

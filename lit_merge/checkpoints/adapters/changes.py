@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from lit_merge.errors import NonFiniteError, StructureMismatchError, first_few
-from lit_merge.params import is_finite, working_dtype
 from lit_merge.files.lazy import Computed, LazyMapping, Slicer, Structure
+from lit_merge.params import is_finite, working_dtype
 
 __all__ = ["AdapterParts", "Change", "Update", "adapter_difference"]
 

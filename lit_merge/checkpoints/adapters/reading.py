@@ -15,11 +15,11 @@ from typing import Any
 
 from torch import Tensor
 
-from lit_merge.errors import FileFormatError, StructureMismatchError, first_few
 from lit_merge.checkpoints.adapters.changes import AdapterParts, Update, adapter_difference
 from lit_merge.checkpoints.adapters.settings import fitting_values, read_settings
 from lit_merge.checkpoints.layouts.views import as_lazy
 from lit_merge.checkpoints.pickles.torch_files import open_torch_file
+from lit_merge.errors import FileFormatError, StructureMismatchError, first_few
 from lit_merge.files.lazy import LazyMapping
 from lit_merge.files.store import LazyTensors
 

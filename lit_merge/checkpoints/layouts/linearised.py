@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from lit_merge.errors import ConfigurationError, StructureMismatchError, first_few
 from lit_merge.checkpoints.layouts.recognition import recognise
 from lit_merge.checkpoints.layouts.views import as_lazy
+from lit_merge.errors import ConfigurationError, StructureMismatchError, first_few
 from lit_merge.files.lazy import LazyMapping, Selected
 
 __all__ = ["linearised_pair"]

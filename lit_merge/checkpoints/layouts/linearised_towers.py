@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from lit_merge.errors import StructureMismatchError
-from lit_merge.naming import number_of_blocks
-from lit_merge.checkpoints.layouts.towers import linearised_pair, recognise
 from lit_merge.checkpoints.layouts.names import rows
+from lit_merge.checkpoints.layouts.towers import linearised_pair, recognise
+from lit_merge.errors import StructureMismatchError
 from lit_merge.files.lazy import LazyMapping, Selected
+from lit_merge.naming import number_of_blocks
 
 __all__ = ["linearised_towers"]
 

@@ -13,11 +13,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from lit_merge.errors import ConfigurationError, StructureMismatchError, first_few
 from lit_merge.checkpoints.layouts.linearised import linearised_pair
 from lit_merge.checkpoints.layouts.names import BLOCK_LISTS, Row, check_shapes, count_blocks, rows
 from lit_merge.checkpoints.layouts.recognition import NO_PARAMETERS, OPEN_CLIP_TEXT, Recognised, recognise
 from lit_merge.checkpoints.layouts.views import Part, Piece, Rearranged, as_lazy
+from lit_merge.errors import ConfigurationError, StructureMismatchError, first_few
 from lit_merge.files.lazy import LazyMapping, Selected
 
 __all__ = ["Recognised", "image_tower", "linearised_pair", "recognise", "whole_clip", "written_as"]

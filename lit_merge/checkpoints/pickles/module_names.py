@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from lit_merge.files.file_parts import printable
 from lit_merge.checkpoints.pickles.machine import Call, Malformed, Named
 from lit_merge.checkpoints.pickles.tensors import StoredTensor, Unsupported
+from lit_merge.files.file_parts import printable
 
 __all__ = ["has_tensors", "is_module", "items_of", "module_tensors", "name_of", "plain", "script_tensors"]
 

@@ -104,6 +104,16 @@ class Call:
         self.items: dict[Any, Any] | None = None
         self.elements: list[Any] | None = None
 
+    def append(self, element: Any) -> None:
+        """Note one more element."""
+        self.extend([element])
+
+    def extend(self, elements: list[Any]) -> None:
+        """Note more elements."""
+        if self.elements is None:
+            self.elements = []
+        self.elements.extend(elements)
+
 
 class NotPlain:
     """A key of a dict that is no plain value."""

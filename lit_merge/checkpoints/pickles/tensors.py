@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from lit_merge.files.file_parts import printable
 from lit_merge.checkpoints.pickles.machine import Malformed, Named
+from lit_merge.files.file_parts import printable
 
 __all__ = ["Storage", "StoredTensor", "Unsupported", "rebuild_tensor", "storage_of"]
 

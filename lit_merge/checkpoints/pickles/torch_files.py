@@ -1,8 +1,8 @@
 """Files of PyTorch, read as data: state dicts, whole modules, TorchScript archives, Lightning checkpoints.
 
-``torch.load`` runs what a pickle says. Here only tensors, names and plain values are taken, by the interpreter of
-:mod:`lit_merge.checkpoints.pickles.machine`; tensors stay in the file until they are asked for. Both containers are read:
-the zip archive of PyTorch 1.6 and later, and the stream of pickles and storages of earlier ones.
+``torch.load`` runs what a pickle says. Here only tensors, names and plain values are taken, by the unpickler of
+:mod:`lit_merge.checkpoints.pickles.machine`; tensors stay in the file until they are asked for. Both containers are
+read: the zip archive of PyTorch 1.6 and later, and the stream of pickles and storages of earlier ones.
 """
 
 from __future__ import annotations
@@ -16,8 +16,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from lit_merge.errors import FileFormatError, first_few
-from lit_merge.files.file_parts import COPY_AGAIN, FileParts, printable
+from lit_merge.checkpoints.pickles.machine import Call, Malformed, Unpickled, read_pickle
 from lit_merge.checkpoints.pickles.module_names import (
     has_tensors,
     is_module,
@@ -27,9 +26,10 @@ from lit_merge.checkpoints.pickles.module_names import (
     plain,
     script_tensors,
 )
-from lit_merge.checkpoints.pickles.machine import Call, Malformed, Unpickled, read_pickle
-from lit_merge.checkpoints.pickles.tensors import Storage, StoredTensor, Unsupported, rebuild_tensor, storage_of
 from lit_merge.checkpoints.pickles.stored_zip import StoredEntry, stored_entries
+from lit_merge.checkpoints.pickles.tensors import Storage, StoredTensor, Unsupported, rebuild_tensor, storage_of
+from lit_merge.errors import FileFormatError, first_few
+from lit_merge.files.file_parts import COPY_AGAIN, FileParts, printable
 from lit_merge.files.lazy import LazyMapping, Slicer
 
 __all__ = ["TorchFile", "is_torch_file", "open_torch_file"]
