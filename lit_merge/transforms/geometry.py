@@ -20,7 +20,6 @@ from lit_merge.errors import ConfigurationError, StructureMismatchError, first_f
 from lit_merge.params import shape_of
 from lit_merge.transforms.base import Transform, whole_number
 from lit_merge.vectors import TaskVectors
-from lit_merge.vectors.task_vector import joined_task
 
 __all__ = ["KarcherMean", "ModelStock", "Slerp"]
 
@@ -145,7 +144,7 @@ def _reduced(transform: Transform, vectors: TaskVectors, space: Space, coefficie
                 "Use the pre-trained parameters that the vectors start from."
             )
     function = partial(_combined, coefficients, base)
-    return vectors.map(function, tasks=(joined_task(vectors.tasks),), note=transform)
+    return vectors.map(function, tasks=[vectors.merged_tasks], note=transform)
 
 
 def _combined(coefficients: _Coefficients, base: Mapping[str, Tensor] | None, name: str, stack: Tensor) -> Tensor:

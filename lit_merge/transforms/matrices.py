@@ -12,7 +12,6 @@ from torch import Tensor
 from lit_merge.errors import ConfigurationError
 from lit_merge.transforms.base import Transform
 from lit_merge.vectors import TaskVectors
-from lit_merge.vectors.task_vector import joined_task
 
 __all__ = ["check_pattern", "reduce_matrices"]
 
@@ -42,7 +41,7 @@ def reduce_matrices(
         Stacks ``(1, *shape)``.
     """
     function = partial(_matrices_merged, type(transform).__name__, exclude, merge)
-    return vectors.map(function, tasks=(joined_task(vectors.tasks),), note=transform)
+    return vectors.map(function, tasks=[vectors.merged_tasks], note=transform)
 
 
 def _matrices_merged(

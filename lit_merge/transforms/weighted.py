@@ -18,7 +18,6 @@ from lit_merge.transforms.reduce import per_task, per_task_values, sum_rows
 from lit_merge.vectors import LazyTensors, TaskVector, TaskVectors
 from lit_merge.vectors.global_value import Statistic
 from lit_merge.vectors.statistics import StatisticsFiles, open_statistics
-from lit_merge.vectors.task_vector import joined_task
 
 __all__ = ["FisherMean", "RegMean"]
 
@@ -120,7 +119,7 @@ class RegMean(Transform):
         for file in files:
             _check_grams(file, files[0], vectors)
         function = partial(_regression_mean, files, self.off_diagonal)
-        return vectors.map(function, (joined_task(vectors.tasks),), note=self)
+        return vectors.map(function, [vectors.merged_tasks], note=self)
 
 
 def _fisher_of(file: LazyTensors, vectors: TaskVectors) -> TaskVector:

@@ -18,7 +18,7 @@ from lit_merge.errors import (
     first_few,
 )
 from lit_merge.naming import Depth
-from lit_merge.params import is_finite
+from lit_merge.params import compare, is_finite
 from lit_merge.vectors.coefficient_files import OWN_ENTRIES, read_coefficients, write_coefficients
 from lit_merge.vectors.groups import Granularity, group_names
 from lit_merge.vectors.published_coefficients import Published, in_rows, read_published
@@ -202,14 +202,10 @@ class Coefficients:
             StructureMismatchError: the tasks, the parameters' names, or the base model (if both know it) differ.
         """
         self.for_tasks(vectors.tasks)
-        missing = [name for name in vectors.model_names if name not in self.members]
-        unknown = [name for name in self.members if name not in vectors.model_names]
-        got = [f"nothing for {len(missing)} ({first_few(missing)})"] if missing else []
-        got += [f"{len(unknown)} unknown ({first_few(unknown)})"] if unknown else []
-        if got:
+        if found := compare(dict.fromkeys(vectors.model_names, ()), dict.fromkeys(self.members, ())):
             raise StructureMismatchError(
-                f"coefficients: expected the {len(vectors.model_names)} parameters of the task vectors, got "
-                f"{' and '.join(got)}. Use coefficients that were learned for this network."
+                f"coefficients: expected the {len(vectors.model_names)} parameters of the task vectors, got {found}. "
+                "Use coefficients that were learned for this network."
             )
         known = self.metadata.get("base_fingerprint", "")
         if known and vectors.base_fingerprint and known != vectors.base_fingerprint:

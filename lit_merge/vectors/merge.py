@@ -7,8 +7,7 @@ from collections.abc import Iterator, Mapping
 from torch import Tensor
 
 from lit_merge.errors import NonFiniteError, StructureMismatchError, first_few
-from lit_merge.params import add_scaled, dtype_of, is_finite
-from lit_merge.vectors.apply import check_shapes
+from lit_merge.params import add_scaled, check_same_structure, dtype_of, is_finite
 from lit_merge.vectors.task_vector import TaskVector
 from lit_merge.vectors.task_vectors import TaskVectors
 
@@ -34,13 +33,8 @@ def merged_parameters(base: Mapping[str, Tensor], vectors: TaskVectors | TaskVec
         NonFiniteError: a merged value is NaN or infinite (when that parameter is reached).
     """
     vector = vectors.single() if isinstance(vectors, TaskVectors) else vectors
-    unknown = [name for name in vector if name not in base]
-    if unknown:
-        raise StructureMismatchError(
-            f"merged parameters: expected only names of the base model, got {len(unknown)} others "
-            f"({first_few(unknown)}). Use the base model that was fine-tuned."
-        )
-    check_shapes(vector, base)
+    advice = "Use the base model that was fine-tuned."
+    check_same_structure(base, vector, "merged parameters", "parameters of the base model", advice, required=())
     integers = [f"{name} ({dtype_of(base, name)})" for name in vector if not dtype_of(base, name).is_floating_point]
     if integers:
         raise StructureMismatchError(

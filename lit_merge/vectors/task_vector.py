@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from math import isfinite
 from numbers import Real
 from typing import TypeVar, overload
@@ -25,6 +26,7 @@ from lit_merge.vectors.apply import apply_vector
 __all__ = ["FORMAT", "TaskVector", "joined_task", "same_base"]
 
 FORMAT = "lit-merge/task-vector/1"
+_TASKS = "tasks"  # header entry with the tasks of a merged vector
 _SHARED = ("base_fingerprint", "base_model", "regime")  # metadata that survives arithmetic where all inputs agree
 _Module = TypeVar("_Module", bound=nn.Module)
 
@@ -38,7 +40,7 @@ class TaskVector(LazyMapping):
 
     Args:
         tensors: name -> floating-point tensor. A plain mapping is copied (not its tensors); a lazy one is kept.
-        task: name of the task; empty if unknown.
+        task: name of the task; empty if unknown. Of a merged vector all of its tasks, as a sequence.
         metadata: string entries that go into the file header, such as ``base_fingerprint``, ``base_model``,
             ``regime``, ``classes``.
 
@@ -48,16 +50,23 @@ class TaskVector(LazyMapping):
     """
 
     def __init__(
-        self, tensors: Mapping[str, Tensor], task: str = "", *, metadata: Mapping[str, str] | None = None
+        self,
+        tensors: Mapping[str, Tensor],
+        task: str | Sequence[str] = "",
+        *,
+        metadata: Mapping[str, str] | None = None,
     ) -> None:
         if not isinstance(tensors, Mapping) or not tensors:
             got = "an empty one" if isinstance(tensors, Mapping) else type(tensors).__name__
             raise ConfigurationError(
                 f"task vector: expected a mapping name -> tensor, got {got}. Use dict(model.named_parameters())."
             )
-        if not isinstance(task, str):
+        tasks = (task,) if isinstance(task, str) or not isinstance(task, Sequence) else tuple(task)
+        if not all(isinstance(one, str) for one in tasks):
             raise ConfigurationError(f"task: expected a string, got {type(task).__name__}. Pass the task's name.")
         self._metadata = dict(metadata or {})
+        if len(tasks) > 1:
+            self._metadata[_TASKS] = json.dumps([one for one in tasks if one], ensure_ascii=False)
         for key, value in self._metadata.items():
             if not isinstance(key, str) or not isinstance(value, str):
                 raise ConfigurationError(
@@ -74,7 +83,7 @@ class TaskVector(LazyMapping):
                 "Leave integer tensors and buffers out."
             )
         self._tensors = tensors
-        self.task = task
+        self.task = joined_task(tasks)
 
     @classmethod
     def from_checkpoints(
@@ -164,6 +173,22 @@ class TaskVector(LazyMapping):
         return rounded.relative_error
 
     @property
+    def tasks(self) -> tuple[str, ...]:
+        """The tasks: several for a merged vector, none if unknown.
+
+        They are those of the header entry ``tasks``, a JSON list, where :attr:`task` is their common name. A vector
+        without such a list, as version 0.1.0 wrote them, has one task, whatever its name looks like.
+        """
+        try:
+            listed = json.loads(self._metadata.get(_TASKS, "[]"))
+        except (ValueError, RecursionError):
+            listed = []
+        named = isinstance(listed, list) and all(isinstance(one, str) and one for one in listed)
+        if named and listed and joined_task(listed) == self.task:
+            return tuple(listed)
+        return (self.task,) if self.task else ()
+
+    @property
     def metadata(self) -> dict[str, str]:
         """A copy of the header entries, ``format`` and ``task`` included."""
         return {**self._metadata, "format": FORMAT, "task": self.task}
@@ -217,7 +242,7 @@ class TaskVector(LazyMapping):
         return stream(self._tensors, names)
 
     def __add__(self, other: TaskVector) -> TaskVector:
-        return self._combined(other, 1.0, joined_task((self.task, getattr(other, "task", ""))))
+        return self._combined(other, 1.0, (*self.tasks, *getattr(other, "tasks", ())))
 
     def __radd__(self, other: object) -> TaskVector:
         return self if isinstance(other, int) and other == 0 else NotImplemented  # so that sum(vectors) works
@@ -229,7 +254,7 @@ class TaskVector(LazyMapping):
         if not isinstance(factor, Real):
             return NotImplemented
         value = _finite(factor)
-        return self._mapped(lambda tensor: tensor * value, self.task)
+        return self._mapped(lambda tensor: tensor * value, self.tasks)
 
     __rmul__ = __mul__
 
@@ -239,7 +264,7 @@ class TaskVector(LazyMapping):
         value = _finite(divisor)
         if value == 0:
             raise ZeroDivisionError("task vector divided by zero")
-        return self._mapped(lambda tensor: tensor / value, self.task)
+        return self._mapped(lambda tensor: tensor / value, self.tasks)
 
     def __neg__(self) -> TaskVector:
         return self._mapped(torch.neg, f"-{self.task}" if self.task else "")
@@ -290,7 +315,7 @@ class TaskVector(LazyMapping):
         """
         return apply_vector(self, target, coefficient)
 
-    def _combined(self, other: TaskVector, sign: float, task: str) -> TaskVector:
+    def _combined(self, other: TaskVector, sign: float, task: str | Sequence[str]) -> TaskVector:
         if not isinstance(other, TaskVector):
             return NotImplemented
         check_same_structure(self, other, what=f"task vector {other.task!r}")
@@ -301,7 +326,7 @@ class TaskVector(LazyMapping):
             tensors[name] = torch.add(self[name].to(dtype), other[name].to(dtype), alpha=sign)
         return TaskVector(tensors, task, metadata=metadata)
 
-    def _mapped(self, function: Callable[[Tensor], Tensor], task: str) -> TaskVector:
+    def _mapped(self, function: Callable[[Tensor], Tensor], task: str | Sequence[str]) -> TaskVector:
         tensors = {name: function(self[name].to(working_dtype(self.dtype(name)))) for name in self}
         return TaskVector(tensors, task, metadata=same_base([self]))
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lit_merge.errors import ConfigurationError, StructureMismatchError, first_few
 from lit_merge.files.lazy import Computed, LazyMapping, Structure
-from lit_merge.params import shape_of, working_dtype
+from lit_merge.params import check_same_structure, working_dtype
 from lit_merge.vectors.global_value import Statistic
 from lit_merge.vectors.sources import Elements, Reader, Rows, Source, Stacks, Subset, Union
 from lit_merge.vectors.task_vector import TaskVector, joined_task, same_base
@@ -77,7 +77,7 @@ class TaskVectors(LazyMapping):
             name: (rows[0].shape(name), working_dtype(*(row.dtype(name) for row in rows))) for name in rows[0]
         }
         self._source: Source = Rows(rows, self._structure, None if device is None else torch.device(device))
-        self._tasks = tuple(row.task for row in rows)
+        self._row_tasks = tuple(row.tasks for row in rows)
         self._metadata = same_base(rows)
         self._provenance = tuple(_identity(row) for row in rows)
         self._inputs: TaskVectors = self
@@ -88,8 +88,13 @@ class TaskVectors(LazyMapping):
 
     @property
     def tasks(self) -> tuple[str, ...]:
-        """The task of each row, in order."""
-        return self._tasks
+        """The name of each row, in order: its task, or the common name of the tasks that it was merged from."""
+        return tuple(map(joined_task, self._row_tasks))
+
+    @property
+    def merged_tasks(self) -> tuple[str, ...]:
+        """The tasks of all rows, in order: one by one also those that a row was merged from."""
+        return tuple(task for row in self._row_tasks for task in row)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -179,7 +184,7 @@ class TaskVectors(LazyMapping):
 
     def shape(self, name: str) -> torch.Size:
         """Shape ``(T, *shape)`` of one stack, without reading it."""
-        return torch.Size((len(self._tasks), *self._structure[name][0]))
+        return torch.Size((len(self.tasks), *self._structure[name][0]))
 
     def dtype(self, name: str) -> torch.dtype:
         """Dtype of one stack, float32 or float64, without reading it."""
@@ -209,7 +214,7 @@ class TaskVectors(LazyMapping):
 
     def stream(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
         """The flattened stacks one after the other; those of one vector chunk by chunk, computed on several threads."""
-        if len(self._tasks) > 1:
+        if len(self.tasks) > 1:
             yield from super().stream(names)
         else:
             yield from self.over_chunks(_flattened, list(names))
@@ -244,7 +249,7 @@ class TaskVectors(LazyMapping):
     def map(
         self,
         function: StackFunction,
-        tasks: Sequence[str] | None = None,
+        tasks: Sequence[str | tuple[str, ...]] | None = None,
         note: object = "",
         others: Sequence[TaskVectors] = (),
         statistics: Sequence[Statistic[Any]] = (),
@@ -255,7 +260,7 @@ class TaskVectors(LazyMapping):
             function: called whenever a stack is asked for, with the parameter's name, a stack ``(T, *shape)`` that is
                 its own to write into, and the stack of each of ``others``; it returns ``(T', *shape)`` of the same
                 dtype, and does not keep what it returns.
-            tasks: the T' tasks of the result; by default the present ones.
+            tasks: the T' tasks of the result, a tuple for a row of several; by default the present ones.
             note: added to the provenance as a string; a transform passes itself.
             others: more views of the same parameters, read side by side.
             statistics: what the function calls to know about all parameters.
@@ -263,14 +268,14 @@ class TaskVectors(LazyMapping):
         Returns:
             The view. ``StructureMismatchError`` is raised on access if the function returns another shape or dtype.
         """
-        names = self._tasks if tasks is None else tuple(tasks)
+        names = _row_tasks(self, tasks)
         source = Stacks(self, tuple(others), function, len(names), str(note) or "function")
         return self._view(source, names, str(note), _needed(others, statistics))
 
     def map_elements(
         self,
         function: ElementFunction,
-        tasks: Sequence[str] | None = None,
+        tasks: Sequence[str | tuple[str, ...]] | None = None,
         note: object = "",
         others: Sequence[TaskVectors] = (),
         statistics: Sequence[Statistic[Any]] = (),
@@ -281,7 +286,7 @@ class TaskVectors(LazyMapping):
             function: called with the parameter's name, the position of the chunk in the flattened parameter, the chunk
                 ``(T, n)``, which is its own to write into, and the same chunk of each of ``others``; it returns
                 ``(T', n)`` of the same dtype, and does not keep what it returns.
-            tasks: the T' tasks of the result; by default the present ones.
+            tasks: the T' tasks of the result, a tuple for a row of several; by default the present ones.
             note: added to the provenance as a string; a transform passes itself.
             others: more views of the same parameters, read side by side.
             statistics: what the function calls to know about all parameters.
@@ -289,7 +294,7 @@ class TaskVectors(LazyMapping):
         Returns:
             The view. ``StructureMismatchError`` is raised on access if the function returns another shape or dtype.
         """
-        names = self._tasks if tasks is None else tuple(tasks)
+        names = _row_tasks(self, tasks)
         source = Elements(self, tuple(others), function, len(names), str(note) or "function")
         return self._view(source, names, str(note), _needed(others, statistics))
 
@@ -301,7 +306,7 @@ class TaskVectors(LazyMapping):
         statistics: Sequence[Statistic[Any]] = (),
     ) -> TaskVectors:
         """As :meth:`map_elements`, from T vectors to one that is named after all tasks."""
-        return self.map_elements(function, (joined_task(self._tasks),), note, others, statistics)
+        return self.map_elements(function, [self.merged_tasks], note, others, statistics)
 
     # Names of 0.1.0.
     pieces, map_entries, reduce_entries = chunks, map_elements, reduce_elements
@@ -317,7 +322,7 @@ class TaskVectors(LazyMapping):
             raise ConfigurationError(
                 f"names: expected parameters of the task vectors, got {first_few(unknown) or 'none'}. Use their names."
             )
-        view = self._view(Subset(self), self._tasks, "", ())
+        view = self._view(Subset(self), self._row_tasks, "", ())
         view._structure = {name: self._structure[name] for name in names}
         view._rows, view._from_files = None, self._from_files
         view._inputs = view if self._inputs is self else self._inputs.restrict(names)
@@ -337,7 +342,7 @@ class TaskVectors(LazyMapping):
             )
         owners = {name: view for view in views for name in view}
         source = Union({name: owners[name] for name in self})
-        return self._view(source, views[0].tasks, str(note), _needed(views, ()))
+        return self._view(source, views[0]._row_tasks, str(note), _needed(views, ()))
 
     def select(self, tasks: Sequence[str | int]) -> TaskVectors:
         """The rows of the given tasks (names or positions), in the given order.
@@ -355,12 +360,12 @@ class TaskVectors(LazyMapping):
             return TaskVectors([self._rows[index] for index in indices], self._base, self._source.device)
         view = self.map_elements(
             partial(_selected, indices),
-            tasks=[self._tasks[index] for index in indices],
-            note=f"select({[self._tasks[index] or index for index in indices]})",
+            tasks=[self._row_tasks[index] for index in indices],
+            note=f"select({[self.tasks[index] or index for index in indices]})",
         )
         if self._inputs is self:
             view._inputs = view
-        elif self._inputs.tasks == self._tasks:  # row by row what became of the inputs
+        elif self._inputs._row_tasks == self._row_tasks:  # row by row what became of the inputs
             view._inputs = self._inputs.select(indices)
         return view
 
@@ -374,7 +379,7 @@ class TaskVectors(LazyMapping):
         if self._rows is not None:
             return self._rows[index]
         metadata = {**self._metadata, "provenance": json.dumps(self._provenance)}
-        return TaskVector(_Row(self._structure, self, index), self._tasks[index], metadata=metadata)
+        return TaskVector(_Row(self._structure, self, index), self._row_tasks[index], metadata=metadata)
 
     def single(self) -> TaskVector:
         """The only vector, when T = 1.
@@ -382,21 +387,21 @@ class TaskVectors(LazyMapping):
         Raises:
             ConfigurationError: there are several vectors.
         """
-        if len(self._tasks) != 1:
+        if len(self.tasks) != 1:
             raise ConfigurationError(
-                f"task vectors: expected one vector, got {len(self._tasks)} ({first_few(self._tasks)}). "
+                f"task vectors: expected one vector, got {len(self.tasks)} ({first_few(self.tasks)}). "
                 "Reduce them first, e.g. with Sum() or Mean(), or pick one with vector(task)."
             )
         return self.vector(0)
 
     def _view(
-        self, source: Source, tasks: tuple[str, ...], note: str, statistics: Sequence[Statistic[Any]]
+        self, source: Source, row_tasks: tuple[tuple[str, ...], ...], note: str, statistics: Sequence[Statistic[Any]]
     ) -> TaskVectors:
         view = object.__new__(TaskVectors)
         view._rows = None
         view._source = source
         view._structure = self._structure
-        view._tasks = tasks
+        view._row_tasks = row_tasks
         view._metadata = self._metadata
         view._provenance = (*self._provenance, note) if note else self._provenance
         view._inputs = self._inputs
@@ -408,61 +413,40 @@ class TaskVectors(LazyMapping):
 
     def _index(self, task: str | int) -> int:
         if isinstance(task, int):
-            if not 0 <= task < len(self._tasks):
+            if not 0 <= task < len(self.tasks):
                 raise ConfigurationError(
-                    f"task: expected a position from 0 to {len(self._tasks) - 1}, got {task}. Use one of these."
+                    f"task: expected a position from 0 to {len(self.tasks) - 1}, got {task}. Use one of these."
                 )
             return task
-        found = [index for index, name in enumerate(self._tasks) if name == task]
+        found = [index for index, name in enumerate(self.tasks) if name == task]
         if len(found) == 1:
             return found[0]
         if found:
             raise ConfigurationError(f"task: expected a unique name, got {task!r} at {found}. Use a position instead.")
-        close = difflib.get_close_matches(str(task), self._tasks, n=1)
+        close = difflib.get_close_matches(str(task), self.tasks, n=1)
         hint = f"Did you mean {close[0]!r}?" if close else "Use one of these."
-        raise ConfigurationError(f"task: expected one of {', '.join(self._tasks)}, got {task!r}. {hint}")
+        raise ConfigurationError(f"task: expected one of {', '.join(self.tasks)}, got {task!r}. {hint}")
 
 
 def _check_same_structure(first: TaskVector, other: TaskVector, index: int) -> None:
-    missing = [name for name in first if name not in other]
-    unexpected = [name for name in other if name not in first]
-    shapes = [
-        f"{name} {tuple(other.shape(name))} instead of {tuple(first.shape(name))}"
-        for name in first
-        if name in other and other.shape(name) != first.shape(name)
-    ]
-    parts = [
-        f"{len(offenders)} {kind} ({first_few(offenders)})"
-        for kind, offenders in (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes))
-        if offenders
-    ]
-    if parts:
-        raise StructureMismatchError(
-            f"task vectors: expected {other.task or f'number {index}'} to have the {len(first)} tensors of "
-            f"{first.task or 'number 0'}, got {' and '.join(parts)}. "
-            "Merge only vectors of one architecture and one set of parameters."
-        )
+    like = f"{other.task or f'number {index}'} to have the {len(first)} tensors of {first.task or 'number 0'}"
+    advice = "Merge only vectors of one architecture and one set of parameters."
+    check_same_structure(first, other, "task vectors", like, advice)
 
 
 def _check_base(vector: TaskVector, base: Mapping[str, Tensor]) -> None:
-    missing = [name for name in vector if name not in base]
-    if missing:
-        raise StructureMismatchError(
-            f"base: expected every parameter of the task vectors, got nothing for {len(missing)} "
-            f"({first_few(missing)}). Use the pre-trained parameters that the vectors start from."
-        )
-    shapes = {name: (tuple(shape_of(base, name)), tuple(vector.shape(name))) for name in vector}
-    others = [f"{name} {found} instead of {wanted}" for name, (found, wanted) in shapes.items() if found != wanted]
-    if others:
-        raise StructureMismatchError(
-            f"base: expected the shapes of the task vectors, got {len(others)} others: {first_few(others)}. "
-            "Use the pre-trained parameters that the vectors start from."
-        )
+    like, advice = "every parameter of the task vectors", "Use the pre-trained parameters that the vectors start from."
+    check_same_structure(vector, base, "base", like, advice, unexpected=False)
 
 
 def _identity(vector: TaskVector) -> str:
     content = f", content={vector.content_digest[:16]!r}" if vector.content_digest else ""
     return f"TaskVector(task={vector.task!r}{content})"
+
+
+def _row_tasks(vectors: TaskVectors, tasks: Sequence[str | tuple[str, ...]] | None) -> tuple[tuple[str, ...], ...]:
+    given = vectors._row_tasks if tasks is None else tasks
+    return tuple(((one,) if one else ()) if isinstance(one, str) else one for one in given)
 
 
 def _needed(views: Sequence[TaskVectors], statistics: Sequence[Statistic[Any]]) -> list[Statistic[Any]]:

@@ -197,7 +197,7 @@ def test_a_suites_recipe_refuses_what_its_search_would():
         Recipe("consensus_ta", search=CoefficientSearch(fields={"k": [1.5]})).check()
     with pytest.raises(ConfigurationError, match=r"alpha: expected exactly one step"):
         Recipe("task_arithmetic", search=CoefficientSearch(field="alpha")).check()
-    with pytest.raises(ConfigurationError, match=r"Trim\.density: expected a share above 0"):
+    with pytest.raises(ConfigurationError, match=r"Trim\.density: expected a fraction above 0"):
         Recipe("ties", search=CoefficientSearch(optuna=OptunaStudy({"density": (0.0, 0.5)}))).check()
 
 

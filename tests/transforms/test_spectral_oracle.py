@@ -233,7 +233,7 @@ def test_a_sum_that_overflows_is_refused():
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: TSVMerge(0), r"TSVMerge\.rank_fraction: expected a share above 0 and at most 1, got 0"),
+        (lambda: TSVMerge(0), r"TSVMerge\.rank_fraction: expected a fraction above 0 and at most 1, got 0"),
         (lambda: TSVMerge(1.5), r"TSVMerge\.rank_fraction: expected a finite number .*, got 1\.5"),
         (
             lambda: IsoCTS(-0.1),

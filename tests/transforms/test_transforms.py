@@ -185,8 +185,8 @@ def test_to_config_refuses_what_is_not_plain():
 
 @pytest.mark.parametrize("transform", [Trim, MagnitudeWindow, DropByRank])
 @pytest.mark.parametrize("density", [0.0, -0.1, 1.5, math.nan, "0.2", True, None])
-def test_a_density_is_a_share(transform, density):
-    expected = "a share above 0 and at most 1" if density == 0 else "a finite number at least 0 and at most 1"
+def test_a_density_is_a_fraction(transform, density):
+    expected = "a fraction above 0 and at most 1" if density == 0 else "a finite number at least 0 and at most 1"
     with pytest.raises(ConfigurationError, match=rf"{transform.__name__}\.density: expected {expected}, got "):
         transform(density)
 

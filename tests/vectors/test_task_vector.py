@@ -16,7 +16,7 @@ from torch import nn
 from lit_merge.errors import ConfigurationError, FileFormatError, NonFiniteError, StructureMismatchError
 from lit_merge.files.lazy import Computed
 from lit_merge.params import fingerprint
-from lit_merge.transforms import Mean, Scale, Sum, task_arithmetic
+from lit_merge.transforms import IsoC, Mean, Scale, Sum, task_arithmetic
 from lit_merge.vectors import TaskVector, TaskVectors, check_base, merged_parameters, write_tensors
 
 SHAPES = {"weight": (3, 4), "bias": (3,), "scale": ()}
@@ -133,6 +133,7 @@ def test_arithmetic_keeps_what_is_shared_and_refuses_another_base():
     assert (first + second).metadata == {
         "format": "lit-merge/task-vector/1",
         "task": "a+b",
+        "tasks": '["a", "b"]',
         "base_fingerprint": "aaaa",
         "base_model": "ViT",
     }
@@ -586,3 +587,45 @@ def test_merging_from_disk_holds_one_stack_in_memory(tmp_path: Path):
         task_arithmetic(0.1)(vectors).single().save(tmp_path / "merged.safetensors")
     assert live.peak < 16 * 2**20
     assert TaskVector.load(tmp_path / "merged.safetensors")["block.3"][0].item() == pytest.approx(12.0)
+
+
+def test_a_merged_vector_knows_its_tasks_whatever_their_names(tmp_path):
+    """A task may be called ``a+b``; the common name is for people."""
+    one, other, third = (TaskVector({"w": torch.ones(2)}, task) for task in ("a+b", "c", ""))
+    assert (one.tasks, third.tasks) == (("a+b",), ())
+    assert "tasks" not in one.metadata
+    merged = {
+        "sum": Sum()(TaskVectors([one, other, third])).single(),
+        "matrices": IsoC()(TaskVectors([one, other])).single(),
+        "model": Sum()(TaskVectors([Sum()(TaskVectors([one, other])).single()])).single(),
+        "addition": one + other,
+        "several": 2 * sum([one, third, other]) / 3,
+        "given": TaskVector({"w": torch.ones(2)}, ("a+b", "c")),
+    }
+    for name, vector in merged.items():
+        assert (vector.task, vector.tasks) == ("a+b+c", ("a+b", "c")), name
+        vector.save(tmp_path / "merged.safetensors")
+        loaded = TaskVector.load(tmp_path / "merged.safetensors")
+        assert (loaded.task, loaded.tasks) == ("a+b+c", ("a+b", "c"))
+        assert json.loads(loaded.metadata["tasks"]) == ["a+b", "c"]
+        again = TaskVector(loaded, loaded.task, metadata=loaded.metadata)
+        assert again.tasks == loaded.tasks
+        view = Scale(2)(TaskVectors([loaded, TaskVector({"w": torch.ones(2)}, "d")]))
+        assert view.tasks == ("a+b+c", "d")
+        assert view.merged_tasks == ("a+b", "c", "d")
+        assert view.select(["d", "a+b+c"]).merged_tasks == ("d", "a+b", "c")
+        assert view.restrict(["w"]).merged_tasks == view.merged_tasks
+        assert Sum()(view).single().tasks == ("a+b", "c", "d")
+
+
+@pytest.mark.parametrize("listed", [None, "", "[", "3", '["a"]', '["b", "a"]', "[1, 2]", '["a", ["b"]]', "[" * 9999])
+def test_a_name_without_a_list_of_its_own_is_one_task(listed):
+    """As in files of version 0.1.0, of whatever others wrote there, and of a vector with a new name."""
+    vector = TaskVector({"w": torch.ones(2)}, "a+b", metadata={} if listed is None else {"tasks": listed})
+    assert vector.tasks == ("a+b",)
+    merged = TaskVector({"w": torch.ones(2)}, ("a", "b"))
+    assert merged.tasks == ("a", "b")
+    merged.task = "both"
+    assert merged.tasks == ("both",)
+    with pytest.raises(ConfigurationError, match="task: expected a string, got tuple"):
+        TaskVector({"w": torch.ones(2)}, ("a", 3))
