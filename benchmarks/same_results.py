@@ -186,7 +186,8 @@ def run_side(checkout: Path, shared: Path, first: bool, only: list[str]) -> None
         if not needed and not _chosen(case.name, only):
             continue
         outcomes[case.name] = {"output": case.output, "error": _run(_command(), [case.command, *case.arguments])}
-        sys.stderr.write(f"  {case.name}{': failed' if outcomes[case.name]['error'] else ''}\n")
+        sys.stdout.write(f"  {case.name}{': failed' if outcomes[case.name]['error'] else ''}\n")
+        sys.stdout.flush()
         if first and needed:
             _share(case, shared)
     Path("outcomes.json").write_text(json.dumps(outcomes), encoding="utf-8")
@@ -321,12 +322,18 @@ def main() -> None:
         write_clip(shared)
         outcomes = {}
         for side, checkout in checkouts.items():
-            sys.stderr.write(f"{side}: {checkout}\n")
+            sys.stdout.write(f"{side}: {checkout}\n")
+            sys.stdout.flush()
             (own := Path(folder, side)).mkdir()
             environment = {**os.environ, "PYTHONPATH": str(checkout), "LIT_MERGE_CACHE": str(own / "cache")}
             words = [sys.executable, "-P", __file__, str(checkouts["before"]), str(checkouts["after"])]
             only = ["--only", *options.only] if options.only else []
-            subprocess.run([*words, f"--side={own}", *only], check=True, cwd=own, env=environment)
+            log = own / "log.txt"
+            with log.open("w") as stream:
+                side_of = [*words, f"--side={own}", *only]
+                code = subprocess.run(side_of, cwd=own, env=environment, stderr=stream, check=False).returncode
+            if code:
+                sys.exit(f"{side}: {log.read_text(encoding='utf-8')[-4000:]}")
             outcomes[side] = json.loads((own / "outcomes.json").read_text(encoding="utf-8"))
         found = {}
         for name in {**outcomes["before"], **outcomes["after"]}:
