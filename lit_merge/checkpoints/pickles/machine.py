@@ -71,22 +71,17 @@ def read_pickle(
         FileFormatError: the pickle is truncated or malformed, of another protocol, has more than 2 million operations
             or 10,000 names, or names what belongs to Python's standard library and builds no plain value.
     """
-    bounded = _Bounded(file, length)
-    machine = _Machine(bounded, load, rebuild)
+    machine = _Machine(file, length, load, rebuild)
     try:
         return Unpickled(machine.load(), tuple(named.dotted for named in machine.named.values()))
     except Malformed as error:
         raise FileFormatError(f"{source}: expected tensors and plain values, got {error}") from error
     except LitMergeError:
         raise
-    except EOFError as error:
-        raise FileFormatError(
-            f"{source}: expected tensors and plain values, got the end inside the pickle (truncated?). {COPY_AGAIN}"
-        ) from error
     except (*_PYTHONS_OWN, pickle.UnpicklingError, struct.error) as error:
         raise FileFormatError(
             f"{source}: expected a whole pickle of tensors and plain values, got something else at byte "
-            f"{bounded.position:,} of it (truncated or damaged?). {COPY_AGAIN}"
+            f"{machine.position:,} of it (truncated or damaged?). {COPY_AGAIN}"
         ) from error
 
 
@@ -94,63 +89,63 @@ def read_pickle(
 _PYTHONS_OWN = (LookupError, TypeError, ValueError, AttributeError, RecursionError, OverflowError)
 
 
-class _Bounded:
-    """A file up to the end of the pickle: what asks for more is refused before memory is taken for it."""
-
-    def __init__(self, file: BinaryIO, length: int) -> None:
-        self._file, self._length, self.position = file, length, 0
-
-    def read(self, count: int) -> bytes:
-        left = self._length - self.position
-        data = self._file.read(count) if count <= left else b""
-        if len(data) != count and count > 1:
-            raise ValueError("longer than the pickle")
-        self.position += len(data)
-        return data
-
-    def readline(self) -> bytes:
-        line = self._file.readline(min(LONGEST_NAME + 2, self._length - self.position))
-        if not line.endswith(b"\n"):
-            raise ValueError("name")
-        self.position += len(line)
-        return line
-
-
-class _Operations:
-    """Opcode -> method, counted."""
-
-    def __init__(self, file: _Bounded) -> None:
-        self._file, self.count = file, 0
-
-    def __getitem__(self, code: int) -> Callable[[_Machine], None]:
-        self.count += 1
-        if self.count > _MOST_OPERATIONS:
-            raise Malformed(f"more than {_MOST_OPERATIONS:,} operations. Save the tensors alone, as a state dict.")
-        method = _METHODS.get(code)
-        if method is None:
-            raise Malformed(
-                f"opcode 0x{code:02x} at byte {self._file.position - 1:,} of the pickle, which PyTorch does not write: "
-                "damaged, not to be trusted, or not of protocol 2 to 5. Copy it again, or ask for a safetensors file."
-            )
-        return method
-
-
 class _Machine(_Unpickler):
     """Underflow, wrong types and lengths raise whatever Python raises."""
 
     def __init__(
-        self, file: _Bounded, load: Callable[[Any], Any], rebuild: Callable[[Named, tuple[Any, ...]], Any]
+        self,
+        file: BinaryIO,
+        length: int,
+        load: Callable[[Any], Any],
+        rebuild: Callable[[Named, tuple[Any, ...]], Any],
     ) -> None:
         super().__init__(file, encoding="latin-1")  # of the strings of Python 2
-        self.dispatch = _Operations(file)
+        self._file, self._begin, self._length = file, file.tell(), length
         self.persistent_load, self._rebuild = load, rebuild
+        self._operations = 0
         self.named: dict[tuple[str, str], Named] = {}
 
+    @property
+    def position(self) -> int:
+        return self._file.tell() - self._begin
+
     def load(self) -> Any:
-        value = super().load()
-        if self.metastack:
-            raise ValueError("marks are left")
-        return value
+        self.stack: list[Any] = []
+        self.metastack: list[list[Any]] = []  # the stacks under the marks
+        self.append = self.stack.append
+        read = self._file.read
+        while (code := read(1)) != pickle.STOP:
+            self._operations += 1
+            if self._operations > _MOST_OPERATIONS:
+                raise Malformed(f"more than {_MOST_OPERATIONS:,} operations. Save the tensors alone, as a state dict.")
+            method = _METHODS.get(code)
+            if method is None:
+                raise self._unknown(code)
+            method(self)
+        if self.metastack or self.position > self._length:
+            raise ValueError("marks are left, or bytes of something else were read")
+        return self.stack.pop()
+
+    def _unknown(self, code: bytes) -> Malformed:
+        if not code or self.position > self._length:
+            return Malformed(f"the end inside the pickle (truncated?). {COPY_AGAIN}")
+        return Malformed(
+            f"opcode 0x{code.hex()} at byte {self.position - 1:,} of the pickle, which PyTorch does not write: "
+            "damaged, not to be trusted, or not of protocol 2 to 5. Copy it again, or ask for a safetensors file."
+        )
+
+    def read(self, count: int) -> bytes:
+        """What goes beyond the pickle's end is refused before memory is taken for it."""
+        data = self._file.read(count) if count <= self._length - self.position else b""
+        if len(data) != count:
+            raise ValueError("longer than the pickle")
+        return data
+
+    def readline(self) -> bytes:
+        line = self._file.readline(LONGEST_NAME + 2)
+        if not line.endswith(b"\n"):
+            raise ValueError("name")
+        return line
 
     def find_class(self, module: str, name: str) -> Named:
         """A name, which is not followed."""
@@ -162,6 +157,11 @@ class _Machine(_Unpickler):
                 raise Malformed(f"more than {_MOST_NAMES:,} classes and functions. Save the tensors as a state dict.")
             named = self.named[module, name] = known_name(module, name)
         return named
+
+    def frame(self) -> None:
+        """Where a frame ends is of no use here."""
+        if int.from_bytes(self.read(8), "little") > self._length - self.position:
+            raise ValueError("frame")
 
     def protocol(self) -> None:
         if self.read(1)[0] not in (2, 3, 4, 5):
@@ -209,7 +209,7 @@ class _Machine(_Unpickler):
             if type(of) not in (Named, Call) or type(name) is not str or name.startswith("_"):
                 raise hostile(function)
         elif dotted in DICTIONARIES and type(only) is list:
-            self.dispatch.count += len(only)
+            self._operations += len(only)
             return {key_of(key): value for key, value in only}
         elif dotted in DICTIONARIES and type(only) is dict:
             return only
@@ -232,7 +232,7 @@ class _Machine(_Unpickler):
 
 
 _PASSIVE = (
-    *("FRAME", "STOP", "MARK", "POP", "POP_MARK", "DUP", "NONE", "NEWTRUE", "NEWFALSE", "BININT", "BININT1", "BININT2"),
+    *("MARK", "POP", "POP_MARK", "DUP", "NONE", "NEWTRUE", "NEWFALSE", "BININT", "BININT1", "BININT2"),
     *("LONG1", "LONG4", "BINFLOAT", "BINSTRING", "SHORT_BINSTRING", "SHORT_BINBYTES", "BINBYTES", "BINBYTES8"),
     *("EMPTY_TUPLE", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "EMPTY_LIST", "APPEND", "APPENDS", "EMPTY_DICT"),
     *("MEMOIZE", "BINPUT", "LONG_BINPUT", "BINGET", "LONG_BINGET", "GLOBAL", "STACK_GLOBAL", "BINPERSID"),
@@ -243,20 +243,21 @@ def _as(name: str) -> Callable[[_Machine], None]:
     return _Unpickler.dispatch[getattr(pickle, name)[0]]
 
 
-_METHODS: dict[int, Callable[[_Machine], None]] = {
-    **{getattr(pickle, name)[0]: _as(name) for name in _PASSIVE},
-    pickle.EMPTY_SET[0]: _as("EMPTY_LIST"),  # elements of a set would have to be hashed
-    pickle.FROZENSET[0]: _as("TUPLE"),
-    pickle.ADDITEMS[0]: _as("APPENDS"),
-    pickle.BYTEARRAY8[0]: _as("BINBYTES8"),
-    pickle.PROTO[0]: _Machine.protocol,
-    pickle.SHORT_BINUNICODE[0]: lambda machine: machine.take_text(1),
-    pickle.BINUNICODE[0]: lambda machine: machine.take_text(4),
-    pickle.BINUNICODE8[0]: lambda machine: machine.take_text(8),
-    pickle.SETITEM[0]: _Machine.put_item,
-    pickle.SETITEMS[0]: _Machine.put_marked,
-    pickle.REDUCE[0]: _Machine.reduce,
-    pickle.NEWOBJ[0]: _Machine.reduce,
-    pickle.NEWOBJ_EX[0]: _Machine.reduce_with_keywords,
-    pickle.BUILD[0]: _Machine.build,
+_METHODS: dict[bytes, Callable[[_Machine], None]] = {
+    **{getattr(pickle, name): _as(name) for name in _PASSIVE},
+    pickle.EMPTY_SET: _as("EMPTY_LIST"),  # elements of a set would have to be hashed
+    pickle.FROZENSET: _as("TUPLE"),
+    pickle.ADDITEMS: _as("APPENDS"),
+    pickle.BYTEARRAY8: _as("BINBYTES8"),
+    pickle.FRAME: _Machine.frame,
+    pickle.PROTO: _Machine.protocol,
+    pickle.SHORT_BINUNICODE: lambda machine: machine.take_text(1),
+    pickle.BINUNICODE: lambda machine: machine.take_text(4),
+    pickle.BINUNICODE8: lambda machine: machine.take_text(8),
+    pickle.SETITEM: _Machine.put_item,
+    pickle.SETITEMS: _Machine.put_marked,
+    pickle.REDUCE: _Machine.reduce,
+    pickle.NEWOBJ: _Machine.reduce,
+    pickle.NEWOBJ_EX: _Machine.reduce_with_keywords,
+    pickle.BUILD: _Machine.build,
 }
