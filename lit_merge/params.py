@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ __all__ = [
     "add_scaled",
     "check_finite",
     "check_same_structure",
+    "compare",
     "dot",
     "dtype_of",
     "fingerprint",
@@ -24,6 +25,7 @@ __all__ = [
     "norm",
     "scale",
     "shape_of",
+    "shapes_of",
     "working_dtype",
 ]
 
@@ -47,39 +49,67 @@ def working_dtype(*dtypes: torch.dtype) -> torch.dtype:
     return torch.float64 if torch.float64 in dtypes else torch.float32
 
 
-def check_same_structure(expected: Mapping[str, Tensor], got: Mapping[str, Tensor], what: str = "parameters") -> None:
-    """Refuse two sets of parameters whose names or shapes differ.
+def shapes_of(params: Mapping[str, Tensor]) -> dict[str, torch.Size]:
+    """Name -> shape, without reading the tensors of a lazy mapping."""
+    return {name: shape_of(params, name) for name in params}
+
+
+def compare(
+    expected: Mapping[str, Sequence[int]],
+    got: Mapping[str, Sequence[int]],
+    required: Iterable[str] | None = None,
+    unexpected: bool = True,
+) -> str:
+    """What two sets of names and shapes differ in, as words for a message.
+
+    Args:
+        expected: name -> shape, the reference.
+        got: what is compared with it.
+        required: the names that must be in ``got``; all of ``expected`` by default.
+        unexpected: whether names that ``expected`` lacks count.
+
+    Returns:
+        E.g. ``"2 missing (a, b) and 1 of another shape (c (3,) instead of (4,))"``; empty if nothing differs.
+    """
+    differences = {
+        "missing": [name for name in (expected if required is None else required) if name not in got],
+        "unexpected": [name for name in got if unexpected and name not in expected],
+        "of another shape": [
+            f"{name} {tuple(got[name])} instead of {tuple(shape)}"
+            for name, shape in expected.items()
+            if name in got and tuple(got[name]) != tuple(shape)
+        ],
+    }
+    parts = [f"{len(found)} {kind} ({first_few(found)})" for kind, found in differences.items() if found]
+    return " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)
+
+
+def check_same_structure(
+    expected: Mapping[str, Tensor],
+    got: Mapping[str, Tensor],
+    what: str = "parameters",
+    like: str = "",
+    advice: str = "Use parameters of the same architecture.",
+    required: Iterable[str] | None = None,
+    unexpected: bool = True,
+) -> None:
+    """Refuse two sets of parameters whose names or shapes differ, see :func:`compare`.
 
     Args:
         expected: the reference, name -> tensor.
         got: what is compared with it.
         what: how the message calls ``got``.
+        like: how it calls ``expected``; "the same N parameters" by default.
+        advice: its end.
+        required: the names that must be in ``got``; all of ``expected`` by default.
+        unexpected: whether names that ``expected`` lacks are refused.
 
     Raises:
         StructureMismatchError: names are missing or unexpected, or shapes differ; the first offenders are named.
     """
-    missing = [name for name in expected if name not in got]
-    unexpected = [name for name in got if name not in expected]
-    if missing or unexpected:
-        parts = []
-        if missing:
-            parts.append(f"{len(missing)} missing ({first_few(missing)})")
-        if unexpected:
-            parts.append(f"{len(unexpected)} unexpected ({first_few(unexpected)})")
-        raise StructureMismatchError(
-            f"{what}: expected the same {len(expected)} parameter names, got {' and '.join(parts)}. "
-            "Use parameters of the same architecture."
-        )
-    shapes = [
-        f"{name} {tuple(shape_of(got, name))} instead of {tuple(shape_of(expected, name))}"
-        for name in expected
-        if shape_of(got, name) != shape_of(expected, name)
-    ]
-    if shapes:
-        raise StructureMismatchError(
-            f"{what}: {len(shapes)} parameters have another shape: {first_few(shapes)}. "
-            "Use parameters of the same architecture."
-        )
+    if found := compare(shapes_of(expected), shapes_of(got), required, unexpected):
+        like = like or f"the same {len(expected)} parameters"
+        raise StructureMismatchError(f"{what}: expected {like}, got {found}. {advice}")
 
 
 def is_finite(tensor: Tensor) -> bool:
@@ -133,7 +163,7 @@ def scale(params: Mapping[str, Tensor], coefficient: float) -> Params:
 
 
 def dot(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> float:
-    """Inner product over all entries, accumulated in float64, one tensor at a time."""
+    """Inner product over all elements, accumulated in float64, one tensor at a time."""
     check_same_structure(first, second)
     return math.fsum(
         float(torch.dot(first[name].flatten().double(), second[name].flatten().double())) for name in first
@@ -141,7 +171,7 @@ def dot(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> float:
 
 
 def norm(params: Mapping[str, Tensor]) -> float:
-    """Euclidean norm over all entries, accumulated in float64, one tensor at a time."""
+    """Euclidean norm over all elements, accumulated in float64, one tensor at a time."""
     return math.sqrt(math.fsum(float(tensor.double().square().sum()) for tensor in params.values()))
 
 

@@ -38,16 +38,29 @@ def test_dot_and_norm_are_accumulated_in_float64():
 
 def test_another_structure_is_refused(pair):
     first, _ = pair
-    with pytest.raises(StructureMismatchError, match=r"expected the same 2 parameter names, got 1 missing \(b\)"):
+    with pytest.raises(StructureMismatchError, match=r"expected the same 2 parameters, got 1 missing \(b\)"):
         params.add(first, {"a": first["a"]})
     with pytest.raises(StructureMismatchError, match=r"1 missing \(b\) and 1 unexpected \(c\)"):
         params.dot(first, {"a": first["a"], "c": first["b"]})
-    with pytest.raises(
-        StructureMismatchError, match=r"head: 1 parameters have another shape: a \(3,\) instead of \(2,\)"
-    ):
+    with pytest.raises(StructureMismatchError, match=r"head: .* got 1 of another shape \(a \(3,\) instead of \(2,\)"):
         params.check_same_structure(first, {"a": torch.zeros(3), "b": torch.tensor(0.0)}, what="head")
     with pytest.raises(StructureMismatchError, match="w0, w1, w2 and 7 more"):
         params.check_same_structure({f"w{i}": torch.zeros(1) for i in range(10)}, {})
+
+
+@pytest.mark.parametrize(
+    ("got", "settings", "expected"),
+    [
+        ({"a": (2,), "b": ()}, {}, ""),
+        ({"a": [2]}, {}, "1 missing (b)"),
+        ({"a": (2,)}, {"required": ["a"]}, ""),
+        ({"a": (2,), "b": (), "c": (1,)}, {"unexpected": False}, ""),
+        ({"a": (3,), "c": (1,)}, {}, "1 missing (b), 1 unexpected (c) and 1 of another shape (a (3,) instead of (2,))"),
+        ({"a": (3,), "c": (1,)}, {"required": ()}, "1 unexpected (c) and 1 of another shape (a (3,) instead of (2,))"),
+    ],
+)
+def test_what_differs(got, settings, expected):
+    assert params.compare({"a": (2,), "b": ()}, got, **settings) == expected
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.float8_e4m3fn])

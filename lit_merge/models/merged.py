@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lit_merge.errors import ConfigurationError, StructureMismatchError, first_few
 from lit_merge.functional import combine
-from lit_merge.params import Params, shape_of
+from lit_merge.params import Params, compare, shapes_of
 from lit_merge.vectors.coefficients import Coefficients
 from lit_merge.vectors.groups import Granularity, group_names
 from lit_merge.vectors.storage import Storage, VectorStorage
@@ -220,21 +220,10 @@ def swapped(module: nn.Module, parameters: Mapping[str, Tensor]) -> Iterator[Non
 
 
 def _check_structure(own: Mapping[str, Tensor], vectors: TaskVectors) -> None:
-    unknown = [name for name in vectors.names if name not in own]
-    if unknown:
+    shapes = {name: vectors.shape(name)[1:] for name in vectors.names}
+    if found := compare(shapes_of(own), shapes, required=()):
         raise StructureMismatchError(
-            f"task vectors: expected only parameters of the module, got {len(unknown)} others ({first_few(unknown)}). "
-            "Use the module that was fine-tuned."
-        )
-    shapes = [
-        f"{name} {tuple(vectors.shape(name)[1:])} instead of {tuple(shape_of(own, name))}"
-        for name in vectors.names
-        if vectors.shape(name)[1:] != shape_of(own, name)
-    ]
-    if shapes:
-        raise StructureMismatchError(
-            f"task vectors: {len(shapes)} parameters have another shape: {first_few(shapes)}. "
-            "Use the module that was fine-tuned."
+            f"task vectors: expected parameters of the module, got {found}. Use the module that was fine-tuned."
         )
 
 

@@ -320,7 +320,7 @@ def test_vectors_of_another_architecture_are_refused(settings, tmp_path):
     vector = TaskVector.load(settings["vectors"][0])
     for tensors, part in (
         ({**vector, "proj": torch.zeros(1, 2)}, "proj (32, 12) instead of (1, 2)"),
-        ({**vector, "extra": torch.zeros(2)}, "every parameter of the task vectors, got nothing for 1 (extra)"),
+        ({**vector, "extra": torch.zeros(2)}, "every parameter of the task vectors, got 1 missing (extra)"),
     ):
         TaskVector(tensors, "narrow").save(path)
         refused(StructureMismatchError, part, **{**settings, "vectors": [str(path)]})

@@ -263,14 +263,14 @@ def test_models_that_do_not_fit(files, theta, tuned, tmp_path):
             r"odd.safetensors: .*the same 10 parameter names, got 3 missing \(layers\.0\.attn\.weight, layers\.1",
         ),
         ({**theta, "extra": torch.ones(1)}, r"1 unexpected \(extra\)"),
-        (wide, r"7 parameters have another shape: .*\(18, 6\) instead of \(9, 6\).* and 4 more\."),
+        (wide, r"7 of another shape \(.*\(18, 6\) instead of \(9, 6\).* and 4 more\)\."),
         (whole, r"real floating-point values in both, got positions \(torch.int64 and torch.float32\)"),
     ):
         save_file(tensors, path)
         refused(StructureMismatchError, line, vectors=[files["vectors"][0], str(path)], **settings)
     for tensors, line in (
-        ({"norm.weight": torch.ones(2)}, r"got 1 others: norm.weight \(6,\) instead of \(2,\)"),
-        ({"extra": torch.ones(2)}, r"every parameter of the task vectors, got nothing for 1 \(extra\)"),
+        ({"norm.weight": torch.ones(2)}, r"got 1 of another shape \(norm.weight \(6,\) instead of \(2,\)"),
+        ({"extra": torch.ones(2)}, r"every parameter of the task vectors, got 1 missing \(extra\)"),
         ({"positions": torch.ones(9)}, r"expected a floating-point base, got positions \(torch.int64\)"),
     ):
         TaskVector(tensors, "odd").save(path)

@@ -143,7 +143,7 @@ def test_weights_are_sums_in_place(setting):
                 assert torch.allclose(value, setting.base[name] + moved[name], atol=1e-15, rtol=0)
                 assert value.data_ptr() % 64 == weights._sum.data_ptr() % 64
     with pytest.raises(
-        StructureMismatchError, match=r"task vector 1: expected the same 4 parameter names, got 3 missing"
+        StructureMismatchError, match=r"task vector 1: expected the same 4 parameters, got 3 missing"
     ):
         PlacedWeights(setting.network, [setting.vectors[0], {"inner.weight": setting.vectors[0]["inner.weight"]}])
     setting.network.outer.float()

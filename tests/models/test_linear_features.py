@@ -552,5 +552,5 @@ def test_unknown_names_are_refused(network, vectors, tmp_path):
 
 
 def test_directions_of_another_architecture_are_refused(network, vectors, tmp_path):
-    with pytest.raises(StructureMismatchError, match="direction a: expected the same 4 parameter names, got 1 missing"):
+    with pytest.raises(StructureMismatchError, match="direction a: expected the same 4 parameters, got 1 missing"):
         LinearFeatureCache(network, {"a": {n: t for n, t in vectors["a"].items() if n != "outer.bias"}}, tmp_path)

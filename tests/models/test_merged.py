@@ -208,12 +208,10 @@ def test_an_unknown_storage_is_refused_when_the_weights_are_merged():
 
 def test_vectors_of_another_network_are_refused():
     module = network()
-    with pytest.raises(
-        StructureMismatchError, match=r"expected only parameters of the module, got 2 others \(0.weight"
-    ):
+    with pytest.raises(StructureMismatchError, match=r"expected parameters of the module, got 2 unexpected \(0.weight"):
         MergedModel(module, vectors(nn.Sequential(nn.Linear(2, 2)).double()))
     with pytest.raises(
-        StructureMismatchError, match=r"task vectors: 1 parameters have another shape: conv1.weight \(5, 108"
+        StructureMismatchError, match=r"task vectors: .* got 1 of another shape \(conv1.weight \(5, 108"
     ):
         MergedModel(module, vectors(BlockEncoder(6).double()))
 

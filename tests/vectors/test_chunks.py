@@ -369,9 +369,9 @@ def test_the_base_is_given_or_asked_for():
     known = TaskVectors(rows, base=base)
     assert known.base is base
     assert Sum()(known).base is Trim(0.5)(known).restrict(["proj"]).base is known.select(["t1"]).base is base
-    with pytest.raises(StructureMismatchError, match=r"base: expected every parameter .* got nothing for 1 \(proj\)\."):
+    with pytest.raises(StructureMismatchError, match=r"base: expected every parameter .* got 1 missing \(proj\)\."):
         TaskVectors(rows, base={name: tensor for name, tensor in base.items() if name != "proj"})
     with pytest.raises(
-        StructureMismatchError, match=r"base: expected the shapes of the task vectors, got 1 others: proj \(3,\) inst"
+        StructureMismatchError, match=r"base: expected every parameter .* got 1 of another shape \(proj \(3,\) inst"
     ):
         TaskVectors(rows, base={**base, "proj": torch.zeros(3)})

@@ -208,7 +208,7 @@ def test_other_tasks_are_refused(tasks, got):
 def test_other_parameters_are_refused():
     others = ("a", "b", *NAMES[4:])
     line = (
-        r"^coefficients: expected the 7 parameters of the task vectors, got nothing for 2 \(a, b\) and 4 unknown "
+        r"^coefficients: expected the 7 parameters of the task vectors, got 2 missing \(a, b\) and 4 unexpected "
         r"\(positional_embedding, proj, conv1\.weight and 1 more\)\. Use coefficients that were learned for this"
     )
     refused(StructureMismatchError, line, make().check_fits, vectors(names=others))
