@@ -12,6 +12,7 @@ import torch
 
 from lit_merge._version import __version__
 from lit_merge.errors import ConfigurationError, first_few
+from lit_merge.files.writing import writing
 from lit_merge.params import norm
 from lit_merge.vectors.task_vector import TaskVector
 
@@ -59,10 +60,12 @@ class ExtractTaskVector(L.Callback):
         self.best, self.mode = best, mode
         self.best_value: float | None = None
         self.vector: TaskVector | None = None
+        self.began = False  # with the final vector
         self._last_step = 0
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Refuse a module that is no fine-tuning before it has been trained."""
+        self.began = False
         missing = [name for name in ("task_vector", "task", "classes", "regime") if not hasattr(pl_module, name)]
         if missing:
             raise ConfigurationError(
@@ -107,6 +110,7 @@ class ExtractTaskVector(L.Callback):
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write the final vector."""
+        self.began = True
         self._write(trainer, pl_module, "")
         if self.best is not None and self.best_value is None:
             raise ConfigurationError(
@@ -116,14 +120,28 @@ class ExtractTaskVector(L.Callback):
 
     def _write(self, trainer: L.Trainer, pl_module: Any, suffix: str) -> None:
         if trainer.is_global_zero:
-            target = Path(trainer.default_root_dir) / self.path
-            target = target.with_name(f"{target.stem}{suffix}{target.suffix}")
-            target.parent.mkdir(parents=True, exist_ok=True)
-            tensors = pl_module.task_vector()
-            self.vector = TaskVector(tensors, pl_module.task, metadata=self._describe(trainer, pl_module, tensors))
-            error = self.vector.save(target, torch.bfloat16 if self.dtype == "bfloat16" else None)
-            L.pytorch.utilities.rank_zero_info(f"Task vector of {pl_module.task!r}: {target}" + self._rounding(error))
+            self.write(trainer, pl_module, suffix)
         trainer.strategy.barrier("task vector written")
+
+    def write(self, trainer: L.Trainer, pl_module: Any, suffix: str = "") -> None:
+        """Write the vector as it is now, from this process alone.
+
+        Args:
+            trainer: whose root folder it goes to.
+            pl_module: that it is taken from.
+            suffix: of the file's name.
+
+        Raises:
+            WriteError: the disk is full or not writable.
+        """
+        target = Path(trainer.default_root_dir) / self.path
+        target = target.with_name(f"{target.stem}{suffix}{target.suffix}")
+        with writing(target):
+            target.parent.mkdir(parents=True, exist_ok=True)
+        tensors = pl_module.task_vector()
+        self.vector = TaskVector(tensors, pl_module.task, metadata=self._describe(trainer, pl_module, tensors))
+        error = self.vector.save(target, torch.bfloat16 if self.dtype == "bfloat16" else None)
+        L.pytorch.utilities.rank_zero_info(f"Task vector of {pl_module.task!r}: {target}" + self._rounding(error))
 
     def _rounding(self, error: float) -> str:
         return f" ({self.dtype}, relative rounding error {error:.2e})" if error else ""

@@ -1,4 +1,10 @@
-"""Checkpoints of other programs become task vectors, or change layout: what ``lit-merge import`` does."""
+"""Make task vectors of checkpoints that other programs wrote, or convert one.
+
+Examples:
+  lit-merge import --finetuned tuned.pt --pretrained base.pt --output task_vector.safetensors
+  lit-merge import --finetuned '[cars.pt, dtd.pt]' --pretrained laion2b_s34b_b79k --model ViT-B-32 --output vectors
+  lit-merge import --pretrained model.pt --write_as transformers --output model.safetensors
+"""
 
 from __future__ import annotations
 
@@ -132,6 +138,9 @@ def import_checkpoints(
         vector = TaskVector(vector, name, metadata={**vector.metadata, **_provenance(base, one, path)})
         result.lines.append(_write(vector, _DTYPES[dtype] if dtype else None, target, dry_run))
     return result
+
+
+import_ = import_checkpoints
 
 
 @dataclass

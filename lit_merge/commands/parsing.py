@@ -7,59 +7,43 @@ import importlib
 import inspect
 import re
 import sys
-from collections.abc import Iterable
-from difflib import SequenceMatcher
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
-from jsonargparse import ArgumentParser, Namespace
-from lightning.pytorch.cli import LightningArgumentParser
+import yaml
+from jsonargparse import ArgumentParser, Namespace, get_loader, set_loader
 
-__all__ = ["CommandParser", "LightningCommandParser", "nearest"]
+from lit_merge.errors import ConfigurationError, did_you_mean, one_line
+from lit_merge.files.yaml_limits import check_yaml
+
+__all__ = ["CommandParser", "NearestNames", "configurations", "refuse_saved_permissions"]
 
 _DONE = "\x1f"  # on both sides of what a class's own parser has said already
-_SAID = re.compile(rf"(?:class_path '(?P<path>[\w.]+)':\s*)?{_DONE}(?P<line>[^{_DONE}]*){_DONE}")
-_KEY = re.compile(r"Parser key \"(?P<key>[\w.]+)\":")
-_SETTING = re.compile(
-    r"(?:Group '(?P<group>[\w.]+)' does not accept option '|unrecognized arguments: --|[Oo]ption ')(?P<name>[\w.]+)"
-)
-_CLASS = re.compile(
-    r"Expected a dot import path string: (?P<short>\w+)|class_path '(?P<path>[\w.]+)':\s+(?:module '|No module named)"
-)
-_NESTED = re.compile(r"NestedArg\(key='(?P<name>[\w.]+)', val='(?P<value>.*)'\)")
-_VALUE = re.compile(r"Expected an? (?P<types>.+)\. Got value: (?P<value>.+)", re.DOTALL)
-_UNION = re.compile(r"Subtypes: \[(?P<types>.+?)\]\n.*Given value: (?P<value>.+)", re.DOTALL)
+_SAID = re.compile(rf"(?:class_path '(?:\w+\.)*(\w+)':\s*)?{_DONE}([^{_DONE}]*){_DONE}")
+_SETTING = re.compile(r"(?:Group '([\w.]+)' does not accept option '|unrecognized arguments: --|[Oo]ption ')([\w.]+)")
+_CLASS = re.compile(r"(?:Expected a dot import path string: |class_path ')([\w.]+)(?:':\s+(?:module '|No module)|\n)")
+_TYPE = re.compile(r"Expected an? (?:<class '(?:\w+\.)*(\w+)'>|typing\.(\w+\[.*?\])(?=\.|\n|$))")
+_VALUE = re.compile(r"(?:Got|Given) value: (.+)", re.DOTALL)
 _FEW = 8
 
 
-def nearest(name: str, known: Iterable[str], limit: int = 3) -> list[str]:
-    """The names that are most like ``name``, as a whole or in what follows the last dot; perhaps none."""
+class NearestNames:
+    """Turns a parser's error into one line with the nearest valid names.
 
-    def likeness(candidate: str) -> float:
-        whole = SequenceMatcher(None, name.lower(), candidate.lower()).ratio()
-        endings = name.rpartition(".")[2].lower(), candidate.rpartition(".")[2].lower()
-        return max(whole, 0.95 * SequenceMatcher(None, *endings).ratio())
-
-    scores = {candidate: likeness(candidate) for candidate in known}
-    best = max(scores.values(), default=0.0)
-    alike = [candidate for candidate in scores if scores[candidate] >= max(0.6, best - 0.1)]
-    return sorted(alike, key=lambda candidate: -scores[candidate])[:limit]
-
-
-def _hint(name: str, known: Iterable[str]) -> str:
-    known = list(dict.fromkeys(known))
-    if near := nearest(name, known):
-        return f" Did you mean {' or '.join(near)}?"
-    return f" Known: {', '.join(known)}." if 0 < len(known) <= _FEW else ""
-
-
-class _NearestNames:
-    """Turns a parser's error into one line with the nearest valid names."""
+    Attributes:
+        left_out: settings of the command that this parser was not given.
+        homes: modules whose classes need no module's name.
+    """
 
     _actions: list[argparse.Action]
     exit_on_error: bool
     prog: str
+    left_out: Sequence[str] = ()
+    homes: tuple[str, ...] = ("lit_merge.transforms", "lit_merge.data")
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Say it on the standard error and exit with code 2."""
         commands = [
             one for action in self._actions if isinstance(action.choices, dict) for one in action.choices.values()
         ]
@@ -83,47 +67,84 @@ class _NearestNames:
                 branches += [(f"{key}.{inner}", content) for inner, content in dict(value).items()]
         return super()._apply_actions(cfg, *args, **kwargs)  # type: ignore[misc]
 
-    @staticmethod
-    def _explain(message: str, parser: _NearestNames) -> str:
-        key = match["key"] if (match := _KEY.search(message)) else ""
-        where = f"{key}: " if key else ""
-        if said := list(_SAID.finditer(message)):
-            match = next((one for one in said if "Did you mean" in one["line"]), said[0])
-            owner = f"{match['path'].rpartition('.')[2]}: " if match["path"] else ""
-            return f"{where}{owner}{match['line']}"
+    def _explain(self, message: str, parser: NearestNames) -> str:
+        where, _, rest = message.partition('":')
+        where = f"{where.removeprefix('Parser key ').strip(chr(34))}: " if rest else ""
+        if said := _SAID.findall(message):
+            owner, line = next((one for one in said if "Did you mean" in one[1]), said[0])
+            return f"{where}{owner}{': ' if owner else ''}{line}"
         if match := _SETTING.search(message):
-            name = f"{match['group']}.{match['name']}" if match["group"] else match["name"]
+            name = ".".join(filter(None, match.groups()))
             return f"expected a setting, got {name!r}, which there is not.{_hint(name, parser._keys())}"
-        if match := _NESTED.search(message):
-            return (
-                f"{where}expected a setting, got {match['name']!r}, which there is not, or not without others. "
-                "Check its name, or give its entry as a whole."
-            )
         if match := _CLASS.search(message):
-            name = match["short"] or match["path"]
-            known = _classes(name)
-            if name in known:
-                return f"{where}expected a class that fits, got {name!r}, which is of another kind. Choose another."
-            return f"{where}expected a class, got {name!r}, which there is not.{_hint(name, known)}"
-        if match := _UNION.search(message) or _VALUE.search(message):
-            types = re.sub(r"<class '(?:\w+\.)*(\w+)'>|\b(?:\w+\.)+(?=\w)", r"\1", match["types"])
-            types = types.replace("NoneType", "null")
-            return f"{where}expected {types}, got {_one_line(match['value'])!r}."
-        return _one_line(message).rstrip(".") + "."
+            known = _classes(match[1], self.homes)
+            if match[1] in known:
+                return f"{where}expected a class that fits, got {match[1]!r}, which is of another kind."
+            return f"{where}expected a class, got {match[1]!r}, which there is not.{_hint(match[1], known)}"
+        types, value = dict.fromkeys(one or other for one, other in _TYPE.findall(message)), _VALUE.search(message)
+        if types and value:
+            return f"{where}expected {', '.join(types)}, got {one_line(value[1], 300)!r}.".replace("NoneType", "null")
+        return f"{where}{one_line(rest or message, 300)}."
 
     def _keys(self) -> list[str]:
         """Settings, and those of the default classes of model and data."""
         actions = [action for action in self._actions if not action.dest.endswith(("help", argparse.SUPPRESS))]
-        keys = [action.dest for action in actions]
+        keys = [*(action.dest for action in actions), *self.left_out]
         for action in actions:
             path = action.default.get("class_path") if hasattr(action.default, "get") else None
             keys += [f"{action.dest}.{name}" for name in inspect.signature(_imported(path)).parameters] if path else []
         return keys
 
 
-def _one_line(text: str) -> str:
-    line = " ".join(text.split())
-    return line if len(line) <= 300 else f"{line[:300]} …"
+class CommandParser(NearestNames, ArgumentParser):
+    """The parser of the commands that are functions."""
+
+
+def configurations(arguments: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """The content of every ``--config``, a file or YAML itself; what cannot be read is for the parser to say."""
+    for text, _ in _configured(arguments):
+        try:
+            content = yaml.safe_load(text)
+        except (ValueError, yaml.YAMLError):
+            continue
+        if isinstance(content, dict):
+            yield content
+
+
+def refuse_saved_permissions(arguments: Sequence[str]) -> None:
+    """Refuse ``overwrite: true`` in a file: who wrote it allowed that once, for another output.
+
+    Raises:
+        ConfigurationError: a file holds it.
+    """
+    for text, file in _configured(arguments):
+        if file is not None and re.search(r"^\s*overwrite\s*:\s*(true|yes|on)\s*(#.*)?$", text, re.M | re.I):
+            raise ConfigurationError(
+                f"overwrite: expected on the command line only, got {file} with overwrite: true. Remove it from the "
+                "file, and add --overwrite true if this output may be replaced."
+            )
+
+
+def _configured(arguments: Sequence[str]) -> Iterator[tuple[str, Path | None]]:
+    """The text of every ``--config``, and the file that it comes from."""
+    for position, argument in enumerate(arguments):
+        option, equals, value = argument.partition("=")
+        if option in ("-c", "--config"):
+            value = value if equals else next(iter(arguments[position + 1 : position + 2]), "")
+            try:
+                text, file = (
+                    (Path(value).read_text(encoding="utf-8"), Path(value)) if Path(value).is_file() else (value, None)
+                )
+            except (OSError, ValueError):
+                continue
+            check_yaml(text, str(file or "config"))
+            yield text, file
+
+
+def _hint(name: str, known: Iterable[str]) -> str:
+    known = list(dict.fromkeys(known))
+    hint = did_you_mean(name, known, f"Known: {', '.join(known)}." if 0 < len(known) <= _FEW else "")
+    return f" {hint}" if hint else ""
 
 
 def _imported(path: str) -> Any:
@@ -131,31 +152,29 @@ def _imported(path: str) -> Any:
     return getattr(importlib.import_module(module), name)
 
 
-def _classes(name: str) -> list[str]:
+def _classes(name: str, homes: Sequence[str]) -> list[str]:
     """Classes that ``name`` may mean: of its module, or those that need no module's name."""
-    from lightning.pytorch import callbacks as lightning_callbacks
-    from lightning.pytorch import loggers, strategies
-
-    from lit_merge import callbacks, data, modules, transforms
-
     module = name.rpartition(".")[0]
-    rooms = [modules, data, callbacks, transforms, lightning_callbacks, loggers, strategies]
     if module:
         try:
-            rooms = [importlib.import_module(module)]
+            importlib.import_module(module)
+            homes = [module]
         except ImportError:
-            module = ""
+            pass
     listed = {}
-    for room in rooms:
-        for one in getattr(room, "__all__", dir(room)):
-            if inspect.isclass(getattr(room, one, None)):
-                listed[one] = f"{room.__name__}.{one}" if "." in name else one
+    for home in map(importlib.import_module, homes):
+        for one in getattr(home, "__all__", dir(home)):
+            if inspect.isclass(getattr(home, one, None)):
+                listed[one] = f"{home.__name__}.{one}" if "." in name else one
     return list(listed.values())
 
 
-class CommandParser(_NearestNames, ArgumentParser):
-    """The parser of ``merge``, ``suite`` and ``data``."""
+_load = get_loader("yaml")
 
 
-class LightningCommandParser(_NearestNames, LightningArgumentParser):
-    """The parser of ``fit``, ``validate``, ``test`` and ``predict``."""
+def _load_limited(text: str) -> Any:
+    check_yaml(text)
+    return _load(text)
+
+
+set_loader("yaml", _load_limited, exceptions=(yaml.YAMLError,))

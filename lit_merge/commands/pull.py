@@ -1,4 +1,10 @@
-"""Files from the Hugging Face Hub: what ``lit-merge pull`` does."""
+"""Copy vectors, models or coefficients from the Hugging Face Hub.
+
+Examples:
+  lit-merge pull hf://owner/name
+  lit-merge pull hf://owner/name@main/task_vector.safetensors --output vector.safetensors
+  lit-merge pull hf://owner/name/folder --output folder
+"""
 
 from __future__ import annotations
 
@@ -13,6 +19,8 @@ from lit_merge.files.writing import writing
 from lit_merge.vectors import LazyTensors
 
 __all__ = ["pull"]
+
+POSITIONAL = ("address",)
 
 
 def pull(address: str, output: str | None = None, overwrite: bool = False) -> Path:

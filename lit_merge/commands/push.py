@@ -1,4 +1,10 @@
-"""Files to the Hugging Face Hub: what ``lit-merge push`` does."""
+"""Put vectors, models or coefficients on the Hugging Face Hub.
+
+Examples:
+  lit-merge push task_vector.safetensors hf://owner/name
+  lit-merge push runs/merged hf://owner/name --private true
+  lit-merge push merged.safetensors hf://owner/name/ties.safetensors --dry_run true
+"""
 
 from __future__ import annotations
 
@@ -20,6 +26,8 @@ from lit_merge.models.merging.output import card_of
 from lit_merge.vectors import Coefficients, file_digest
 
 __all__ = ["PushResult", "push"]
+
+POSITIONAL = ("source", "address")
 
 _CARD = "README.md"
 _WITH_A_MERGE = ("merge.yaml", "search.json", "soup.json")  # what merge and soup write with their output

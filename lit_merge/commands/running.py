@@ -1,120 +1,148 @@
-"""What runs each of the commands, with the configuration and the overrides that a user gave."""
+"""What runs a command, with the configuration and the overrides that a user gave."""
 
 from __future__ import annotations
 
+import ast
+import inspect
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib import import_module
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
-from jsonargparse import ActionConfigFile
-
-from lit_merge.commands.parsing import CommandParser, nearest
-from lit_merge.errors import ConfigurationError
+from lit_merge.commands.configuration import RESOLVED
+from lit_merge.commands.first_screen import command_screen, group_screen
+from lit_merge.commands.table import Command, commands, groups
+from lit_merge.errors import ConfigurationError, did_you_mean
 
 __all__ = ["run_command"]
 
-_FUNCTIONS = {
-    "import": ("lit_merge.commands.import_", "import_checkpoints"),
-    "merge": ("lit_merge.commands.merge", "merge"),
-    "soup": ("lit_merge.commands.soup", "soup"),
-    "statistics": ("lit_merge.evaluation.statistics.command", "statistics"),
-    "suite": ("lit_merge.commands.suite", "suite"),
-    "analyze": ("lit_merge.evaluation.analysis.command", "analyze"),
-    "report": ("lit_merge.report.page", "report"),
-    "inspect": ("lit_merge.commands.inspect", "inspect"),
-    "push": ("lit_merge.commands.push", "push"),
-    "pull": ("lit_merge.commands.pull", "pull"),
-    "data list": ("lit_merge.data.published.checking", "list_data"),
-    "data check": ("lit_merge.data.published.checking", "check"),
-    "data prepare": ("lit_merge.data.published.preparation", "prepare"),
-    "data sheet": ("lit_merge.data", "contact_sheet"),
-}
-_POSITIONAL = frozenset({"inspect", "push", "pull"})  # commands whose required arguments need no --name
-_NAMED = frozenset({"data list", "data check", "data prepare"})  # commands that take any number of names
-_OF_DATA = {
-    "list": "show the published data sets that can be tasks",
-    "check": "say which of them are on the disk, and whether they are complete",
-    "prepare": "download some of them, through torchvision or from the Hugging Face Hub",
-    "sheet": "draw a contact sheet of the embedded suite",
-}
+_HELP = ("-h", "--help")
+_PERMISSIONS = ("overwrite", "dry_run", "progress")  # of one command line, not of the configuration that it saves
 
 
-def run_command(command: str, arguments: Sequence[str], description: str = "") -> Any:
+def run_command(command: str, arguments: Sequence[str] = ()) -> Any:
     """Run a command in this process.
 
     Args:
         command: as ``lit-merge --help`` lists them, e.g. ``fit``, ``merge`` or ``data``.
         arguments: what follows it on the command line.
-        description: for its help.
 
     Returns:
         What the command returns: for Lightning's, the CLI object with its trainer, model and data.
 
     Raises:
         SystemExit: help was asked for, or the parser has said on the standard error what is wrong.
-        LitMergeError: the command refuses its input.
+        LitMergeError: there is no such command, or it refuses its input.
     """
-    if command == "data":
-        command, arguments, description = _of_data(arguments)
-        if not description:
-            return sys.stdout.write(_data_overview())
-    if command not in _FUNCTIONS:
-        from lit_merge.commands.training.lightning_cli import LitMergeCLI
+    known = commands()
+    if command in groups():
+        if not arguments or arguments[0] in (*_HELP, "help"):
+            return sys.stdout.write(group_screen(command))
+        command, arguments = f"{command} {arguments[0]}", arguments[1:]
+    if command not in known:
+        raise _unknown(command, list(known))
+    chosen = known[command]
+    if any(option in arguments for option in _HELP):
+        return sys.stdout.write(command_screen(chosen))
+    arguments = ["--help" if one == "--help_all" else one for one in arguments]
+    module = chosen.load()
+    function = getattr(module, chosen.file.stem)
+    if chosen.takes_command_line:
+        return function(*arguments)
+    return _run(chosen, function, getattr(module, "arguments", list)(arguments))
 
-        return LitMergeCLI(command, arguments)
-    module, name = _FUNCTIONS[command]
-    function = getattr(import_module(module), name)
-    parser = CommandParser(prog=f"lit-merge {command}", description=description, allow_abbrev=False)
+
+def _unknown(command: str, known: list[str]) -> ConfigurationError:
+    group, _, name = command.rpartition(" ")
+    if group:
+        names = [one.partition(" ")[2] for one in known if one.startswith(f"{group} ")]
+    else:
+        names = list(dict.fromkeys(one.partition(" ")[0] for one in known))
+    hint = did_you_mean(name, names, f"See lit-merge {f'{group} ' if group else ''}--help.", 1)
+    return ConfigurationError(f"{group or 'command'}: expected one of {', '.join(names)}, got {name!r}. {hint}")
+
+
+def _run(command: Command, function: Callable[..., Any], arguments: Sequence[str]) -> Any:
+    from jsonargparse import ActionConfigFile
+
+    from lit_merge.commands.parsing import CommandParser, refuse_saved_permissions
+
+    refuse_saved_permissions(arguments)
+    typed, left_out = _typed(function, set(_settings_in(arguments)))
+    parser = CommandParser(prog=f"lit-merge {command.name}", description=command.summary, allow_abbrev=False)
+    parser.left_out = left_out
     parser.add_argument("-c", "--config", action=ActionConfigFile, help="Path of a YAML or JSON configuration file.")
-    names: set[int | str] = {"names"} if command in _NAMED else set()
-    if names:
-        parser.add_argument("names", nargs="*", type=str, help="data sets or suites, e.g. mnist or clip8")
-    parser.add_function_arguments(function, as_group=False, as_positional=command in _POSITIONAL, skip=names)
-    if command == "suite":
-        from lit_merge.suite.overlays import with_parts
-
-        arguments = with_parts(arguments)
-    config = parser.parse_args(arguments)
-    resolved = parser.dump(config, skip_none=False)
+    several: set[int | str] = {name for name in command.positional if "list" in str(function.__annotations__.get(name))}
+    for name in sorted(map(str, several)):
+        parser.add_argument(name, nargs="*", type=str, help="names, e.g. mnist or clip8")
+    parser.add_function_arguments(typed, as_group=False, as_positional=bool(command.positional), skip=several)
+    config = parser.parse_args(list(arguments))
+    saved = config.clone()
+    for name in ("config", *_PERMISSIONS):
+        saved.pop(name, None)
+    resolved = parser.dump(saved, skip_none=False, skip_validation=True)
     settings = parser.instantiate_classes(config)
     settings.pop("config", None)
+    RESOLVED.set(resolved if command.name == "merge" else "")  # of no merge within another command
     result = function(**settings.as_dict())
-    if command == "merge" and not result.written:
-        sys.stdout.write(f"{result.plan}\n")
-    elif command == "merge":
-        from lit_merge.commands.merge import beside
-        from lit_merge.files.text import write_text
-
-        write_text(beside(result.output, "merge.yaml"), resolved)
-        found = f", {result.search.describe()}" if result.search else ""
-        sys.stdout.write(f"{result.transform!r}{found} -> {result.output}\n")
-    elif command in ("soup", "push", "import"):
-        sys.stdout.write(f"{result.describe()}\n")
-    elif command == "data check":
-        sys.stdout.write(f"{result.describe()}\n")
-        result.refuse()
-    elif isinstance(result, Path) or command == "data list":
+    if isinstance(result, str | Path):
         sys.stdout.write(f"{result}\n")
+    elif hasattr(result, "describe"):
+        sys.stdout.write(f"{result.describe()}\n")
+    if hasattr(result, "refuse"):  # what was found out is shown, and is a failure
+        result.refuse()
     return result
 
 
-def _of_data(arguments: Sequence[str]) -> tuple[str, Sequence[str], str]:
-    """``data``'s own command, what follows it, and its description, which is empty if help was asked for."""
-    if not arguments or arguments[0] in ("-h", "--help", "help"):
-        return "data", (), ""
-    if arguments[0] not in _OF_DATA:
-        near = nearest(arguments[0], _OF_DATA, 1)
-        raise ConfigurationError(
-            f"data: expected one of {', '.join(_OF_DATA)}, got {arguments[0]!r}. "
-            f"{f'Did you mean {near[0]}?' if near else 'See lit-merge data --help.'}"
+def _settings_in(arguments: Sequence[str]) -> Iterator[str]:
+    """The settings that a command line and its files name; ``*`` for all, when the configuration is printed."""
+    from lit_merge.commands.parsing import configurations
+
+    for argument in arguments:
+        name = argument.partition("=")[0].removeprefix("--").partition(".")[0].rstrip("+")
+        yield "*" if argument.startswith("--print_config") or argument == "--help" else name
+    for content in configurations(arguments):
+        yield from (str(key).partition(".")[0] for key in content)
+
+
+def _typed(function: Callable[..., Any], named: set[str]) -> tuple[Callable[..., Any], list[str]]:
+    """The function with evaluated types, without those settings whose type is costly to import and that nobody names.
+
+    Costly are the types that its module imports for type checkers only, such as Lightning's data modules.
+
+    Returns:
+        The function as the parser is to see it, and the names of the settings that were left out.
+    """
+    assert isinstance(function, FunctionType)
+    costly = _for_type_checkers(inspect.getsource(sys.modules[function.__module__]))
+    signature, types, left_out = inspect.signature(function), {}, []
+    for name, parameter in signature.parameters.items():
+        text = str(parameter.annotation)
+        needed = {one.id for one in ast.walk(ast.parse(text)) if isinstance(one, ast.Name) and one.id in costly} - set(
+            function.__globals__
         )
-    return f"data {arguments[0]}", arguments[1:], _OF_DATA[arguments[0]]
+        if needed and not named & {name, "*"}:
+            left_out.append(name)
+            continue
+        found = {one: getattr(import_module(costly[one][0]), costly[one][1]) for one in needed}
+        types[name] = eval(text, {**function.__globals__, **found})  # an annotation of our own
+    typed = FunctionType(function.__code__, function.__globals__, function.__name__, function.__defaults__)
+    typed.__doc__, typed.__annotations__ = function.__doc__, types
+    typed.__module__ = "builtins"  # where the parser looks for names: there are none left to find
+    kept = [one.replace(annotation=types[name]) for name, one in signature.parameters.items() if name in types]
+    typed.__signature__ = signature.replace(parameters=kept)  # type: ignore[attr-defined]
+    return typed, left_out
 
 
-def _data_overview() -> str:
-    lines = [f"  lit-merge data {name:<8} {text}" for name, text in _OF_DATA.items()]
-    return "\n".join(
-        ["The data sets of the literature, and the embedded suite:", "", *lines, "", "Each has --help.", ""]
-    )
+def _for_type_checkers(source: str) -> dict[str, tuple[str, str]]:
+    """Name -> module and name, of what is imported under ``if TYPE_CHECKING``."""
+    return {
+        alias.asname or alias.name: (str(node.module), alias.name)
+        for block in ast.parse(source).body
+        if isinstance(block, ast.If) and ast.unparse(block.test) == "TYPE_CHECKING"
+        for node in block.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }

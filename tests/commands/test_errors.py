@@ -69,7 +69,7 @@ MISSPELT = [
     (
         "nonsense",
         "",
-        "expected one of fit, validate, test, predict, import, merge, soup, statistics, suite,",
+        "expected one of fit, predict, test, validate, analyze, data, import, inspect, merge, pull,",
     ),
     ("fit --outptu R", "", "got 'outptu', which there is not. Did you mean output?"),
     ("fit --trainer.max_stepz 3", "", "Did you mean trainer.max_steps"),

@@ -73,9 +73,9 @@ def test_plain_help_is_immediate_and_names_every_command() -> None:
 
 
 @pytest.mark.parametrize("command", ["fit", "validate", "test", "predict", "merge", "suite", "data sheet"])
-def test_every_command_has_help_and_prints_its_configuration(command, capsys) -> None:
+def test_every_command_has_all_help_and_prints_its_configuration(command, capsys) -> None:
     started = time.process_time()
-    assert main([*command.split(), "--help"]) == 0
+    assert main([*command.split(), "--help_all"]) == 0
     text = capsys.readouterr().out
     assert f"lit-merge {'' if command in REQUIRED else '[options] '}{command}" in text
     assert "--print_config" in text
@@ -252,7 +252,10 @@ def test_an_existing_run_is_not_overwritten_unasked(fit, tiny, capsys) -> None:
     again = ["fit", *QUIET, *tiny, "--data.task=digits", "--trainer.max_steps=1", "--output=R"]
     capsys.readouterr()
     assert main(again) == 2
-    assert "got R, which holds a run already" in capsys.readouterr().err
+    line = capsys.readouterr().err
+    assert "got R, which holds a run already" in line
+    assert "go on from it with --ckpt_path R/checkpoints/epoch=0-step=4.ckpt" in line
+    assert "--overwrite true" in line
     assert main([*again, "--overwrite=true", "--data.task=null", "--data.path=missing"]) == 1  # it never begins
     assert {path: path.stat().st_mtime_ns for path in directory.rglob("*")} == before
     assert main([*again, "--overwrite=true", "--trainer.limit_val_batches=0"]) == 0
@@ -299,13 +302,14 @@ def test_resuming_without_output_goes_on_in_the_checkpoints_directory(fit, tiny)
     assert not Path("runs").exists()
 
 
-def test_the_last_checkpoint_is_the_newest_of_the_run(fit, tiny, capsys) -> None:
+def test_the_last_checkpoint_is_the_newest_of_the_run(fit, tiny, capsys, caplog) -> None:
     every = ["--trainer.callbacks+=ModelCheckpoint", "--trainer.callbacks.every_n_train_steps=2"]
     directory = fit("R", *every, "--trainer.callbacks.save_top_k=-1", "--trainer.logger=true")
     assert len(list(directory.glob("checkpoints/*.ckpt"))) == 2
     longer = ["fit", *QUIET, "--data.task=digits", "--data.batch_size=8", "--trainer.limit_val_batches=0"]
     assert main([*longer, "--trainer.max_steps=6", "--output=R", "--ckpt_path=last"]) == 0
-    assert "step=4.ckpt" in yaml.safe_load((directory / "fit.yaml").read_text())["ckpt_path"]
+    assert "R: goes on from R/checkpoints/epoch=0-step=4.ckpt; what it writes replaces this run's" in caplog.text
+    assert "step=4.ckpt" in (directory / "fit.yaml").read_text().splitlines()[0]  # a comment, which resumes nothing
     assert TaskVector.load(directory / "task_vector.safetensors").metadata["step"] == "6"
     assert main([*longer, "--trainer.max_steps=6", "--output=fresh", "--ckpt_path=last"]) == 2
     assert "fresh/checkpoints/*.ckpt, which does not exist" in capsys.readouterr().err
@@ -324,6 +328,7 @@ def test_a_job_that_slurm_started_again_goes_on_in_its_directory(fit, caplog) ->
     shutil.copy(checkpoint, directory / "hpc_ckpt_1.ckpt")
     fit("R", "--trainer.max_steps=6")
     assert "Restored all states from the checkpoint at" in caplog.text
+    assert "R: goes on from R/hpc_ckpt_1.ckpt" in caplog.text
     assert TaskVector.load(directory / "task_vector.safetensors").metadata["step"] == "6"
 
 

@@ -3,30 +3,33 @@
 from __future__ import annotations
 
 import atexit
-import contextlib
+import copy
 import logging
 import pickle
 import traceback
 import warnings
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch.distributed
 import yaml
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lit_merge.callbacks import ExtractTaskVector, WriteMerge, WriteMetrics, WritePredictions
-from lit_merge.commands.parsing import LightningCommandParser
+from lit_merge.commands.parsing import NearestNames, configurations, refuse_saved_permissions
+from lit_merge.commands.training.checkpoint_settings import given_settings, reconciled
 from lit_merge.commands.training.run_directory import RunDirectory
+from lit_merge.commands.training.run_files import EpochBar, Rescue, arrange, check_room
 from lit_merge.data.adaptation import MergeDataModule
 from lit_merge.data.multitask import MultiTaskDataModule
 from lit_merge.data.pretraining import CaptionDataModule
 from lit_merge.data.task import TaskDataModule
-from lit_merge.errors import ConfigurationError, FileFormatError, LitMergeError
+from lit_merge.errors import ConfigurationError, FileFormatError, LitMergeError, one_line
 from lit_merge.modules import ContrastiveModule, FineTuneModule, MergeModule, MultiTaskModule
 
 __all__ = ["LitMergeCLI", "check_configuration"]
@@ -47,8 +50,19 @@ _SHORT_NAMES = (
 _RESTORING = "_restore_modules_and_callbacks"  # where Lightning opens a checkpoint
 
 
+class LightningCommandParser(NearestNames, LightningArgumentParser):
+    """The parser of ``fit``, ``validate``, ``test`` and ``predict``."""
+
+    homes = (
+        *("lit_merge.modules", "lit_merge.data", "lit_merge.callbacks", "lit_merge.transforms"),
+        *("lightning.pytorch.callbacks", "lightning.pytorch.loggers", "lightning.pytorch.strategies"),
+    )
+
+
 class SaveRunConfig(SaveConfigCallback):
     """Saves the resolved configuration in the run's directory, whatever the logger, once the data are there.
+
+    What holds for this run alone is not saved: ``overwrite``, and ``ckpt_path`` but as a comment.
 
     Args:
         parser: of the command.
@@ -62,7 +76,13 @@ class SaveRunConfig(SaveConfigCallback):
 
     def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Save it; Lightning calls this on rank zero."""
-        self.directory.begin(self.parser.dump(self.config, skip_none=False))
+        config = self.config.clone()
+        checkpoint = config.pop("ckpt_path", None)
+        config.pop("overwrite", None)
+        if stage == "fit":
+            check_room(trainer, pl_module, self.directory.path, self.directory.replaced_bytes())
+        note = f"# from the checkpoint {checkpoint}\n" if checkpoint is not None else ""
+        self.directory.begin(note + self.parser.dump(config, skip_none=False, skip_validation=True))
 
 
 class LitMergeCLI(LightningCLI):
@@ -75,6 +95,7 @@ class LitMergeCLI(LightningCLI):
 
     def __init__(self, command: str, arguments: Sequence[str]) -> None:
         self.command = command
+        refuse_saved_permissions(arguments)
         self._arguments = _classes_first(arguments)
         self.run_directory: RunDirectory | None = None
         _hush()
@@ -125,16 +146,34 @@ class LitMergeCLI(LightningCLI):
         self.run_directory = RunDirectory(self.command, settings["output"], settings["overwrite"], checkpoint)
         settings["ckpt_path"] = checkpoint = self.run_directory.checkpoint
         self.save_config_kwargs = {"directory": self.run_directory}
+        before = copy.deepcopy(settings["model"])
         try:
             super()._parse_ckpt_path()
         except (KeyboardInterrupt, SystemExit, LitMergeError):
             raise
         except Exception as error:  # torch.load raises whatever the damage leads to
             raise _no_checkpoint(checkpoint, error) from error
+        if checkpoint is not None:
+            settings = self.config[self.command]
+            settings["model"], line = reconciled(before, settings["model"], given_settings(self._arguments), checkpoint)
+            if line:
+                rank_zero_info(line)
+
+    def instantiate_classes(self) -> None:
+        """Loggers that are not told where to write do so in the run directory; the saved configuration is as given."""
+        self._given = self.config
+        self.config = copy.deepcopy(self.config)
+        loggers = self._get(self.config, "trainer").get("logger")
+        for logger in loggers if isinstance(loggers, list) else [loggers]:
+            settings = logger.get("init_args") if hasattr(logger, "get") else None
+            if settings is not None and settings.get("save_dir", "elsewhere") in (None, "."):
+                settings["save_dir"] = str(self.run_directory.path) if self.run_directory else "."
+        super().instantiate_classes()
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """Point the trainer, its logger and the writing callbacks at the run directory."""
         assert self.run_directory is not None
+        self.config = self._given
         settings, directory = self._get(self.config_init, "trainer"), str(self.run_directory.path)
         kwargs["default_root_dir"] = directory
         if settings.get("logger") in (None, True):
@@ -145,21 +184,29 @@ class LitMergeCLI(LightningCLI):
         callbacks = list(callbacks) if isinstance(callbacks, Sequence) else [callbacks]
         if not settings.get("fast_dev_run"):  # a trial, which leaves nothing
             callbacks += self._writers(callbacks)
+        shown = settings.get("enable_progress_bar") is not False and not settings.get("barebones")
+        if self.command == "fit" and shown and not any(isinstance(callback, ProgressBar) for callback in callbacks):
+            callbacks.append(EpochBar())
         try:
-            return super().instantiate_trainer(callbacks=callbacks, **kwargs)
+            trainer = super().instantiate_trainer(callbacks=callbacks, **kwargs)
         except (MisconfigurationException, TypeError, ValueError) as error:
-            reason = str(error).strip().rstrip(".!")
+            reason = one_line(error).rstrip("!")
             raise ConfigurationError(
                 f"trainer: {reason}. Change its accelerator, devices, strategy, precision or plugins."
             ) from error
+        arrange(trainer, self.run_directory.path)
+        return trainer
 
     def _writers(self, callbacks: Sequence[L.Callback]) -> list[L.Callback]:
         if self.command == "fit":
             wanted = {FineTuneModule: ExtractTaskVector, MergeModule: WriteMerge}
             return [
-                writer()
-                for module, writer in wanted.items()
-                if isinstance(self.model, module) and not any(isinstance(callback, writer) for callback in callbacks)
+                Rescue(),
+                *(
+                    writer()
+                    for module, writer in wanted.items()
+                    if isinstance(self.model, module) and not any(isinstance(one, writer) for one in callbacks)
+                ),
             ]
         if self.command == "predict":
             return [WritePredictions()]
@@ -218,13 +265,9 @@ def _named_classes(arguments: Sequence[str]) -> set[str]:
                 found.add(key)
             elif option.startswith(f"--{key}."):
                 seen.add(key)
-        if option in ("-c", "--config"):
-            with contextlib.suppress(OSError, ValueError, yaml.YAMLError):  # what is wrong with it is said in parsing
-                path = Path(value)
-                content = yaml.safe_load(path.read_text(encoding="utf-8") if path.is_file() else value)
-                entries = content.items() if isinstance(content, dict) else ()
-                named = {name for name, entry in entries if isinstance(entry, dict) and "class_path" in entry}
-                found |= named & set(_CLASSES) - seen
+        for content in configurations([option, value]):
+            entries = {name for name, entry in content.items() if isinstance(entry, dict) and "class_path" in entry}
+            found |= entries & set(_CLASSES) - seen
     return found
 
 
@@ -253,7 +296,8 @@ def check_configuration(command: str, config: dict[str, Any]) -> None:
 
 def _no_checkpoint(path: Any, error: Exception) -> FileFormatError:
     reason = f"{type(error).__name__}: {str(error).strip().partition('. ')[0]}".splitlines()[:2]
-    return FileFormatError(f"{path}: expected a checkpoint of such a run, got {' '.join(reason)}. Give another.")
+    way_out = "Remove it to start anew" if "hpc_ckpt_" in str(path) else "Give another"
+    return FileFormatError(f"{path}: expected a checkpoint of such a run, got {' '.join(reason)}. {way_out}.")
 
 
 @atexit.register

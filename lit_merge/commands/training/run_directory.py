@@ -8,9 +8,9 @@ import shutil
 from datetime import datetime
 from pathlib import Path
 
-from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
-from lit_merge.errors import ConfigurationError
+from lit_merge.errors import ConfigurationError, first_few
 from lit_merge.files.text import write_text
 
 __all__ = ["RunDirectory"]
@@ -25,6 +25,7 @@ _OUTPUTS = {
     "predict": ("predictions.csv",),
 }
 _KEYWORDS = ("hpc", "registry")  # Lightning finds the checkpoint
+_OF_SLURM = "hpc_ckpt_*.ckpt"  # written by Lightning when SLURM's time limit ends a job
 
 
 class RunDirectory:
@@ -57,8 +58,9 @@ class RunDirectory:
             output = str(source.parents[1])
         self.path = Path(output) if output is not None else Path("runs") / command / _name()
         inside = source is not None and source.resolve().is_relative_to(self.path.resolve())
-        if command == "fit" and checkpoint is None and any(self.path.glob("hpc_ckpt_*.ckpt")):
-            self.checkpoint = "hpc"  # SLURM started the job again
+        left = sorted(self.path.glob(_OF_SLURM), key=lambda file: (len(file.name), file.name))
+        if command == "fit" and checkpoint is None and left:  # SLURM started the job again
+            self.checkpoint, inside = str(left[-1]), True
         self._resumes = command == "fit" and (inside or (self.checkpoint is not None and source is None))
         self._set_aside: Path | None = None
         self._new: list[Path] = []  # what was not there before, files first
@@ -68,10 +70,15 @@ class RunDirectory:
     def _claim(self, overwrite: bool) -> None:
         results = self._results()
         if results and not overwrite and not self._resumes:
+            newest = _newest(self.path / "checkpoints")
+            on = f"go on from it with --ckpt_path {newest}, " if self.command == "fit" and newest.is_file() else ""
             raise ConfigurationError(
                 f"output: expected a new run directory, got {self.path}, which holds a run already "
-                f"({results[0].name}). Choose another --output, or add --overwrite true."
+                f"({results[0].name}). Choose another --output, {on}or replace it with --overwrite true."
             )
+        if self._resumes:
+            said = f"{self.path}: goes on from {self.checkpoint}"
+            rank_zero_info(f"{said}; what it writes replaces this run's {first_few(path.name for path in results)}")
         files = [self.path / name for name in (self.config, "metrics.csv", "hparams.yaml")]
         self._new = [path for path in (*files, self.path, *self.path.parents) if not path.exists()]
         try:
@@ -93,6 +100,13 @@ class RunDirectory:
             self._set_aside = None
             self._new = [self.path / name for name in (self.config, "metrics.csv", "hparams.yaml")]
         write_text(self.path / self.config, config)
+
+    def replaced_bytes(self) -> int:
+        """What :meth:`begin` removes, in bytes."""
+        if self._resumes or not (self.path / self.config).exists():
+            return 0
+        inside = [file for path in self._results() for file in (path, *path.rglob("*"))]
+        return sum(file.stat().st_size for file in inside if file.is_file())
 
     def discard(self, begun: bool = False) -> None:
         """The run failed: leave the directory as it was found, unless the run had ``begun`` and left some results."""
@@ -127,7 +141,12 @@ def _checkpoint_file(checkpoint: str | None, output: str | None) -> Path | None:
     path = Path(checkpoint)
     if checkpoint == "last":
         folder = Path(output or ".") / "checkpoints"
-        path = max(folder.glob("*.ckpt"), key=lambda file: file.stat().st_mtime_ns, default=folder / "*.ckpt")
+        path = _newest(folder)
     if not path.exists():
         raise ConfigurationError(f"ckpt_path: expected a checkpoint, got {path}, which does not exist. Check the path.")
     return path
+
+
+def _newest(folder: Path) -> Path:
+    """The newest checkpoint, or a pattern that is no file if there is none."""
+    return max(folder.glob("*.ckpt"), key=lambda file: file.stat().st_mtime_ns, default=folder / "*.ckpt")

@@ -1,0 +1,13 @@
+"""Show the published data sets that can be tasks.
+
+Examples:
+  lit-merge data list
+  lit-merge data list clip8
+  lit-merge data list mnist svhn
+"""
+
+from lit_merge.data.published.checking import list_data as list_
+
+__all__ = ["list_"]
+
+POSITIONAL = ("names",)
