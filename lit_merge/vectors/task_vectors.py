@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from lit_merge.errors import ConfigurationError, StructureMismatchError, first_few
+from lit_merge.errors import ConfigurationError, first_few
 from lit_merge.files.lazy import Computed, LazyMapping, Structure
 from lit_merge.params import check_same_structure, working_dtype
 from lit_merge.vectors.global_value import Statistic
