@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from lit_merge.data.multitask import MultiTaskDataModule
     from lit_merge.data.pretraining import CaptionDataModule
     from lit_merge.data.published.registry import REGISTRY, SUITES
-    from lit_merge.data.published.sources import PublishedSource
+    from lit_merge.data.published.task import PublishedSource
     from lit_merge.data.task import TaskDataModule
     from lit_merge.data.templates import templates_for
 
@@ -42,7 +42,7 @@ _HOMES = {
     "MergeDataModule": "adaptation",
     "MultiTaskDataModule": "multitask",
     "OtherBatch": "batch",
-    "PublishedSource": "published.sources",
+    "PublishedSource": "published.task",
     "TaskDataModule": "task",
     "contact_sheet": "embedded.sheet",
     "load_split": "embedded.tasks",

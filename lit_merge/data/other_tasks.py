@@ -20,7 +20,7 @@ from lit_merge.data.embedded.tasks import EMBEDDED_TASKS, SPLITS
 from lit_merge.data.images.datasets import ImageDataset, ImagePreprocessing
 from lit_merge.data.images.folders import FolderSource
 from lit_merge.data.loading import ResumableLoader
-from lit_merge.data.published.sources import named_source
+from lit_merge.data.published.task import named_source
 from lit_merge.data.sources import EmbeddedSource, TaskSource
 from lit_merge.errors import ConfigurationError, DataError, first_few
 

@@ -24,7 +24,7 @@ from lit_merge.data.other_tasks import (
     read_other_images,
     sources_in_use,
 )
-from lit_merge.data.published.sources import PublishedSource, named_source
+from lit_merge.data.published.task import PublishedSource, named_source
 from lit_merge.data.sampling import EvaluationSampler, TrainingSampler, training_batch_size
 from lit_merge.data.sources import TaskSource
 from lit_merge.errors import ConfigurationError, DataError

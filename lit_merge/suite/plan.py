@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from lit_merge.data.published.sources import PublishedSource
+from lit_merge.data.published.task import PublishedSource
 from lit_merge.errors import ConfigurationError
 from lit_merge.report.results import INDIVIDUAL, JOINT, ZERO_SHOT
 from lit_merge.suite.results import suite_results

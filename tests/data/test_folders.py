@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
+import struct
+import zlib
 from collections import Counter
 from pathlib import Path
 
@@ -170,11 +172,71 @@ def test_images_are_rgb_and_upright(tmp_path):
     assert read_image(tmp_path / "x.gif").getpixel((0, 0)) == (255, 0, 0)
 
 
-def test_more_than_8_bits_are_refused(tmp_path):
+DEEP = np.array([[0, 255, 256, 40_000, 65_280, 65_535]], np.uint16)
+EIGHT = [0, 0, 1, 156, 255, 255]
+
+
+def write_16_bit_colours(path):
+    """A PNG of 16 bits per channel, which PIL reads but does not write."""
+    pixels = np.repeat(DEEP[..., None], 3, axis=2).astype(">u2")
+    rows = b"".join(b"\0" + row.tobytes() for row in pixels)
+    content = b"\x89PNG\r\n\x1a\n"
+    header = struct.pack(">IIBBBBB", DEEP.shape[1], DEEP.shape[0], 16, 2, 0, 0, 0)
+    for kind, chunk in ((b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")):
+        content += struct.pack(">I", len(chunk)) + kind + chunk + struct.pack(">I", zlib.crc32(kind + chunk))
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("kind", ["I;16 png", "I;16 tiff", "I;16B tiff", "I tiff", "I pgm", "colours"])
+def test_of_16_bits_the_upper_8_are_read(kind, tmp_path):
+    """In grey as in colours, where PIL itself does so."""
     make_classes(tmp_path, 3)
-    Image.fromarray(np.full((4, 4), 40_000, np.uint16)).save(tmp_path / "dog" / "deep.png")
-    message = refusal(FolderSource(tmp_path, fractions=(1, 0, 0)).split, "train", SMALL)
-    assert "deep.png: expected an image with 8 bits per channel, got mode I;16" in message
+    path = tmp_path / "dog" / f"deep.{kind.split()[-1].replace('colours', 'png').replace('pgm', 'ppm')}"
+    if kind == "colours":
+        write_16_bit_colours(path)
+    elif kind == "I pgm":
+        path.write_bytes(b"P5 6 1 65535\n" + DEEP.astype(">u2").tobytes())
+    elif kind == "I;16B tiff":
+        Image.frombytes("I;16B", (6, 1), DEEP.astype(">u2").tobytes()).save(path)
+    else:
+        Image.fromarray(DEEP.astype(np.int32) if kind == "I tiff" else DEEP).save(path)
+    with Image.open(path) as image:
+        assert image.mode == {"colours": "RGB", "I": "I"}.get(kind.split()[0], image.mode)
+    image = read_image(path)
+    assert image.mode == "RGB"
+    assert np.asarray(image).tolist() == [[[value] * 3 for value in EIGHT]]
+    images = FolderSource(tmp_path, fractions=(1, 0, 0), skip_corrupt=True).split("train", SMALL)
+    assert len(images) == 7
+
+
+def test_of_floats_1_is_white(tmp_path):
+    path = tmp_path / "float.tiff"
+    Image.fromarray(np.array([[0, 0.5, 0.1, 1]], np.float32)).save(path)
+    assert np.asarray(read_image(path))[0, :, 1].tolist() == [0, 128, 26, 255]
+
+
+@pytest.mark.parametrize(
+    ("values", "got"),
+    [
+        (np.array([[0, 255.0]], np.float32), "values from 0 to 255 in mode F, whose white is 1"),
+        (np.array([[0, np.nan]], np.float32), "values from nan to nan in mode F"),
+        (np.array([[-1, 3]], np.int32), "values from -1 to 3 in mode I, whose white is 65535"),
+        (np.array([[0, 65_536]], np.int32), "values from 0 to 65536 in mode I"),
+    ],
+    ids=str,
+)
+def test_images_that_8_bits_do_not_hold_are_no_damaged_ones(values, got, tmp_path):
+    make_classes(tmp_path, 3)
+    path = tmp_path / "dog" / "odd.tiff"
+    Image.fromarray(values).save(path)
+    images = FolderSource(tmp_path, fractions=(1, 0, 0)).split("train", SMALL)
+    message = refusal(images.picture, images.names.index(str(path)))
+    assert message.startswith(f"{path}: expected a readable image, got {got}")
+    assert message.endswith("Replace or remove it, or set skip_corrupt to true.")
+    assert "damaged" not in message
+    with pytest.warns(UserWarning, match="left out 1 image that cannot be read: .*odd.tiff"):
+        images = FolderSource(tmp_path, fractions=(1, 0, 0), skip_corrupt=True).split("train", SMALL)
+    assert len(images) == 6
 
 
 # Refusals
@@ -307,7 +369,7 @@ def test_a_truncated_image_is_named_when_it_is_read(tmp_path, workers):
 
 def test_damaged_images_are_left_out(damaged):
     source = FolderSource(damaged, fractions=(1, 0, 0), skip_corrupt=True)
-    with pytest.warns(UserWarning, match="left out 4 damaged images: .*bad0.png, .*bad1.png, .*bad2.png and 1 more"):
+    with pytest.warns(UserWarning, match=r"left out 4 images that cannot be read: (.*bad\d.png){3} and 1 more"):
         dataset = source.split("train", SMALL)
     assert len(dataset) == 12
     assert dataset.__getitems__(list(range(12))).images.shape == (12, 3, 8, 8)
@@ -317,7 +379,7 @@ def test_a_class_of_damaged_images_only(tmp_path):
     make_classes(tmp_path, 3, ("cat",))
     (tmp_path / "dog").mkdir()
     (tmp_path / "dog" / "bad.png").write_bytes(b"")
-    with pytest.warns(UserWarning, match="left out 1 damaged"):
+    with pytest.warns(UserWarning, match="left out 1 image that cannot be read: "):
         message = refusal(FolderSource(tmp_path, skip_corrupt=True).split, "train", SMALL)
     assert message.startswith(f"{tmp_path / 'dog'}: expected images (png,")
     assert "got none that can be read." in message

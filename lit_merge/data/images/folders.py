@@ -293,7 +293,8 @@ def _without_corrupt(listed: dict[int, list[Path]], root: Path) -> dict[int, lis
         kept[label] = [path for path, problem in zip(paths, problems, strict=True) if problem is None]
         corrupt += [path for path, problem in zip(paths, problems, strict=True) if problem is not None]
     if corrupt:
-        rank_zero_warn(f"{root}: left out {len(corrupt)} damaged images: {first_few(corrupt)}.")
+        images = f"{len(corrupt)} image{'s' if corrupt[1:] else ''}"
+        rank_zero_warn(f"{root}: left out {images} that cannot be read: {first_few(corrupt)}.")
     return kept
 
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
+import numpy as np
 from PIL import Image, ImageOps
 
-from lit_merge.errors import DataError
+from lit_merge.errors import DataError, LitMergeError, one_line
 
-__all__ = ["IMAGE_SUFFIXES", "check_image", "first_line", "is_image_name", "read_image"]
+__all__ = ["IMAGE_SUFFIXES", "check_image", "is_image_name", "read_image", "reading", "upright_rgb"]
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".tif", ".tiff", ".gif")
 
@@ -26,7 +28,7 @@ def check_image(path: str | Path, decode: bool = False) -> None:
     """Read an image's header, or all of it.
 
     Raises:
-        DataError: the file is missing, damaged, or holds more than 8 bits per channel.
+        DataError: as :func:`read_image`; without ``decode`` only of what the header tells.
     """
     if decode:
         read_image(path)
@@ -35,33 +37,64 @@ def check_image(path: str | Path, decode: bool = False) -> None:
 
 
 def read_image(path: str | Path) -> Image.Image:
-    """Read an image as RGB, upright as its EXIF orientation says; of an animation, the first frame.
+    """Read an image as :func:`upright_rgb` gives it; of an animation, the first frame.
 
     Raises:
-        DataError: the file is missing, damaged, or holds more than 8 bits per channel.
+        DataError: the file is missing, damaged, or cannot be converted to 8-bit RGB.
     """
-    return _opened(path, lambda image: ImageOps.exif_transpose(image).convert("RGB"))
+    return _opened(path, upright_rgb)
+
+
+def upright_rgb(image: Image.Image) -> Image.Image:
+    """An image as 8-bit RGB, upright as its EXIF orientation says.
+
+    Of 16 bits per channel the upper eight are kept, as PIL itself does with colours (65,535 and 65,280 are 255); this
+    is what PIL reads as mode I;16 or I. In an image of floats (mode F) 1 is white.
+
+    Raises:
+        ValueError: values of mode I are not in [0, 65535], or of mode F not in [0, 1].
+    """
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith(("I", "F")):
+        values, white = np.asarray(image), 1 if image.mode == "F" else 65535
+        low, high = values.min(), values.max()
+        if not (low >= 0 and high <= white):  # also where one is NaN
+            raise ValueError(f"values from {low:g} to {high:g} in mode {image.mode}, whose white is {white}")
+        image = Image.fromarray((np.rint(values * 255) if white == 1 else values >> 8).astype(np.uint8))
+    return image.convert("RGB")
 
 
 def _opened(path: str | Path, use: Callable[[Image.Image], _Result]) -> _Result:
     try:
         with Image.open(path) as image:
-            mode = image.mode
-            if not mode.startswith(("I", "F")):
-                return use(image)
+            return use(image)
     except Exception as error:  # PIL's plugins raise whatever their format's damage leads to
-        reason = (
-            "an unknown or damaged header" if type(error).__name__ == "UnidentifiedImageError" else first_line(error)
-        )
+        reason = "an unknown or damaged header" if type(error).__name__ == "UnidentifiedImageError" else one_line(error)
         raise DataError(
             f"{path}: expected a readable image, got {reason}. Replace or remove it, or set skip_corrupt to true."
         ) from error
-    raise DataError(
-        f"{path}: expected an image with 8 bits per channel, got mode {mode}. Convert it, e.g. with PIL's point()."
-    )
 
 
-def first_line(error: BaseException) -> str:
-    """The first line of an error's text without its full stop, or the error's kind if there is none."""
-    text = str(error).strip().rstrip(".")
-    return text.splitlines()[0] if text else type(error).__name__
+@contextlib.contextmanager
+def reading(path: Path, what: str) -> Iterator[None]:
+    """Turns whatever a file that cannot be read leads to into one line.
+
+    Raises:
+        DataError: the file is missing, truncated, malformed, or of another kind; or a library that reads it is missing.
+    """
+    try:
+        yield
+    except LitMergeError:
+        raise
+    except FileNotFoundError as error:
+        raise DataError(
+            f"{error.filename or path}: expected {what}, got no such file. Complete the data set."
+        ) from error
+    except Exception as error:  # parsers raise whatever the damage leads to
+        absent = next((one for one in (error, error.__context__) if isinstance(one, ImportError)), None)
+        if absent is not None:
+            library = str(absent.name).partition(".")[0].replace("datasets", "the datasets library")
+            raise DataError(
+                f"{path}: expected {library} to read it, got none. Run: pip install 'lit-merge[data]'."
+            ) from error
+        raise DataError(f"{path}: expected {what}, got {one_line(error)}. Fetch the file again.") from error

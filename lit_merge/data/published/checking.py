@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import json as json_format
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 
-from lit_merge.data.published.registry import REGISTRY, SUITES, DataSetEntry
-from lit_merge.data.published.sources import PublishedSource, data_root, held_out
-from lit_merge.errors import ConfigurationError, DataError, first_few
+from lit_merge.data.published.registry import REGISTRY, SUITES, DataSetEntry, data_root
+from lit_merge.errors import ConfigurationError, DataError, did_you_mean, first_few
 
 __all__ = ["CheckReport", "CheckedDataSet", "check", "check_data_set", "chosen_entries", "list_data"]
 
@@ -25,7 +23,7 @@ class CheckedDataSet:
         name: of the data set.
         state: ``complete``, ``other counts``, ``damaged`` or ``missing``.
         problem: what is wrong, in one line; empty if it is complete.
-        layout: how its files lie; empty if it is missing.
+        layout: how its files are arranged; empty if it is missing.
         path: where they are; empty if it is missing.
         classes: how many it has.
         counts: split -> images found.
@@ -92,8 +90,7 @@ def chosen_entries(names: Sequence[str]) -> list[DataSetEntry]:
     for name in names:
         known = SUITES.get(name.lower(), (name.lower(),))
         if known[0] not in REGISTRY:
-            close = difflib.get_close_matches(name.lower(), [*SUITES, *REGISTRY], n=3, cutoff=0.6)
-            hint = f"Did you mean {', '.join(close)}?" if close else "`lit-merge data list` shows them."
+            hint = did_you_mean(name, [*SUITES, *REGISTRY], "`lit-merge data list` shows them.")
             raise ConfigurationError(f"names: expected data sets or suites ({', '.join(SUITES)}), got {name!r}. {hint}")
         found.update((one, REGISTRY[one]) for one in known)
     return list(found.values())
@@ -149,12 +146,14 @@ def check(names: list[str] | None = None, root: str | None = None, json: bool = 
 
 def check_data_set(one: DataSetEntry, root: str | os.PathLike[str] | None = None) -> CheckedDataSet:
     """Look whether a data set is on the disk, and whether it is that of the literature."""
+    from lit_merge.data.published.task import PublishedSource, held_out  # imports torch
+
     source, expected = PublishedSource(one, root), dict(one.counts)
     try:
-        place = source.place
+        found = source.location
     except DataError as error:
         return CheckedDataSet(one.name, "missing", str(error), expected=expected)
-    path = str(next((path for path in place.paths if path.exists()), place.paths[0]))
+    path = str(next((path for path in found.paths if path.exists()), found.paths[0]))
     counts: dict[str, int] = {}
     try:
         for split in one.counts:
@@ -163,7 +162,7 @@ def check_data_set(one: DataSetEntry, root: str | os.PathLike[str] | None = None
             if len(listed):
                 listed.picture(0)
     except DataError as error:
-        return CheckedDataSet(one.name, "damaged", str(error), place.layout, path, 0, counts, expected)
+        return CheckedDataSet(one.name, "damaged", str(error), found.layout, path, 0, counts, expected)
     if one.validation == "own" and not source.has_validation:
         expected["val"] = held_out(expected["train"])
         expected["train"] -= expected["val"]
@@ -175,7 +174,7 @@ def check_data_set(one: DataSetEntry, root: str | os.PathLike[str] | None = None
         f"away and run: lit-merge data prepare {one.name} --root {data_root(root)}."
     )
     state, said = ("other counts", problem) if other else ("complete", "")
-    return CheckedDataSet(one.name, state, said, place.layout, path, len(one.classes), counts, expected)
+    return CheckedDataSet(one.name, state, said, found.layout, path, len(one.classes), counts, expected)
 
 
 def aligned(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:

@@ -30,10 +30,9 @@ def labels_by_name(names: Sequence[str], entry: DataSetEntry, where: object) -> 
     Raises:
         DataError: classes are missing, surplus or there twice; they are named.
     """
-    known = _known(entry)
-    found = [next((known[key] for key in _keys(name) if known.get(key, -1) >= 0), -1) for name in names]
+    found = _found(names, _known(entry))
     surplus = [name for name, label in zip(names, found, strict=True) if label < 0]
-    twice = [name for place, name in enumerate(names) if found[place] >= 0 and found[place] in found[:place]]
+    twice = [name for index, name in enumerate(names) if found[index] >= 0 and found[index] in found[:index]]
     spelling = entry.folder_classes or entry.classes
     missing = [spelling[label] for label in sorted(set(range(len(entry.classes))) - set(found))]
     if surplus or twice or missing:
@@ -66,19 +65,19 @@ def labels_in_order(names: Sequence[str], entry: DataSetEntry, where: object) ->
     Raises:
         DataError: there are more or fewer names than classes, or they are those of other classes.
     """
-    numbers = [str(label) for label in range(len(entry.classes))]
+    numbers = list(map(str, range(len(entry.classes))))
     known = _known(entry)
-    found = [next((known[key] for key in _keys(name) if known.get(key, -1) >= 0), -1) for name in names]
+    found = _found(names, known)
     if len(set(found)) == len(entry.classes) == len(names) and -1 not in found:
         return np.asarray(found, np.int64)
-    moved = [name for place, name in enumerate(names) if found[place] not in (-1, place)]
-    kept = sum(
-        any(known.get(key) == place for spelling in (name, *name.split(",")) for key in _keys(spelling))
-        for place, name in enumerate(names)
+    moved = [name for number, name in enumerate(names) if found[number] not in (-1, number)]
+    agreed = sum(
+        any(known.get(key) == number for spelling in (name, *name.split(",")) for key in _keys(spelling))
+        for number, name in enumerate(names)
     )
-    if len(names) == len(numbers) and (list(names) == numbers or (not moved and 2 * kept >= len(names))):
+    if len(names) == len(numbers) and (list(names) == numbers or (not moved and 2 * agreed >= len(names))):
         return np.arange(len(names))
-    wrong = moved or [name for place, name in enumerate(names) if found[place] < 0] or names
+    wrong = moved or [name for name, label in zip(names, found, strict=True) if label < 0] or names
     raise DataError(
         f"{where}: expected the {len(entry.classes)} classes of {entry.title} in their order, got {len(names)}, with "
         f"{first_few(wrong)} where they do not belong. It may be another data set's: fetch it again."
@@ -107,6 +106,11 @@ def checked_labels(labels: np.ndarray, entry: DataSetEntry, where: object) -> np
             "It may be another data set's: fetch it again."
         )
     return labels.astype(np.int64)
+
+
+def _found(names: Sequence[str], known: dict[str, int]) -> list[int]:
+    """The label of each name; -1 of those that are not known."""
+    return [next((known[key] for key in _keys(name) if known.get(key, -1) >= 0), -1) for name in names]
 
 
 def _known(entry: DataSetEntry) -> dict[str, int]:

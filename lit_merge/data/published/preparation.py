@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lit_merge.data.published.checking import CheckedDataSet, check_data_set, chosen_entries
-from lit_merge.data.published.registry import SUITES, DataSetEntry
-from lit_merge.data.published.sources import data_root
+from lit_merge.data.published.registry import SUITES, DataSetEntry, data_root
 from lit_merge.errors import ConfigurationError, DataError, LitMergeError
 
 __all__ = ["prepare"]

@@ -1,23 +1,23 @@
-"""The published data sets that model merging is measured on: names, divisions, where they come from, how they lie.
+"""The published data sets that model merging is measured on: names, divisions, origins and layouts.
 
-One JSON file per data set in ``data_sets/`` holds its facts; the prompt templates are in
-:mod:`lit_merge.data.templates`. Nothing here reads or downloads an image.
+One JSON file per data set in ``data_sets/`` holds its facts. Its prompt templates are those that CLIP was published
+with (Radford et al. 2021); where it has none, those of the programs of Ilharco et al. (2023) and Wang et al. (2024):
+for SVHN MNIST's, for Fashion-MNIST STL-10's. Nothing here reads or downloads an image.
 """
 
 from __future__ import annotations
 
-import difflib
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from lit_merge.data.templates import TEMPLATES
-from lit_merge.errors import ConfigurationError
+from lit_merge.errors import ConfigurationError, did_you_mean
 
-__all__ = ["REGISTRY", "SUITES", "DataSetEntry", "entry", "registry_table"]
+__all__ = ["REGISTRY", "SUITES", "DataSetEntry", "data_root", "entry", "registry_table"]
 
 _FILES = Path(__file__).parent / "data_sets"
 _SPLITS = ("train", "val", "test")
@@ -103,17 +103,17 @@ et al. (2022)."""
 
 
 def _read(name: str, imagenet: DataSetEntry | None = None) -> DataSetEntry:
-    """Read a data set's file; a shift of ImageNet's takes class names that it does not give from ``imagenet``."""
+    """Read a data set's file; a shift of ImageNet's takes what it does not give of names and prompts from ImageNet."""
     facts = json.loads((_FILES / f"{name}.json").read_text(encoding="utf-8"))
     if imagenet is not None:
         labels = facts.get("imagenet_labels") or [[label] for label in range(len(imagenet.classes))]
         facts["imagenet_labels"] = [tuple(group) for group in labels]
         facts.setdefault("classes", [imagenet.classes[group[0]] for group in labels])
+        facts.setdefault("templates", imagenet.templates)
     arguments = facts.pop("torchvision_arguments", {})
     rest: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in facts.items()}
     return DataSetEntry(
         name=name,
-        templates=TEMPLATES[name],
         torchvision_arguments={split: tuple(several) for split, several in arguments.items()},
         **rest,
     )
@@ -141,9 +141,13 @@ def entry(name: str) -> DataSetEntry:
     """
     if name.lower() in REGISTRY:
         return REGISTRY[name.lower()]
-    close = difflib.get_close_matches(name.lower(), REGISTRY, n=3, cutoff=0.5)
-    hint = f"Did you mean {', '.join(close)}?" if close else "`lit-merge data list` shows what each of them is."
+    hint = did_you_mean(name, REGISTRY, "`lit-merge data list` shows what each of them is.")
     raise ConfigurationError(f"data set: expected one of {', '.join(REGISTRY)}, got {name!r}. {hint}")
+
+
+def data_root(root: str | os.PathLike[str] | None = None) -> Path:
+    """The folder of the published data sets: the one given, else ``$LIT_MERGE_DATA``, else ``data``."""
+    return Path(root or os.environ.get("LIT_MERGE_DATA") or "data").expanduser()
 
 
 def registry_table() -> str:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 from collections.abc import Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,21 +13,16 @@ from torch.utils.data import random_split
 
 from lit_merge.data.embedded.tasks import EMBEDDED_TASKS
 from lit_merge.data.images.datasets import ImageDataset, ImagePreprocessing
-from lit_merge.data.published.places import Place, places
-from lit_merge.data.published.registry import REGISTRY, DataSetEntry
-from lit_merge.data.published.stored import Listed
+from lit_merge.data.published.image_list import ImageList
+from lit_merge.data.published.locations import Location, locations
+from lit_merge.data.published.registry import REGISTRY, DataSetEntry, data_root
 from lit_merge.data.sources import EmbeddedSource, TaskSource, chosen_templates
-from lit_merge.errors import ConfigurationError, DataError, first_few
+from lit_merge.errors import ConfigurationError, DataError, did_you_mean, first_few
 
-__all__ = ["PublishedSource", "data_root", "held_out", "named_source"]
+__all__ = ["PublishedSource", "held_out", "named_source"]
 
-_VALIDATION_SHARE = 0.1
+_VALIDATION_FRACTION = 0.1
 _MOST_VALIDATION = 5000
-
-
-def data_root(root: str | os.PathLike[str] | None = None) -> Path:
-    """The folder of the published data sets: the one given, else ``$LIT_MERGE_DATA``, else ``data``."""
-    return Path(root or os.environ.get("LIT_MERGE_DATA") or "data").expanduser()
 
 
 def named_source(
@@ -49,11 +42,9 @@ def named_source(
         return EmbeddedSource(name, templates)
     if name in REGISTRY:
         return PublishedSource(REGISTRY[name], root, templates)
-    if any(sign in name for sign in "/\\~."):
-        hint = "For a folder of your own images set path instead."
-    else:
-        close = difflib.get_close_matches(name.lower(), [*EMBEDDED_TASKS, *REGISTRY], n=3, cutoff=0.6)
-        hint = f"Did you mean {', '.join(close)}?" if close else "For a folder of your own images set path instead."
+    hint = "For a folder of your own images set path instead."
+    if not any(sign in name for sign in "/\\~."):
+        hint = did_you_mean(name, [*EMBEDDED_TASKS, *REGISTRY], hint)
     raise ConfigurationError(
         f"task: expected one of {', '.join(EMBEDDED_TASKS)}, or a published data set ({first_few(REGISTRY, 8)}), "
         f"got {name!r}. {hint}"
@@ -89,22 +80,22 @@ class PublishedSource:
         self.name, self.entry, self.root = entry.name, entry, data_root(root)
         self.classes = entry.classes
         self.templates = chosen_templates(templates, entry.templates)
-        self._read: dict[str, Listed | None] = {}
+        self._read: dict[str, ImageList | None] = {}
 
     @cached_property
-    def place(self) -> Place:
+    def location(self) -> Location:
         """Where the data set is.
 
         Raises:
-            DataError: it is nowhere; the error names all places, what to run, and the size of the download.
+            DataError: it is nowhere; the error names where it may be, what to run, and the size of the download.
         """
-        candidates = places(self.entry, self.root)
-        for place in candidates:
-            if place.found():
-                return place
+        candidates = locations(self.entry, self.root)
+        found = next((one for one in candidates if one.found()), None)
+        if found is not None:
+            return found
         by_layout: dict[str, dict[str, None]] = {}
-        for place in candidates:
-            by_layout.setdefault(place.layout, {}).update(dict.fromkeys(map(str, place.paths)))
+        for one in candidates:
+            by_layout.setdefault(one.layout, {}).update(dict.fromkeys(map(str, one.paths)))
         where = "; ".join(f"{layout}: {', '.join(paths)}" for layout, paths in by_layout.items())
         raise DataError(
             f"{self.name}: expected {self.entry.title} in one of these places ({where}), got none of them. Run: "
@@ -118,7 +109,7 @@ class PublishedSource:
         Raises:
             DataError: they are not.
         """
-        assert self.place
+        assert self.location
 
     def split(
         self, split: str, preprocessing: ImagePreprocessing, augmentation_seed: int | None = None
@@ -130,7 +121,7 @@ class PublishedSource:
         """
         return self.listed(split).images(f"{self.name}/{split}", preprocessing, augmentation_seed)
 
-    def listed(self, split: str) -> Listed:
+    def listed(self, split: str) -> ImageList:
         """The images of a split with their labels, for no particular model.
 
         Raises:
@@ -138,7 +129,7 @@ class PublishedSource:
         """
         if self.entry.validation == "none" and split != "test":
             if split == "val":
-                return Listed([], np.zeros(0, np.int64))
+                return ImageList([], np.zeros(0, np.int64))
             raise DataError(
                 f"{self.name}: expected the split test, got {split!r}: {self.entry.title} has test images only. "
                 "Evaluate on it, or choose another task."
@@ -156,30 +147,30 @@ class PublishedSource:
         Raises:
             DataError: as :meth:`split`.
         """
-        return self.entry.validation == "own" and self._as_it_lies("val") is not None
+        return self.entry.validation == "own" and self._stored("val") is not None
 
-    def _present(self, split: str) -> Listed:
-        found = self._as_it_lies(split)
+    def _present(self, split: str) -> ImageList:
+        found = self._stored(split)
         if found is None:
             raise DataError(
-                f"{self.name}: expected its split {split} in {self.place.paths[0]} ({self.place.layout}), got none. "
-                "Complete the data set, or move it away to look for it elsewhere."
+                f"{self.name}: expected its split {split} in {self.location.paths[0]} ({self.location.layout}), got "
+                "none. Complete the data set, or move it away to look for it elsewhere."
             )
         return found
 
-    def _as_it_lies(self, split: str) -> Listed | None:
+    def _stored(self, split: str) -> ImageList | None:
         if split not in self._read:
-            self._read[split] = self.place.read(split)
+            self._read[split] = self.location.read(split)
         return self._read[split]
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what was found and read: another process finds and reads it itself."""
-        return {**{key: value for key, value in self.__dict__.items() if key != "place"}, "_read": {}}
+        return {**{key: value for key, value in self.__dict__.items() if key != "location"}, "_read": {}}
 
 
 def held_out(count: int) -> int:
     """How many of so many training images are held out for validation: a tenth, rounded down, at most 5,000."""
-    return min(int(count * _VALIDATION_SHARE), _MOST_VALIDATION)
+    return min(int(count * _VALIDATION_FRACTION), _MOST_VALIDATION)
 
 
 def _divided(count: int) -> tuple[np.ndarray, np.ndarray]:
