@@ -155,7 +155,7 @@ class SuitePlan(SuiteSettings):
         published = {task: source for task, source in sources.items() if isinstance(source, PublishedSource)}
         return {
             **{task: folder_digest(path) for task, path in self.paths.items()},
-            **{task: folder_digest(*_tops(one.place.paths, one.root)) for task, one in published.items()},
+            **{task: folder_digest(*_tops(one.location.paths, one.root)) for task, one in published.items()},
         }
 
     def _fit(self, seed: int, task: str) -> Stage:
