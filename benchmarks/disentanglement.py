@@ -190,7 +190,7 @@ def main() -> None:
     data = MultiTaskDataModule(tasks=list(PAIR))
     known = task_images(data, PAIR, "test", module.preprocessing, options.images, 0, 256, Processes())
     images = (known[PAIR[0]], known[PAIR[1]])
-    heads = [module.make_head(own.classes, own.templates) for own in images]
+    heads = [module.make_head(own) for own in images]
     for own in images:
         for _ in own:  # from now on they are in memory
             pass

@@ -122,7 +122,7 @@ class Suite:
         self.module = MultiTaskModule()
         self.module.eval()
         data = MultiTaskDataModule(tasks=TASKS)
-        self.heads = {task: self.module.make_head(one.classes, one.templates) for task, one in data.tasks.items()}
+        self.heads = {task: self.module.make_head(one) for task, one in data.tasks.items()}
 
     @torch.no_grad()
     def hits(self, split: str, count: int | None = None, kind: str | None = None) -> dict[str, Tensor]:

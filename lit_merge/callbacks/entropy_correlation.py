@@ -177,9 +177,9 @@ class EntropyLossCorrelation(L.Callback):
         for batch in islice(self._loaders[task], self.limit_batches):
             placed = move_data_to_device(trainer.precision_plugin.convert_input(batch), pl_module.device)
             with trainer.precision_plugin.val_step_context():
-                logits = pl_module.classify(pl_module(placed.images), task)
+                logits = pl_module.classify(pl_module.features(placed), task)
             # In float64: in float32 all images that the model is sure of would have the loss 0.
-            logits, labels, indices = logits.cpu().double(), batch.labels.cpu(), batch.indices.cpu()
+            logits, labels, indices = logits.cpu().double(), batch.targets.cpu(), batch.indices.cpu()
             counted = (indices >= 0) & (labels >= 0)
             logits, labels = logits[counted], labels[counted]
             entropies, losses = shannon_entropy(logits), F.cross_entropy(logits, labels, reduction="none")

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import islice
 from typing import Any, cast
 
@@ -12,7 +12,6 @@ import torch
 from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.utils.data import DataLoader
 
 from lit_merge.data.embedded.tasks import EMBEDDED_TASKS
@@ -21,8 +20,9 @@ from lit_merge.data.published.registry import REGISTRY
 from lit_merge.errors import ConfigurationError, DataError, first_few
 from lit_merge.functional import linearize
 from lit_merge.functional.evaluation import evaluating
-from lit_merge.metrics.hits import hits
+from lit_merge.metrics.hits import hits_of
 from lit_merge.models.lora import own_parameters
+from lit_merge.models.merged import swapped
 from lit_merge.modules.finetune import FineTuneModule
 from lit_merge.params import check_finite
 from lit_merge.transforms import Transform
@@ -44,7 +44,7 @@ class EvaluateMerge(L.Callback):
     - ``merge/accuracy_others``, the mean over all but the task in training.
 
     The training goes on as if it had not happened, bit for bit: the merged weights stand in for the encoder's during
-    each forward pass only (``torch.func.functional_call``), random states and modes are put back, and nothing is
+    the evaluation only, random states and modes are put back, and nothing is
     written. While it evaluates, this takes one more copy of the weights on the device, and of τ in main memory;
     stored vectors are read one parameter at a time. Every process merges the same vectors and evaluates its share of
     the images.
@@ -139,7 +139,7 @@ class EvaluateMerge(L.Callback):
             self._heads = {}
             for task in data.task_names:
                 if task != pl_module.task:
-                    head = pl_module.make_head(data.tasks[task].classes, data.tasks[task].templates)
+                    head = pl_module.make_head(data.tasks[task])
                     self._heads[task] = head.requires_grad_(False).eval().to(next(pl_module.network.parameters()))
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -180,7 +180,7 @@ class EvaluateMerge(L.Callback):
 
     def _tasks(self, pl_module: FineTuneModule) -> Any:
         """The data, with every task that has a vector among its own."""
-        names = [pl_module.task, *(part for vector in self._stored for part in vector.task.split("+"))]
+        names = [pl_module.task, *(task for vector in self._stored for task in vector.tasks or ("",))]
         if "" in names:
             what = "the training data" if not pl_module.task else self.vectors[names.index("") - 1]
             raise ConfigurationError(f"tasks: expected a name for every task, got none of {what}. Give it a name.")
@@ -233,8 +233,8 @@ class EvaluateMerge(L.Callback):
         # Outside of the inference mode in which Lightning validates: linearising would copy its tensors every time.
         randomness = isolate_rng(include_cuda=pl_module.device.type == "cuda")
         with randomness, torch.inference_mode(False), torch.no_grad(), evaluating(pl_module):
-            encode = _merged_encoder(pl_module, self._merged(pl_module))
-            counts = torch.stack([self._count(trainer, pl_module, encode, task) for task in self._loaders])
+            with _merged_model(pl_module, self._merged(pl_module)) as encode:
+                counts = torch.stack([self._count(trainer, pl_module, encode, task) for task in self._loaders])
             counts = cast(Tensor, trainer.strategy.reduce(counts, reduce_op="sum"))
             tasks = list(self._loaders)
             empty = [task for task, count in zip(tasks, counts[:, 1].tolist(), strict=True) if not count]
@@ -251,9 +251,7 @@ class EvaluateMerge(L.Callback):
                 f"{self.prefix}/accuracy_others": accuracy[others].mean(),
             }
 
-    def _count(
-        self, trainer: L.Trainer, pl_module: FineTuneModule, encode: Callable[[Tensor], Tensor], task: str
-    ) -> Tensor:
+    def _count(self, trainer: L.Trainer, pl_module: FineTuneModule, encode: Callable[..., Tensor], task: str) -> Tensor:
         """How many of this process's images of a task are right, and how many count; int64 ``[2]``."""
         head = self._heads.get(task, pl_module.head)
         assert head is not None
@@ -261,7 +259,8 @@ class EvaluateMerge(L.Callback):
         for batch in islice(self._loaders[task], self.limit_batches):
             placed = move_data_to_device(trainer.precision_plugin.convert_input(batch), pl_module.device)
             with trainer.precision_plugin.val_step_context():
-                right, counted = hits(head(encode(placed.images)), placed.labels)
+                logits = head(encode(*pl_module.inputs(placed)))
+                right, counted = hits_of(head, logits, placed)
             count += torch.stack([right.sum(), counted.sum()]).long()
         return count
 
@@ -277,16 +276,19 @@ def _chosen(recipe: str | None, settings: dict[str, Any] | None, transform: Tran
     return transform if transform is not None else chain_of(str(recipe), **(settings or {}))
 
 
-def _merged_encoder(pl_module: FineTuneModule, merged: TaskVector) -> Callable[[Tensor], Tensor]:
-    """Images ``[B, 3, S, S]`` -> features ``[B, d]`` of the merged model; the module's own weights stay in place."""
+@contextmanager
+def _merged_model(pl_module: FineTuneModule, merged: TaskVector) -> Iterator[Callable[..., Tensor]]:
+    """Inputs -> features ``[B, d]`` of the merged model, while its weights stand in for the network's."""
     network, own = pl_module.network, own_parameters(pl_module.network)
     if pl_module.linearized:
         tangents = {name: value.to(own[name]) for name, value in merged.items()}
         check_finite(tangents, "merged task vector")
-        return lambda images: torch.add(*linearize(network, {}, tangents, images))
+        yield lambda *inputs: torch.add(*linearize(network, {}, tangents, *inputs))
+        return
     names = {id(parameter): name for name, parameter in network.named_parameters()}
     # What is not the encoder's own are LoRA's factors: without them, its weights are the merged ones.
     weights = {name: torch.zeros_like(parameter) for name, parameter in network.named_parameters() if name not in own}
     for name, value in merged_parameters(pl_module.initial_parameters, merged):
         weights[names[id(own[name])]] = value.to(own[name])
-    return partial(functional_call, network, weights)
+    with swapped(network, weights):
+        yield network

@@ -12,8 +12,8 @@ from lightning.pytorch.utilities import rank_zero_info
 from lit_merge._version import __version__
 from lit_merge.errors import ConfigurationError
 from lit_merge.files.store import write_tensors
-from lit_merge.models.merging.inputs import Base, ClipBase, ModuleBase
 from lit_merge.models.merging.output import MergedWeights
+from lit_merge.models.network import Base
 from lit_merge.transforms import LearnedScale, Sum, chain
 
 __all__ = ["WriteMerge"]
@@ -39,6 +39,7 @@ class WriteMerge(L.Callback):
         if every_n_steps is not None and every_n_steps < 1:
             raise ConfigurationError(f"every_n_steps: expected a positive number or null, got {every_n_steps}.")
         self.weights, self.every_n_steps = weights, every_n_steps
+        self.began = False  # with the final files
         self._last_step = 0
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -66,15 +67,20 @@ class WriteMerge(L.Callback):
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write everything."""
+        self.began = True
         if trainer.is_global_zero:
-            folder = Path(trainer.default_root_dir)
-            path = self._write_coefficients(trainer, pl_module, folder, "")
-            written = [path.name]
-            if self.weights:
-                self._write_weights(pl_module, path, folder / "merged.safetensors")
-                written.append("merged.safetensors")
-            rank_zero_info(f"Learned merge of {pl_module.task}: {' and '.join(written)} in {folder}")
+            self.write(trainer, pl_module)
         trainer.strategy.barrier("merge written")
+
+    def write(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Write the coefficients and the merge as they are now, from this process alone."""
+        folder = Path(trainer.default_root_dir)
+        path = self._write_coefficients(trainer, pl_module, folder, "")
+        written = [path.name]
+        if self.weights:
+            self._write_weights(pl_module, path, folder / "merged.safetensors")
+            written.append("merged.safetensors")
+        rank_zero_info(f"Learned merge of {pl_module.task}: {' and '.join(written)} in {folder}")
 
     def _write_coefficients(self, trainer: L.Trainer, pl_module: Any, folder: Path, suffix: str) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
@@ -87,17 +93,12 @@ class WriteMerge(L.Callback):
         return path
 
     def _write_weights(self, pl_module: Any, coefficients: Path, path: Path) -> None:
-        clip = pl_module.clip
-        base: Base = (
-            ClipBase(clip)
-            if clip is not None
-            else ModuleBase(pl_module.network, pl_module.base_name, pl_module.base_fingerprint)
-        )
+        base: Base = pl_module.base
         vectors = chain(LearnedScale(str(coefficients)), Sum())(pl_module.merged.task_vectors)
         metadata = {
             "format": "lit-merge/weights/1",
             "base_model": base.name,
-            "base_fingerprint": base.fingerprint(),
+            "base_fingerprint": base.fingerprint,
             "inputs": json.dumps(list(vectors.provenance)),
             "lit_merge": __version__,
             **({"linearized": "true"} if pl_module.linearized else {}),

@@ -1,65 +1,30 @@
-"""Greedy soups: the average of those vectors that do not lower its validation accuracy; ``lit-merge soup``."""
+"""Average the models that do not lower the average's validation accuracy.
+
+Examples:
+  lit-merge soup --vectors '[seed-0.safetensors, seed-1.safetensors]' --output soup.safetensors
+  lit-merge soup --vectors '[a.safetensors, b.safetensors]' --kind task_vector --output soup.safetensors
+  lit-merge soup --config configs/soup/greedy.yaml --output soup.safetensors
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
-from lit_merge.commands.merge import MergeResult, merge
+from lit_merge.commands.merge import MergeResult
 from lit_merge.errors import ConfigurationError
-from lit_merge.evaluation.search.evaluation import Evaluation, in_memory, task_names, validation_loaders
-from lit_merge.files.hub import pinned
+from lit_merge.evaluation.soup import SoupResult, greedy_soup
 from lit_merge.metrics.scores import mean_accuracy
-from lit_merge.models.merging.inputs import open_base, open_inputs
+from lit_merge.models.merging.merge import Merge
 from lit_merge.models.merging.output import beside
-from lit_merge.transforms import Mean
-from lit_merge.vectors import TaskVector, TaskVectors
+from lit_merge.models.network import Network
+from lit_merge.transforms import weight_average
 
 if TYPE_CHECKING:
     from lightning import LightningDataModule
 
-__all__ = ["SoupOutput", "SoupResult", "SoupStep", "greedy_soup", "soup"]
-
-
-@dataclass(frozen=True)
-class SoupStep:
-    """One vector that was tried.
-
-    Attributes:
-        row: its position among the vectors.
-        accuracy: of the soup with it.
-        kept: whether it stayed in.
-    """
-
-    row: int
-    accuracy: float
-    kept: bool
-
-
-@dataclass(frozen=True)
-class SoupResult:
-    """A greedy soup, step by step.
-
-    Attributes:
-        individual: every vector's own accuracy, in the order of the vectors.
-        steps: the vectors in the order in which they were tried, the best one first.
-    """
-
-    individual: list[float]
-    steps: list[SoupStep]
-
-    @property
-    def chosen(self) -> list[int]:
-        """Positions of the vectors in the soup, in the order in which they were added."""
-        return [step.row for step in self.steps if step.kept]
-
-    @property
-    def accuracy(self) -> float:
-        """Accuracy of the soup, at least that of the best vector."""
-        return [step.accuracy for step in self.steps if step.kept][-1]
+__all__ = ["SoupOutput", "soup"]
 
 
 @dataclass(frozen=True)
@@ -85,32 +50,6 @@ class SoupOutput:
         )
 
 
-def greedy_soup(vectors: TaskVectors, evaluate: Callable[[TaskVector], float]) -> SoupResult:
-    """Average vectors greedily (Wortsman et al. 2022, recipe 1).
-
-    The vectors are sorted by their own accuracy, the best first, equal ones in the given order. The soup starts with
-    the first one; each of the others stays in if the mean with it, ``1/|S| Σ_{t ∈ S} τ_t``, is at least as accurate as
-    without.
-
-    Args:
-        vectors: of one task or of several, T of them.
-        evaluate: the accuracy of θ0 + τ on held-out data; called 2 T − 1 times.
-
-    Returns:
-        Every step; ``Mean()(vectors.select(result.chosen))`` is the soup.
-    """
-    individual = [evaluate(vectors.vector(row)) for row in range(len(vectors.tasks))]
-    first, *others = sorted(range(len(individual)), key=lambda row: -individual[row])
-    chosen, best = [first], individual[first]
-    steps = [SoupStep(first, best, True)]
-    for row in others:
-        accuracy = evaluate(Mean()(vectors.select([*chosen, row])).single())
-        steps.append(SoupStep(row, accuracy, accuracy >= best))
-        if steps[-1].kept:
-            chosen, best = [*chosen, row], accuracy
-    return SoupResult(individual, steps)
-
-
 def soup(
     vectors: list[str],
     output: str,
@@ -118,6 +57,7 @@ def soup(
     dtype: Literal["float32", "bfloat16", "float16"] | None = None,
     model: str = "lit-tiny",
     pretrained: str | None = None,
+    network: Network | None = None,
     tasks: list[str] | None = None,
     data: LightningDataModule | None = None,
     overwrite: bool = False,
@@ -133,6 +73,7 @@ def soup(
         dtype: of the stored tensors, by default float32.
         model: the CLIP that the vectors start from.
         pretrained: its weights.
+        network: instead of both, any network, by class path.
         tasks: names of the vectors, in order; by default their own.
         data: the tasks whose mean validation accuracy counts; by default the embedded tasks that the vectors are named
             after.
@@ -144,40 +85,35 @@ def soup(
             output exists.
     """
     from lit_merge.data.multitask import MultiTaskDataModule
-    from lit_merge.files.text import write_text
+    from lit_merge.evaluation.accuracies import Evaluation, in_memory, task_names, validation_loaders
     from lit_merge.modules.multitask import MultiTaskModule
 
-    vectors, pretrained = [pinned(path) for path in vectors], pretrained and pinned(pretrained)
-    settings: dict[str, Any] = {
-        **{"recipe": "weight_average", "kind": kind, "dtype": dtype, "model": model, "pretrained": pretrained},
-        **{"linearized": linearized, "progress": False},
-    }
-    curve = beside(Path(output), "soup.json")
+    job = Merge(vectors, output, model, pretrained, network, None, kind, dtype, tasks, linearized=linearized)
+    curve = beside(job.target.path, "soup.json")
     # What the merge would refuse, it refuses before anything is evaluated.
-    merge(vectors, output, **settings, tasks=tasks, overwrite=overwrite, dry_run=True)
+    job.check(job.plan(weight_average(), dry=True), overwrite)
     if curve.exists() and not overwrite:
         raise ConfigurationError(
             f"output: expected a new file, got {curve}, which exists. Set overwrite to replace it."
         )
-    inputs = open_inputs(vectors, open_base(model, pretrained, None, False), tasks, False)
-    stacked = TaskVectors([one.vector for one in inputs])
-    data = data if data is not None else MultiTaskDataModule(tasks=list(dict.fromkeys(stacked.tasks)))
+    data = data if data is not None else MultiTaskDataModule(tasks=list(dict.fromkeys(job.vectors.tasks)))
     names = task_names(data)
-    module = MultiTaskModule(model, pretrained, linearized=linearized)
+    module = MultiTaskModule(network=job.network(), linearized=linearized)
     evaluation = Evaluation(module, validation_loaders(module, data, names))
-    found = greedy_soup(stacked, lambda vector: mean_accuracy(evaluation.accuracy(in_memory(vector)), names))
-    files, rows = [vectors[row] for row in found.chosen], [stacked.tasks[row] for row in found.chosen]
-    result = merge(files, output, **settings, tasks=rows, overwrite=overwrite)
+    found = greedy_soup(job.vectors, lambda vector: mean_accuracy(evaluation.accuracy(in_memory(vector)), names))
+    files = [one.path for one in job.inputs]
     content = {
         "split": "val",
         "tasks": list(names),
         "vectors": [
             {"file": file, "task": task, "accuracy": accuracy}
-            for file, task, accuracy in zip(vectors, stacked.tasks, found.individual, strict=True)
+            for file, task, accuracy in zip(files, job.vectors.tasks, found.individual, strict=True)
         ],
         "steps": [asdict(step) for step in found.steps],
         "chosen": found.chosen,
         "accuracy": found.accuracy,
     }
-    write_text(curve, json.dumps(content, indent=2) + "\n")
-    return SoupOutput(found, vectors, result)
+    chosen = job.select(found.chosen)
+    planned = chosen.plan(weight_average())
+    chosen.write(planned, overwrite, more={curve.name: json.dumps(content, indent=2) + "\n"})
+    return SoupOutput(found, files, MergeResult(job.target.path, planned.transform, None, planned.plan))

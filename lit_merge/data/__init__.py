@@ -7,13 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lit_merge.data.adaptation import MergeDataModule
-    from lit_merge.data.batch import ImageBatch, OtherBatch
+    from lit_merge.data.batch import Batch, ImageBatch, OtherBatch
     from lit_merge.data.embedded.sheet import contact_sheet
     from lit_merge.data.embedded.tasks import EMBEDDED_TASKS, load_split
+    from lit_merge.data.examples import Examples, TensorExamples
     from lit_merge.data.multitask import MultiTaskDataModule
     from lit_merge.data.pretraining import CaptionDataModule
     from lit_merge.data.published.registry import REGISTRY, SUITES
     from lit_merge.data.published.task import PublishedSource
+    from lit_merge.data.sources import Task
     from lit_merge.data.task import TaskDataModule
     from lit_merge.data.templates import templates_for
 
@@ -21,13 +23,17 @@ __all__ = [
     "EMBEDDED_TASKS",
     "REGISTRY",
     "SUITES",
+    "Batch",
     "CaptionDataModule",
+    "Examples",
     "ImageBatch",
     "MergeDataModule",
     "MultiTaskDataModule",
     "OtherBatch",
     "PublishedSource",
+    "Task",
     "TaskDataModule",
+    "TensorExamples",
     "contact_sheet",
     "load_split",
     "templates_for",
@@ -37,13 +43,17 @@ _HOMES = {
     "EMBEDDED_TASKS": "embedded.tasks",
     "REGISTRY": "published.registry",
     "SUITES": "published.registry",
+    "Batch": "batch",
     "CaptionDataModule": "pretraining",
+    "Examples": "examples",
     "ImageBatch": "batch",
     "MergeDataModule": "adaptation",
     "MultiTaskDataModule": "multitask",
     "OtherBatch": "batch",
     "PublishedSource": "published.task",
+    "Task": "sources",
     "TaskDataModule": "task",
+    "TensorExamples": "examples",
     "contact_sheet": "embedded.sheet",
     "load_split": "embedded.tasks",
     "templates_for": "templates",

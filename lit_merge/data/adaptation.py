@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch.utilities import CombinedLoader
 
 from lit_merge.data.batch import PADDING
-from lit_merge.data.images.datasets import ImageDataset, ImagePreprocessing
+from lit_merge.data.examples import Examples
 from lit_merge.data.multitask import MultiTaskDataModule
 from lit_merge.data.task import TaskDataModule
 from lit_merge.errors import ConfigurationError, DataError, first_few
@@ -27,26 +27,15 @@ class MergeDataModule(MultiTaskDataModule):
     Args:
         adapt_on: the split whose images are learned on: ``test``, as AdaMerging does (without labels, Yang et al.
             2024), or ``val``, which leaves the test images unseen, or ``train``.
-        tasks: tasks of the embedded suite, published data sets, or suites of these, e.g. ``clip8``; None for all of the
-            embedded suite, or for none if there are ``paths``.
-        paths: name -> folder of own images, see :class:`~lit_merge.data.TaskDataModule`.
         batch_size: images per task, process and batch; with ``divide: tasks``, images per task and batch.
-        fraction: share of the split's images that is used, in (0, 1]; at least one image. Which ones depends on
-            ``seed``, and less is a part of more.
+        fraction: of the split's images that is used, in (0, 1]; at least one image. Which ones depends on ``seed``,
+            and less is a part of more.
         adapted: tasks that are learned on, the others are evaluated only; None for the merged ones, if the module says
             which those are, otherwise for all.
         divide: what several processes divide among each other: the images of every task, or the tasks.
         labelled: whether labels are given to the module; the entropy needs none.
-        evaluation_batch_size: images per process and batch in validation and test.
-        workers: processes per task that read the images.
-        seed: of the order.
-        class_names: name of a path -> its ``class_names``.
-        templates: task name -> its ``templates``.
-        fractions: shares of train, val and test where a folder is divided.
-        split_seed: of that division.
-        skip_corrupt: whether damaged images of the paths are left out.
-        preprocessing: what the model expects of images; None takes ``preprocessing`` of the trainer's module.
-        root: the folder of the published data sets; None for ``$LIT_MERGE_DATA``, or ``data``.
+        seed: of the order, and of which images the fraction is.
+        **settings: of :class:`~lit_merge.data.MultiTaskDataModule`.
 
     Attributes:
         adapted_tasks: the tasks that are learned on; after ``setup("fit")``.
@@ -58,23 +47,13 @@ class MergeDataModule(MultiTaskDataModule):
     def __init__(
         self,
         adapt_on: Literal["train", "val", "test"],
-        tasks: list[str] | None = None,
-        paths: dict[str, str] | None = None,
         batch_size: int = 16,
         fraction: float = 1.0,
         adapted: list[str] | None = None,
         divide: Literal["images", "tasks"] = "images",
         labelled: bool = False,
-        evaluation_batch_size: int = 256,
-        workers: int = 0,
         seed: int = 0,
-        class_names: dict[str, dict[str, str]] | None = None,
-        templates: dict[str, list[str] | str] | None = None,
-        fractions: tuple[float, float, float] = (0.8, 0.1, 0.1),
-        split_seed: int = 0,
-        skip_corrupt: bool = False,
-        preprocessing: Any = None,
-        root: str | None = None,
+        **settings: Any,
     ) -> None:
         for name, value, valid in (
             ("adapt_on", adapt_on, ("train", "val", "test")),
@@ -84,23 +63,7 @@ class MergeDataModule(MultiTaskDataModule):
                 raise ConfigurationError(f"{name}: expected {', '.join(valid)}, got {value!r}. Use one of them.")
         if not 0 < fraction <= 1:
             raise ConfigurationError(f"fraction: expected a number in (0, 1], got {fraction}. Use e.g. 0.01.")
-        super().__init__(
-            tasks=tasks,
-            paths=paths,
-            batch_size=batch_size,
-            evaluation_batch_size=evaluation_batch_size,
-            workers=workers,
-            seed=seed,
-            augment=False,
-            class_names=class_names,
-            templates=templates,
-            fractions=fractions,
-            split_seed=split_seed,
-            skip_corrupt=skip_corrupt,
-            labelled=labelled,
-            preprocessing=preprocessing,
-            root=root,
-        )
+        super().__init__(batch_size=batch_size, seed=seed, augment=False, labelled=labelled, **settings)
         unknown = [name for name in adapted or [] if name not in self.tasks]
         if unknown or adapted == []:
             raise ConfigurationError(
@@ -143,7 +106,7 @@ class MergeDataModule(MultiTaskDataModule):
                 f"{self._place()[0]}. Divide the images, or use fewer devices."
             )
 
-    def _images(self, name: str, task: TaskDataModule, preprocessing: ImagePreprocessing) -> ImageDataset:
+    def _images(self, name: str, task: TaskDataModule, preprocessing: Any) -> Examples:
         images = task.source.split(self.adapt_on, preprocessing)
         if not len(images):
             raise DataError(

@@ -8,12 +8,12 @@ from typing import Any
 import lightning as L
 from torch.utils.data import DataLoader
 
-from lit_merge.data.batch import ImageBatch
+from lit_merge.data.batch import Batch
 
 __all__ = ["ResumableLoader"]
 
 
-class ResumableLoader(DataLoader[ImageBatch]):
+class ResumableLoader(DataLoader[Batch]):
     """Leaves out the batches that the trainer has had in this epoch, as a resumed run has.
 
     The sampler needs a ``skip``, as :class:`~lit_merge.data.sampling.TrainingSampler` has it.
@@ -24,7 +24,7 @@ class ResumableLoader(DataLoader[ImageBatch]):
 
     trainer: L.Trainer | None = None
 
-    def __iter__(self) -> Iterator[ImageBatch]:  # type: ignore[override]
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
         """Batches of one epoch; nothing happens before the first is asked for, when the progress is known."""
         had = 0 if self.trainer is None else self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
         sampler: Any = self.sampler

@@ -10,9 +10,10 @@ import lightning as L
 from lightning.pytorch.utilities import CombinedLoader
 from torch.utils.data import DataLoader
 
-from lit_merge.data.batch import ImageBatch
+from lit_merge.data.batch import Batch
 from lit_merge.data.embedded.tasks import EMBEDDED_TASKS
 from lit_merge.data.published.registry import REGISTRY, SUITES
+from lit_merge.data.sources import Task
 from lit_merge.data.task import TaskDataModule
 from lit_merge.errors import ConfigurationError, first_few
 
@@ -22,13 +23,13 @@ __all__ = ["MultiTaskDataModule"]
 class MultiTaskDataModule(L.LightningDataModule):
     """Several tasks side by side: a training batch holds one batch of each.
 
-    A training batch is ``dict[task name, ImageBatch]``. An epoch is as long as the largest task's; the others start
+    A training batch is ``dict[task name, Batch]``. An epoch is as long as the largest task's; the others start
     again, in the same order, when they are through. Validation and test have one loader per task, in the order of
     :attr:`task_names`.
 
     Args:
         tasks: tasks of the embedded suite, published data sets, or suites of these, e.g. ``clip8``; None for all of the
-            embedded suite, or for none if there are ``paths``.
+            embedded suite, or for none if there are ``paths`` or ``sources``.
         paths: name -> folder of own images, see :class:`~lit_merge.data.TaskDataModule`.
         batch_size: training images per task, process and batch.
         evaluation_batch_size: images per process and batch in validation and test.
@@ -43,6 +44,7 @@ class MultiTaskDataModule(L.LightningDataModule):
         labelled: False gives the training images the label -1, as test-time merging wants it.
         preprocessing: what the model expects of images; None takes ``preprocessing`` of the trainer's module.
         root: the folder of the published data sets; None for ``$LIT_MERGE_DATA``, or ``data``.
+        sources: name -> task of one's own, by class path.
 
     Attributes:
         tasks: task name -> its data module.
@@ -71,20 +73,21 @@ class MultiTaskDataModule(L.LightningDataModule):
         labelled: bool = True,
         preprocessing: Any = None,
         root: str | None = None,
+        sources: dict[str, Task] | None = None,
     ) -> None:
         super().__init__()
-        named = (list(EMBEDDED_TASKS) if not paths else []) if tasks is None else list(tasks)
+        named = list(tasks) if tasks is not None else ([] if paths or sources else list(EMBEDDED_TASKS))
         named = [name for given in named for name in SUITES.get(given, (given,))]
         folders = dict(paths or {})
-        names = [*named, *folders]
+        names = [*named, *folders, *(sources or {})]
         repeated = sorted({name for name in names if names.count(name) > 1})
         if not names or repeated:
             raise ConfigurationError(
-                f"tasks and paths: expected at least one task, each name once, got "
+                f"tasks, paths and sources: expected at least one task, each name once, got "
                 f"{f'{first_few(repeated)} more than once' if repeated else 'none'}. Name each task once."
             )
         self._refuse_unknown("class_names", class_names or {}, list(folders))
-        self._refuse_unknown("templates", templates or {}, names)
+        self._refuse_unknown("templates", templates or {}, [*named, *folders])
         shared: dict[str, Any] = {
             "batch_size": batch_size,
             "evaluation_batch_size": evaluation_batch_size,
@@ -109,6 +112,9 @@ class MultiTaskDataModule(L.LightningDataModule):
                 skip_corrupt=skip_corrupt,
                 **shared,
             )
+        for name, source in (sources or {}).items():
+            source.name = name
+            self.tasks[name] = TaskDataModule(source=source, **shared)
 
     @property
     def task_names(self) -> tuple[str, ...]:
@@ -150,15 +156,15 @@ class MultiTaskDataModule(L.LightningDataModule):
             module.setup(stage)
 
     def train_dataloader(self) -> CombinedLoader:
-        """One batch of every task at a time, ``dict[task name, ImageBatch]``, until the largest task is through."""
+        """One batch of every task at a time, ``dict[task name, Batch]``, until the largest task is through."""
         loaders = {name: module.train_dataloader() for name, module in self.tasks.items()}
         return CombinedLoader(loaders, mode="max_size_cycle")
 
-    def val_dataloader(self) -> list[DataLoader[ImageBatch]]:
+    def val_dataloader(self) -> list[DataLoader[Batch]]:
         """One loader per task, in the order of :attr:`task_names`; an empty one where a task has no such images."""
         return [module.evaluation_loader("val") for module in self.tasks.values()]
 
-    def test_dataloader(self) -> list[DataLoader[ImageBatch]]:
+    def test_dataloader(self) -> list[DataLoader[Batch]]:
         """One loader per task, in the order of :attr:`task_names`."""
         return [module.test_dataloader() for module in self.tasks.values()]
 

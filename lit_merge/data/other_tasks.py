@@ -17,11 +17,11 @@ from torch.utils.data.distributed import DistributedSampler
 
 from lit_merge.data.batch import OtherBatch
 from lit_merge.data.embedded.tasks import EMBEDDED_TASKS, SPLITS
-from lit_merge.data.images.datasets import ImageDataset, ImagePreprocessing
+from lit_merge.data.examples import Examples
 from lit_merge.data.images.folders import FolderSource
 from lit_merge.data.loading import ResumableLoader
 from lit_merge.data.published.task import named_source
-from lit_merge.data.sources import EmbeddedSource, TaskSource
+from lit_merge.data.sources import EmbeddedSource, Task
 from lit_merge.errors import ConfigurationError, DataError, first_few
 
 __all__ = [
@@ -30,7 +30,7 @@ __all__ = [
     "OtherLoader",
     "OtherSampler",
     "images_per_task",
-    "other_sources",
+    "known_others",
     "read_other_images",
     "sources_in_use",
 ]
@@ -62,15 +62,16 @@ class ImagePenalty(Protocol):
         """Which of the other tasks' splits the images come from."""
 
 
-def other_sources(
-    own: TaskSource,
+def known_others(
+    own: Task,
     embedded: Sequence[str] | None,
     folders: Mapping[str, str],
     fractions: Sequence[float],
     split_seed: int,
     skip_corrupt: bool,
     root: str | None = None,
-) -> dict[str, TaskSource]:
+    given: Mapping[str, Task] | None = None,
+) -> dict[str, Task]:
     """The tasks beside the own one, by name; nothing is read.
 
     Args:
@@ -82,20 +83,22 @@ def other_sources(
         split_seed: of the folders.
         skip_corrupt: of the folders.
         root: the folder of the published data sets.
+        given: name -> further tasks.
 
     Raises:
         ConfigurationError: a name is unknown, given twice, or that of the own task; a folder is the own task's.
     """
     if embedded is None:
         embedded = [name for name in EMBEDDED_TASKS if name != own.name] if isinstance(own, EmbeddedSource) else []
-    names = [*embedded, *folders]
-    sources: dict[str, TaskSource] = {name: named_source(name, root) for name in embedded}
+    names = [*embedded, *folders, *(given or {})]
+    sources: dict[str, Task] = {name: named_source(name, root) for name in embedded}
     for name, path in folders.items():
         source = FolderSource(path, fractions=fractions, seed=split_seed, skip_corrupt=skip_corrupt)
         if name == own.name or (isinstance(own, FolderSource) and source.path.resolve() == own.path.resolve()):
             names.append(own.name)
         source.name = name
         sources[name] = source
+    sources.update(given or {})
     repeated = sorted({name for name in names if names.count(name) > 1})
     if own.name in names or repeated:
         got = f"{own.name} itself" if own.name in names else f"{first_few(repeated)} more than once"
@@ -105,7 +108,7 @@ def other_sources(
     return sources
 
 
-def sources_in_use(penalty: ImagePenalty, known: Mapping[str, TaskSource], trainer: Any) -> dict[str, TaskSource]:
+def sources_in_use(penalty: ImagePenalty, known: Mapping[str, Task], trainer: Any) -> dict[str, Task]:
     """The other tasks that a penalty is about, in its order; nothing is read.
 
     Raises:
@@ -136,8 +139,8 @@ def images_per_task(penalty: ImagePenalty, batch_size: int) -> int:
 
 def read_other_images(
     penalty: ImagePenalty,
-    sources: Mapping[str, TaskSource],
-    preprocessing: ImagePreprocessing,
+    sources: Mapping[str, Task],
+    preprocessing: Any,
     seed: int,
     augment: bool,
     batch_size: int,
@@ -148,7 +151,7 @@ def read_other_images(
     Args:
         penalty: whose images.
         sources: its other tasks.
-        preprocessing: what the model expects of images.
+        preprocessing: what the network needs of its data.
         seed: of the choice and the augmentation.
         augment: whether to augment.
         batch_size: images per process, batch and other task.
@@ -188,7 +191,7 @@ class OtherImages(Dataset[OtherBatch]):
         used: of each task the positions in its split that may be used, int64, ascending.
     """
 
-    def __init__(self, tasks: Mapping[str, ImageDataset], count: int | None = None, seed: int = 0) -> None:
+    def __init__(self, tasks: Mapping[str, Examples], count: int | None = None, seed: int = 0) -> None:
         self.names, self.tasks = tuple(tasks), tuple(tasks.values())
         self.used = [
             np.sort(_generator(seed, name, 0).permutation(len(images))[:count]) for name, images in tasks.items()
@@ -206,11 +209,8 @@ class OtherImages(Dataset[OtherBatch]):
         parts = [
             self.tasks[task].__getitems__([draw for _, draw in group]) for task, group in groupby(draws, itemgetter(0))
         ]
-        return OtherBatch(
-            torch.cat([part.images for part in parts]),
-            torch.tensor([task for task, _ in draws]),
-            torch.cat([part.indices for part in parts]),
-        )
+        joined = type(parts[0]).join(parts)
+        return OtherBatch(joined.inputs, torch.tensor([task for task, _ in draws]), joined.indices)
 
 
 class OtherSampler(DistributedSampler[Any]):

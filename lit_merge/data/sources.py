@@ -1,45 +1,48 @@
-"""Where a task's images come from: what they have in common, and the embedded suite."""
+"""A task with its examples: what all have in common, and those of the embedded suite."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any
 
 from lit_merge.data.embedded.tasks import EMBEDDED_TASKS, SPLITS, load_split
+from lit_merge.data.examples import Examples
 from lit_merge.data.images.datasets import ImageDataset, ImagePreprocessing, TensorImages
 from lit_merge.data.templates import templates_for
 from lit_merge.errors import ConfigurationError, first_few
 
-__all__ = ["EmbeddedSource", "TaskSource", "chosen_templates"]
+__all__ = ["EmbeddedSource", "Task", "chosen_templates"]
 
 
-class TaskSource(Protocol):
-    """One classification task with its images.
+class Task(ABC):
+    """One task with its examples; subclass it for one of your own, and name it by its import path.
 
     Attributes:
         name: the task's name.
+        classes: class names, in the order of the targets; empty for a task without classes.
+        templates: prompt templates with one ``{}``.
     """
 
     name: str
+    classes: tuple[str, ...] = ()
+    templates: tuple[str, ...] = ("{}",)
 
-    @property
-    def classes(self) -> tuple[str, ...]:
-        """Class names, in label order."""
+    def prepare(self) -> None:  # noqa: B027 - not every task has something to bring
+        """Bring the examples to the disk; called on one process per machine. By default there is nothing to do."""
 
-    @property
-    def templates(self) -> tuple[str, ...]:
-        """Prompt templates with one ``{}``."""
+    @abstractmethod
+    def split(self, split: str, preprocessing: Any, augmentation_seed: int | None = None) -> Examples:
+        """The examples of ``"train"``, ``"val"`` or ``"test"``.
 
-    def prepare(self) -> None:
-        """Bring the images to the disk; called on one process per machine."""
-
-    def split(
-        self, split: str, preprocessing: ImagePreprocessing, augmentation_seed: int | None = None
-    ) -> ImageDataset:
-        """The images of ``"train"``, ``"val"`` or ``"test"``; augmented unless the seed is None."""
+        Args:
+            split: which of them; a task without validation or test examples gives none, of length 0.
+            preprocessing: the network's, which makes its inputs.
+            augmentation_seed: of the augmentation; None for none.
+        """
 
 
-class EmbeddedSource:
+class EmbeddedSource(Task):
     """A task of the embedded suite.
 
     Args:
@@ -65,7 +68,7 @@ class EmbeddedSource:
     def split(
         self, split: str, preprocessing: ImagePreprocessing, augmentation_seed: int | None = None
     ) -> ImageDataset:
-        """See :meth:`TaskSource.split`.
+        """See :meth:`Task.split`.
 
         Raises:
             DataError: there is no such split.

@@ -10,8 +10,9 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import CombinedLoader
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from lit_merge.data.batch import PADDING, ImageBatch
-from lit_merge.data.images.datasets import FileImages, ImageDataset, ImagePreprocessing
+from lit_merge.data.batch import PADDING, Batch
+from lit_merge.data.examples import Examples
+from lit_merge.data.images.datasets import FileImages
 from lit_merge.data.images.folders import FolderSource, find_images
 from lit_merge.data.loading import ResumableLoader
 from lit_merge.data.other_tasks import (
@@ -20,13 +21,13 @@ from lit_merge.data.other_tasks import (
     OtherLoader,
     OtherSampler,
     images_per_task,
-    other_sources,
+    known_others,
     read_other_images,
     sources_in_use,
 )
 from lit_merge.data.published.task import PublishedSource, named_source
 from lit_merge.data.sampling import EvaluationSampler, TrainingSampler, training_batch_size
-from lit_merge.data.sources import TaskSource
+from lit_merge.data.sources import Task
 from lit_merge.errors import ConfigurationError, DataError
 
 __all__ = ["TaskDataModule"]
@@ -37,9 +38,10 @@ _FRACTIONS = (0.8, 0.1, 0.1)
 class TaskDataModule(L.LightningDataModule):
     """One classification task: of the embedded suite, a published data set, or a folder of your own images.
 
-    Every batch is an :class:`~lit_merge.data.ImageBatch`. With several processes each sees its share of every global
-    batch, and the global batches are those that one process with the whole batch size would see; in evaluation every
-    image counts once. The last, incomplete training batch of an epoch is left out.
+    Every batch is a :class:`~lit_merge.data.Batch`, of images an :class:`~lit_merge.data.ImageBatch`. With several
+    processes each sees its part of every global batch, and the global batches are those that one process with the whole
+    batch size would see; in evaluation every image counts once. The last, incomplete training batch of an epoch is left
+    out.
 
     If the trainer's module has a ``penalty`` (see :class:`~lit_merge.data.other_tasks.ImagePenalty`), a training batch
     is ``{"own": ImageBatch, "other": OtherBatch}`` with unlabelled images of other tasks, augmented as the own ones.
@@ -69,8 +71,11 @@ class TaskDataModule(L.LightningDataModule):
         other_tasks: other tasks of the embedded suite, or published data sets, for a penalty; None for all of the
             embedded suite if ``task`` is one of them, otherwise for none. Without a penalty none costs anything.
         root: the folder of the published data sets; None for ``$LIT_MERGE_DATA``, or ``data``.
+        source: instead of task and path, any task of one's own, by class path.
+        other_sources: name -> other tasks of one's own, for a penalty.
 
     Attributes:
+        source: the task.
         whole: whether every process gets all images instead of its share.
         other_sources: name -> other task with its ``classes`` and ``templates``, of those that the penalty is about;
             after ``setup("fit")``.
@@ -102,13 +107,17 @@ class TaskDataModule(L.LightningDataModule):
         other_paths: dict[str, str] | None = None,
         other_tasks: list[str] | None = None,
         root: str | None = None,
+        source: Task | None = None,
+        other_sources: dict[str, Task] | None = None,
     ) -> None:
         super().__init__()
-        if (task is None) == (path is None):
-            got = "neither" if task is None else f"task {task!r} and path {str(path)!r}"
+        named = {"task": task, "path": path, "source": source}
+        got = [f"{argument} {str(value)!r}" for argument, value in named.items() if value is not None]
+        if len(got) != 1:
             raise ConfigurationError(
-                f"task and path: expected exactly one of them, got {got}. "
-                "Set task to one of the embedded suite or to a published data set, or path to a folder of images."
+                f"task, path and source: expected exactly one of them, got {' and '.join(got) or 'none'}. Set task to "
+                "one of the embedded suite or to a published data set, path to a folder of images, or source to a task "
+                "of your own."
             )
         for argument, value, least in (
             ("batch_size", batch_size, 1),
@@ -121,8 +130,8 @@ class TaskDataModule(L.LightningDataModule):
                 raise ConfigurationError(
                     f"{argument}: expected an integer of at least {least}, got {value!r}. Change it."
                 )
-        self.source: TaskSource
-        if task is not None:
+        self.source: Task
+        if path is None:
             only_with_path = (
                 ("class_names", class_names, None, False),
                 ("fractions", tuple(fractions), _FRACTIONS, other_paths),
@@ -133,16 +142,19 @@ class TaskDataModule(L.LightningDataModule):
             for argument, given, default, used in only_with_path:
                 if given != default and not used:
                     raise ConfigurationError(
-                        f"{argument}: expected only with path, got {given!r} with a task's name. "
-                        "Remove it, or set path."
+                        f"{argument}: expected only with path, got {given!r} with {got[0]}. Remove it, or set path."
                     )
-            self.source = named_source(task, root, templates)
+            if source is not None and templates is not None:
+                raise ConfigurationError(
+                    f"templates: expected none together with source, got {templates!r}. Give them to the source."
+                )
+            self.source = source if source is not None else named_source(str(task), root, templates)
         else:
             assert path is not None
             self.source = FolderSource(path, class_names, templates, fractions, split_seed, skip_corrupt)
             self.source.name = name or self.source.name
-        self._known_others = other_sources(
-            self.source, other_tasks, other_paths or {}, fractions, split_seed, skip_corrupt, root
+        self._known_others = known_others(
+            self.source, other_tasks, other_paths or {}, fractions, split_seed, skip_corrupt, root, other_sources
         )
         if root is not None and not any(
             isinstance(source, PublishedSource) for source in (self.source, *self._known_others.values())
@@ -150,13 +162,13 @@ class TaskDataModule(L.LightningDataModule):
             raise ConfigurationError(
                 f"root: expected only with a published data set, got {str(root)!r} without one. Remove it."
             )
-        self.other_sources: dict[str, TaskSource] = {}
+        self.other_sources: dict[str, Task] = {}
         self._other_images: OtherImages | None = None
         self.batch_size, self.evaluation_batch_size, self.workers = batch_size, evaluation_batch_size, workers
         self.seed, self.augment, self.labelled = seed, augment, labelled
         self.skip_corrupt, self.predict_path = skip_corrupt, predict_path
-        self.preprocessing: ImagePreprocessing | None = preprocessing
-        self.datasets: dict[str, ImageDataset] = {}
+        self.preprocessing: Any = preprocessing
+        self.datasets: dict[str, Examples] = {}
         self.whole = False
 
     @property
@@ -213,7 +225,7 @@ class TaskDataModule(L.LightningDataModule):
         if stage == "predict":
             self.datasets["predict"] = self._to_predict(preprocessing)
 
-    def train_dataloader(self) -> DataLoader[ImageBatch] | CombinedLoader:
+    def train_dataloader(self) -> DataLoader[Batch] | CombinedLoader:
         """Batches in a new order every epoch; with a penalty of the module, images of other tasks beside each."""
         dataset, (processes, rank) = self._dataset("train"), self._place()
         sampler = TrainingSampler(dataset, processes, rank, self.seed)
@@ -239,15 +251,15 @@ class TaskDataModule(L.LightningDataModule):
         beside = self._loader(self._other_images, others, others.entries, OtherLoader, drop_last=True)
         return CombinedLoader({"own": own, "other": beside}, mode="min_size")  # both are equally long
 
-    def val_dataloader(self) -> DataLoader[ImageBatch] | list[DataLoader[ImageBatch]]:
+    def val_dataloader(self) -> DataLoader[Batch] | list[DataLoader[Batch]]:
         """Batches of the validation images; an empty list if there are none."""
         return self.evaluation_loader("val") if len(self._dataset("val")) else []
 
-    def test_dataloader(self) -> DataLoader[ImageBatch]:
+    def test_dataloader(self) -> DataLoader[Batch]:
         """Batches of the test images."""
         return self.evaluation_loader("test")
 
-    def predict_dataloader(self) -> DataLoader[ImageBatch]:
+    def predict_dataloader(self) -> DataLoader[Batch]:
         """Batches of the images of ``predict_path``, or of the test images."""
         return self.evaluation_loader("predict")
 
@@ -259,7 +271,7 @@ class TaskDataModule(L.LightningDataModule):
         """
         return list(self._dataset("predict").names)
 
-    def evaluation_loader(self, split: str) -> DataLoader[ImageBatch]:
+    def evaluation_loader(self, split: str) -> DataLoader[Batch]:
         """Batches of a split in its own order: ``"val"``, ``"test"`` or ``"predict"``.
 
         Raises:
@@ -268,7 +280,7 @@ class TaskDataModule(L.LightningDataModule):
         dataset = self._dataset(split)
         return self._loader(dataset, EvaluationSampler(dataset, *self._place()), self.evaluation_batch_size)
 
-    def ordered_loader(self, split: str) -> DataLoader[ImageBatch]:
+    def ordered_loader(self, split: str) -> DataLoader[Batch]:
         """All images of a split in its own order, in every process; ``"train"`` too, as it was set up.
 
         Raises:
@@ -277,31 +289,31 @@ class TaskDataModule(L.LightningDataModule):
         dataset = self._dataset(split)
         return self._loader(dataset, EvaluationSampler(dataset), self.evaluation_batch_size)
 
-    def known_preprocessing(self) -> ImagePreprocessing:
-        """What the model expects of images: as it was given, or that of the trainer's module.
+    def known_preprocessing(self) -> Any:
+        """What the network needs of its data: as it was given, or as the trainer's module has it.
 
         Raises:
             ConfigurationError: neither is there.
         """
         if self.preprocessing is not None:
             return self.preprocessing
-        module = self.trainer.lightning_module if self.trainer is not None else None
-        preprocessing: ImagePreprocessing | None = getattr(module, "preprocessing", None)
-        if preprocessing is None:
+        module: Any = self.trainer.lightning_module if self.trainer is not None else None
+        if not hasattr(module, "preprocessing"):
             source = "no trainer" if module is None else f"{type(module).__name__}, which has none"
             raise ConfigurationError(
                 f"preprocessing: expected the trainer's module to have it, got {source}. "
                 "Set preprocessing, e.g. that of lit_merge.models.load_clip()."
             )
-        return preprocessing
+        return module.preprocessing
 
     def _penalty(self) -> ImagePenalty | None:
         """That of the trainer's module; in a data module of several tasks all of them are own ones."""
         if self.trainer is None or getattr(self.trainer, "datamodule", None) is not self:
             return None
-        return getattr(self.trainer.lightning_module, "penalty", None)
+        penalty = getattr(self.trainer.lightning_module, "penalty", None)
+        return penalty if getattr(penalty, "reads_other_tasks", True) else None
 
-    def _read_others(self, penalty: ImagePenalty, preprocessing: ImagePreprocessing) -> OtherImages:
+    def _read_others(self, penalty: ImagePenalty, preprocessing: Any) -> OtherImages:
         return read_other_images(
             penalty,
             self.other_sources,
@@ -312,13 +324,13 @@ class TaskDataModule(L.LightningDataModule):
             self._place()[0],
         )
 
-    def _to_predict(self, preprocessing: ImagePreprocessing) -> ImageDataset:
+    def _to_predict(self, preprocessing: Any) -> Examples:
         if self.predict_path is None:
             return self.datasets["test"]
         files = find_images(self.predict_path, self.skip_corrupt)
         return FileImages(files, torch.full((len(files),), PADDING), preprocessing)
 
-    def _dataset(self, split: str) -> ImageDataset:
+    def _dataset(self, split: str) -> Examples:
         if split not in self.datasets:
             stage = {"train": "fit", "val": "validate"}.get(split, split)
             raise ConfigurationError(

@@ -22,7 +22,15 @@ from lit_merge.models.text import NOT_TEXT, TextTower
 from lit_merge.models.weights import first_line, open_weights
 from lit_merge.params import Params, check_finite, check_same_structure, fingerprint
 
-__all__ = ["ClipModel", "Preprocessing", "empty_image_tower", "full_clip_model", "hub_repository", "load_clip"]
+__all__ = [
+    "ClipModel",
+    "Preprocessing",
+    "empty_image_tower",
+    "full_clip_model",
+    "hub_repository",
+    "load_clip",
+    "weights_path",
+]
 
 _ASSETS = Path(__file__).parent / "assets"
 _SHIPPED = "lit-tiny"
@@ -285,6 +293,15 @@ def empty_image_tower(model: str) -> Params:
     with torch.device("meta"), torch.random.fork_rng(devices=[]):
         visual = _build(architecture, "image").visual
     return {name: parameter.detach() for name, parameter in visual.named_parameters()}
+
+
+def weights_path(model: str = _SHIPPED, pretrained: str | None = None) -> Path | None:
+    """The file or folder that :func:`load_clip` reads the weights from, downloaded if need be; None for random ones.
+
+    Raises:
+        LitMergeError: as for :func:`load_clip`, of which weights.
+    """
+    return _weights_source(_architecture(model), pretrained)[0]
 
 
 def hub_repository(model: str, pretrained: str | None) -> str | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,18 +95,24 @@ class LinearFeatureCache:
             compute on; not to be changed while this object is used.
         directions: name -> τ_k, under the network's names; may be lazy, and are not to be changed either.
         folder: the cache's folder; ``cache_directory("linear_features")`` by default.
+        inputs: the network's arguments of a batch; by default its ``inputs``.
 
     Raises:
         StructureMismatchError: a direction's names or shapes are not the network's.
     """
 
     def __init__(
-        self, network: nn.Module, directions: Mapping[str, Mapping[str, Tensor]], folder: str | Path | None = None
+        self,
+        network: nn.Module,
+        directions: Mapping[str, Mapping[str, Tensor]],
+        folder: str | Path | None = None,
+        inputs: Callable[[Any], tuple[Any, ...]] | None = None,
     ) -> None:
         parameters = dict(network.named_parameters())
         for name, vector in directions.items():
             check_same_structure(parameters, vector, f"direction {name}")
         self._network, self._directions = network, dict(directions)
+        self._inputs = inputs or (lambda batch: batch.inputs)
         self._folder = cache_directory("linear_features") if folder is None else Path(folder)
         self._folder.mkdir(parents=True, exist_ok=True)
         self._identity = [_layout(network), fingerprint({**parameters, **dict(network.named_buffers())})]
@@ -119,7 +125,7 @@ class LinearFeatureCache:
         device together; of the features, one batch is in memory at a time.
 
         Args:
-            loader: gives batches with ``images``, ``labels`` and ``indices`` in the split's own order; its ``dataset``
+            loader: gives :class:`lit_merge.data.Batch` in the split's own order; its ``dataset``
                 has a length and a ``digest()``, see :class:`lit_merge.data.images.datasets.ImageDataset`.
             names: of the directions that are wanted; all by default.
 
@@ -176,22 +182,23 @@ class LinearFeatureCache:
             rows = {key: _Rows(files.enter_context(TemporaryFile(dir=self._folder))) for key in (base, *vectors)}
             for batch in loader:
                 present = batch.indices >= 0
-                images, indices = batch.images[present].to(device), batch.indices[present]
+                part = batch.select(present)
+                images, indices = self._inputs(part.to(device)), part.indices
                 if not torch.equal(indices, torch.arange(count, count + len(indices))):
                     got = first_few(indices.tolist())
                     raise DataError(
                         f"images: expected those from {count} on in the split's order, got {got}. "
                         "Use the loader of an evaluation split, in one process."
                     )
-                if not len(images):
+                if not len(part):
                     continue
                 count += len(images)
-                labels.append(batch.labels[present])
+                labels.append(part.targets)
                 value = None
                 for key, vector in vectors.items():
-                    value, tangent = linearize(self._network, {}, vector, images)
+                    value, tangent = linearize(self._network, {}, vector, *images)
                     rows[key].append(tangent)
-                rows[base].append(linearize(self._network, {}, {}, images)[0] if value is None else value)
+                rows[base].append(linearize(self._network, {}, {}, *images)[0] if value is None else value)
             if count != len(loader.dataset) or not count:
                 raise DataError(
                     f"images: expected all {len(loader.dataset)} of the split and at least one, got {count}. "

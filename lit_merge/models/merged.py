@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lit_merge.errors import ConfigurationError, StructureMismatchError, first_few
 from lit_merge.functional import combine
+from lit_merge.functional.recomputation import call_once
 from lit_merge.params import Params, compare, shapes_of
 from lit_merge.vectors.coefficients import Coefficients
 from lit_merge.vectors.groups import Granularity, group_names
@@ -19,6 +20,12 @@ from lit_merge.vectors.storage import Storage, VectorStorage
 from lit_merge.vectors.task_vectors import TaskVectors
 
 __all__ = ["MergedModel", "swapped"]
+
+_RECOMPUTATION = (
+    "MergedModel: expected a module without activation checkpointing, which would run it again on θ0 in the backward "
+    "pass, got one that recomputes. Switch it off, or call the module and backward() inside "
+    "`with swapped(model.module, model.merged_parameters())`."
+)
 
 
 class MergedModel(nn.Module):
@@ -120,6 +127,11 @@ class MergedModel(nn.Module):
             tangent: without θ0: the merged task vector, for linearised networks.
             out: results of an earlier call that nobody needs any more; their memory may be used again.
         """
+        if torch.compiler.is_compiling():  # reading vectors and summing them up on threads of its own is no graph
+            return torch.compiler.disable(self._merged)(tangent, out)
+        return self._merged(tangent, out)
+
+    def _merged(self, tangent: bool, out: Mapping[str, Tensor] | None) -> Params:
         base = None if tangent else {name: own for name, own in self.module.named_parameters() if name in self.members}
         return combine(base, self.vector_storage(), self.applied(), self._columns, out)
 
@@ -141,9 +153,14 @@ class MergedModel(nn.Module):
         return Coefficients(values, self.tasks, self.groups, self.members, self.granularity, metadata or {})
 
     def forward(self, *inputs: Any, **keywords: Any) -> Tensor:
-        """``f`` with merged weights; they are merged anew in every call, differentiably."""
+        """``f`` with merged weights; they are merged anew in every call, differentiably.
+
+        Raises:
+            ConfigurationError: gradients are recorded and ``f`` uses activation checkpointing, which would run it
+                again on θ0 in the backward pass.
+        """
         with swapped(self.module, self.merged_parameters()):
-            result: Tensor = self.module(*inputs, **keywords)
+            result: Tensor = call_once(self.module, inputs, keywords, _RECOMPUTATION)
             return result
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MergedModel:

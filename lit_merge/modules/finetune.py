@@ -5,22 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torchmetrics import MeanMetric
 
 from lit_merge.errors import ConfigurationError, StructureMismatchError, first_few
-from lit_merge.metrics.hits import UNLABELLED, hits
-from lit_merge.models.encoder import Preprocessing
+from lit_merge.metrics.hits import hits_of, losses_of
 from lit_merge.models.heads import ZeroShotHead
-from lit_merge.models.lora import LoRA
-from lit_merge.models.rates import Rates
-from lit_merge.models.selection import Selection
-from lit_merge.modules.penalty import TauJpPenalty, split_batch
-from lit_merge.modules.protocol import FineTuningProtocol, check_range
+from lit_merge.models.network import ModuleNetwork
+from lit_merge.modules.objectives import CrossEntropy, Objective
+from lit_merge.modules.penalty import Penalty, TauJpPenalty, split_batch
+from lit_merge.modules.protocol import FineTuningProtocol
 
 __all__ = ["FineTuneModule"]
+
+_OBJECTS = ("encoder", "network", "parametrisation", "preprocessing", "optimizer_wrapper")
+"""Settings that a checkpoint does not hold: they are given again."""
 
 
 class FineTuneModule(FineTuningProtocol):
@@ -34,23 +33,13 @@ class FineTuneModule(FineTuningProtocol):
     object, and ``configs/finetune`` has the papers'.
 
     Args:
-        model: architecture, as for :func:`lit_merge.models.load_clip`.
+        model: architecture, as for :func:`lit_merge.models.load_clip`; a shorthand for a CLIP as ``network``.
         pretrained: weights, as for :func:`lit_merge.models.load_clip`.
-        learning_rate: peak of the schedule.
-        weight_decay: of every trained parameter, as in the papers' programs.
-        warmup_fraction: share of the steps over which the rate grows, in [0, 1).
-        gradient_clip: largest norm of the gradient; the trainer's ``gradient_clip_val`` wins if it is set.
-        label_smoothing: in [0, 1).
-        task_vector: file of a task vector to start from (θ0 stays the base).
-        weights: file of whole weights to start from (θ0 stays the base).
-        linearized: train ``f(x; θ0) + J τ``, the encoder's tangent, instead of the encoder (Ortiz-Jimenez et al. 2023).
-        trainable: which parameters train, e.g. ``Attention`` (Jin et al. 2024); None for all.
-        lora: train low-rank updates instead; the task vector is dense (Hu et al. 2022).
-        rates: share of the learning rate that each block has, e.g. ``LinLR`` (Wang et al. 2025).
-        penalty: on what τ does to other tasks' images, which the data module gives (Yoshida et al. 2025).
-        encoder: any module instead of a CLIP; then ``head`` is needed.
-        head: any module, features ``[B, d]`` -> logits ``[B, C]``; it is frozen.
-        preprocessing: how images become the encoder's input.
+        label_smoothing: of the default objective, in [0, 1).
+        objective: what is minimised, by class path; None for the head's own, or the cross-entropy.
+        penalty: on what τ does, e.g. to other tasks' examples, which the data module gives (Yoshida et al. 2025).
+        head: any module, features ``[B, d]`` -> logits ``[B, C]``; it is frozen. None for the network's own.
+        **settings: of :class:`FineTuningProtocol` and :class:`EncoderModule`.
 
     Raises:
         ConfigurationError: a number is out of its range, or settings exclude each other.
@@ -60,48 +49,33 @@ class FineTuneModule(FineTuningProtocol):
         self,
         model: str = "lit-tiny",
         pretrained: str | None = None,
-        learning_rate: float = 1e-5,
-        weight_decay: float = 0.1,
-        warmup_fraction: float = 0.1,
-        gradient_clip: float = 1.0,
         label_smoothing: float = 0.0,
-        task_vector: str | None = None,
-        weights: str | None = None,
-        linearized: bool = False,
-        trainable: Selection | None = None,
-        lora: LoRA | None = None,
-        rates: Rates | None = None,
-        penalty: TauJpPenalty | None = None,
-        encoder: nn.Module | None = None,
+        objective: Objective | None = None,
+        penalty: TauJpPenalty | Penalty | None = None,
         head: nn.Module | None = None,
-        preprocessing: Preprocessing | None = None,
+        **settings: Any,
     ) -> None:
-        check_range("label_smoothing", label_smoothing, below=1.0)
-        if penalty is not None and lora is not None:
+        own = CrossEntropy(label_smoothing)
+        if objective is not None and label_smoothing:
+            raise ConfigurationError(
+                f"objective: expected no label_smoothing together with it, got {label_smoothing}. Put it into the "
+                "objective's own settings."
+            )
+        needs_tangent = penalty is not None and penalty.reads_other_tasks
+        if needs_tangent and settings.get("lora") is not None:
             raise ConfigurationError(
                 "penalty and lora: expected one of them, got both: the tangent is not linear in LoRA's factors. "
                 "Remove one, or choose parameters by trainable."
             )
-        super().__init__(
-            learning_rate,
-            weight_decay,
-            warmup_fraction,
-            gradient_clip,
-            rates,
-            model=model,
-            pretrained=pretrained,
-            encoder=encoder,
-            preprocessing=preprocessing,
-            task_vector=task_vector,
-            weights=weights,
-            linearized=linearized,
-            trainable=trainable,
-            lora=lora,
-        )
+        super().__init__(model, pretrained, **settings)
+        if needs_tangent and not self.parametrisation.has_tangent:
+            raise ConfigurationError(
+                f"penalty: expected a parametrisation with a tangent, got {self.parametrisation!r}. Remove one."
+            )
         self.penalty = penalty
         # Without the files that it started from: a checkpoint holds what they gave, and opens without them.
-        self.save_hyperparameters(ignore=["encoder", "head", "preprocessing", "task_vector", "weights"])
-        self.label_smoothing = label_smoothing
+        self.save_hyperparameters(ignore=[*_OBJECTS, "head", "objective", "task_vector", "weights"])
+        self.label_smoothing, self._objective, self._own_objective = label_smoothing, objective, own
         self.head = head.requires_grad_(False).eval() if head is not None else None
         self.task, self.classes = "", tuple[str, ...]()
         self._other_heads: list[nn.Module] = []  # not registered: no part of a checkpoint
@@ -114,7 +88,7 @@ class FineTuneModule(FineTuningProtocol):
     def setup(self, stage: str) -> None:
         """Take the task's name, classes and templates from the data module and build the head."""
         data = getattr(self.trainer, "datamodule", None)
-        if stage == "fit" and self.penalty is not None:
+        if stage == "fit" and self.penalty is not None and self.penalty.reads_other_tasks:
             self._prepare_penalty(data)
         if data is None or not hasattr(data, "classes"):
             if self.head is None:
@@ -124,9 +98,10 @@ class FineTuneModule(FineTuningProtocol):
                 )
         else:
             self.task, self.classes = data.name or "", tuple(data.classes)
-            if self.head is None or (self.clip is not None and self._head_is_of_other_classes()):
-                self.head = self.make_head(data.classes, data.templates).to(self.device)
+            if self.head is None or self._head_is_of_other_classes():
+                self.head = self.make_head(data).requires_grad_(False).eval().to(self.device)
         self.accuracy = nn.ModuleDict({split: MeanMetric() for split in ("fit", "val", "test")}).to(self.device)
+        self.loss = nn.ModuleDict({split: MeanMetric("disable") for split in ("val", "test")}).to(self.device)
 
     def _prepare_penalty(self, data: Any) -> None:
         """Know the other tasks, and build their heads if the penalty is on logits."""
@@ -135,9 +110,9 @@ class FineTuneModule(FineTuningProtocol):
                 "penalty: expected a data module with other tasks, got "
                 f"{type(data).__name__ if data is not None else 'none'}. Use TaskDataModule, or remove the penalty."
             )
-        assert self.penalty is not None
+        assert isinstance(self.penalty, TauJpPenalty)
         self._other_heads = [
-            self.make_head(source.classes, source.templates).requires_grad_(False).eval()
+            self.make_head(source).requires_grad_(False).eval()
             for source in (data.other_sources.values() if self.penalty.space == "logits" else ())
         ]
 
@@ -149,23 +124,30 @@ class FineTuneModule(FineTuningProtocol):
         return self
 
     def _head_is_of_other_classes(self) -> bool:
-        return isinstance(self.head, ZeroShotHead) and self.head.classes != self.classes
+        others = isinstance(self.head, ZeroShotHead) and self.head.classes != self.classes
+        return others and not isinstance(self.base, ModuleNetwork)
 
     def compute_loss(self, logits: Tensor, batch: Any) -> Tensor:
-        """The training objective; override it for another one.
+        """The training objective; override it, or give an ``objective``, for another one.
 
         Args:
-            logits: ``[B, C]``, of the batch's images.
-            batch: an :class:`lit_merge.data.ImageBatch` with ``images`` ``[B, 3, S, S]`` and ``labels`` ``[B]``.
+            logits: ``[B, C]``, of the batch's examples.
+            batch: a :class:`lit_merge.data.Batch` with ``targets`` ``[B]``, of images also with ``images``
+                ``[B, 3, S, S]`` and ``labels``, which are the targets.
 
         Returns:
-            A scalar: here the cross-entropy with label smoothing, averaged over the batch's labelled images.
+            A scalar: by default the cross-entropy with label smoothing, averaged over the batch's labelled examples.
         """
-        return F.cross_entropy(logits, batch.labels, ignore_index=UNLABELLED, label_smoothing=self.label_smoothing)
+        if self._objective is not None:
+            return self._objective(logits, batch)
+        if hasattr(self.head, "loss"):
+            losses, counted = losses_of(self.head, logits, batch), (batch.indices >= 0).float()
+            return (losses * counted).sum() / counted.sum().clamp(min=1)
+        return self._own_objective(logits, batch)
 
-    def classify(self, images: Tensor) -> Tensor:
-        """Images ``[B, 3, S, S]`` to logits ``[B, C]``."""
-        return self._logits(self(images))
+    def classify(self, *inputs: Any) -> Tensor:
+        """Inputs of the network, e.g. images ``[B, 3, S, S]``, to logits ``[B, C]``."""
+        return self._logits(self(*inputs))
 
     def _logits(self, features: Tensor) -> Tensor:
         assert self.head is not None
@@ -175,30 +157,32 @@ class FineTuneModule(FineTuningProtocol):
         """One optimisation step's loss: the objective, plus λ times the penalty from its first step on."""
         batch, other = split_batch(batch)
         penalised = self.penalty is not None and self.trainer.global_step >= self.penalty.start_step
-        norms = None
-        if not penalised:
-            logits = self.classify(batch.images)
+        penalty = None
+        if not penalised or other is None:
+            logits = self.classify(*self.inputs(batch))
+            penalty = self.penalty.of_module(self) if penalised and self.penalty is not None else None
         elif not self.linearized:
-            logits, norms = self.classify(batch.images), self._penalise(*self.forward_parts(other.images), other)
+            logits = self.classify(*self.inputs(batch))
+            penalty = self._penalise(*self.forward_parts(*self.inputs(other)), other)
         else:  # both batches in one pass
-            count = len(batch.images)
-            value, tangent = self.forward_parts(torch.cat([batch.images, other.images]))
+            count = len(batch)
+            value, tangent = self.forward_parts(*self.inputs(type(batch).join([batch, other])))
             logits = self._logits(value[:count] + tangent[:count])
-            norms = self._penalise(value[count:], tangent[count:], other)
+            penalty = self._penalise(value[count:], tangent[count:], other)
         loss = self.compute_loss(logits, batch)
-        if self.penalty is not None and norms is not None:
-            loss = loss + self.penalty.weight * norms.mean()
-            self.log("train/tau_jp", norms.mean(), prog_bar=True)
+        if self.penalty is not None and penalty is not None:
+            loss = loss + self.penalty.weight * penalty
+            self.log(f"train/{self.penalty.name}", penalty, prog_bar=True)
         self.check_loss(loss)
         accuracy = self._accuracy("fit")
-        accuracy(*hits(logits, batch.labels))
+        accuracy(*hits_of(self.head, logits, batch))
         self.log("train/loss", loss, prog_bar=True)
         self.log("train/accuracy", accuracy, on_step=True, on_epoch=False)
         return loss
 
     def _penalise(self, value: Tensor, tangent: Tensor, other: Any) -> Tensor:
-        assert self.penalty is not None
-        return self.penalty.norms(value, tangent, other.tasks, self._other_heads)
+        assert isinstance(self.penalty, TauJpPenalty)
+        return self.penalty.norms(value, tangent, other.tasks, self._other_heads).mean()
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Accuracy and loss on the validation split."""
@@ -212,18 +196,17 @@ class FineTuneModule(FineTuningProtocol):
         return cast(MeanMetric, self.accuracy[split])
 
     def _evaluate(self, batch: Any, split: str) -> None:
-        logits = self.classify(batch.images)
-        counted = batch.labels >= 0
-        total = F.cross_entropy(logits, batch.labels, ignore_index=UNLABELLED, reduction="sum")
-        loss = total / counted.sum().clamp(min=1)
-        accuracy = self._accuracy(split)
-        accuracy.update(*hits(logits, batch.labels))
-        self.log(f"{split}/accuracy", accuracy, prog_bar=True)
-        self.log(f"{split}/loss", loss, sync_dist=True, batch_size=int(counted.sum()))
+        logits = self.classify(*self.inputs(batch))
+        right, counted = hits_of(self.head, logits, batch)
+        accuracy, loss = self._accuracy(split), cast(MeanMetric, self.loss[split])
+        accuracy.update(right, counted)
+        loss.update(losses_of(self.head, logits, batch), counted)
+        self.log(f"{split}/accuracy", accuracy, prog_bar=True, batch_size=len(batch))
+        self.log(f"{split}/loss", loss, batch_size=len(batch))
 
     def predict_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
         """Class probabilities ``[B, C]`` of a batch and the images' positions ``[B]``."""
-        return {"probabilities": self.classify(batch.images).float().softmax(-1), "indices": batch.indices}
+        return {"probabilities": self.classify(*self.inputs(batch)).float().softmax(-1), "indices": batch.indices}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the head's classes beside its weights."""

@@ -5,21 +5,21 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torchmetrics import MeanMetric
 
 from lit_merge.errors import ConfigurationError, NonFiniteError, StructureMismatchError, first_few
 from lit_merge.functional import linearize, shannon_entropy
 from lit_merge.functional.attention import fast_attention
 from lit_merge.functional.evaluation import evaluating
-from lit_merge.metrics.hits import UNLABELLED
 from lit_merge.models.encoder import Preprocessing
 from lit_merge.models.linear_features import LinearFeatureCache, LinearFeatures
 from lit_merge.models.merged import MergedModel, swapped
+from lit_merge.models.network import Network
+from lit_merge.modules.objectives import Objective, objective_of
 from lit_merge.modules.protocol import check_range
 from lit_merge.modules.task_heads import TaskHeads
 from lit_merge.params import Params
@@ -55,7 +55,7 @@ class MergeModule(TaskHeads):
         parts: transforms that are applied to the vectors first, e.g. [{Trim: {density: 0.2}}, ElectSign], which makes
             it AdaMerging++.
         transform: instead of parts, any transform that leaves a vector per task.
-        objective: ``entropy``, of all images, or ``cross_entropy``, of the labelled ones.
+        objective: ``entropy``, of all images, ``cross_entropy``, of the labelled ones, or any other by class path.
         learning_rate: of Adam.
         optimizer: another optimiser, from the parameters; learning_rate is ignored then.
         scheduler: of the learning rate, from the optimiser, per step.
@@ -64,10 +64,11 @@ class MergeModule(TaskHeads):
         activation_checkpointing: whether the encoder's blocks are computed again on the way back, to save memory.
         storage: where the vectors are kept: ``device``, ``bfloat16``, ``host`` or ``mapped``.
         sharded: whether every process keeps only its share of every vector.
-        model: architecture, as for :func:`lit_merge.models.load_clip`.
+        model: architecture, as for :func:`lit_merge.models.load_clip`; a shorthand for a CLIP as ``network``.
         pretrained: weights, as for :func:`lit_merge.models.load_clip`.
+        network: any network, by class path, instead of model and pretrained.
         linearized: merge and evaluate ``f(x; θ0) + J τ``.
-        encoder: any module instead of a CLIP; then ``heads`` are needed.
+        encoder: any module as the network; then ``heads`` are needed.
         heads: task -> module, features ``[B, d]`` -> logits ``[B, C]``; they are frozen.
         preprocessing: how images become the encoder's input.
 
@@ -91,7 +92,7 @@ class MergeModule(TaskHeads):
         clamp: tuple[float, float] | None = (0.0, 1.0),
         parts: list[str | dict[str, Any]] | None = None,
         transform: Transform | None = None,
-        objective: Literal["entropy", "cross_entropy"] = "entropy",
+        objective: str | Objective = "entropy",
         learning_rate: float = 1e-3,
         optimizer: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer] | None = None,
         scheduler: Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler] | None = None,
@@ -101,12 +102,14 @@ class MergeModule(TaskHeads):
         sharded: bool = False,
         model: str = "lit-tiny",
         pretrained: str | None = None,
+        network: Network | None = None,
         linearized: bool = False,
         encoder: nn.Module | None = None,
         heads: Mapping[str, nn.Module] | None = None,
         preprocessing: Preprocessing | None = None,
     ) -> None:
         check_range("learning_rate", learning_rate)
+        chosen = objective_of(objective)
         if isinstance(vectors, str) or len(vectors) < 2:
             raise ConfigurationError(
                 f"vectors: expected a list of at least two task vector files, got {vectors!r}. List those of all "
@@ -114,11 +117,6 @@ class MergeModule(TaskHeads):
             )
         if parts is not None and transform is not None:
             raise ConfigurationError("parts and transform: expected at most one of them, got both. Remove one.")
-        if objective not in ("entropy", "cross_entropy"):
-            raise ConfigurationError(
-                f"objective: expected entropy or cross_entropy, got {objective!r}. Use one of them, or override "
-                "compute_loss."
-            )
         if images_per_pass is not None and images_per_pass < 1:
             raise ConfigurationError(
                 f"images_per_pass: expected a positive number or null, got {images_per_pass}. Change it."
@@ -127,11 +125,13 @@ class MergeModule(TaskHeads):
             heads=heads,
             model=model,
             pretrained=pretrained,
+            network=network,
             encoder=encoder,
             preprocessing=preprocessing,
         )
         self.linearized = linearized  # by encode(): a LinearizedModel would have a τ of its own to train
-        self.save_hyperparameters(ignore=["encoder", "heads", "optimizer", "preprocessing", "scheduler", "transform"])
+        objects = ["encoder", "heads", "network", "optimizer", "preprocessing", "scheduler", "transform"]
+        self.save_hyperparameters(ignore=objects if isinstance(objective, str) else [*objects, "objective"])
         rows = [TaskVector.load(path) for path in vectors]
         for row in rows:
             check_base(row, self.base_fingerprint, self.base_name)
@@ -139,10 +139,11 @@ class MergeModule(TaskHeads):
         self._inputs = TaskVectors(rows, base=self.initial_parameters)
         changed = self.transform(self._inputs) if self.transform else self._inputs
         _check_tasks(self._inputs.tasks, changed.tasks, self.transform)
-        self.merged_tasks = tuple(part for task in changed.tasks for part in task.split("+"))
+        self.merged_tasks = tuple(task for row in rows for task in row.tasks)
         start = Coefficients.load(init) if isinstance(init, str) else init
         self.merged = MergedModel(self.network, changed, granularity, start, clamp, storage, sharded)
-        self.objective, self.learning_rate = objective, learning_rate
+        self.objective, self.learning_rate = chosen, learning_rate
+        self._objective_name = objective if isinstance(objective, str) else repr(objective)
         self._optimizer, self._scheduler = optimizer, scheduler
         self.images_per_pass = images_per_pass
         self._checkpointed = activation_checkpointing
@@ -185,10 +186,10 @@ class MergeModule(TaskHeads):
                 f"data: expected images of every merged task, got none of {first_few(missing)} (data: "
                 f"{', '.join(self.tasks)}). Name the tasks of data as the vectors'."
             )
-        if stage == "fit" and self.objective == "cross_entropy" and not getattr(data, "labelled", True):
+        if stage == "fit" and self.objective.needs_targets and not getattr(data, "labelled", True):
             raise ConfigurationError(
-                "objective cross_entropy: expected labelled images, got data with labelled=False. Set data.labelled, "
-                "or use objective entropy."
+                f"objective {self._objective_name}: expected labelled images, got data with labelled=False. Set "
+                "data.labelled, or use objective entropy."
             )
         for task in self._inputs.tasks:
             self._check_classes(task, data)
@@ -216,29 +217,27 @@ class MergeModule(TaskHeads):
 
         Args:
             logits: ``[B, C]``, of the task's images.
-            batch: an :class:`lit_merge.data.ImageBatch` with ``labels`` ``[B]``, -1 where they are not known.
+            batch: a :class:`lit_merge.data.Batch` with ``targets`` ``[B]``, -1 where they are not known.
             task: the task's name.
 
         Returns:
-            A scalar: here the mean entropy (Yang et al. 2024, equation 8), or the cross-entropy.
+            A scalar: here what the objective is.
         """
-        if self.objective == "cross_entropy":
-            return F.cross_entropy(logits, batch.labels, ignore_index=UNLABELLED)
-        return shannon_entropy(logits)[batch.indices >= 0].mean()
+        return self.objective(logits, batch)
 
-    def encode(self, images: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
-        """Features ``[B, d]`` of images ``[B, 3, S, S]`` under given weights; linearised, under a given τ."""
-        with fast_attention(images.device):
+    def encode(self, inputs: Sequence[Any], weights: Mapping[str, Tensor]) -> Tensor:
+        """Features ``[B, d]`` of inputs, e.g. images, under given weights; linearised, under a given τ."""
+        with fast_attention(inputs[0].device):
             if self.linearized:
-                return torch.add(*linearize(self.network, {}, dict(weights), images))
+                return torch.add(*linearize(self.network, {}, dict(weights), *inputs))
             with swapped(self.network, weights):
-                features: Tensor = self.network(images)
+                features: Tensor = self.network(*inputs)
                 return features
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Features ``[B, d]`` of images ``[B, 3, S, S]`` under the merged weights."""
+    def forward(self, *inputs: Any) -> Tensor:
+        """Features ``[B, d]`` of inputs, e.g. images ``[B, 3, S, S]``, under the merged weights."""
         held = self._held
-        return self.encode(images, self.merged.merged_parameters(self.linearized) if held is None else held)
+        return self.encode(inputs, self.merged.merged_parameters(self.linearized) if held is None else held)
 
     @contextmanager
     def merged_once(self) -> Iterator[None]:
@@ -261,7 +260,7 @@ class MergeModule(TaskHeads):
             losses, gradient = self._accumulate(present)
             loss = _KnownGradient.apply(self._checked(losses).detach(), self.merged.coefficients, gradient)
         share = getattr(getattr(self.trainer, "datamodule", None), "task_share", 1.0)
-        count = sum(len(part.images) for part in present.values())
+        count = sum(map(len, present.values()))
         for task, value in losses.items():
             self.log(f"train/{task}/loss", value.detach(), batch_size=count)
         # Tasks divided over processes are summed up, although processes are averaged.
@@ -279,15 +278,15 @@ class MergeModule(TaskHeads):
         losses: dict[str, Tensor] = {}
         for tasks in self._passes(present):
             with ExitStack() as stack:
-                images = torch.cat([present[task].images for task in tasks])
+                parts = [present[task] for task in tasks]
+                inputs = self.inputs(type(parts[0]).join(parts))
                 # Both until the way back is done, on which blocks may be computed again.
-                stack.enter_context(fast_attention(images.device))
+                stack.enter_context(fast_attention(inputs[0].device))
                 if not self.linearized:
                     stack.enter_context(swapped(self.network, leaves))
-                features = self.encode(images, leaves)
-                slices = features.split([len(present[task].images) for task in tasks])
-                for task, part in zip(tasks, slices, strict=True):
-                    losses[task] = self.compute_loss(self.classify(part, task), present[task], task)
+                slices = self.encode(inputs, leaves).split(list(map(len, parts)))
+                for task, features in zip(tasks, slices, strict=True):
+                    losses[task] = self.compute_loss(self.classify(features, task), present[task], task)
                 total = torch.stack([losses[task] for task in tasks]).sum()
                 with torch.autocast(total.device.type, enabled=False):
                     (total * scale).backward()
@@ -307,11 +306,11 @@ class MergeModule(TaskHeads):
         passes: list[list[str]] = [[]]
         count = 0
         for task, part in present.items():
-            if passes[-1] and count + len(part.images) > self.images_per_pass:
+            if passes[-1] and count + len(part) > self.images_per_pass:
                 passes.append([])
                 count = 0
             passes[-1].append(task)
-            count += len(part.images)
+            count += len(part)
         return passes
 
     def _checked(self, losses: Mapping[str, Tensor]) -> Tensor:
@@ -324,9 +323,9 @@ class MergeModule(TaskHeads):
         if not everywhere:
             wrong = [task for task, value in losses.items() if not bool(torch.isfinite(value))]
             raise NonFiniteError(
-                f"{self.objective}: expected finite values, got others for {first_few(wrong) or 'another process'} at "
-                f"step {self.trainer.global_step}. Lower learning_rate or init, set clamp, or look for damaged images; "
-                "the last checkpoint is untouched."
+                f"{self._objective_name}: expected finite values, got others for "
+                f"{first_few(wrong) or 'another process'} at step {self.trainer.global_step}. Lower learning_rate or "
+                "init, set clamp, or look for damaged images; the last checkpoint is untouched."
             )
         return values.sum()
 
@@ -350,7 +349,7 @@ class MergeModule(TaskHeads):
             # One process computes, the others find it.
             for turn in (True, False):
                 if self.trainer.is_global_zero is turn:
-                    cache = LinearFeatureCache(self.network, directions)
+                    cache = LinearFeatureCache(self.network, directions, inputs=self.inputs)
                     for task in data.adapted_tasks:
                         loader = data.tasks[task].ordered_loader("train")
                         self._linear[task] = cache.of(loader)
@@ -361,7 +360,7 @@ class MergeModule(TaskHeads):
         metric: Any = self.entropy[str(dataloader_idx)]
         metric.update(shannon_entropy(logits), (batch.indices >= 0).float())
         name = f"{split}/{self.tasks[dataloader_idx]}/entropy"
-        self.log(name, metric, add_dataloader_idx=False, batch_size=len(batch.images))
+        self.log(name, metric, add_dataloader_idx=False, batch_size=len(batch))
 
     def on_validation_epoch_end(self) -> None:
         """Log the means over the tasks, and the merged tasks' entropy, which training may stop on."""
@@ -413,7 +412,7 @@ class MergeModule(TaskHeads):
         data = getattr(self.trainer, "datamodule", None)
         entries = {
             **self.base_description(),
-            "objective": self.objective,
+            "objective": self._objective_name,
             "clamp": json.dumps(self.merged.clamp),
             "linearized": json.dumps(self.linearized),
             "step": str(self.trainer.global_step),

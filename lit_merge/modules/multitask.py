@@ -6,19 +6,17 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 
 from lit_merge.errors import ConfigurationError
-from lit_merge.metrics.hits import UNLABELLED
-from lit_merge.models.encoder import Preprocessing
-from lit_merge.models.lora import LoRA
-from lit_merge.models.rates import Rates
-from lit_merge.models.selection import Selection
+from lit_merge.modules.objectives import CrossEntropy, Objective
 from lit_merge.modules.protocol import FineTuningProtocol
 from lit_merge.modules.task_heads import TaskHeads
 
 __all__ = ["MultiTaskModule"]
+
+_OBJECTS = ("encoder", "heads", "network", "objective", "optimizer_wrapper", "parametrisation", "preprocessing")
+"""Settings that a checkpoint does not hold: they are given again."""
 
 
 class MultiTaskModule(FineTuningProtocol, TaskHeads):
@@ -27,22 +25,13 @@ class MultiTaskModule(FineTuningProtocol, TaskHeads):
     Joint fine-tuning minimises the mean of the tasks' cross-entropies, every task giving one batch per step.
 
     Args:
-        model: architecture, as for :func:`lit_merge.models.load_clip`.
+        model: architecture, as for :func:`lit_merge.models.load_clip`; a shorthand for a CLIP as ``network``.
         pretrained: weights, as for :func:`lit_merge.models.load_clip`.
         task_vector: file of a task vector: the encoder is θ0 + τ.
         weights: file of whole, e.g. merged, weights.
-        learning_rate: peak of the schedule.
-        weight_decay: of every parameter.
-        warmup_fraction: share of the steps over which the rate grows, in [0, 1).
-        gradient_clip: largest norm of the gradient; the trainer's ``gradient_clip_val`` wins if it is set.
-        linearized: train or evaluate ``f(x; θ0) + J τ`` instead of the encoder.
-        trainable: which parameters train; None for all.
-        lora: low-rank updates train instead.
-        rates: share of the learning rate that each block has.
         tau_jp: evaluation also logs ``test/{task}/tau_jp``, the mean norm of J τ over a task's images.
-        encoder: any module instead of a CLIP; then ``heads`` are needed.
-        heads: task -> module, features ``[B, d]`` -> logits ``[B, C]``; they are frozen.
-        preprocessing: how images become the encoder's input.
+        objective: what is minimised, the mean over the tasks of it; by class path.
+        **settings: of :class:`FineTuningProtocol`, :class:`TaskHeads` and :class:`EncoderModule`.
 
     Attributes:
         tasks: names of the tasks, those of ``heads`` or, once set up, of the data.
@@ -54,54 +43,31 @@ class MultiTaskModule(FineTuningProtocol, TaskHeads):
         pretrained: str | None = None,
         task_vector: str | None = None,
         weights: str | None = None,
-        learning_rate: float = 1e-5,
-        weight_decay: float = 0.1,
-        warmup_fraction: float = 0.1,
-        gradient_clip: float = 1.0,
-        linearized: bool = False,
-        trainable: Selection | None = None,
-        lora: LoRA | None = None,
-        rates: Rates | None = None,
         tau_jp: bool = False,
-        encoder: nn.Module | None = None,
-        heads: Mapping[str, nn.Module] | None = None,
-        preprocessing: Preprocessing | None = None,
+        objective: Objective | None = None,
+        **settings: Any,
     ) -> None:
-        if tau_jp and lora is not None:
+        super().__init__(model, pretrained, task_vector=task_vector, weights=weights, tau_jp=tau_jp, **settings)
+        if tau_jp and not self.parametrisation.has_tangent:
             raise ConfigurationError(
                 "tau_jp and lora: expected one of them, got both: the tangent is not linear in LoRA's factors. Remove "
                 "one, or measure the task vector in a module without lora."
+                if self.lora is not None
+                else f"tau_jp: expected a parametrisation with a tangent, got {self.parametrisation!r}. Remove one."
             )
-        super().__init__(
-            learning_rate,
-            weight_decay,
-            warmup_fraction,
-            gradient_clip,
-            rates,
-            heads=heads,
-            tau_jp=tau_jp,
-            model=model,
-            pretrained=pretrained,
-            encoder=encoder,
-            preprocessing=preprocessing,
-            task_vector=task_vector,
-            weights=weights,
-            linearized=linearized,
-            trainable=trainable,
-            lora=lora,
-        )
+        self.objective = objective or CrossEntropy()
         # Without the files that it started from: a checkpoint holds what they gave, and opens without them.
-        self.save_hyperparameters(ignore=["encoder", "heads", "preprocessing", "task_vector", "weights"])
+        self.save_hyperparameters(ignore=[*_OBJECTS, "task_vector", "weights"])
 
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
         """The mean over the tasks of a batch's cross-entropy, all tasks in one pass through the encoder."""
         present = {task: part for task, part in batch.items() if part is not None}
-        features = self(torch.cat([part.images for part in present.values()]))
-        slices = features.split([len(part.images) for part in present.values()])
+        parts = list(present.values())
+        slices = self.features(type(parts[0]).join(parts)).split([len(part) for part in parts])
         losses = [
-            F.cross_entropy(self.classify(part_features, task), part.labels, ignore_index=UNLABELLED)
-            for (task, part), part_features in zip(present.items(), slices, strict=True)
+            self.objective(self.classify(features, task), part)
+            for (task, part), features in zip(present.items(), slices, strict=True)
         ]
         loss = self.check_loss(torch.stack(losses).mean())
-        self.log("train/loss", loss, prog_bar=True, batch_size=len(features))
+        self.log("train/loss", loss, prog_bar=True, batch_size=sum(map(len, parts)))
         return loss

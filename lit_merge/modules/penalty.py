@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from abc import ABC
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -13,11 +14,36 @@ from torch.func import jvp
 from lit_merge.errors import ConfigurationError
 from lit_merge.metrics.tau_jp import tau_jp_norms
 
-__all__ = ["TauJpPenalty"]
+__all__ = ["Penalty", "TauJpPenalty", "split_batch"]
+
+
+class Penalty(ABC):
+    """What is added to the objective, times ``weight``; subclass it for another one, and name it by its import path.
+
+    Attributes:
+        name: under which it is logged, ``train/<name>``.
+        weight: λ.
+        start_step: the first optimiser step with it.
+        reads_other_tasks: whether the data module adds examples of other tasks to every batch.
+    """
+
+    name: ClassVar[str] = "penalty"
+    weight: float
+    start_step: int = 0
+    reads_other_tasks: ClassVar[bool] = False
+
+    def of_module(self, module: Any) -> Tensor | None:
+        """The penalty of the module as it is, a scalar; None for one that is about other tasks' examples alone.
+
+        Args:
+            module: the :class:`~lit_merge.FineTuneModule` in training, with ``encoder``, ``base`` and
+                ``parametrisation``.
+        """
+        return None
 
 
 @dataclass(frozen=True)
-class TauJpPenalty:
+class TauJpPenalty(Penalty):
     """``λ · E_x ‖J_θ f(x; θ0) · τ‖`` over unlabelled images of other tasks (Yoshida et al. 2025, eqs. 10 and 11).
 
     Args:
@@ -36,6 +62,8 @@ class TauJpPenalty:
         ConfigurationError: a setting is out of its range.
     """
 
+    name: ClassVar[str] = "tau_jp"
+    reads_other_tasks: ClassVar[bool] = True
     schedule: Literal["cyclic", "strict"] = "cyclic"
     weight: float = 0.1
     squared: bool = False

@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lit_merge.errors import ConfigurationError
+from lit_merge.models.parametrisations import Direct, Linearised, LowRank
 from lit_merge.models.rates import Rates
 from lit_merge.modules.encoding import EncoderModule
 
@@ -60,11 +61,15 @@ class FineTuningProtocol(EncoderModule):
     """An encoder module that trains as the papers do (Ilharco et al. 2023, appendix B).
 
     Args:
+        model: architecture, as for :func:`lit_merge.models.load_clip`.
+        pretrained: its weights.
         learning_rate: peak of the schedule.
         weight_decay: of every trained parameter, as in the papers' programs.
-        warmup_fraction: share of the steps over which the rate grows, in [0, 1).
+        warmup_fraction: of the steps, those over which the rate grows, in [0, 1).
         gradient_clip: largest norm of the gradient, 0 for no limit; the trainer's ``gradient_clip_val`` wins if set.
-        rates: share of the learning rate that each block has; None for all of it everywhere.
+        rates: fraction of the learning rate that each block has, e.g. ``LinLR`` (Wang et al. 2025); None for all of it.
+        optimizer_wrapper: makes another optimiser of AdamW, e.g. one that takes two gradients per step; the learning
+            rate, schedule and clipping stay as they are.
         **encoder_settings: of :class:`EncoderModule`.
 
     Raises:
@@ -73,23 +78,27 @@ class FineTuningProtocol(EncoderModule):
 
     def __init__(
         self,
-        learning_rate: float,
-        weight_decay: float,
-        warmup_fraction: float,
-        gradient_clip: float,
+        model: str = "lit-tiny",
+        pretrained: str | None = None,
+        learning_rate: float = 1e-5,
+        weight_decay: float = 0.1,
+        warmup_fraction: float = 0.1,
+        gradient_clip: float = 1.0,
         rates: Rates | None = None,
+        optimizer_wrapper: Callable[[torch.optim.Optimizer], torch.optim.Optimizer] | None = None,
         **encoder_settings: Any,
     ) -> None:
         check_range("learning_rate", learning_rate)
         check_range("weight_decay", weight_decay)
         check_range("warmup_fraction", warmup_fraction, below=1.0)
         check_range("gradient_clip", gradient_clip)
-        super().__init__(**encoder_settings)
+        super().__init__(model=model, pretrained=pretrained, **encoder_settings)
         self.learning_rate = learning_rate
         self.weight_decay = weight_decay
         self.warmup_fraction = warmup_fraction
         self.gradient_clip = gradient_clip
         self.rates = rates
+        self._optimizer_wrapper = optimizer_wrapper
         if rates is not None:
             rates(self.initial_parameters)  # refuses a network without blocks before anything is loaded
         self._keep_statistics()
@@ -116,11 +125,13 @@ class FineTuningProtocol(EncoderModule):
         groups: dict[float, list[nn.Parameter]] = {}
         for name, parameter in trained:
             groups.setdefault(shares.get(name, 1.0), []).append(parameter)
-        optimizer = torch.optim.AdamW(
+        optimizer: torch.optim.Optimizer = torch.optim.AdamW(
             [{"params": group, "lr": self.learning_rate * share} for share, group in groups.items()],
             eps=_EPSILON,
             weight_decay=self.weight_decay,
         )
+        if self._optimizer_wrapper is not None:
+            optimizer = self._optimizer_wrapper(optimizer)
         total = total_steps(self.trainer)
         factor = warm_up_cosine(round(self.warmup_fraction * total), total)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
@@ -129,7 +140,9 @@ class FineTuningProtocol(EncoderModule):
     @property
     def regime(self) -> str:
         """How the encoder is trained, as a task vector's header has it: ``full``, or e.g. ``linearized, All()``."""
-        parts = [repr(part) for part in (self.trainable, self.lora, self.rates) if part is not None]
+        shorthands = (self.trainable, self.lora)
+        given = self.parametrisation if type(self.parametrisation) not in (Direct, Linearised, LowRank) else None
+        parts = [repr(part) for part in (*shorthands, given, self.rates, self._optimizer_wrapper) if part is not None]
         return ", ".join([*(["linearized"] if self.linearized else []), *parts]) or "full"
 
     def configure_gradient_clipping(
@@ -150,4 +163,4 @@ def check_range(name: str, value: float, low: float = 0.0, below: float = math.i
         ConfigurationError: it is.
     """
     if not low <= value < below:
-        raise ConfigurationError(f"{name}: expected a number in [{low:g}, {below:g}), got {value}. Change it.")
+        raise ConfigurationError(f"{name}: expected a number in [{low:g}, {below:g}), got {value}.")

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
 from lit_merge.errors import ConfigurationError, StructureMismatchError, first_few
-from lit_merge.metrics.hits import hits
+from lit_merge.metrics.hits import hits_of
 from lit_merge.metrics.tau_jp import TauJp
 from lit_merge.models.heads import ZeroShotHead
 from lit_merge.modules.encoding import EncoderModule
@@ -23,8 +23,8 @@ class TaskHeads(EncoderModule):
     """An encoder module with one frozen head per task, which it is evaluated with on every task's images.
 
     Args:
-        heads: task -> module, features ``[B, d]`` -> logits ``[B, C]``; by default, for CLIPs, zero-shot heads of the
-            data's tasks, built when it is set up.
+        heads: task -> module, features ``[B, d]`` -> logits ``[B, C]``, frozen; by default the network's own heads of
+            the data's tasks, built when it is set up.
         tau_jp: evaluation also logs ``test/{task}/tau_jp``, the mean norm of J τ over a task's images.
         **encoder_settings: of :class:`EncoderModule`.
 
@@ -61,7 +61,7 @@ class TaskHeads(EncoderModule):
         self.tasks = tuple(data.task_names)
         for task in self.tasks:
             if _key(task) not in self.heads or self._head_is_of_other_classes(task, data.tasks[task].classes):
-                head = self.make_head(data.tasks[task].classes, data.tasks[task].templates)
+                head = self.make_head(data.tasks[task]).requires_grad_(False).eval()
                 self.heads[_key(task)] = head.to(self.device)
         keys = [_key(task, split) for split in ("val", "test") for task in self.tasks]
         self.accuracy = nn.ModuleDict({key: MeanMetric() for key in keys}).to(self.device)
@@ -70,6 +70,10 @@ class TaskHeads(EncoderModule):
     def _head_is_of_other_classes(self, task: str, classes: Sequence[str]) -> bool:
         head = self.heads[_key(task)]
         return isinstance(head, ZeroShotHead) and head.classes != tuple(classes)
+
+    def head_of(self, task: str) -> nn.Module:
+        """The head of one task, once set up."""
+        return self.heads[_key(task)]
 
     def classify(self, features: Tensor, task: str) -> Tensor:
         """Features ``[B, d]`` to the logits ``[B, C]`` of one task."""
@@ -89,10 +93,10 @@ class TaskHeads(EncoderModule):
     def _evaluate(self, batch: Any, split: str, dataloader_idx: int) -> None:
         task = self.tasks[dataloader_idx]
         metric = self._accuracy(split, task)
-        features = self._measured_features(batch, split, task) if self.tau_jp else self(batch.images)
+        features = self._measured_features(batch, split, task) if self.tau_jp else self.features(batch)
         logits = self.classify(features, task)
-        metric.update(*hits(logits, batch.labels))
-        self.log(f"{split}/{task}/accuracy", metric, add_dataloader_idx=False, batch_size=len(batch.images))
+        metric.update(*hits_of(self.heads[_key(task)], logits, batch))
+        self.log(f"{split}/{task}/accuracy", metric, add_dataloader_idx=False, batch_size=len(batch))
         self.log_more(logits, batch, split, dataloader_idx)
 
     def log_more(self, logits: Tensor, batch: Any, split: str, dataloader_idx: int) -> None:
@@ -100,18 +104,18 @@ class TaskHeads(EncoderModule):
 
         Args:
             logits: ``[B, C]``.
-            batch: their :class:`lit_merge.data.ImageBatch`.
+            batch: their :class:`lit_merge.data.Batch`.
             split: ``val`` or ``test``.
             dataloader_idx: the task's position in :attr:`tasks`.
         """
 
     def _measured_features(self, batch: Any, split: str, task: str) -> Tensor:
         """Features; on the way, the tangents' norms are logged."""
-        value, tangent = self.forward_parts(batch.images)
+        value, tangent = self.forward_parts(*self.inputs(batch))
         metric = cast(TauJp, self.disturbance[_key(task, split)])
         metric.update(tangent, batch.indices >= 0)
-        self.log(f"{split}/{task}/tau_jp", metric, add_dataloader_idx=False, batch_size=len(batch.images))
-        return value + tangent if self.linearized else self(batch.images)
+        self.log(f"{split}/{task}/tau_jp", metric, add_dataloader_idx=False, batch_size=len(batch))
+        return value + tangent if self.linearized else self.features(batch)
 
     def on_validation_epoch_end(self) -> None:
         """Log the mean over the tasks."""

@@ -75,10 +75,10 @@ class Watch(L.Callback):
 class OwnHeads(FineTuneModule):
     """The heads of other tasks, which depend on their classes alone; dropout shows whether anything is in training."""
 
-    def make_head(self, classes, templates):
+    def make_head(self, task):
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(len(classes))
-            return nn.Sequential(nn.Dropout(0.5), nn.Linear(6, len(classes)))
+            torch.manual_seed(len(task.classes))
+            return nn.Sequential(nn.Dropout(0.5), nn.Linear(6, len(task.classes)))
 
 
 @pytest.fixture
@@ -157,7 +157,7 @@ def expected(tau, path, data, tiny_encoder, tiny_head, limit=None):
         theta[name] = value.detach().double() + 0.5 * (tau[name].double() + other[name].double())
     accuracy = {}
     for task, part in data.tasks.items():
-        head = tiny_head().double() if task == "shapes" else OwnHeads.make_head(None, part.classes, ())[1].double()
+        head = tiny_head().double() if task == "shapes" else OwnHeads.make_head(None, part)[1].double()
         right = total = 0
         for batch in part.batches[:limit]:
             hidden = torch.tanh(batch.images.double().flatten(1) @ theta["inner.weight"].T + theta["inner.bias"])
@@ -569,7 +569,7 @@ def test_modules_and_data_that_are_refused(module, merging, fit, stored, data, t
         module(FineTuneModule),
         merging(),
         ConfigurationError,
-        "head: expected one for a module that is no CLIP, got none",
+        "head: expected one for TinyEncoder, which is no CLIP, got none",
     )
     refuse(
         fit,

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from lit_merge.callbacks import ExtractTaskVector, WriteMetrics, WritePredictions
+from lit_merge.data.batch import ImageBatch
 from lit_merge.errors import ConfigurationError, NonFiniteError
 from lit_merge.files.text import write_text
 from lit_merge.models import Preprocessing
@@ -252,7 +253,7 @@ def test_metrics_are_written_after_test_and_validate_but_not_in_fit(module, fit,
 def test_predictions_are_a_table_in_the_order_of_the_images(module, silent_trainer, tiny_data, tiny_batches, tmp_path):
     batches = tiny_batches(count=3, size=4)
     order = torch.tensor([7, 2, 5, -1, 0, 1, 3, -1, 4, 6, 8, 9])
-    batches = [batch._replace(indices=order[4 * n : 4 * n + 4]) for n, batch in enumerate(batches)]
+    batches = [ImageBatch(batch.images, batch.labels, order[4 * n : 4 * n + 4]) for n, batch in enumerate(batches)]
     data = tiny_data(batches, classes=('a "quoted"', "b, with a comma", "ç"))
     tuned, trainer = module(), silent_trainer(callbacks=[WritePredictions()])
     for _ in range(2):  # the second run forgets the first
@@ -268,7 +269,7 @@ def test_predictions_are_a_table_in_the_order_of_the_images(module, silent_train
         assert row[1] == data.classes[int(probabilities.argmax())]
         assert float(row[2]) == max(map(float, row[3:]))
         assert [float(value) for value in row[3:]] == pytest.approx(probabilities.tolist(), abs=1e-6)
-    fewer = tiny_data([batch._replace(indices=torch.tensor([0, 1, 2, 3])) for batch in batches[:1]])
+    fewer = tiny_data([ImageBatch(batch.images, batch.labels, torch.tensor([0, 1, 2, 3])) for batch in batches[:1]])
     trainer.predict(tuned, datamodule=fewer, return_predictions=False)
     assert len((tmp_path / "run" / "predictions.csv").read_text(encoding="utf-8").splitlines()) == 5
 

@@ -142,9 +142,7 @@ def test_weights_are_sums_in_place(setting):
             for name, value in setting.network.named_parameters():
                 assert torch.allclose(value, setting.base[name] + moved[name], atol=1e-15, rtol=0)
                 assert value.data_ptr() % 64 == weights._sum.data_ptr() % 64
-    with pytest.raises(
-        StructureMismatchError, match=r"task vector 1: expected the same 4 parameters, got 3 missing"
-    ):
+    with pytest.raises(StructureMismatchError, match=r"task vector 1: expected the same 4 parameters, got 3 missing"):
         PlacedWeights(setting.network, [setting.vectors[0], {"inner.weight": setting.vectors[0]["inner.weight"]}])
     setting.network.outer.float()
     message = r"TinyEncoder: expected parameters of one dtype on one device, got 2 kinds\. Convert it first"
@@ -229,7 +227,7 @@ def plain_models(inputs, clip_config, clip_weights):
         own.setup("test")
         chosen = torch.randperm(61, generator=torch.Generator().manual_seed(0))[:40].sort().values.tolist()
         batch = own.datasets["test"].__getitems__(chosen)
-        images[task] = batch.images, batch.labels, module.make_head(own.classes, own.templates)
+        images[task] = batch.images, batch.labels, module.make_head(own)
 
     @torch.no_grad()
     def logits(vector, task, coefficient=1.0):

@@ -207,7 +207,10 @@ def test_activation_checkpointing_changes_nothing_but_memory(clip_config, clip_w
     class Images(Batches):
         def batch(self, step):
             batch = super().batch(step)
-            return {task: part._replace(images=part.images.repeat(1, 1, 8, 8)) for task, part in batch.items()}
+            return {
+                task: ImageBatch(part.images.repeat(1, 1, 8, 8), part.labels, part.indices)
+                for task, part in batch.items()
+            }
 
     found = {}
     for checkpointed in (False, True):

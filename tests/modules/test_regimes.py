@@ -180,9 +180,9 @@ def moved(initial, tau):
 class OwnHeads(FineTuneModule):
     """An encoder that is no CLIP, with heads for other tasks."""
 
-    def make_head(self, classes, templates):
-        torch.manual_seed(len(classes))
-        return nn.Linear(6, len(classes), dtype=torch.float64)
+    def make_head(self, task):
+        torch.manual_seed(len(task.classes))
+        return nn.Linear(6, len(task.classes), dtype=torch.float64)
 
 
 def departure(tuned):
@@ -221,7 +221,7 @@ def test_fit_is_the_plain_loop(linearized, trainable, penalty, module, beside, t
     encoder, head = tiny_encoder(dtype=torch.float64), tiny_head(dtype=torch.float64)
     steps = [([(head, step["own"].images, step["own"].labels)], step["other"]) for step in data.steps]
     names = [name for name, _ in encoder.named_parameters() if trainable is None or trainable.pattern in name]
-    heads = [OwnHeads.make_head(None, classes, ()) for classes in Beside.others]
+    heads = [OwnHeads.make_head(None, SimpleNamespace(classes=classes)) for classes in Beside.others]
     assert_close(departure(tuned), plain_loop(encoder, steps, linearized, names, penalty, heads, clip=0.5))
 
 
@@ -246,7 +246,10 @@ def test_fit_of_a_clip_is_the_plain_loop(
     encoder = load_clip(clip_config, clip_weights).visual.double()
     assert next(tuned.network.parameters()).dtype == torch.float64
     steps = [([(tuned.head, step["own"].images, step["own"].labels)], step["other"]) for step in data.steps]
-    heads = [clip_module().make_head(classes, ("{}",)).double() for classes in Beside.others]
+    heads = [
+        clip_module().make_head(SimpleNamespace(classes=classes, templates=("{}",))).double()
+        for classes in Beside.others
+    ]
     names = trainable(name for name, _ in encoder.named_parameters())
     assert len(names) in (4, 8, 15)
     assert_close(departure(tuned), plain_loop(encoder, steps, linearized, names, penalty, heads))
@@ -270,7 +273,8 @@ def test_joint_linearised_training_is_the_plain_loop(tiny_encoder, tiny_head, ti
     trainer = silent_trainer(max_steps=STEPS, **EXACT)
     trainer.fit(tuned, datamodule=tiny_tasks(data))
     steps = [
-        ([(heads[name], *part.batches[number][:2]) for name, part in data.items()], None) for number in range(STEPS)
+        ([(heads[name], part.batches[number].images, part.batches[number].labels) for name, part in data.items()], None)
+        for number in range(STEPS)
     ]
     names = ["outer.weight", "outer.bias"]
     assert_close(departure(tuned), plain_loop(tiny_encoder(dtype=torch.float64), steps, True, names))
@@ -401,12 +405,12 @@ def test_low_rank_updates_make_a_dense_task_vector(clip_module, clip_data, silen
 
 def test_a_task_vector_of_low_rank_is_not_computed_before_it_is_read(clip_module, monkeypatch):
     vector, seen = clip_module(lora=LoRA(rank=2)).task_vector(), []
-    import lit_merge.modules.encoding as encoding
+    import lit_merge.models.parametrisations as parametrisations
 
-    def counted(encoder, name, update=encoding.update_of):
+    def counted(encoder, name, update=parametrisations.update_of):
         return seen.append(name) or update(encoder, name)
 
-    monkeypatch.setattr(encoding, "update_of", counted)
+    monkeypatch.setattr(parametrisations, "update_of", counted)
     assert vector.shape("proj") == (32, 12)
     assert not seen
     vector["proj"], vector["ln_post.bias"]
@@ -467,12 +471,11 @@ def test_a_linearised_module_holds_its_base_once(tiny_encoder, module):
         assert {name: value.data_ptr() for name, value in held.items()} == places
     tensors = [value for value in [*tuned.state_dict().values(), *vars(tuned).values()] if torch.is_tensor(value)]
     assert not {value.data_ptr() for value in tensors} & set(places.values())
-    assert tuned._initial is None
-    assert not tuned._placed
+    assert not vars(tuned.parametrisation)["_host"]
     direct = module()
     with torch.no_grad():
         direct.forward_parts(torch.zeros(2, 3, 4, 4))
-    placed = direct._placed  # on the device where θ0 is kept there is no copy of it
+    placed = direct.parametrisation._placed  # on the device where θ0 is kept there is no copy of it
     assert {n: value.data_ptr() for n, value in placed.items()} == {
         n: value.data_ptr() for n, value in direct.initial_parameters.items()
     }
@@ -525,7 +528,7 @@ def test_what_a_task_vector_does_to_each_task(
     padding = ImageBatch(torch.full((3, 3, 4, 4), 7.0).double(), torch.full((3,), -1), torch.full((3,), -1))
     expected = {}
     for name, part in data.items():
-        images, labels = (torch.cat([batch[index] for batch in part.batches]) for index in (0, 1))
+        images, labels = (torch.cat(parts) for parts in list(zip(*part.batches, strict=True))[:2])
         value, change = plain_parts(encoder, initial, tau, images)
         features = value + change if linearized else functional_call(encoder, moved(initial, tau), (images,))
         expected[f"test/{name}/accuracy"] = float((heads[name](features).argmax(1) == labels).double().mean())
@@ -609,7 +612,7 @@ def test_the_tangent_of_low_rank_training_is_refused(module, tiny_encoder, tiny_
     tuned = module(lora=LoRA(2, on=Matching("inner.weight")))
     with pytest.raises(ConfigurationError) as error:
         tuned.forward_parts(torch.zeros(1, 3, 4, 4))
-    assert_one_line(error, "tangent: expected parameters that train themselves, got LoRA's factors. Load the task")
+    assert_one_line(error, "tangent: expected parameters that train themselves, got those of LowRank(LoRA(rank=2")
     with pytest.raises(ConfigurationError) as error:
         MultiTaskModule(encoder=tiny_encoder(), heads={"a": tiny_head()}, tau_jp=True, lora=LoRA(2))
     assert_one_line(error, "tau_jp and lora: expected one of them, got both", "in a module without lora")
@@ -778,7 +781,9 @@ def test_a_penalty_needs_other_tasks(module, tiny_data, tiny_tasks, silent_train
 def test_logits_of_other_tasks_need_heads(module, beside, silent_trainer):
     with pytest.raises(ConfigurationError) as error:
         silent_trainer(max_steps=1).fit(module(penalty=TauJpPenalty(space="logits")), datamodule=beside("cyclic"))
-    assert_one_line(error, "head: expected one for a module that is no CLIP", "override make_head for the heads of")
+    assert_one_line(
+        error, "head: expected one for TinyEncoder, which is no CLIP", "give a network whose head(task) makes them"
+    )
 
 
 def test_the_other_tasks_heads_are_frozen_and_no_part_of_a_checkpoint(clip_module, beside, silent_trainer, tmp_path):

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import random
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,11 +13,9 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset
-from torchvision.transforms import InterpolationMode
-from torchvision.transforms import functional as TF
 
-from lit_merge.data.batch import PADDING, ImageBatch
+from lit_merge.data.batch import ImageBatch
+from lit_merge.data.examples import Examples
 from lit_merge.data.images.augmentation import augment_lightly, image_seeds
 from lit_merge.data.images.reading import read_image
 
@@ -39,8 +36,8 @@ class ImagePreprocessing(Protocol):
         """PIL image -> float32 ``[3, S, S]``, with or without augmentation."""
 
 
-class ImageDataset(Dataset[ImageBatch], ABC):
-    """N images of a split, indexed by what the samplers yield: ``epoch * N + index``, or -1 for padding.
+class ImageDataset(Examples):
+    """N images of a split; a subclass reads them.
 
     Args:
         labels: int64, ``[N]``.
@@ -49,15 +46,7 @@ class ImageDataset(Dataset[ImageBatch], ABC):
         augmentation_seed: seed of the augmentation, None for none.
     """
 
-    def __init__(
-        self,
-        labels: Tensor,
-        names: Sequence[str],
-        preprocessing: ImagePreprocessing,
-        augmentation_seed: int | None = None,
-    ) -> None:
-        self.labels, self.names = labels, names
-        self.preprocessing, self.augmentation_seed = preprocessing, augmentation_seed
+    preprocessing: ImagePreprocessing
 
     @abstractmethod
     def read(self, indices: np.ndarray, seeds: np.ndarray | None) -> Tensor:
@@ -72,52 +61,21 @@ class ImageDataset(Dataset[ImageBatch], ABC):
         """
 
     @abstractmethod
-    def content(self) -> Iterator[bytes | memoryview]:
-        """What tells the N images, before any preprocessing, from others."""
-
-    @abstractmethod
     def subset(self, indices: Sequence[int]) -> ImageDataset:
         """Some of the images, in the order given."""
 
-    def digest(self) -> str:
-        """SHA-256 of all that a batch depends on: images, labels, preprocessing (by its ``repr``) and augmentation.
-
-        Returns:
-            64 hexadecimal digits.
-        """
-        settings = [type(self).__name__, len(self), repr(self.preprocessing), self.augmentation_seed]
-        digest = hashlib.sha256(json.dumps(settings).encode())
-        digest.update(self.labels.numpy().tobytes())
-        for buffer in self.content():
-            digest.update(buffer)
-        return digest.hexdigest()
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, draw: int) -> ImageBatch:
-        """A batch of one."""
-        return self.__getitems__([draw])
-
-    def __getitems__(self, draws: Sequence[int]) -> ImageBatch:
-        """The batch of B draws; torch's loader calls it with all of a batch's."""
-        drawn = np.asarray(draws, np.int64)
-        present = drawn >= 0
-        epochs, indices = np.divmod(drawn[present], len(self))
+    def inputs(self, indices: np.ndarray, epochs: np.ndarray) -> tuple[Tensor, ...]:
+        """See :meth:`Examples.inputs`."""
         seeds = None if self.augmentation_seed is None else image_seeds(self.augmentation_seed, epochs, indices)
-        positions = torch.from_numpy(indices)
-        if present.all():
-            return ImageBatch(self.read(indices, seeds), self.labels[positions], positions)
-        size, where = self.preprocessing.image_size, torch.from_numpy(present)
-        batch = ImageBatch(
-            torch.zeros(len(drawn), 3, size, size),
-            torch.full((len(drawn),), PADDING),
-            torch.full((len(drawn),), PADDING),
-        )
-        if len(indices):
-            batch.images[where] = self.read(indices, seeds)
-        batch.labels[where], batch.indices[where] = self.labels[positions], positions
-        return batch
+        return (self.read(indices, seeds),)
+
+    def batch(self, inputs: tuple[Tensor, ...], targets: Tensor, indices: Tensor) -> ImageBatch:
+        """The images as a batch."""
+        return ImageBatch(inputs[0], targets, indices)
+
+    def blank(self, count: int) -> tuple[Tensor, ...]:
+        """See :meth:`Examples.blank`."""
+        return (torch.zeros(count, 3, self.preprocessing.image_size, self.preprocessing.image_size),)
 
 
 class TensorImages(ImageDataset):
@@ -149,7 +107,9 @@ class TensorImages(ImageDataset):
             images = augment_lightly(images, seeds)
         size = [self.preprocessing.image_size] * 2
         if list(images.shape[2:]) != size:
-            images = TF.resize(images, size, InterpolationMode.BICUBIC, antialias=True)
+            from torchvision.transforms import InterpolationMode, functional
+
+            images = functional.resize(images, size, InterpolationMode.BICUBIC, antialias=True)
         return self.preprocessing.normalise(images)
 
     def subset(self, indices: Sequence[int]) -> TensorImages:

@@ -12,12 +12,11 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
 from PIL import Image
 
 from lit_merge.data.images.datasets import FileImages, ImageDataset, ImagePreprocessing
 from lit_merge.data.images.reading import IMAGE_SUFFIXES, check_image, is_image_name
-from lit_merge.data.sources import chosen_templates
+from lit_merge.data.sources import Task, chosen_templates
 from lit_merge.data.templates import GENERIC
 from lit_merge.errors import ConfigurationError, DataError, first_few
 
@@ -29,7 +28,7 @@ _AT_A_TIME = 4096
 _SUFFIXES = ", ".join(suffix[1:] for suffix in IMAGE_SUFFIXES)
 
 
-class FolderSource:
+class FolderSource(Task):
     """A classification task in a folder.
 
     The folder holds either ``train``, ``val`` and ``test`` with one folder per class each, or one folder per class
@@ -83,7 +82,7 @@ class FolderSource:
         self._checked: set[Path] = set()
 
     @property
-    def classes(self) -> tuple[str, ...]:
+    def classes(self) -> tuple[str, ...]:  # type: ignore[override]
         """Class names, in label order.
 
         Raises:
@@ -293,6 +292,8 @@ def _without_corrupt(listed: dict[int, list[Path]], root: Path) -> dict[int, lis
         kept[label] = [path for path, problem in zip(paths, problems, strict=True) if problem is None]
         corrupt += [path for path, problem in zip(paths, problems, strict=True) if problem is not None]
     if corrupt:
+        from lightning.pytorch.utilities import rank_zero_warn
+
         images = f"{len(corrupt)} image{'s' if corrupt[1:] else ''}"
         rank_zero_warn(f"{root}: left out {images} that cannot be read: {first_few(corrupt)}.")
     return kept

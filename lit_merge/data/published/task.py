@@ -16,7 +16,7 @@ from lit_merge.data.images.datasets import ImageDataset, ImagePreprocessing
 from lit_merge.data.published.image_list import ImageList
 from lit_merge.data.published.locations import Location, locations
 from lit_merge.data.published.registry import REGISTRY, DataSetEntry, data_root
-from lit_merge.data.sources import EmbeddedSource, TaskSource, chosen_templates
+from lit_merge.data.sources import EmbeddedSource, Task, chosen_templates
 from lit_merge.errors import ConfigurationError, DataError, did_you_mean, first_few
 
 __all__ = ["PublishedSource", "held_out", "named_source"]
@@ -27,7 +27,7 @@ _MOST_VALIDATION = 5000
 
 def named_source(
     name: str, root: str | os.PathLike[str] | None = None, templates: Sequence[str] | str | None = None
-) -> TaskSource:
+) -> Task:
     """The task of a name: of the embedded suite, or a published data set.
 
     Args:
@@ -51,7 +51,7 @@ def named_source(
     )
 
 
-class PublishedSource:
+class PublishedSource(Task):
     """A data set of the registry that is on the disk.
 
     Nothing is downloaded: ``lit-merge data prepare`` does that. Where the literature holds validation images out of the

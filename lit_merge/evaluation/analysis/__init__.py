@@ -2,7 +2,7 @@
 
 from lit_merge.evaluation.analysis.disentanglement import DirectPair, LinearPair, disentanglement_errors
 from lit_merge.evaluation.analysis.settings import Analysis, Grid, Method, Paths
-from lit_merge.evaluation.analysis.weights import PlacedWeights
+from lit_merge.models.placed_weights import PlacedWeights
 
 __all__ = [
     "Analysis",

@@ -8,7 +8,7 @@ from pathlib import Path
 from lit_merge.errors import ConfigurationError, first_few
 from lit_merge.evaluation.analysis.processes import Processes
 from lit_merge.evaluation.analysis.settings import ON_IMAGES, Grid, Paths, check_analyses
-from lit_merge.models.merging.inputs import Base, ClipBase
+from lit_merge.models.network import Base, Network
 from lit_merge.vectors import TaskVector, TaskVectors, check_base
 
 __all__ = ["check_images", "check_tasks", "claim_folder", "stacked_vectors", "wanted_analyses"]
@@ -21,7 +21,7 @@ def wanted_analyses(analyses: Sequence[str] | None, origin: Base, coefficients: 
         ConfigurationError: one is unknown, or lacks what it needs.
     """
     if analyses is None:
-        more = [*(["coefficients"] if coefficients else []), *(["accuracy"] if isinstance(origin, ClipBase) else [])]
+        more = [*(["coefficients"] if coefficients else []), *(["accuracy"] if isinstance(origin, Network) else [])]
         return ["cosine", "norms", "signs", *more]
     check_analyses(list(analyses))
     if "coefficients" in analyses and coefficients is None:
@@ -31,10 +31,10 @@ def wanted_analyses(analyses: Sequence[str] | None, origin: Base, coefficients: 
             f"coefficients: expected only with that analysis, got {coefficients}. Add coefficients to analyses."
         )
     asked = [name for name in analyses if name in ON_IMAGES]
-    if asked and not isinstance(origin, ClipBase):
+    if asked and not isinstance(origin, Network):
         raise ConfigurationError(
-            f"analyses: expected only those of vectors with base, got {first_few(asked)}, which need a CLIP and "
-            "images. Remove them, or set model."
+            f"analyses: expected only those of vectors with base, got {first_few(asked)}, which need a network and "
+            "images. Remove them, or set model or network."
         )
     return list(analyses)
 
@@ -52,7 +52,7 @@ def stacked_vectors(vectors: Sequence[TaskVector], origin: Base) -> TaskVectors:
         got = f"{first_few(repeated)} again" if repeated else "one without"
         raise ConfigurationError(f"tasks: expected a name for every vector, each once, got {got}. Set tasks.")
     for vector in vectors:
-        check_base(vector, origin.fingerprint() if vector.base_fingerprint else "", origin.name)
+        check_base(vector, origin.fingerprint if vector.base_fingerprint else "", origin.name)
     return TaskVectors(vectors, base=origin.parameters)
 
 

@@ -14,6 +14,7 @@ import torch
 
 from lit_merge._version import __version__
 from lit_merge.errors import ConfigurationError
+from lit_merge.evaluation.accuracies import task_names
 from lit_merge.evaluation.analysis.checks import (
     check_images,
     check_tasks,
@@ -27,9 +28,9 @@ from lit_merge.evaluation.analysis.processes import Processes, processes
 from lit_merge.evaluation.analysis.record import Record, file_name
 from lit_merge.evaluation.analysis.settings import ON_IMAGES, Analysis, Grid, Method, Paths, default_methods
 from lit_merge.evaluation.analysis.vectors import cosine, known_coefficients, norms, signs
-from lit_merge.evaluation.search.evaluation import task_names
 from lit_merge.files.text import write_text
-from lit_merge.models.merging.inputs import Base, open_base, open_inputs
+from lit_merge.models.merging.inputs import open_base, open_inputs
+from lit_merge.models.network import Base, Network
 from lit_merge.params import fingerprint
 from lit_merge.report.environment import hardware, versions
 from lit_merge.transforms.base import finite_number
@@ -38,7 +39,7 @@ from lit_merge.vectors import Coefficients, TaskVectors
 if TYPE_CHECKING:
     from lightning import LightningDataModule
 
-    from lit_merge.evaluation.analysis.models import Bench
+    from lit_merge.evaluation.analysis.models import Evaluator
 
 __all__ = ["SCHEMA", "analyze"]
 
@@ -62,6 +63,7 @@ def analyze(
     coefficients: str | None = None,
     model: str = "lit-tiny",
     pretrained: str | None = None,
+    network: Network | None = None,
     base: str | None = None,
     tasks: list[str] | None = None,
     linearized: bool = False,
@@ -91,6 +93,7 @@ def analyze(
         coefficients: of coefficients: a file of merging coefficients.
         model: the CLIP that the vectors start from.
         pretrained: its weights.
+        network: instead of both, any network, by class path.
         base: instead, weights of any model that the vectors start from; only the vectors can then be analysed.
         tasks: names of the vectors, in order; by default their own.
         linearized: whether the vectors were trained for the encoder's tangent at θ0, and are evaluated as that.
@@ -107,7 +110,7 @@ def analyze(
     """
     with processes(devices) as shared:
         folder = Path(output)
-        origin = open_base(model, pretrained, base, False)
+        origin = open_base(model, pretrained, base, network=network)
         wanted = wanted_analyses(analyses, origin, coefficients)
         finite_number("density", density, minimum=0.0, maximum=1.0)
         if batch_size < 1:
@@ -122,13 +125,11 @@ def analyze(
         check_tasks(stacked, wanted, grid, paths)
         claim_folder(folder, shared)
         result = _head(stacked, origin, wanted, seed)
-        bench: Bench | None = None
+        evaluator: Evaluator | None = None
         if any(name in ON_IMAGES for name in wanted):
-            bench = _bench(
-                stacked, origin, model, pretrained, linearized, data, split, images, batch_size, seed, shared
-            )
-            check_images(stacked, list(bench.images), wanted, grid, paths)
-            known = {task: {"images": own.total, "sha256": own.digest()} for task, own in bench.images.items()}
+            evaluator = _evaluator(stacked, origin, linearized, data, split, images, batch_size, seed, shared)
+            check_images(stacked, list(evaluator.images), wanted, grid, paths)
+            known = {task: {"images": own.total, "sha256": own.digest()} for task, own in evaluator.images.items()}
             result |= {"split": split, "images": known, "linearized": linearized}
         found: dict[str, Any] = {}
         with _progress(progress and shared.is_first) as bar:
@@ -143,8 +144,8 @@ def analyze(
                     ended = bar(name, 1)
                     found[name] = on_vectors[name]()
                     ended()
-                elif bench is not None:
-                    found[name] = _on_images(name, bench, methods, grid, paths, result, folder, shared, bar)
+                elif evaluator is not None:
+                    found[name] = _on_images(name, evaluator, methods, grid, paths, result, folder, shared, bar)
         result["analyses"] = _plain(found)
         if shared.is_first:
             draw_figures(result, folder, given)
@@ -161,7 +162,7 @@ def _head(vectors: TaskVectors, origin: Base, wanted: Sequence[str], seed: int) 
         "schema": SCHEMA,
         "kind": "analysis",
         "asked": list(wanted),
-        "model": {"name": origin.name, "fingerprint": origin.fingerprint(), "parameters": entries},
+        "model": {"name": origin.name, "fingerprint": origin.fingerprint, "parameters": entries},
         "tasks": list(vectors.tasks),
         "vectors": {row.task: {"sha256": row.content_digest or fingerprint(row)} for row in rows},
         "versions": versions(),
@@ -170,11 +171,9 @@ def _head(vectors: TaskVectors, origin: Base, wanted: Sequence[str], seed: int) 
     }
 
 
-def _bench(
+def _evaluator(
     vectors: TaskVectors,
     origin: Base,
-    model: str,
-    pretrained: str | None,
     linearized: bool,
     data: Any,
     split: str,
@@ -182,22 +181,24 @@ def _bench(
     batch_size: int,
     seed: int,
     shared: Processes,
-) -> Bench:
+) -> Evaluator:
     """The model on its device, with the images and heads of the data's tasks."""
     from lit_merge.data.multitask import MultiTaskDataModule
-    from lit_merge.evaluation.analysis.models import Bench
+    from lit_merge.evaluation.analysis.models import Evaluator
+    from lit_merge.evaluation.placed_model import PlacedModel
     from lit_merge.modules.multitask import MultiTaskModule
 
     data = data if data is not None else MultiTaskDataModule(tasks=list(vectors.tasks))
-    module = MultiTaskModule(model, pretrained, linearized=linearized).eval()
+    assert isinstance(origin, Network)
+    module = MultiTaskModule(network=origin, linearized=linearized).eval()
     chosen = task_images(data, task_names(data), split, module.preprocessing, images, seed, batch_size, shared)
-    heads = {task: module.make_head(own.classes, own.templates).to(shared.device) for task, own in chosen.items()}
-    return Bench(module.to(shared.device), vectors, heads, chosen)
+    heads = {task: module.make_head(own).to(shared.device) for task, own in chosen.items()}
+    return Evaluator(PlacedModel(module.to(shared.device)), vectors, heads, chosen)
 
 
 def _on_images(
     name: str,
-    bench: Bench,
+    evaluator: Evaluator,
     methods: Mapping[str, Method],
     grid: Grid,
     paths: Paths,
@@ -211,24 +212,24 @@ def _on_images(
     depends = {
         **{key: head[key] for key in ("model", "vectors", "images", "linearized", "versions")},
         "precision": [shared.device.type, torch.get_float32_matmul_precision(), __version__],
-        "heads": {task: fingerprint(one.state_dict()) for task, one in bench.heads.items()},
+        "heads": {task: fingerprint(one.state_dict()) for task, one in evaluator.heads.items()},
     }
 
     def record(what: str, settings: Any) -> Record:
         return Record(folder / "parts" / f"{file_name(what)}.json", [depends, settings], shared)
 
     if name == "accuracy":
-        return models.accuracy(bench, methods, record(name, None), bar(name, len(methods) + 2))
+        return models.accuracy(evaluator, methods, record(name, None), bar(name, len(methods) + 2))
     if name == "paths":
-        points = 2 * paths.points * len(paths.tasks or bench.vectors.tasks)
-        return models.paths(bench, paths, record(name, None), bar(name, points))
+        points = 2 * paths.points * len(paths.tasks or evaluator.vectors.tasks)
+        return models.paths(evaluator, paths, record(name, None), bar(name, points))
     if name == "disentanglement":
         ended = bar(name, grid.steps * len(grid.pairs or [()]))
         settings = {key: value for key, value in asdict(grid).items() if key != "pairs"}
-        return models.disentanglement(bench, grid, lambda pair: record(f"{name}-{pair}", [settings, pair]), ended)
+        return models.disentanglement(evaluator, grid, lambda pair: record(f"{name}-{pair}", [settings, pair]), ended)
     if name == "tau_jp":
-        return models.tau_jp(bench, bar(name, len(bench.images)))
-    return models.advantage(bench, bar(name, len(bench.vectors.tasks)))
+        return models.tau_jp(evaluator, bar(name, len(evaluator.images)))
+    return models.advantage(evaluator, bar(name, len(evaluator.vectors.tasks)))
 
 
 @contextmanager

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from lit_merge.evaluation.analysis.record import Record
-from lit_merge.evaluation.analysis.weights import PlacedWeights
 from lit_merge.metrics.disentanglement import DisentanglementError, Form
 from lit_merge.models.linear_features import LinearFeatures
+from lit_merge.models.placed_weights import PlacedWeights
 
 __all__ = ["DirectPair", "LinearPair", "ModelPair", "disentanglement_errors"]
 
@@ -38,17 +38,17 @@ class DirectPair(ModelPair):
     """The network itself. A grid of A · B points takes A + B passes over one task's images and A · B over both's.
 
     Args:
-        encode: images ``[B, …]`` -> features ``[B, d]``, by the network whose weights are placed.
+        encode: a batch -> features ``[B, d]``, by the network whose weights are placed.
         weights: θ0 and the two vectors.
-        images: of each task, batches ``(images, labels)`` that can be gone through again and again.
+        images: of each task, batches that can be gone through again and again.
         device: where features are.
     """
 
     def __init__(
         self,
-        encode: Callable[[Tensor], Tensor],
+        encode: Callable[[Any], Tensor],
         weights: PlacedWeights,
-        images: tuple[Iterable[tuple[Tensor, Tensor]], Iterable[tuple[Tensor, Tensor]]],
+        images: tuple[Iterable[Any], Iterable[Any]],
         device: torch.device | str = "cpu",
     ) -> None:
         self._encode, self._weights, self._images = encode, weights, images
@@ -67,7 +67,7 @@ class DirectPair(ModelPair):
 
     def _features(self, task: int) -> Tensor:
         with self._weights.in_place():
-            return torch.cat([self._encode(images) for images, _ in self._images[task]])
+            return torch.cat([self._encode(batch) for batch in self._images[task]])
 
 
 class LinearPair(ModelPair):

@@ -8,9 +8,9 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader
 
+from lit_merge.data.batch import Batch
 from lit_merge.errors import ConfigurationError, DataError
 from lit_merge.evaluation.analysis.processes import Processes
 
@@ -73,25 +73,25 @@ class TaskImages:
         self.total = len(chosen)
         self._dataset = dataset.subset(self._processes.share(chosen))
         self._batch_size, self._workers = batch_size, workers
-        self._batches: list[tuple[Tensor, Tensor]] | None = None
+        self._batches: list[Batch] | None = None
 
     def __len__(self) -> int:
         return len(self._dataset)
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """This process's images ``[B, 3, S, S]`` and labels ``[B]``, on its device."""
+    def __iter__(self) -> Iterator[Batch]:
+        """This process's images in batches, on its device."""
         device = self._processes.device
         if self._batches is not None:
-            for images, labels in self._batches:
-                yield images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+            for batch in self._batches:
+                yield batch.to(device, non_blocking=True)
             return
-        kept: list[tuple[Tensor, Tensor]] = []
+        kept: list[Batch] = []
         room = _KEPT
         for batch in self.loader():
-            room -= batch.images.nbytes
+            room -= sum(one.nbytes for one in batch.inputs)
             if room >= 0:
-                kept.append((batch.images, batch.labels))
-            yield batch.images.to(device), batch.labels.to(device)
+                kept.append(batch)
+            yield batch.to(device)
         if room >= 0:
             self._batches = kept
 
@@ -104,9 +104,9 @@ class TaskImages:
     def digest(self) -> str:
         """SHA-256 of all processes' pixels, as the network sees them, and labels; the same for any number of them."""
         own = [
-            hashlib.sha256(image.numpy().tobytes() + label.numpy().tobytes()).digest()
-            for images, labels in self
-            for image, label in zip(images.cpu(), labels.cpu(), strict=True)
+            hashlib.sha256(b"".join(part.numpy().tobytes() for part in parts)).digest()
+            for batch in self
+            for parts in zip(*(one.cpu() for one in (*batch.inputs, batch.targets)), strict=True)
         ]
         parts = self._processes.gathered(own)
         digest = hashlib.sha256()

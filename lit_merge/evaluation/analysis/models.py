@@ -7,21 +7,22 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassCalibrationError
 
 from lit_merge.errors import ConfigurationError
+from lit_merge.evaluation.accuracies import in_memory
 from lit_merge.evaluation.analysis.disentanglement import DirectPair, LinearPair, ModelPair, disentanglement_errors
 from lit_merge.evaluation.analysis.images import TaskImages
 from lit_merge.evaluation.analysis.record import Record
 from lit_merge.evaluation.analysis.settings import Grid, Method, Paths
-from lit_merge.evaluation.analysis.weights import PlacedWeights
-from lit_merge.evaluation.search.evaluation import in_memory
+from lit_merge.evaluation.placed_model import PlacedModel
 from lit_merge.metrics import EntropyLossSpearman, NonlinearAdvantage, TauJp
-from lit_merge.metrics.hits import UNLABELLED, hits
+from lit_merge.metrics.hits import UNLABELLED, hits_of
 from lit_merge.metrics.scores import mean_accuracy, normalised_accuracy, pareto_front
 from lit_merge.models.linear_features import LinearFeatureCache
+from lit_merge.models.placed_weights import PlacedWeights
 from lit_merge.params import fingerprint
 from lit_merge.transforms import LiNeS
 from lit_merge.vectors import TaskVector, TaskVectors
@@ -29,33 +30,31 @@ from lit_merge.vectors import TaskVector, TaskVectors
 if TYPE_CHECKING:
     from lit_merge.modules.multitask import MultiTaskModule
 
-__all__ = ["Bench", "accuracy", "advantage", "disentanglement", "paths", "tau_jp"]
+__all__ = ["Evaluator", "accuracy", "advantage", "disentanglement", "paths", "tau_jp"]
 
 Ended = Callable[[], object]
 
 
 @dataclass(frozen=True)
-class Bench:
+class Evaluator:
     """What models are measured with.
 
     Attributes:
-        module: evaluates ``θ0 + τ``, or the tangent, as it is set; on the device.
+        model: evaluates ``θ0 + τ``, or the tangent, as it is set; on the device.
         vectors: the task vectors, with θ0 as their base.
         heads: task -> features ``[…, d]`` -> logits ``[…, C]``.
         images: task -> its images.
     """
 
-    module: MultiTaskModule
+    model: PlacedModel
     vectors: TaskVectors
     heads: Mapping[str, nn.Module]
     images: Mapping[str, TaskImages]
 
-    def place(self, vector: TaskVector | None, coefficient: float = 1.0) -> None:
-        """Set the model to θ0 + coefficient · τ; to θ0 for None."""
-        if vector is None:
-            self.module.load_parameters(self.module.initial_parameters)
-        else:
-            self.module.load_task_vector(vector, coefficient)
+    @property
+    def module(self) -> MultiTaskModule:
+        """What evaluates."""
+        return self.model.module
 
     @torch.inference_mode()
     def measure(self, task: str, all_of_it: bool = True) -> dict[str, float]:
@@ -67,30 +66,35 @@ class Bench:
             "entropy_loss_spearman": EntropyLossSpearman(),
         }
         wanted = {name: metric.to(self.module.device) for name, metric in others.items() if all_of_it}
-        for batch, labels in images:
-            logits = head(self.module(batch))
-            accuracy.update(*hits(logits, labels))
+        for batch in images:
+            logits = head(self.module.features(batch))
+            accuracy.update(*hits_of(head, logits, batch))
             for name, metric in wanted.items():
-                metric.update(logits.softmax(-1) if name == "calibration_error" else logits, labels)
+                metric.update(logits.softmax(-1) if name == "calibration_error" else logits, batch.targets)
         return {"accuracy": float(accuracy.compute()), **{name: float(one.compute()) for name, one in wanted.items()}}
 
+    @property
     def network(self) -> nn.Module:
         """The network itself, at θ0."""
-        self.place(None)
         return self.module.network
+
+    def encode(self, batch: Any) -> Tensor:
+        """Features of a batch by the network's own modules."""
+        features: Tensor = self.network(*self.module.inputs(batch))
+        return features
 
     def features(self, directions: Mapping[str, TaskVector]) -> LinearFeatureCache:
         """f0 and J τ of any images, kept on disk."""
-        return LinearFeatureCache(self.network(), directions)
+        return LinearFeatureCache(self.network, directions, inputs=self.module.inputs)
 
 
-def accuracy(bench: Bench, methods: Mapping[str, Method], record: Record, ended: Ended) -> dict[str, Any]:
+def accuracy(evaluator: Evaluator, methods: Mapping[str, Method], record: Record, ended: Ended) -> dict[str, Any]:
     """Accuracy, calibration error and entropy–loss correlation of every model on every task.
 
     Models are the pre-trained one, each task's own, and the merged ones; a method that keeps one vector per task is
     measured on each task with its own.
     """
-    tasks = list(bench.images)
+    tasks = list(evaluator.images)
 
     def measured(name: str, models: Iterable[tuple[TaskVector | None, Sequence[str]]]) -> dict[str, dict[str, float]]:
         rows: dict[str, dict[str, float]] = {}
@@ -99,8 +103,8 @@ def accuracy(bench: Bench, methods: Mapping[str, Method], record: Record, ended:
             # By its values: what a transform gives may depend on files, and changes with its code.
             part = name if vector is None else f"{name} {fingerprint(vector)}"
             if part not in record:
-                bench.place(vector)
-                record[part] = {task: bench.measure(task) for task in measured_on}
+                with evaluator.model.at(vector):
+                    record[part] = {task: evaluator.measure(task) for task in measured_on}
             rows |= record[part]
         ended()
         return {task: rows[task] for task in tasks if task in rows}
@@ -110,10 +114,10 @@ def accuracy(bench: Bench, methods: Mapping[str, Method], record: Record, ended:
 
     found = {"zero-shot": measured("zero-shot", [(None, tasks)])}
     for name, method in methods.items():
-        merged = method.resolved()(bench.vectors)
+        merged = method.resolved()(evaluator.vectors)
         one_for_all = len(merged.tasks) == 1
         found[name] = measured(f"method {name}", [(merged.single(), tasks)] if one_for_all else each(merged))
-    found["individual"] = measured("individual", each(bench.vectors))
+    found["individual"] = measured("individual", each(evaluator.vectors))
     reference = {task: row["accuracy"] for task, row in found["individual"].items()}
     return {
         "methods": {name: repr(method.resolved()) for name, method in methods.items()},
@@ -123,23 +127,21 @@ def accuracy(bench: Bench, methods: Mapping[str, Method], record: Record, ended:
     }
 
 
-def paths(bench: Bench, settings: Paths, record: Record, ended: Ended) -> dict[str, Any]:
+def paths(evaluator: Evaluator, settings: Paths, record: Record, ended: Ended) -> dict[str, Any]:
     """Accuracy on a vector's own task and on the others along ``θ0 + α τ`` and along LiNeS, with their Pareto front."""
-    tasks = list(bench.images)
+    tasks = list(evaluator.images)
     result: dict[str, Any] = {}
-    for task in settings.tasks or bench.vectors.tasks:
+    for task in settings.tasks or evaluator.vectors.tasks:
         control = [other for other in tasks if other != task]
-        vector, stack = bench.vectors.vector(task), bench.vectors.select([task])
+        vector, stack = evaluator.vectors.vector(task), evaluator.vectors.select([task])
         curves: dict[str, Any] = {"wise_ft": [], "lines": []}
         for name, points in curves.items():
             for value in settings.values:
                 key = f"{task} {name} {value:g}"
                 if key not in record:
-                    if name == "wise_ft":
-                        bench.place(vector, value)
-                    else:
-                        bench.place(LiNeS(alpha=value)(stack).single())
-                    record[key] = {one: bench.measure(one, all_of_it=False)["accuracy"] for one in tasks}
+                    scaled = LiNeS(alpha=value)(stack).single()
+                    with evaluator.model.at(vector, value) if name == "wise_ft" else evaluator.model.at(scaled):
+                        record[key] = {one: evaluator.measure(one, all_of_it=False)["accuracy"] for one in tasks}
                 found = record[key]
                 points.append({"alpha": value, "target": found[task], "control": mean_accuracy(found, control)})
                 ended()
@@ -150,14 +152,18 @@ def paths(bench: Bench, settings: Paths, record: Record, ended: Ended) -> dict[s
     return result
 
 
-def disentanglement(bench: Bench, grid: Grid, records: Callable[[str], Record], ended: Ended) -> dict[str, Any]:
+def disentanglement(evaluator: Evaluator, grid: Grid, records: Callable[[str], Record], ended: Ended) -> dict[str, Any]:
     """ξ on the grid of every pair of tasks, of the network or, if the module is linearised, of its tangent."""
     result: dict[str, Any] = {"values": grid.values, "pairs": []}
-    for one, other in grid.pairs or [list(bench.vectors.tasks[:2])]:
-        vectors = (bench.vectors.vector(one), bench.vectors.vector(other))
-        images = (bench.images[one], bench.images[other])
-        pair = _tangents(bench, vectors, images) if bench.module.linearized else _network(bench, vectors, images)
-        heads = (bench.heads[one], bench.heads[other])
+    for one, other in grid.pairs or [list(evaluator.vectors.tasks[:2])]:
+        vectors = (evaluator.vectors.vector(one), evaluator.vectors.vector(other))
+        images = (evaluator.images[one], evaluator.images[other])
+        pair = (
+            _tangents(evaluator, vectors, images)
+            if evaluator.module.linearized
+            else _network(evaluator, vectors, images)
+        )
+        heads = (evaluator.heads[one], evaluator.heads[other])
         found = disentanglement_errors(
             pair, heads, grid.values, grid.values, grid.forms, records(f"{one}, {other}"), ended
         )
@@ -166,40 +172,42 @@ def disentanglement(bench: Bench, grid: Grid, records: Callable[[str], Record], 
     return result
 
 
-def tau_jp(bench: Bench, ended: Ended) -> dict[str, Any]:
+def tau_jp(evaluator: Evaluator, ended: Ended) -> dict[str, Any]:
     """The mean norm of τJp of every vector on every task's images."""
-    cache = bench.features({task: bench.vectors.vector(task) for task in bench.vectors.tasks})
-    rows: dict[str, dict[str, float]] = {task: {} for task in bench.vectors.tasks}
-    for task, images in bench.images.items():
+    cache = evaluator.features({task: evaluator.vectors.vector(task) for task in evaluator.vectors.tasks})
+    rows: dict[str, dict[str, float]] = {task: {} for task in evaluator.vectors.tasks}
+    for task, images in evaluator.images.items():
         found = cache.of(images.loader())
         for name, tangent in found.tangents.items():
-            metric = TauJp().to(bench.module.device)
-            metric.update(tangent.to(bench.module.device))
+            metric = TauJp().to(evaluator.module.device)
+            metric.update(tangent.to(evaluator.module.device))
             rows[name][task] = float(metric.compute())
         ended()
-    return {"measured_on": list(bench.images), "tau_jp": rows}
+    return {"measured_on": list(evaluator.images), "tau_jp": rows}
 
 
-def advantage(bench: Bench, ended: Ended) -> dict[str, Any]:
+def advantage(evaluator: Evaluator, ended: Ended) -> dict[str, Any]:
     """Errors of every task's own model and of its post-hoc linearisation, with the non-linear advantage."""
     result: dict[str, Any] = {}
-    for task in [task for task in bench.vectors.tasks if task in bench.images]:
-        vector, images, head = bench.vectors.vector(task), bench.images[task], bench.heads[task]
+    for task in [task for task in evaluator.vectors.tasks if task in evaluator.images]:
+        vector, images, head = evaluator.vectors.vector(task), evaluator.images[task], evaluator.heads[task]
         if len(images.classes) < 2:
             raise ConfigurationError(
                 f"advantage: expected tasks with at least two classes, got {task} with {len(images.classes)}. "
                 "Leave this analysis out."
             )
-        parts = bench.features({"own": vector}).of(images.loader())
-        metric = NonlinearAdvantage(len(images.classes)).to(bench.module.device)
-        network, start = bench.network(), 0
-        weights = PlacedWeights(network, [vector])
+        parts = evaluator.features({"own": vector}).of(images.loader())
+        metric = NonlinearAdvantage(len(images.classes)).to(evaluator.module.device)
+        start = 0
+        weights = PlacedWeights(evaluator.network, [vector])
         weights.set([1.0])
         with torch.no_grad(), weights.in_place():
-            for batch, labels in images:
+            for batch in images:
                 stop = start + len(batch)
-                value, tangent = (part[start:stop].to(batch.device) for part in (parts.value, parts.tangents["own"]))
-                metric.update(head(value + tangent), head(network(batch)), labels)
+                value, tangent = (
+                    part[start:stop].to(batch.targets.device) for part in (parts.value, parts.tangents["own"])
+                )
+                metric.update(head(value + tangent), head(evaluator.encode(batch)), batch.targets)
                 start = stop
         found = float(metric.compute())  # which adds up the counts of all processes for a while
         with metric.sync_context():
@@ -209,14 +217,13 @@ def advantage(bench: Bench, ended: Ended) -> dict[str, Any]:
     return result
 
 
-def _network(bench: Bench, vectors: Sequence[TaskVector], images: tuple[TaskImages, TaskImages]) -> ModelPair:
-    network = bench.network()
-    return DirectPair(network, PlacedWeights(network, vectors), images, bench.module.device)
+def _network(evaluator: Evaluator, vectors: Sequence[TaskVector], images: tuple[TaskImages, TaskImages]) -> ModelPair:
+    return DirectPair(evaluator.encode, PlacedWeights(evaluator.network, vectors), images, evaluator.module.device)
 
 
-def _tangents(bench: Bench, vectors: Sequence[TaskVector], images: tuple[TaskImages, TaskImages]) -> ModelPair:
-    cache = bench.features({str(index): vector for index, vector in enumerate(vectors)})
-    one, other = (cache.of(own.loader()).to(bench.module.device) for own in images)
+def _tangents(evaluator: Evaluator, vectors: Sequence[TaskVector], images: tuple[TaskImages, TaskImages]) -> ModelPair:
+    cache = evaluator.features({str(index): vector for index, vector in enumerate(vectors)})
+    one, other = (cache.of(own.loader()).to(evaluator.module.device) for own in images)
     return LinearPair((one, other))
 
 

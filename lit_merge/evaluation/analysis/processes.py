@@ -70,7 +70,7 @@ def processes(devices: int) -> Iterator[Processes]:
     from lightning.fabric import Fabric
     from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-    from lit_merge.evaluation.search.evaluation import quiet
+    from lit_merge.evaluation.accuracies import quiet
 
     if isinstance(devices, bool) or devices < 1:
         raise ConfigurationError(f"devices: expected a positive number, got {devices}. Use 1.")

@@ -9,7 +9,7 @@ from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 from lit_merge.errors import ConfigurationError, first_few
-from lit_merge.evaluation.search.evaluation import (
+from lit_merge.evaluation.accuracies import (
     Evaluation,
     LinearEvaluation,
     in_memory,
@@ -26,6 +26,7 @@ from lit_merge.metrics.scores import (
     pareto_front,
     target_control_score,
 )
+from lit_merge.models.network import Network, network_of
 from lit_merge.transforms import Chain, Interpolate, Mean, Negate, Scale, ScaleBlocks, Sum, Transform, replace_field
 from lit_merge.transforms.fields import field_path, field_value
 from lit_merge.vectors import TaskVector, TaskVectors
@@ -43,8 +44,7 @@ def search_coefficient(
     vectors: TaskVectors,
     transform: Transform,
     search: CoefficientSearch,
-    model: str = "lit-tiny",
-    pretrained: str | None = None,
+    network: Network | None = None,
     data: Any = None,
     linearized: bool = False,
 ) -> SearchResult:
@@ -63,8 +63,7 @@ def search_coefficient(
         vectors: the task vectors.
         transform: a chain that reduces to one vector.
         search: what is varied, and by what is chosen.
-        model: the base model.
-        pretrained: its weights.
+        network: the base model; by default ``lit-tiny``. Its parameters stay θ0.
         data: a :class:`lit_merge.data.MultiTaskDataModule`; by default the embedded tasks that the search is about:
             those of the vectors, and for the criteria with control tasks all others.
         linearized: whether to evaluate the encoder's tangent at θ0, as vectors that were trained linearised want it.
@@ -83,7 +82,7 @@ def search_coefficient(
     search.check(transform)
     data = data if data is not None else _embedded(vectors, search)
     target, control = _roles(vectors, search, data)
-    module = MultiTaskModule(model, pretrained, linearized=linearized)
+    module = MultiTaskModule(network=network_of(network), linearized=linearized)
     runner = _Search(vectors, transform, search, target, control, module, data)
     if search.optuna is None:
         for point in search.grid(last=runner.factor):

@@ -17,6 +17,7 @@ from lit_merge.evaluation.search import quiet, silent_trainer
 from lit_merge.evaluation.statistics.fisher import LABELS, collect_fisher
 from lit_merge.evaluation.statistics.gram import collect_gram
 from lit_merge.files.hub import address_entry, parse_address, pinned
+from lit_merge.models.network import Network
 from lit_merge.vectors import LazyTensors, TaskVector, file_digest
 from lit_merge.vectors.statistics import FORMATS, write_statistics
 
@@ -42,6 +43,7 @@ def statistics(
     seed: int = 0,
     model: str = "lit-tiny",
     pretrained: str | None = None,
+    network: Network | None = None,
     linearized: bool = False,
     overwrite: bool = False,
 ) -> Path:
@@ -64,6 +66,7 @@ def statistics(
         seed: of the choice of images, and of sampled labels.
         model: the base model that the vector starts from.
         pretrained: its weights.
+        network: instead of both, any network, by class path.
         linearized: of fisher: whether the vector was trained linearised; the Fisher information is that of the tangent.
         overwrite: replace an existing output.
 
@@ -86,17 +89,18 @@ def statistics(
     task = "" if task_vector is None else TaskVector.load(task_vector).task
     from lit_merge.modules import FineTuneModule
 
-    module = FineTuneModule(model, pretrained, task_vector=task_vector, weights=weights, linearized=linearized)
+    files: dict[str, Any] = {"task_vector": task_vector, "weights": weights}
+    module = FineTuneModule(model, pretrained, network=network, linearized=linearized, **files)
     own = _data_of(task, data, module)
     loader = _loader(own, split, images, seed)
     with quiet():
         device = silent_trainer().strategy.root_device
     encoder = module.encoder.to(device)
     if kind == "fisher":
-        head = module.make_head(own.classes, own.templates).to(device)
-        tensors = collect_fisher(encoder, loader, head, labels, seed)
+        head = module.make_head(own).to(device)
+        tensors = collect_fisher(encoder, loader, head, labels, seed, module.inputs)
     else:
-        tensors = collect_gram(encoder, loader, convolutions)
+        tensors = collect_gram(encoder, loader, convolutions, module.inputs)
     read = labels if kind == "fisher" else "none"
     header = {
         **module.base_description(),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_merge.errors import ConfigurationError, DataError
-from lit_merge.evaluation.statistics.images import images_and_labels
+from lit_merge.evaluation.statistics.examples import examples
 from lit_merge.functional.evaluation import evaluating
 from lit_merge.params import Params, check_finite, working_dtype
 
@@ -26,6 +26,7 @@ def collect_fisher(
     head: nn.Module | None = None,
     labels: Literal["expected", "sampled", "true"] = "expected",
     seed: int = 0,
+    inputs: Callable[[Any], tuple[Any, ...]] | None = None,
 ) -> Params:
     r"""The diagonal Fisher information of every parameter (Matena and Raffel 2022, section 2).
 
@@ -37,12 +38,13 @@ def collect_fisher(
 
     Args:
         module: images ``[B, …]`` -> features, or logits ``[B, C]`` if there is no head.
-        loader: gives :class:`lit_merge.data.ImageBatch`, pairs ``(images, labels)``, or images alone.
+        loader: gives :class:`lit_merge.data.Batch`, pairs ``(images, labels)``, or images alone.
         head: features -> logits ``[B, C]``; its own parameters are not looked at.
         labels: ``expected`` is the formula, exact over the C classes, with one backward pass for each of them;
             ``sampled`` estimates it by one y per image, drawn from the model; ``true`` takes the images' labels
             instead, the empirical Fisher. The first two read no labels.
         seed: of the drawing. Which y an image gets depends on its place in the loader, not on the batch size.
+        inputs: the module's arguments of a batch; by default its ``inputs``.
 
     Returns:
         Name -> tensor of the parameter's shape, float32, or float64 for a float64 parameter, on the CPU. Zeros for
@@ -63,9 +65,10 @@ def collect_fisher(
     generator = torch.Generator().manual_seed(seed)
     count = 0
     with torch.inference_mode(False), torch.enable_grad(), evaluating(module, head), _watched(parameters.values()):
-        for images, known in images_and_labels(loader, module):
-            for image, label in zip(images.split(1), known.tolist(), strict=True):
-                log_probabilities = _log_probabilities(module, head, image)
+        for given, known in examples(loader, module, inputs):
+            singles = zip(*(one.split(1) for one in given), strict=True)
+            for single, label in zip(singles, known.tolist(), strict=True):
+                log_probabilities = _log_probabilities(module, head, single)
                 chosen = _choose(log_probabilities.detach(), labels, label, generator)
                 for number, (index, weight) in enumerate(chosen, start=1):
                     gradients = torch.autograd.grad(
@@ -84,8 +87,8 @@ def collect_fisher(
     return fisher
 
 
-def _log_probabilities(module: nn.Module, head: nn.Module | None, image: Tensor) -> Tensor:
-    output = module(image)
+def _log_probabilities(module: nn.Module, head: nn.Module | None, single: tuple[Any, ...]) -> Tensor:
+    output = module(*single)
     logits = output if head is None else head(output)
     if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != 1:
         got = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__

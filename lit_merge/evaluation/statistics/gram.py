@@ -11,14 +11,19 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from lit_merge.errors import ConfigurationError
-from lit_merge.evaluation.statistics.images import images_and_labels
+from lit_merge.evaluation.statistics.examples import examples
 from lit_merge.functional.evaluation import evaluating
 from lit_merge.params import Params, check_finite, working_dtype
 
 __all__ = ["collect_gram"]
 
 
-def collect_gram(module: nn.Module, loader: Iterable[Any], convolutions: bool = False) -> Params:
+def collect_gram(
+    module: nn.Module,
+    loader: Iterable[Any],
+    convolutions: bool = False,
+    inputs: Callable[[Any], tuple[Any, ...]] | None = None,
+) -> Params:
     r"""``G = XᵀX / n`` of the inputs X ``[n, in]`` of every linear layer (Jin et al. 2023, section 3).
 
     n counts rows: one per image, or one per image and token. As G is their mean, data sets of other sizes do not weigh
@@ -33,8 +38,9 @@ def collect_gram(module: nn.Module, loader: Iterable[Any], convolutions: bool = 
 
     Args:
         module: images ``[B, …]`` -> anything.
-        loader: gives :class:`lit_merge.data.ImageBatch`, pairs ``(images, labels)``, or images alone.
+        loader: gives :class:`lit_merge.data.Batch`, pairs ``(images, labels)``, or images alone.
         convolutions: also take 2-D convolutions without groups, as linear layers on patches, for patch embeddings.
+        inputs: the module's arguments of a batch; by default its ``inputs``.
 
     Returns:
         Name of the weight -> ``[in, in]``, float32, or float64 for float64 weights, on the CPU. For a weight ``[in,
@@ -48,8 +54,8 @@ def collect_gram(module: nn.Module, loader: Iterable[Any], convolutions: bool = 
     """
     mode = _Inputs(module, convolutions)
     with torch.no_grad(), evaluating(module), mode:
-        for images, _ in images_and_labels(loader, module):
-            module(images)
+        for given, _ in examples(loader, module, inputs):
+            module(*given)
     if not mode.totals:
         raise ConfigurationError(
             f"collect_gram: expected a module with linear layers on parameters of its own, got {type(module).__name__} "

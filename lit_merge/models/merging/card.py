@@ -9,7 +9,8 @@ import yaml
 
 from lit_merge.files.lazy import LazyMapping
 from lit_merge.files.shards import INDEX_ENDING
-from lit_merge.models.merging.inputs import Base, ClipBase, Input
+from lit_merge.models.merging.inputs import Input
+from lit_merge.models.network import Base, ClipNetwork
 from lit_merge.report.environment import versions
 from lit_merge.transforms import Transform
 
@@ -53,7 +54,7 @@ def model_card(
     Returns:
         Markdown with the front matter that the Hugging Face Hub reads.
     """
-    front = front_matter("weights" if weights else "task vector", repository, weights and isinstance(base, ClipBase))
+    front = front_matter("weights" if weights else "task vector", repository, weights and isinstance(base, ClipNetwork))
     front["tags"].append("merge")
     kind = "Merged weights" if weights else "Merged task vector, to be added to the base model's weights"
     rows = [
@@ -171,12 +172,12 @@ def _snippet(file: str, task: str, base: Base, config: Mapping[str, Any], weight
     if not weights:
         return f"from lit_merge import TaskVector\n\nvector = TaskVector.load({file!r})  # {task}"
     sharded = file.endswith(INDEX_ENDING)
-    if not isinstance(base, ClipBase) and not sharded:
+    if not isinstance(base, ClipNetwork) and not sharded:
         return f"from safetensors.torch import load_file\n\nweights = load_file({file!r})  # {task}"
     opened = "open_tensors" if sharded else "LazyTensors"
     imported = f"from {'lit_merge.files.shards' if sharded else 'lit_merge.vectors'} import {opened}"
     weights_line = f"weights = {opened}({file!r})  # {task}"
-    if not isinstance(base, ClipBase):
+    if not isinstance(base, ClipNetwork):
         return f"{imported}\n\n{weights_line}, read tensor by tensor"
     arguments = ", ".join(repr(config[name]) for name in ("model", "pretrained") if name in config)
     return "\n".join(

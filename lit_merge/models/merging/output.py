@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import re
-import secrets
-import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -18,11 +15,11 @@ from lit_merge.errors import ConfigurationError, NonFiniteError
 from lit_merge.files.lazy import LazyMapping, Slicer
 from lit_merge.files.rounding import Rounded
 from lit_merge.files.shards import INDEX_ENDING, bytes_of, plan_shards
-from lit_merge.models.merging.inputs import Base
+from lit_merge.models.network import Base
 from lit_merge.params import add_scaled, dtype_of, is_finite, shape_of, working_dtype
 from lit_merge.vectors import TaskVectors, merged_parameters
 
-__all__ = ["MergedWeights", "Output", "RoundedVector", "Target", "beside", "card_of", "staged"]
+__all__ = ["MergedWeights", "Output", "RoundedVector", "Target", "beside", "card_of"]
 
 _OTHER_KINDS = {
     *(".bin", ".ckpt", ".csv", ".gguf", ".h5", ".json", ".md", ".msgpack", ".npy", ".npz", ".onnx", ".pickle", ".pkl"),
@@ -226,46 +223,3 @@ class Output:
         found = sorted(folder.iterdir()) if folder.is_dir() else []
         index = [path for path in found if path.name == f"{self.stem}{INDEX_ENDING}"]
         return index + [path for path in found if mine.fullmatch(path.name)]
-
-
-@contextlib.contextmanager
-def staged(folder: Path, stale: Sequence[Path] = ()) -> Iterator[Path]:
-    """A temporary folder whose files are moved into ``folder`` at the end, or of which nothing is left.
-
-    Files of tensors are moved after all others, and an index last.
-
-    Args:
-        folder: is created if it is missing.
-        stale: files in it that are removed before that, in this order.
-
-    Raises:
-        ConfigurationError: the folder cannot be created.
-        OSError: the disk is full or not writable.
-    """
-    created = [place for place in (folder, *folder.parents) if not place.exists()]
-    temporary = folder / f".{secrets.token_hex(8)}.temporary"
-    try:
-        try:
-            temporary.mkdir(parents=True)
-        except OSError as error:
-            raise ConfigurationError(
-                f"output: expected a folder that can be created, got {folder} ({error.strerror}). Choose another one."
-            ) from error
-        yield temporary
-        files = sorted(temporary.iterdir(), key=lambda path: (path.name.endswith(INDEX_ENDING), _holds_tensors(path)))
-        for path in stale:
-            if path.name not in {file.name for file in files if not file.name.endswith(INDEX_ENDING)}:
-                path.unlink()
-        for path in files:
-            path.replace(folder / path.name)
-        temporary.rmdir()
-    except BaseException:  # an interrupt included
-        shutil.rmtree(temporary, ignore_errors=True)
-        for place in created:
-            with contextlib.suppress(OSError):
-                place.rmdir()
-        raise
-
-
-def _holds_tensors(path: Path) -> bool:
-    return path.suffix == ".safetensors"

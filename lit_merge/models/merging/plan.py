@@ -10,8 +10,9 @@ from pathlib import Path
 from lit_merge.errors import ConfigurationError, first_few
 from lit_merge.files.lazy import LazyMapping
 from lit_merge.files.shards import bytes_of
-from lit_merge.models.merging.inputs import Base, Input
+from lit_merge.models.merging.inputs import Input
 from lit_merge.models.merging.output import Output
+from lit_merge.models.network import Base
 from lit_merge.transforms import Chain, Transform, WithOverrides
 from lit_merge.vectors import TaskVectors
 

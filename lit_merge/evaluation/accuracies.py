@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lit_merge.errors import ConfigurationError, DataError
+from lit_merge.evaluation.placed_model import PlacedModel
 from lit_merge.evaluation.search.record import AccuracyRecord
-from lit_merge.vectors import TaskVector, check_base
+from lit_merge.metrics.hits import hits, hits_of
+from lit_merge.vectors import TaskVector
 
 if TYPE_CHECKING:
     import lightning as L
@@ -41,8 +43,14 @@ class Evaluation:
     """
 
     def __init__(self, module: MultiTaskModule, loaders: Mapping[str, Any]) -> None:
-        self.module, self.loaders = module, dict(loaders)
+        self.loaders = dict(loaders)
+        self.model = PlacedModel(module)
         self._record = AccuracyRecord(module, loaders)
+
+    @property
+    def module(self) -> MultiTaskModule:
+        """What evaluates."""
+        return self.model.module
 
     def accuracy(
         self, vector: TaskVector | None, coefficient: float = 1.0, tasks: Sequence[str] | None = None
@@ -58,24 +66,20 @@ class Evaluation:
             StructureMismatchError: the vector belongs to another base or architecture.
         """
         chosen = list(self.loaders) if tasks is None else list(tasks)
-        if vector is not None:
-            check_base(vector, self.module.base_fingerprint, self.module.base_name)
+        self.model.check(vector)
         key = self._record.key(vector, coefficient, chosen)
         found = self._record.read(key, chosen)
         if found is None:
-            if vector is None:
-                self.module.load_parameters(self.module.initial_parameters)
-            else:
-                self.module.load_task_vector(vector, coefficient)
-            found = {task: self._measure(task) for task in chosen}
+            with self.model.at(vector, coefficient):
+                found = {task: self._measure(task) for task in chosen}
             self._record.write(key, found)
         return found
 
     def _measure(self, task: str) -> float:
-        device = self.module.device
+        module, head = self.module, self.module.head_of(task)
         with torch.inference_mode():
-            batches = ((self.module(batch.images.to(device)), batch.labels) for batch in self.loaders[task])
-            return _accuracy(self.module, task, batches)
+            placed = (batch.to(module.device) for batch in self.loaders[task])
+            return _accuracy(hits_of(head, head(module.features(batch)), batch) for batch in placed)
 
 
 class LinearEvaluation(Evaluation):
@@ -90,20 +94,20 @@ class LinearEvaluation(Evaluation):
     def __init__(
         self, module: MultiTaskModule, loaders: Mapping[str, Any], individual: Mapping[str, TaskVector]
     ) -> None:
-        self.module, self.loaders, self._individual = module, dict(loaders), individual
+        super().__init__(module, loaders)
+        self._individual = individual
         self._merged: TaskVector | None = None
         self._features: dict[str, LinearFeatures] = {}
 
     def accuracy(
         self, vector: TaskVector | None, coefficient: float = 1.0, tasks: Sequence[str] | None = None
     ) -> dict[str, float]:
-        """See :meth:`Evaluation.accuracy`; images are read for the first vector, and for another one that is no task's.
-
-        The pre-trained model comes after some vector.
-        """
+        """See :meth:`Evaluation.accuracy`; images are read for the first vector, and for one that is no task's."""
         own = next((name for name, known in self._individual.items() if known is vector), None)
         if vector is not None and vector is not self._merged and (own is None or not self._features):
             self._read(vector)
+        if vector is None and not self._features:
+            return super().accuracy(None, coefficient, tasks)
         name = "merged" if own is None else f"task {own}"
         coefficients = {} if vector is None else {name: coefficient}
         chosen = list(self.loaders) if tasks is None else list(tasks)
@@ -112,10 +116,10 @@ class LinearEvaluation(Evaluation):
     def _read(self, vector: TaskVector) -> None:
         from lit_merge.models.linear_features import LinearFeatureCache
 
-        check_base(vector, self.module.base_fingerprint, self.module.base_name)
+        self.model.check(vector)
         names = {task: f"task {task}" for task in self._individual}
         directions = {"merged": vector, **{names[task]: own for task, own in self._individual.items()}}
-        cache = LinearFeatureCache(self.module.network, directions)
+        cache = LinearFeatureCache(self.module.network, directions, inputs=self.module.inputs)
         self._features = {
             task: cache.of(loader, ["merged", *([names[task]] if task in names else [])])
             for task, loader in self.loaders.items()
@@ -123,11 +127,11 @@ class LinearEvaluation(Evaluation):
         self._merged = vector
 
     def _at(self, task: str, coefficients: Mapping[str, float]) -> float:
-        features = self._features[task]
+        features, head = self._features[task], self.module.head_of(task)
         parts = features.batches(self.loaders[task].batch_size or len(features))
         batches = (part.to(self.module.device) for part in parts)
         with torch.inference_mode():
-            return _accuracy(self.module, task, ((part.features(coefficients), part.labels) for part in batches))
+            return _accuracy(hits(head(part.features(coefficients)), part.labels) for part in batches)
 
 
 def in_memory(vector: TaskVector) -> TaskVector:
@@ -135,16 +139,15 @@ def in_memory(vector: TaskVector) -> TaskVector:
     return TaskVector(dict(vector), vector.task, metadata=vector.metadata)
 
 
-def _accuracy(module: MultiTaskModule, task: str, batches: Iterable[tuple[Tensor, Tensor]]) -> float:
-    """The accuracy of features ``[B, d]`` with labels ``[B]``, counted as the module counts."""
+def _accuracy(counts: Iterable[tuple[Tensor, Tensor]]) -> float:
+    """The accuracy of correctness and weights ``[B]``."""
     from torchmetrics import MeanMetric
 
-    from lit_merge.metrics.hits import hits
-
-    metric = MeanMetric().to(module.device)
-    for features, labels in batches:
-        metric.update(*hits(module.classify(features, task), labels.to(module.device)))
-    return float(metric.compute())
+    metric: MeanMetric | None = None
+    for right, counted in counts:
+        metric = metric or MeanMetric().to(right.device)
+        metric.update(right, counted)
+    return float("nan") if metric is None else float(metric.compute())
 
 
 def validation_loaders(module: MultiTaskModule, data: Any, tasks: Sequence[str]) -> dict[str, Any]:

@@ -1,8 +1,8 @@
-"""The images that statistics are collected on, whatever form their batches have."""
+"""The examples that statistics are collected on, whatever form their batches have."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -10,22 +10,25 @@ from torch import Tensor, nn
 
 from lit_merge.errors import ConfigurationError, DataError
 
-__all__ = ["images_and_labels"]
+__all__ = ["examples"]
 
 
-def images_and_labels(loader: Iterable[Any], module: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
+def examples(
+    loader: Iterable[Any], module: nn.Module, inputs: Callable[[Any], tuple[Any, ...]] | None = None
+) -> Iterator[tuple[tuple[Any, ...], Tensor]]:
     """Batches on the module's device, without what fills a batch up.
 
     Args:
-        loader: gives :class:`lit_merge.data.ImageBatch`, pairs ``(images, labels)``, or images alone.
+        loader: gives :class:`lit_merge.data.Batch`, pairs ``(images, labels)``, or images alone.
         module: has at least one parameter.
+        inputs: the module's arguments of a batch; by default its ``inputs``.
 
     Yields:
-        Images ``[B, …]``, at least one, and labels ``[B]``, -1 where they are not known.
+        The module's arguments for B examples, at least one, and labels ``[B]``, -1 where they are not known.
 
     Raises:
         ConfigurationError: a batch is something else, or the module has no parameters.
-        DataError: there is no image at all.
+        DataError: there is no example at all.
     """
     device = next((value.device for value in module.parameters()), None)
     if device is None:
@@ -34,23 +37,25 @@ def images_and_labels(loader: Iterable[Any], module: nn.Module) -> Iterator[tupl
         )
     empty = True
     for batch in loader:
-        images, labels = _parts(batch)
-        if len(images):
+        given, labels = _parts(batch, device, inputs)
+        if len(labels):
             empty = False
-            yield images.to(device), labels.to(device)
+            yield given, labels.to(device)
     if empty:
         raise DataError("statistics: expected at least one image, got none. Choose another split or more images.")
 
 
-def _parts(batch: Any) -> tuple[Tensor, Tensor]:
-    if hasattr(batch, "images"):
+def _parts(
+    batch: Any, device: torch.device, inputs: Callable[[Any], tuple[Any, ...]] | None
+) -> tuple[tuple[Any, ...], Tensor]:
+    if hasattr(batch, "inputs"):
         present = batch.indices >= 0  # a full copy only where some are padding
-        complete = bool(present.all())
-        return (batch.images, batch.labels) if complete else (batch.images[present], batch.labels[present])
+        placed = (batch if bool(present.all()) else batch.select(present)).to(device)
+        return placed.inputs if inputs is None else inputs(placed), placed.targets
     if isinstance(batch, Tensor):
-        return batch, torch.full((len(batch),), -1)
+        return (batch.to(device),), torch.full((len(batch),), -1)
     if isinstance(batch, list | tuple) and len(batch) == 2 and all(isinstance(part, Tensor) for part in batch):
-        return batch[0], batch[1]
+        return (batch[0].to(device),), batch[1]
     raise ConfigurationError(
         f"statistics: expected batches of images, or of images and labels, got {type(batch).__name__}. "
         "Use a loader of one task."

@@ -1,0 +1,97 @@
+"""Several files that appear together or not at all, and what an earlier, killed command left of such an attempt."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import re
+import secrets
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from lit_merge.errors import ConfigurationError
+from lit_merge.files.writing import writing
+
+__all__ = ["remove_abandoned", "staged"]
+
+_STAGING = re.compile(r"\.[0-9a-f]{16}\.temporary")
+_OWNER = ".owner"  # locked for as long as the process that stages is alive
+_LONG = 24 * 3600.0  # seconds after which what nobody can be asked about is abandoned
+
+
+@contextlib.contextmanager
+def staged(
+    folder: Path, stale: Sequence[Path] = (), last: Callable[[Path], object] = lambda path: path.name
+) -> Iterator[Path]:
+    """A temporary folder whose files are moved into ``folder`` at the end, or of which nothing is left.
+
+    Folders that killed commands have left in the same place are removed first.
+
+    Args:
+        folder: is created if it is missing.
+        stale: files in it that are removed before the new ones are moved, in this order.
+        last: sorts the files; those that sort last are moved last.
+
+    Raises:
+        ConfigurationError: the folder cannot be created.
+        WriteError: the disk is full or not writable.
+    """
+    created = [place for place in (folder, *folder.parents) if not place.exists()]
+    temporary = folder / f".{secrets.token_hex(8)}.temporary"
+    try:
+        try:
+            temporary.mkdir(parents=True)
+        except OSError as error:
+            raise ConfigurationError(
+                f"output: expected a folder that can be created, got {folder} ({error.strerror}). Choose another one."
+            ) from error
+        with (temporary / _OWNER).open("xb") as owner:
+            fcntl.flock(owner, fcntl.LOCK_EX)
+            remove_abandoned(folder)
+            yield temporary
+            files = sorted((path for path in temporary.iterdir() if path.name != _OWNER), key=last)  # type: ignore[arg-type]
+            with writing(folder):
+                names = {file.name for file in files}
+                for path in stale:
+                    if path.name not in names or path.name.endswith(".json"):  # an index first: it names the others
+                        path.unlink()
+                for path in files:
+                    path.replace(folder / path.name)
+        shutil.rmtree(temporary)
+    except BaseException:  # an interrupt included
+        shutil.rmtree(temporary, ignore_errors=True)
+        for place in created:
+            with contextlib.suppress(OSError):
+                place.rmdir()
+        raise
+
+
+def remove_abandoned(folder: Path) -> None:
+    """Remove staging folders in ``folder`` whose process has ended, and temporary files of a day ago."""
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if not _STAGING.fullmatch(path.name):
+            continue
+        with contextlib.suppress(OSError):  # somebody else removes it, or its files are not ours
+            if path.is_dir() and _is_abandoned(path):
+                shutil.rmtree(path, ignore_errors=True)
+            elif path.is_file() and _is_old(path):
+                path.unlink()
+
+
+def _is_abandoned(path: Path) -> bool:
+    try:
+        owner = (path / _OWNER).open("rb")
+    except FileNotFoundError:
+        return _is_old(path)
+    with owner:
+        try:
+            fcntl.flock(owner, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return False
+        return True
+
+
+def _is_old(path: Path) -> bool:
+    return time.time() - path.stat().st_mtime > _LONG

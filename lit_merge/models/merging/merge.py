@@ -1,0 +1,312 @@
+"""A merge before anything is computed: what it reads, what it will do, and how it is written."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from lit_merge._version import __version__
+from lit_merge.errors import ConfigurationError, one_line
+from lit_merge.files.hub import address_entry, parse_address, pinned
+from lit_merge.files.shards import INDEX_ENDING, parse_size, write_shards
+from lit_merge.files.staging import staged
+from lit_merge.files.store import write_tensors
+from lit_merge.models.merging.card import model_card
+from lit_merge.models.merging.inputs import Input, open_base, open_inputs
+from lit_merge.models.merging.output import MergedWeights, Output, RoundedVector, Target, beside, card_of
+from lit_merge.models.merging.plan import MergePlan, check_space, plan_merge
+from lit_merge.models.merging.progress import merge_progress
+from lit_merge.models.network import Base, Network
+from lit_merge.transforms import Transform
+from lit_merge.vectors import TaskVector, TaskVectors, check_base
+
+__all__ = ["DTYPES", "Kind", "Merge", "Planned"]
+
+Kind = Literal["weights", "task_vector"]
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "as_base": None}
+"""What tensors can be stored as; ``as_base`` keeps every tensor's own."""
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A merge by a certain chain.
+
+    Attributes:
+        transform: the chain.
+        merged: what it makes of the vectors; lazy.
+        outputs: what is written.
+        plan: what it takes.
+        found: what a search has chosen, or None.
+    """
+
+    transform: Transform
+    merged: TaskVectors
+    outputs: list[Output]
+    plan: MergePlan
+    found: Any = None
+
+
+class Merge:
+    """An opened base and opened inputs, from which any chain can be planned and written; no tensor is read before.
+
+    Args:
+        vectors: task vector files or fine-tuned weights.
+        output: file to write, ending in .safetensors, or a folder.
+        model: the CLIP that the vectors start from.
+        pretrained: its weights.
+        network: instead of both, any network.
+        base: instead of all of these, the weights of any base model.
+        kind: whether whole weights or the merged task vector are written.
+        dtype: of the stored tensors; by default float32, for weights made with ``base`` each tensor's own.
+        tasks: names of the vectors, in order; by default their own.
+        shard_size: of an output folder, e.g. ``2GB``.
+        device: where stacks are computed.
+        linearized: whether the vectors are merged for the encoder's tangent at θ0.
+        verify: read all inputs once, and compare them with the digests in their headers.
+
+    Attributes:
+        base: the base model, opened once.
+        inputs: what is merged.
+        vectors: the inputs side by side, with θ0.
+
+    Raises:
+        LitMergeError: inputs are missing, damaged or do not fit each other, or a setting is refused.
+    """
+
+    def __init__(
+        self,
+        vectors: Sequence[str],
+        output: str,
+        model: str = "lit-tiny",
+        pretrained: str | None = None,
+        network: Network | None = None,
+        base: str | None = None,
+        kind: Kind = "weights",
+        dtype: str | None = None,
+        tasks: Sequence[str] | None = None,
+        shard_size: str | None = None,
+        device: str = "cpu",
+        linearized: bool = False,
+        verify: bool = False,
+    ) -> None:
+        self.target, self.kind, self.linearized, self.device = Target(Path(output)), kind, linearized, device
+        self._shard_size = _shard_size(shard_size, self.target)
+        _check_device(device)
+        # Of what lies on the Hub the commit is written down, and everything below reads that one.
+        vectors, base = [pinned(path) for path in vectors], base and pinned(base)
+        pretrained = pretrained and pinned(pretrained)
+        self.base: Base = open_base(model, pretrained, base, verify, network)
+        self._base_path = base or pretrained
+        origin = {"base": base} if base is not None else {"model": model, "pretrained": pretrained}
+        if network is not None:
+            origin = {"network": f"{type(network).__module__}.{type(network).__qualname__}"}
+        self._settings = {
+            **{"kind": kind, "dtype": dtype, **origin},
+            **{"tasks": tasks, "shard_size": shard_size, "linearized": linearized or None, "output": output},
+        }
+        self._dtype = DTYPES[dtype or ("as_base" if base is not None and kind == "weights" else "float32")]
+        self._set_inputs(open_inputs(vectors, self.base, tasks, verify))
+
+    def _set_inputs(self, inputs: list[Input]) -> None:
+        self.inputs = inputs
+        known = TaskVectors([one.vector for one in inputs])  # that they fit each other, and then the base
+        self._hashed = self.kind == "task_vector" or bool(known.base_fingerprint)
+        self._known = known
+        self.vectors = TaskVectors([one.vector for one in inputs], base=self.base.parameters, device=self.device)
+
+    def network(self) -> Network:
+        """The base as what can be evaluated.
+
+        Raises:
+            ConfigurationError: only its weights are known.
+        """
+        if not isinstance(self.base, Network):
+            raise ConfigurationError(
+                f"base: expected a network, which can be evaluated, got the weights {self.base.name}. Use model and "
+                "pretrained, or network."
+            )
+        return self.base
+
+    def select(self, rows: Sequence[int]) -> Merge:
+        """The merge of some of the inputs, on the same base."""
+        chosen = copy.copy(self)
+        chosen._settings = {**self._settings, "tasks": [self.inputs[row].vector.task for row in rows]}
+        chosen._set_inputs([self.inputs[row] for row in rows])
+        return chosen
+
+    def plan(self, transform: Transform, dry: bool = False, found: Any = None) -> Planned:
+        """What a chain will read, need and write.
+
+        Args:
+            transform: the chain.
+            dry: whether this is all that is asked for: then no tensor is read, not even for the base's fingerprint.
+            found: what a search has chosen, for the header.
+
+        Raises:
+            StructureMismatchError: the vectors belong to another base.
+            ConfigurationError: the chain cannot be written to this output.
+        """
+        fingerprinted = isinstance(self.base, Network) or (self._hashed and not dry)
+        if fingerprinted:
+            check_base(self._known, self.base.fingerprint, self.base.name)
+        merged = transform(self.vectors)
+        metadata = self._provenance(transform, found, fingerprinted)
+        pairs = zip(self.target.stems(self.kind, merged.tasks), _rows(merged), strict=True)
+        outputs = [Output.plan(stem, *self._tensors(row, metadata), self._shard_size) for stem, row in pairs]
+        plan = plan_merge(
+            *(self.inputs, self.base, transform, merged, outputs, self.target.folder, self.device),
+            writes_weights=self.kind == "weights",
+            fingerprinted=self._hashed,
+        )
+        return Planned(transform, merged, outputs, plan, found)
+
+    def check(self, planned: Planned, overwrite: bool) -> None:
+        """Refuse to replace an input, or anything unasked, or to fill the disk.
+
+        Raises:
+            ConfigurationError: it would.
+        """
+        self._stale(planned, overwrite)
+        check_space(planned.plan, self.target.folder)
+
+    def write(
+        self, planned: Planned, overwrite: bool = False, progress: bool = False, more: Mapping[str, str] | None = None
+    ) -> None:
+        """Compute and write everything, or leave nothing.
+
+        Args:
+            planned: by which chain.
+            overwrite: whether an existing output is replaced.
+            progress: whether to show a bar, if the standard error is a terminal.
+            more: file name -> text, written in the same transaction.
+
+        Raises:
+            LitMergeError: something exists, or a value does not fit.
+            OSError: the disk is full or not writable; nothing is left of the output then.
+        """
+        stale = self._stale(planned, overwrite)
+        card = self._card(planned)
+        with staged(self.target.folder, stale, _tensors_last) as folder, merge_progress(progress) as bar:
+            bar.find_out(planned.merged.statistics)
+            for one in planned.outputs:
+                _write(folder, one, bar.watch(one.tensors, one.stem))
+            (folder / card_of(self.target.path).name).write_text(card, encoding="utf-8")
+            for name, text in (more or {}).items():
+                (folder / name).write_text(text, encoding="utf-8")
+            if planned.found is not None:
+                planned.found.save(folder / beside(self.target.path, "search.json").name)
+
+    def _stale(self, planned: Planned, overwrite: bool) -> list[Path]:
+        """What an earlier output would leave behind, after refusing what must not be replaced."""
+        target, outputs = self.target, planned.outputs
+        stale = [path for one in outputs for path in one.in_the_way(target.folder)]
+        others = [beside(target.path, "merge.yaml"), beside(target.path, "search.json"), card_of(target.path)]
+        written = [*(target.folder / name for one in outputs for name in one.files), *others]
+        replaced = list(dict.fromkeys([*stale, *(path for path in written if path.exists() or path.is_symlink())]))
+        read = [*self.base.files, *(path for one in self.inputs for path in one.files)]
+        taken = {path.resolve() for path in read}
+        for path in [*replaced, *written]:
+            if path.resolve() in taken or (path.exists() and any(path.samefile(one) for one in read)):
+                raise ConfigurationError(
+                    f"output: expected another file than the inputs, got {path}. Choose another name."
+                )
+        if replaced and not overwrite:
+            raise ConfigurationError(
+                f"output: expected a new file, got {replaced[0]}, which exists. Set overwrite to replace it."
+            )
+        return stale
+
+    def _provenance(self, transform: Transform, found: Any, fingerprinted: bool) -> dict[str, str]:
+        """The header's entries that say where the tensors come from."""
+        inputs = [{"tasks": one.vector.task, **address_entry(one.path), **one.digests} for one in self.inputs]
+        entries = {
+            "base_model": self.base.name,
+            "transform": repr(transform),
+            "transform_config": json.dumps(transform.to_config()),
+            "inputs": json.dumps(inputs),
+            "lit_merge": __version__,
+        }
+        if fingerprinted:
+            entries["base_fingerprint"] = self.base.fingerprint
+        if known := {**address_entry(self._base_path), **self.base.digests}:
+            entries["base"] = json.dumps(known)
+        if self.linearized:
+            entries["linearized"] = "true"
+        if found is not None:
+            entries["search"] = json.dumps(found.plain())
+        return entries
+
+    def _tensors(
+        self, merged: TaskVectors, metadata: dict[str, str]
+    ) -> tuple[MergedWeights | RoundedVector, dict[str, str]]:
+        """What is written of one merged vector, lazily, and its header."""
+        if self.kind == "weights":
+            return MergedWeights(self.base, merged, self._dtype), {"format": "lit-merge/weights/1", **metadata}
+        vector = merged.single()
+        vector = TaskVector(vector, vector.task, metadata={**vector.metadata, **metadata})
+        return RoundedVector(vector, self._dtype, self.base.parameters), vector.metadata
+
+    def _card(self, planned: Planned) -> str:
+        path, outputs = self.target.path, planned.outputs
+        vectors = {"vectors": [one.path for one in self.inputs], "transform": planned.transform.to_config()}
+        address = parse_address(self._base_path or "")
+        return model_card(
+            path.stem if self.target.is_file else path.absolute().name,
+            [f"{one.stem}{'.safetensors' if len(one.shards) == 1 else INDEX_ENDING}" for one in outputs],
+            planned.merged.tasks,
+            self.base,
+            self.inputs,
+            planned.transform,
+            {key: value for key, value in {**vectors, **self._settings}.items() if value is not None},
+            f"A search has {planned.found.describe()}." if planned.found else "",
+            self.kind == "weights",
+            address.repository if address is not None else self.base.repository,
+        )
+
+
+def _tensors_last(path: Path) -> tuple[bool, bool]:
+    """Files of tensors are moved after all others, and an index last: half a model is never read."""
+    return path.name.endswith(INDEX_ENDING), path.suffix == ".safetensors"
+
+
+def _shard_size(shard_size: str | None, target: Target) -> int | None:
+    if shard_size is None:
+        return None
+    if target.is_file:
+        raise ConfigurationError(
+            f"shard_size: expected a folder as output, got the file {target.path}. Name a folder, or remove shard_size."
+        )
+    return parse_size(shard_size)
+
+
+def _check_device(device: str) -> None:
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigurationError(
+            f"device: expected one that is there, got {device!r} ({one_line(error, 200)}). Use cpu."
+        ) from error
+
+
+def _rows(merged: TaskVectors) -> list[TaskVectors]:
+    count = len(merged.tasks)
+    return [merged] if count == 1 else [merged.select([index]) for index in range(count)]
+
+
+def _write(folder: Path, output: Output, tensors: Any) -> None:
+    rounded, metadata = output.tensors, dict(output.metadata)
+    late: dict[str, Any] = {}
+    if isinstance(rounded, RoundedVector):
+        metadata["storage"] = rounded.storage()  # with the rounding error, which is known at the end
+        late = {"late_metadata": lambda: {"storage": rounded.storage()}}
+    if len(output.shards) > 1:
+        write_shards(folder, tensors, metadata, output.shards, output.stem, **late)
+    else:
+        write_tensors(folder / f"{output.stem}.safetensors", tensors, metadata, **late)

@@ -1,0 +1,96 @@
+"""What is minimised: small objects that a configuration names, and that research adds to.
+
+An objective is called with ``(logits, batch)`` and returns a scalar; ``needs_targets`` says whether it reads labels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from lit_merge.errors import ConfigurationError, did_you_mean
+from lit_merge.functional import shannon_entropy
+from lit_merge.metrics.hits import UNLABELLED
+
+__all__ = ["CrossEntropy", "Entropy", "Objective", "objective_of"]
+
+
+@runtime_checkable
+class Objective(Protocol):
+    """What an objective has.
+
+    Attributes:
+        needs_targets: whether it reads the batch's targets; otherwise unlabelled examples do.
+    """
+
+    needs_targets: bool
+
+    def __call__(self, logits: Tensor, batch: Any) -> Tensor:
+        """The objective of a batch.
+
+        Args:
+            logits: ``[B, C]``.
+            batch: a :class:`lit_merge.data.Batch`, with ``targets`` -1 where they are not known, and ``indices`` -1
+                where an example only fills the batch up.
+
+        Returns:
+            A scalar.
+        """
+
+
+@dataclass(frozen=True)
+class CrossEntropy:
+    """The mean cross-entropy of the labelled examples.
+
+    Args:
+        label_smoothing: in [0, 1).
+
+    Raises:
+        ConfigurationError: it is out of range.
+    """
+
+    label_smoothing: float = 0.0
+    needs_targets = True
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.label_smoothing < 1:
+            raise ConfigurationError(
+                f"label_smoothing: expected a number in [0, 1), got {self.label_smoothing}. Use e.g. 0.1."
+            )
+
+    def __call__(self, logits: Tensor, batch: Any) -> Tensor:
+        """See :class:`Objective`."""
+        return F.cross_entropy(logits, batch.targets, ignore_index=UNLABELLED, label_smoothing=self.label_smoothing)
+
+
+@dataclass(frozen=True)
+class Entropy:
+    """The mean Shannon entropy of the predictions, which needs no labels (Yang et al. 2024, equation 8)."""
+
+    needs_targets = False
+
+    def __call__(self, logits: Tensor, batch: Any) -> Tensor:
+        """See :class:`Objective`."""
+        return shannon_entropy(logits)[batch.indices >= 0].mean()
+
+
+_NAMED = {"cross_entropy": CrossEntropy, "entropy": Entropy}
+
+
+def objective_of(given: Objective | str) -> Objective:
+    """The objective that is given, or the one that a name stands for: ``entropy`` or ``cross_entropy``.
+
+    Raises:
+        ConfigurationError: there is no such name.
+    """
+    if not isinstance(given, str):
+        return given
+    if given not in _NAMED:
+        raise ConfigurationError(
+            f"objective: expected entropy, cross_entropy or an object by class path, got {given!r}. "
+            f"{did_you_mean(given, _NAMED)}"
+        )
+    return _NAMED[given]()
