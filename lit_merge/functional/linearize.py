@@ -9,18 +9,17 @@ a batched product with the weight expanded over the batch. Here the layers that 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-from torch.autograd.graph import disable_saved_tensors_hooks
 from torch.func import functional_call
 
 from lit_merge.errors import ConfigurationError, LitMergeError, first_few
 from lit_merge.functional.evaluation import evaluating
+from lit_merge.functional.recomputation import no_recomputation
 from lit_merge.functional.tangents import FastTangents
 
 __all__ = ["linearize"]
@@ -65,7 +64,7 @@ def linearize(
         with torch.inference_mode(False), torch.set_grad_enabled(records), evaluating(module), forward_ad.dual_level():
             own = _constant({**own, **parameters})
             duals = {name: forward_ad.make_dual(own[name], _ordinary(value)) for name, value in tangents.items()}
-            with _no_recomputation(), FastTangents():
+            with no_recomputation(_RECOMPUTATION), FastTangents():
                 output = functional_call(module, {**own, **duals}, _constant(inputs), _constant(keywords))
             if not isinstance(output, Tensor):
                 raise LitMergeError(
@@ -98,15 +97,6 @@ def _constant(value: Any) -> Any:
     return value
 
 
-@contextmanager
-def _no_recomputation() -> Iterator[None]:
-    """Refuse gradient checkpointing where it starts: in the backward pass it would find no tangents."""
-    with ExitStack() as stack:
-        with suppress(RuntimeError):  # around us somebody else's hooks are in use, which do no harm
-            stack.enter_context(disable_saved_tensors_hooks(_RECOMPUTATION))
-        yield
-
-
 _RECOMPUTATION = (
     "expected a module without gradient checkpointing, got one that recomputes. Switch it off, e.g. with "
     "set_grad_checkpointing(False)."
@@ -121,6 +111,12 @@ def _refusal(text: str) -> str | None:
         return (
             "expected no torch.func.jvp, jacfwd or vmap and no other linearised module around or inside this one, got "
             "one; torch cannot nest them. Call the module itself."
+        )
+    if "dual tensor" in text:
+        compiled = "flex_attention" if "flex_attention" in text else "a compiled part"
+        return (
+            f"expected no part that torch.compile computes, got {compiled}, whose tangent would be dropped. Do not "
+            'compile it; of a transformers network set attn_implementation="sdpa" (or "eager").'
         )
     if "forward AD" not in text and "forward mode AD" not in text:
         return None

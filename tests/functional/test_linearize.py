@@ -18,6 +18,7 @@ from torch import nn
 from torch.autograd import forward_ad
 from torch.func import functional_call
 from torch.nn import functional as F
+from torch.nn.attention.flex_attention import flex_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
@@ -922,3 +923,13 @@ def test_hooks_around_are_left_to_their_owner():
     loss.backward()
     for value, gradient in zip(model.parameters(), expected, strict=True):
         torch.testing.assert_close(value.grad, gradient, rtol=0, atol=0)
+
+
+def test_flex_attention_is_refused_with_the_setting_that_replaces_it():
+    module = Through(lambda x: flex_attention(*[x.view(1, 1, 16, 16)] * 3))
+    with pytest.raises(LitMergeError) as error:
+        linearize(module, {}, draw_tau(module), torch.randn(64, 4))
+    assert one_line(error) == (
+        "linearised: expected no part that torch.compile computes, got flex_attention, whose tangent would be dropped. "
+        'Do not compile it; of a transformers network set attn_implementation="sdpa" (or "eager").'
+    )

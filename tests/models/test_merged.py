@@ -11,6 +11,7 @@ import torch
 from builders.learned_merge import BlockEncoder
 from torch import nn
 from torch.func import functional_call
+from torch.utils.checkpoint import checkpoint
 
 from lit_merge import MergedModel
 from lit_merge.errors import ConfigurationError, StructureMismatchError
@@ -266,3 +267,69 @@ def test_swapped_weights_stay_through_the_way_back_and_are_put_back():
     with pytest.raises(ZeroDivisionError), swapped(module, leaves):
         raise ZeroDivisionError
     assert module[0].weight is own["0.weight"]
+
+
+class Recomputing(nn.Module):
+    """Its middle layer is not kept for the backward pass."""
+
+    def __init__(self, reentrant):
+        super().__init__()
+        self.first, self.middle, self.last = nn.Linear(3, 4), nn.Linear(4, 4), nn.Linear(4, 2)
+        self.reentrant = reentrant
+
+    def forward(self, inputs):
+        hidden = self.first(inputs)
+        if self.reentrant is None:
+            hidden = self.middle(hidden).tanh()
+        else:
+            hidden = checkpoint(lambda x: self.middle(x).tanh(), hidden, use_reentrant=self.reentrant)
+        return {"logits": self.last(hidden)}
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_activation_checkpointing_is_refused_or_right(reentrant):
+    """It would compute gradients at θ0: 8.3 for 67.6 in one network."""
+    torch.manual_seed(0)
+    module, inputs = Recomputing(None).double(), torch.randn(5, 3, dtype=torch.float64)
+    model = MergedModel(module, vectors(module), "task", 0.3)
+    model(inputs)["logits"].square().sum().backward()
+    expected, model.coefficients.grad = model.coefficients.grad, None
+    module.reentrant = reentrant
+    with pytest.raises(ConfigurationError, match=r"^MergedModel: expected a module without activation.*swapped\("):
+        model(inputs)
+    assert all(isinstance(own, nn.Parameter) for own in module.parameters())
+    with torch.no_grad():  # nothing is recomputed
+        assert torch.isfinite(model(inputs)["logits"]).all()
+    with swapped(model.module, model.merged_parameters()):  # the way out that the refusal names
+        module.reentrant = False
+        module(inputs)["logits"].square().sum().backward()
+    torch.testing.assert_close(model.coefficients.grad, expected, rtol=1e-12, atol=0)
+
+
+def test_hooks_around_a_merged_model_are_left_to_their_owner():
+    module = network()
+    model, images = MergedModel(module, vectors(module), "task"), torch.randn(2, 3, 4, 4, dtype=torch.float64)
+    model(images).square().sum().backward()
+    expected, model.coefficients.grad = model.coefficients.grad, None
+    with torch.autograd.graph.save_on_cpu():
+        loss = model(images).square().sum()
+    loss.backward()
+    assert torch.equal(model.coefficients.grad, expected)
+
+
+@pytest.mark.parametrize("storage", ["device", "mapped"])
+def test_a_compiled_merged_model_reads_its_files_outside_of_the_graph(storage, tmp_path):
+    module = Recomputing(None)
+    for vector in (vectors(module).vector(task) for task in TASKS):
+        vector.save(tmp_path / vector.task)
+    given = TaskVectors([TaskVector.load(tmp_path / task) for task in TASKS])
+    inputs = torch.randn(5, 3)
+    plain, compiled = (MergedModel(module, given, "tensor", 0.3, storage=storage) for _ in range(2))
+    plain(inputs)["logits"].square().sum().backward()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # then files are read by plain code, which a graph would take up
+    try:
+        torch.compile(compiled, backend="aot_eager")(inputs)["logits"].square().sum().backward()
+    finally:
+        torch.set_num_threads(threads)
+    torch.testing.assert_close(compiled.coefficients.grad, plain.coefficients.grad)
