@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -19,8 +19,10 @@ from torch import Tensor
 from lit_merge.errors import ConfigurationError, FileFormatError, first_few
 from lit_merge.files.hub import local_path
 from lit_merge.files.lazy import Computed, LazyMapping, Selected, Slicer
-from lit_merge.files.store import LazyTensors, write_tensors
-from lit_merge.files.text import read_json
+from lit_merge.files.staging import staged
+from lit_merge.files.store import Draft, LazyTensors
+from lit_merge.files.text import read_json, write_text
+from lit_merge.files.writing import writing
 from lit_merge.params import dtype_of, shape_of
 
 __all__ = ["INDEX_ENDING", "ShardedTensors", "open_tensors", "parse_size", "plan_shards", "write_shards"]
@@ -182,33 +184,50 @@ def plan_shards(tensors: Mapping[str, Tensor], size: int, stem: str) -> dict[str
 
 
 def write_shards(
-    folder: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], shards: Mapping[str, list[str]], stem: str
+    folder: Path,
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str],
+    shards: Mapping[str, list[str]],
+    stem: str,
+    late_metadata: Callable[[], Mapping[str, str]] | None = None,
 ) -> None:
-    """Write what :func:`plan_shards` planned: every file by itself is atomic, and the index, if any, comes last.
+    """Write what :func:`plan_shards` planned: all files appear together, the index last, or none does.
 
     Args:
-        folder: an existing folder.
+        folder: is created if it is missing.
         tensors: name -> tensor; a lazy mapping is read one tensor at a time.
         metadata: string header entries of every file.
         shards: file name -> names of tensors.
         stem: what the index's name begins with.
+        late_metadata: called after the last tensor was read; its entries replace those of the same names in every
+            file's header, see :func:`lit_merge.files.store.write_tensors`.
 
     Raises:
-        OSError: the disk is full or not writable; whole files may be left.
+        WriteError: the disk is full or not writable; nothing of it is left.
     """
     if not isinstance(tensors, LazyMapping):
         structure = {name: (shape_of(tensors, name), dtype_of(tensors, name)) for name in tensors}
         tensors = Computed(structure, tensors.__getitem__)
-    for file, names in shards.items():
-        write_tensors(folder / file, Selected(tensors, {name: name for name in names}), metadata)
-    if len(shards) > 1:
-        total = sum(bytes_of(tensors, name) for names in shards.values() for name in names)
-        places = {name: file for file, names in shards.items() for name in names}
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
-        with (folder / f"{stem}{INDEX_ENDING}").open("w", encoding="utf-8", newline="\n") as file_object:
-            file_object.write(json.dumps(index, indent=2, ensure_ascii=False) + "\n")
-            file_object.flush()
-            os.fsync(file_object.fileno())
+    drafts = {
+        file: Draft(Selected(tensors, {name: name for name in names}), metadata) for file, names in shards.items()
+    }
+    index = folder / f"{stem}{INDEX_ENDING}"
+    needed = sum(draft.size for draft in drafts.values())
+    with writing(folder, needed), staged(folder, [index] if index.exists() else []) as staging:
+        for file, draft in drafts.items():
+            with (staging / file).open("xb") as written:
+                draft.write(written)
+        late = late_metadata() if late_metadata else {}
+        for file, draft in drafts.items():
+            with (staging / file).open("r+b") as written:
+                draft.finish(written, late)
+                written.flush()
+                os.fsync(written.fileno())
+        if len(shards) > 1:
+            total = sum(bytes_of(tensors, name) for names in shards.values() for name in names)
+            files = {name: file for file, names in shards.items() for name in names}
+            content = {"metadata": {"total_size": total}, "weight_map": dict(sorted(files.items()))}
+            write_text(staging / index.name, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
 def bytes_of(tensors: Mapping[str, Tensor], name: str) -> int:

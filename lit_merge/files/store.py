@@ -27,7 +27,7 @@ from lit_merge.files.tensor_header import DTYPES, LONGEST_HEADER, read_header
 from lit_merge.files.writing import new_file
 from lit_merge.params import dtype_of, shape_of
 
-__all__ = ["CONTENT_KEY", "LazyTensors", "file_digest", "verify", "write_tensors"]
+__all__ = ["CONTENT_KEY", "Draft", "LazyTensors", "file_digest", "verify", "write_tensors"]
 
 CONTENT_KEY = "content_sha256"
 """The metadata entry that holds the content digest: SHA-256 of names, dtypes, shapes, bytes and other metadata."""
@@ -68,21 +68,48 @@ def write_tensors(
     target = Path(path)
     if not target.parent.is_dir():
         raise ConfigurationError(f"{target}: expected an existing folder to write into, got none. Create it first.")
-    header = {key: value for key, value in metadata.items() if key != CONTENT_KEY}
-    _check_strings(header, tensors)
-    layout = _layout(tensors)
-    reserved = _header_bytes(layout, {**header, CONTENT_KEY: "0" * 64})
-    size = len(reserved) + max((end for _, _, _, end in layout.values()), default=0)
-    with new_file(target, size) as file:
-        file.write(reserved)
-        digest = hashlib.sha256()
-        with _Behind(file, digest) as behind:
-            _write_stream(behind, layout, stream(tensors, layout))
-        header.update(late_metadata() if late_metadata else {})
-        _digest_metadata(digest, header)
+    draft = Draft(tensors, metadata)
+    with new_file(target, draft.size) as file:
+        draft.write(file)
+        return draft.finish(file, late_metadata() if late_metadata else {})
+
+
+class Draft:
+    """A safetensors file that is written in two steps: the data, and then the header, whose space is reserved.
+
+    Args:
+        tensors: as for :func:`write_tensors`.
+        metadata: as for :func:`write_tensors`.
+
+    Attributes:
+        size: of the file, in bytes.
+
+    Raises:
+        ConfigurationError: a name or metadata entry is not a string, or a dtype cannot be stored.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+        self._tensors, self._header = tensors, {key: value for key, value in metadata.items() if key != CONTENT_KEY}
+        _check_strings(self._header, tensors)
+        self._layout = _layout(tensors)
+        self._reserved = _header_bytes(self._layout, {**self._header, CONTENT_KEY: "0" * 64})
+        self.size = len(self._reserved) + max((end for _, _, _, end in self._layout.values()), default=0)
+        self._digest = hashlib.sha256()
+
+    def write(self, file: BinaryIO) -> None:
+        """Write the data, one tensor or chunk after the other, behind a header that says nothing yet."""
+        file.write(self._reserved)
+        with _Behind(file, self._digest) as behind:
+            _write_stream(behind, self._layout, stream(self._tensors, self._layout))
+
+    def finish(self, file: BinaryIO, metadata: Mapping[str, str]) -> str:
+        """Write the header, in which this metadata replaces entries that are at least as long; the content digest."""
+        header = {**self._header, **metadata}
+        _digest_metadata(self._digest, header)
+        content = {**header, CONTENT_KEY: self._digest.hexdigest()}
         file.seek(0)
-        file.write(_header_bytes(layout, {**header, CONTENT_KEY: digest.hexdigest()}, length=len(reserved)))
-    return digest.hexdigest()
+        file.write(_header_bytes(self._layout, content, length=len(self._reserved)))
+        return self._digest.hexdigest()
 
 
 class LazyTensors(LazyMapping):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import pickle
 
 import pytest
@@ -11,7 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lit_merge.errors import ConfigurationError, FileFormatError
+from lit_merge.files import store
 from lit_merge.files.lazy import Computed
+from lit_merge.files.rounding import Rounded
 from lit_merge.files.shards import ShardedTensors, open_tensors, parse_size, plan_shards, write_shards
 from lit_merge.vectors import LazyTensors, TaskVector, write_tensors
 
@@ -232,3 +235,45 @@ def test_a_sharded_task_vector(tensors, tmp_path):
     assert (loaded.task, set(loaded)) == ("digits", set(vector))
     assert loaded.content_digest == open_tensors(tmp_path).content_digest
     assert loaded.norm() == vector.norm()
+
+
+def test_every_shard_says_how_the_whole_was_rounded(tensors, tmp_path):
+    vector = TaskVector({name: value / 3 for name, value in tensors.items() if name != "steps"}, "digits")
+    vector.save(tmp_path / "one.safetensors", dtype=torch.bfloat16)
+    expected = LazyTensors(tmp_path / "one.safetensors").metadata["storage"]
+    rounded = Rounded(vector, torch.bfloat16, "task vector")
+    shards = plan_shards(rounded, 60, "task_vector")
+    assert len(shards) > 2
+    metadata = {**vector.metadata, "storage": rounded.storage()}
+    write_shards(tmp_path / "m", rounded, metadata, shards, "task_vector", lambda: {"storage": rounded.storage()})
+    assert open_tensors(tmp_path / "m", verify=True).metadata["storage"] == expected
+    assert json.loads(expected)["relative_error"] > 1e-4
+    assert all(LazyTensors(tmp_path / "m" / file, verify=True).metadata["storage"] == expected for file in shards)
+
+
+@pytest.mark.parametrize("failing", ["_write", "fsync"])
+@pytest.mark.parametrize("number", range(5))
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()], ids=["disk", "stop"])
+def test_shards_appear_together(tensors, tmp_path, monkeypatch, failing, number, error):
+    """Whichever write or synchronisation fails, the index's included."""
+    shards = plan_shards(tensors, 100, "model")
+    assert len(shards) == 4
+    old, new = tmp_path / "old", tmp_path / "new"
+    write_shards(old, tensors, {"task": "old"}, shards, "model")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    owner = store._Behind if failing == "_write" else os
+    real, calls = getattr(owner, failing), []
+
+    def fail(*arguments):
+        calls.append(arguments)
+        if len(calls) == number + 1:
+            raise error
+        return real(*arguments)
+
+    monkeypatch.setattr(owner, failing, fail)
+    for folder in (old, new):
+        calls.clear()
+        with pytest.raises(type(error)):
+            write_shards(folder, tensors, {"task": "new"}, shards, "model")
+        assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+        assert not new.exists()
