@@ -321,7 +321,7 @@ def test_class_names(tmp_path):
 @pytest.mark.parametrize("fractions", [(0.8, 0.1), (0.8, 0.1, 0.2), (0, 0.5, 0.5), (1.2, -0.1, -0.1)])
 def test_impossible_fractions(tmp_path, fractions):
     message = refusal(lambda: FolderSource(tmp_path, fractions=fractions), kind=ConfigurationError)
-    assert message.startswith("fractions: expected shares of train, val and test that sum to 1")
+    assert message.startswith("fractions: expected those of train, val and test, with sum 1")
     assert str(list(fractions)) in message
 
 

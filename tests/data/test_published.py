@@ -489,6 +489,8 @@ def test_worker_processes_read_what_this_one_reads(name, root):
         data = TaskDataModule(task=name, root=str(root), preprocessing=SMALL, workers=workers, evaluation_batch_size=3)
         data.setup("test")
         data.datasets["test"].picture(0)  # opens the file in this process
+        copied = pickle.loads(pickle.dumps(data.datasets["test"]))  # as where processes are not forked
+        assert copied.picture(3).tobytes() == data.datasets["test"].picture(3).tobytes()
         batches.append(list(data.test_dataloader()))
     for one, other in zip(*batches, strict=True):
         assert torch.equal(one.images, other.images)
@@ -533,7 +535,7 @@ def _replace(old: str, new: str, count: int = 1):
             None,
             "t10k-labels-idx1-ubyte",
             lambda p: write_idx(p, np.arange(9)),
-            "of the 10 images beside it, got 9",
+            "of the 10 images next to it, got 9",
         ),
         (
             "mnist",
@@ -571,7 +573,7 @@ def _replace(old: str, new: str, count: int = 1):
         ),
         ("fer2013", None, "fer2013.csv", _replace("emotion", "feeling"), "expected columns emotion, pixels and Usage"),
         ("pcam", None, "camelyonpatch_level_2_split_test_x.h5", _garble, "expected an HDF5 file with images"),
-        ("pcam", None, "camelyonpatch_level_2_split_test_y.h5", _garble, "with the 2 labels of the images beside it"),
+        ("pcam", None, "camelyonpatch_level_2_split_test_y.h5", _garble, "with the 2 labels of the images next to it"),
         (
             "gtsrb",
             None,
@@ -837,7 +839,7 @@ def test_an_interrupted_download_goes_on(small_kmnist, root, capsys):
     assert main(["data", "prepare", "kmnist", "--root", str(root)]) == 1
     error = capsys.readouterr().err.splitlines()[-1]
     assert "kmnist: expected to download it through torchvision (KMNIST), got Error downloading t10k-labels" in error
-    assert f"what is complete in {root / '.kmnist.preparing'} is kept" in error
+    assert f"what is complete in {root / '.kmnist.preparing'} is used" in error
     assert [path.name for path in root.iterdir()] == [".kmnist.preparing"]
     (small_kmnist / "hidden").rename(hidden)
     for path in small_kmnist.glob("train-*"):

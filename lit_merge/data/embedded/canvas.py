@@ -36,7 +36,7 @@ COLOURS: dict[str, Colour] = {
     "cyan": (62, 200, 218),
 }
 
-_SHARES = {"train": 0.58, "val": 0.16, "test": 0.26}
+_FRACTIONS = {"train": 0.58, "val": 0.16, "test": 0.26}
 _LEVELS = 6  # the RGB cube is cut into 6 x 6 x 6 cells; each cell belongs to one split
 
 
@@ -47,11 +47,11 @@ def _cells(split: str, count: int, purpose: str) -> tuple[int, ...]:
         return tuple(range(count))
     order = np.random.default_rng(zlib.crc32(purpose.encode())).permutation(count)
     start = 0.0
-    for name, share in _SHARES.items():
+    for name, fraction in _FRACTIONS.items():
         if name == split:
-            chosen = order[round(start * count) : round((start + share) * count)]
+            chosen = order[round(start * count) : round((start + fraction) * count)]
             return tuple(int(cell) for cell in chosen)
-        start += share
+        start += fraction
     raise KeyError(split)
 
 

@@ -168,8 +168,8 @@ def captioned_image(index: int, seed: int = 0) -> tuple[np.ndarray, str]:
     """Pre-training pair number ``index``: a uint8 image ``[32, 32, 3]`` and its caption; a pure function."""
     brush = Brush((zlib.crc32(b"pretrain"), seed, index), "pretrain")
     position = brush.uniform(0, 1)
-    for share, draw in _MIX:
-        if position < share:
+    for fraction, draw in _MIX:
+        if position < fraction:
             return draw(brush)
-        position -= share
+        position -= fraction
     return _clean_rendering(brush)

@@ -44,7 +44,7 @@ class FolderSource(Task):
         class_names: folder name -> class name; a folder that is not in it is called after itself, ``_`` as a space.
         templates: prompt templates, see :func:`~lit_merge.data.sources.chosen_templates`; None for
             ``"a photo of a {}."``.
-        fractions: shares of train, val and test, summing to 1; that of train is not 0.
+        fractions: of train, val and test, summing to 1; that of train is not 0.
         seed: of the division.
         skip_corrupt: whether to decode all images first and leave out, with a warning, those that cannot be.
 
@@ -66,12 +66,12 @@ class FolderSource(Task):
     ) -> None:
         if (
             len(fractions) != 3
-            or not all(0 <= share <= 1 for share in fractions)
+            or not all(0 <= fraction <= 1 for fraction in fractions)
             or fractions[0] == 0
             or not math.isclose(sum(fractions), 1, abs_tol=1e-6)
         ):
             raise ConfigurationError(
-                f"fractions: expected shares of train, val and test that sum to 1, that of train not 0, got "
+                f"fractions: expected those of train, val and test, with sum 1 and that of train not 0, got "
                 f"{list(fractions)}. Use e.g. [0.8, 0.1, 0.1]."
             )
         self.path = Path(path).expanduser()
@@ -198,13 +198,13 @@ class FolderSource(Task):
 
     def _divide(self, listed: dict[int, list[Path]], fractions: Sequence[float]) -> dict[str, list[tuple[Path, int]]]:
         divided: dict[str, list[tuple[Path, int]]] = {split: [] for split in _SPLITS}
-        needed = sum(share > 0 for share in fractions)
+        needed = [split for split, fraction in zip(_SPLITS, fractions, strict=True) if fraction > 0]
         for label, paths in listed.items():
-            if len(paths) < needed:
+            if len(paths) < len(needed):
                 raise DataError(
-                    f"{self.path}: expected at least {needed} images of each class, one for each of "
-                    f"{', '.join(split for split, share in zip(_SPLITS, fractions, strict=True) if share > 0)}, got "
-                    f"{len(paths)} of {list(self._folders)[label]}. Add some, or remove the class."
+                    f"{self.path}: expected at least {len(needed)} images of each class, one for each of "
+                    f"{', '.join(needed)}, got {len(paths)} of {list(self._folders)[label]}. Add some, or remove the "
+                    "class."
                 )
             ordered = sorted(paths, key=self._order)
             start = 0
@@ -286,22 +286,22 @@ def _refuse_corrupt(paths: Sequence[Path]) -> None:
 
 def _without_corrupt(listed: dict[int, list[Path]], root: Path) -> dict[int, list[Path]]:
     corrupt: list[Path] = []
-    kept = {}
+    readable = {}
     for label, paths in listed.items():
         problems = list(_problems(paths, decode=True))
-        kept[label] = [path for path, problem in zip(paths, problems, strict=True) if problem is None]
+        readable[label] = [path for path, problem in zip(paths, problems, strict=True) if problem is None]
         corrupt += [path for path, problem in zip(paths, problems, strict=True) if problem is not None]
     if corrupt:
         from lightning.pytorch.utilities import rank_zero_warn
 
         images = f"{len(corrupt)} image{'s' if corrupt[1:] else ''}"
         rank_zero_warn(f"{root}: left out {images} that cannot be read: {first_few(corrupt)}.")
-    return kept
+    return readable
 
 
 def _counts(count: int, fractions: Sequence[float]) -> list[int]:
     """How many of ``count`` go to train, val and test: at least one where the fraction is not 0."""
-    counts = [max(1, math.floor(count * share + 0.5)) if share > 0 else 0 for share in fractions]
+    counts = [max(1, math.floor(count * fraction + 0.5)) if fraction > 0 else 0 for fraction in fractions]
     counts[0] = count - counts[1] - counts[2]
     while counts[0] < 1:
         larger = 1 if counts[1] >= counts[2] else 2

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import cast
 
 import numpy as np
 
@@ -63,7 +62,7 @@ def split_list(path: Path, folder: Path, entry: DataSetEntry) -> ImageList:
     with reading(path, "a list of file names, one per line"):
         wanted = set(path.read_text(encoding="utf-8").split())
     whole = class_folders(folder, entry)
-    files = cast("Sequence[Path]", whole.pictures)
+    files: list[Path] = whole.pictures
     chosen = np.array([index for index, file in enumerate(files) if file.name in wanted], np.int64)
     missing = wanted - {files[index].name for index in chosen}
     if missing or not len(chosen):
@@ -96,10 +95,6 @@ def join(parts: Sequence[ImageList]) -> ImageList:
     """The images of several lists, those of files in the order that they would have in one folder per class."""
     if len(parts) == 1:
         return parts[0]
-    every = [
-        (file, label)
-        for part in parts
-        for file, label in zip(cast("Sequence[Path]", part.pictures), part.labels.tolist(), strict=True)
-    ]
-    every.sort(key=lambda one: (one[0].parent.name, one[0].name))
-    return ImageList([file for file, _ in every], np.array([label for _, label in every], np.int64))
+    files: list[Path] = [file for part in parts for file in part.pictures]
+    order = sorted(range(len(files)), key=lambda index: (files[index].parent.name, files[index].name))
+    return ImageList([files[index] for index in order], np.concatenate([part.labels for part in parts])[order])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,16 +15,7 @@ from lit_merge.data.images.datasets import FileImages, ImagePreprocessing, Pictu
 from lit_merge.data.images.reading import read_image, upright_rgb
 from lit_merge.errors import DataError, one_line
 
-__all__ = ["ImageList", "Pictures", "StoredImages"]
-
-
-class Pictures(Protocol):
-    """N images that are stored together: an array, or what reads them one at a time."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int, /) -> Any:
-        """A PIL image, or uint8 ``[H, W]`` or ``[H, W, 3]``."""
+__all__ = ["ImageList", "StoredImages"]
 
 
 @dataclass(frozen=True)
@@ -32,14 +23,15 @@ class ImageList:
     """The images of a split with their labels, for no particular model.
 
     Attributes:
-        pictures: files of one image each, or images that are stored together.
+        pictures: paths of files of one image each; or images that are stored together: an array, or what reads them one
+            at a time, each a PIL image or uint8 ``[H, W]`` or ``[H, W, 3]``.
         labels: int64, ``[N]``, in [0, C).
         files: where images that are stored together were read from; empty for files of one image each.
         positions: int64, ``[N]``: which of ``pictures``; None for all.
         border: pixels at every edge of an image file that are no part of the image.
     """
 
-    pictures: Sequence[Path] | Pictures
+    pictures: Any
     labels: np.ndarray
     files: tuple[Path, ...] = ()
     positions: np.ndarray | None = None
@@ -58,7 +50,7 @@ class ImageList:
         if not self.files:
             return self._without_border(self.pictures[position])
         try:
-            picture: Any = self.pictures[position]
+            picture = self.pictures[position]
             if isinstance(picture, np.ndarray):
                 picture = Image.fromarray(np.ascontiguousarray(picture))
             return upright_rgb(picture)
@@ -131,5 +123,5 @@ class StoredImages(PictureImages):
     def content(self) -> Iterator[bytes | memoryview]:
         """Path, size and time of change of the files, which are not read, and which images of them."""
         listed = self._listed
-        yield from map(file_content, listed.files or cast("Sequence[Path]", listed.pictures))
+        yield from map(file_content, listed.files or listed.pictures)
         yield (np.arange(len(listed)) if listed.positions is None else listed.positions).tobytes()

@@ -65,7 +65,7 @@ def _split_lists(entry: DataSetEntry, folder: Path) -> Location:
     def read(split: str) -> ImageList | None:
         return split_list(lists[split], folder / entry.image_folder, entry) if split in lists else None
 
-    return Location("split lists beside class folders", tuple(lists.values()), read, lambda: lists["train"].exists())
+    return Location("split lists next to class folders", tuple(lists.values()), read, lambda: lists["train"].exists())
 
 
 def _class_folders(entry: DataSetEntry, folder: Path, splits: Mapping[str, str]) -> Location:
@@ -91,7 +91,7 @@ def _has_some(folder: Path, entry: DataSetEntry) -> bool:
 
 
 def _authors_sun397(entry: DataSetEntry, folder: Path) -> Location:
-    """With the lists of the authors' first partition in the folder, below it or beside it."""
+    """With the lists of the authors' first partition in the folder, below it or above it."""
     names = {"train": "Training_01.txt", "test": "Testing_01.txt"}
 
     def lists() -> Path | None:

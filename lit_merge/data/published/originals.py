@@ -168,7 +168,7 @@ def _idx(folder: Path, entry: DataSetEntry, train: bool, split: str | None = Non
     labels, labels_path = _idx_array(folder / f"{prefix}-labels-idx1-ubyte", 1)
     if len(images) != len(labels):
         raise DataError(
-            f"{labels_path}: expected the labels of the {len(images)} images beside it, got {len(labels)}. "
+            f"{labels_path}: expected the labels of the {len(images)} images next to it, got {len(labels)}. "
             "Fetch both files again."
         )
     return ImageList(images, checked_labels(labels, entry, labels_path), (images_path, labels_path))
@@ -233,21 +233,14 @@ def _plain_pickle(path: Path) -> dict[Any, Any]:
     """A dict of plain values; nothing that the file names is imported or called."""
     with path.open("rb") as file:
         try:
-            value = read_pickle(file, path.stat().st_size, path, _no_persistent, _not_rebuilt).value
+            none = lambda *_: NotImplemented  # noqa: E731 - no value from elsewhere, no call made
+            value = read_pickle(file, path.stat().st_size, path, none, none).value
         except FileFormatError as error:
             reason = str(error).partition(", got ")[2].partition(". ")[0]
             raise DataError(f"{path}: expected a pickle of values and arrays, got {reason}. Fetch it again.") from error
     if type(value) is not dict:
         raise TypeError("something else than a dict")
     return {key.decode() if isinstance(key, bytes) else key: content for key, content in value.items()}
-
-
-def _no_persistent(identifier: Any) -> Any:
-    raise ValueError("a reference to another file")
-
-
-def _not_rebuilt(function: Any, arguments: tuple[Any, ...]) -> Any:
-    return NotImplemented
 
 
 def _pickled_array(call: Any) -> np.ndarray:
@@ -292,7 +285,7 @@ def _pcam(folder: Path, entry: DataSetEntry, split: str) -> ImageList:
         shape, dtype = _read_volume(images, lambda file: (file["x"].shape, file["x"].dtype))
         if len(shape) != 4 or shape[3] != 3 or dtype != np.uint8:
             raise ValueError(f"{dtype} {list(shape)}")
-    with reading(path, f"an HDF5 file with the {shape[0]} labels of the images beside it as y"):
+    with reading(path, f"an HDF5 file with the {shape[0]} labels of the images next to it as y"):
         labels = _read_volume(path, lambda file: np.asarray(file["y"]).reshape(-1))
         if len(labels) != shape[0]:
             raise ValueError(f"{len(labels)}")

@@ -1,6 +1,6 @@
 """What `lit-merge data prepare` does: it downloads published data sets, through torchvision or from the Hub.
 
-A data set is downloaded into a folder of its own beside its place, checked, and moved there when it is complete. An
+A data set is downloaded into a hidden folder below the root, checked, and moved to its own when it is complete. An
 interrupted download goes on with the archives, or the Hub's files, that it had.
 """
 
@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from lit_merge.data.published.checking import CheckedDataSet, check_data_set, chosen_entries
 from lit_merge.data.published.registry import SUITES, DataSetEntry, data_root
-from lit_merge.errors import ConfigurationError, DataError, LitMergeError
+from lit_merge.errors import ConfigurationError, DataError, LitMergeError, one_line
 
 __all__ = ["prepare"]
 
@@ -82,13 +82,12 @@ def _prepared(one: DataSetEntry, root: Path, way: str, download: Downloader) -> 
     except LitMergeError:
         raise
     except Exception as error:  # whatever the network, the server or an archive leads to
-        reason = " ".join(str(error).split())[:300].rstrip(".") or type(error).__name__
-        kept = any(path.is_file() for path in waiting.rglob("*"))
-        if not kept:
+        some = any(path.is_file() for path in waiting.rglob("*"))
+        if not some:
             shutil.rmtree(waiting, ignore_errors=True)
         raise DataError(
-            f"{one.name}: expected to download it {way}, got {reason}. Check the network, then run the same command "
-            f"again{f': what is complete in {waiting} is kept' if kept else ''}."
+            f"{one.name}: expected to download it {way}, got {one_line(error, 300)}. Check the network, then run the "
+            f"same command again{f': what is complete in {waiting} is used' if some else ''}."
         ) from error
     fetched = check_data_set(one, waiting)
     if fetched.state != "complete":
@@ -158,13 +157,13 @@ def _remove_archives(folder: Path) -> None:
 def _move_into(folder: Path, target: Path) -> None:
     """Move what is in a folder into another one on the same disk, then remove it."""
     for path in sorted(folder.iterdir()):
-        place = target / path.name
-        if place.is_dir() and path.is_dir():
-            _move_into(path, place)
-        elif place.exists():
-            raise DataError(f"{place}: expected nothing there yet, got a file. Move it away and run the command again.")
+        moved = target / path.name
+        if moved.is_dir() and path.is_dir():
+            _move_into(path, moved)
+        elif moved.exists():
+            raise DataError(f"{moved}: expected nothing there yet, got a file. Move it away and run the command again.")
         else:
-            path.rename(place)
+            path.rename(moved)
     folder.rmdir()
 
 
