@@ -260,7 +260,7 @@ def test_models_that_do_not_fit(files, theta, tuned, tmp_path):
     for tensors, line in (
         (
             lacking,
-            r"odd.safetensors: .*the same 10 parameter names, got 3 missing \(layers\.0\.attn\.weight, layers\.1",
+            r"odd.safetensors: .*the same 10 parameters, got 3 missing \(layers\.0\.attn\.weight, layers\.1",
         ),
         ({**theta, "extra": torch.ones(1)}, r"1 unexpected \(extra\)"),
         (wide, r"7 of another shape \(.*\(18, 6\) instead of \(9, 6\).* and 4 more\)\."),
@@ -322,6 +322,15 @@ def test_shards_out(files, theta, tmp_path):
     (result.output / "config.json").write_text("{}")  # the user's own
     merge(**again, overwrite=True)
     assert left(result.output) == ["README.md", "config.json", "model.safetensors"]
+
+
+def test_shards_say_how_the_whole_was_rounded(files, tmp_path):
+    settings = {**files, "recipe": "ties", "kind": "task_vector", "dtype": "bfloat16"}
+    whole = merge(**settings, output=str(tmp_path / "v.safetensors")).output
+    shards = merge(**settings, output=str(tmp_path / "v"), shard_size="300B").output
+    expected = TaskVector.load(whole).metadata["storage"]
+    assert json.loads(expected)["relative_error"] > 0
+    assert TaskVector.load(shards, verify=True).metadata["storage"] == expected
 
 
 def test_a_folder_takes_one_file_as_well(files, tmp_path):
