@@ -13,12 +13,29 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "lit_merge"
 
-ORDER = (
-    *("_version", "errors", "naming", "params", "files", "functional", "checkpoints", "vectors", "transforms"),
-    *("report", "models", "data", "metrics", "modules", "callbacks", "evaluation", "suite", "commands"),
-    *("__init__", "__main__"),
-)
-"""The rooms from the ground up: each may import those before it, and no other."""
+LOOSE = ("_version", "errors", "naming", "params")
+"""The files on which everything stands; ``__init__`` and ``__main__`` are the roof."""
+
+ROOMS = {
+    "files": "bytes on disk: text, tensors, shards, cache, hf://",
+    "functional": "pure functions: linearise, combine, entropy",
+    "checkpoints": "other programs' files, opened and differenced",
+    "vectors": "task vectors, coefficients, where they are stored",
+    "transforms": "task vectors to task vectors; recipes",
+    "report": "tables, figures, the page",
+    "models": "networks, heads, parametrisations, θ0 + τ",
+    "data": "tasks, batches, data modules",
+    "metrics": "what is measured of models and vectors",
+    "modules": "the LightningModules, objectives, penalties",
+    "callbacks": "what happens while a module trains",
+    "evaluation": "search, soup, statistics, analysis",
+    "suite": "stages, their keys, the engines that run them",
+    "commands": "what lit-merge can be told to do",
+}
+"""The rooms from the ground up, and what is in each."""
+
+ORDER = (*LOOSE, *ROOMS, "__init__", "__main__")
+"""From the ground up: each may import those before it, and no other."""
 
 
 def room_of(module: str) -> str:
@@ -93,41 +110,44 @@ def circles(graph: Mapping[str, Iterable[str]]) -> list[list[str]]:
     return found
 
 
-def picture(graph: Mapping[str, Mapping[str, list[str]]], lines: Mapping[str, int]) -> str:
-    """The rooms as SVG, the ground floor at the bottom; an arrow for every import that no other path implies."""
-    rooms = [room for room in ORDER if room in graph and not room.startswith("__")]
-    level: dict[str, int] = {}
-    for room in rooms:
-        level[room] = 1 + max((level[target] for target in graph[room] if target in level), default=-1)
-    floors = [[room for room in rooms if level[room] == floor] for floor in range(1 + max(level.values()))]
-    wide, high, across, up = 132, 34, 156, 70
-    width = across * max(map(len, floors)) + 40
-    height = up * len(floors) + 30
-    place = {}
-    for floor, inside in enumerate(floors):
-        start = (width - across * len(inside)) / 2
-        for position, room in enumerate(inside):
-            place[room] = (start + across * position + (across - wide) / 2, height - up * (floor + 1))
+def picture(graph: Mapping[str, Iterable[str]]) -> str:
+    """The rooms as SVG, the ground at the bottom; a line for every import that no other path implies.
+
+    Of two rooms one above the other the line is straight, otherwise an arc on the right, the wider the further it goes:
+    it leaves the upper room and ends, with an arrowhead, in the one that is imported.
+    """
+    ground = ", ".join(LOOSE[1:])
+    bars = {ground: "loose files", **{room: text for room, text in ROOMS.items() if room in graph}}
+    rooms = list(bars)
+    wide, high, up, left, top = 450, 32, 48, 10, 10
+    y = {room: top + up * (len(rooms) - 1 - floor) for floor, room in enumerate(rooms)}
+    width, height = left + wide + 160, top + up * len(rooms)
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:.0f} {height}" font-family="sans-serif">',
-        '<defs><marker id="end" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="6" markerHeight="6" orient="auto">'
-        '<path d="M0,0L8,4L0,8z" fill="#789"/></marker></defs>',
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif">',
+        '<defs><marker id="end" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" markerHeight="7" orient="auto">'
+        '<path d="M0,0L8,4L0,8z" fill="#567"/></marker></defs>',
+        f'<rect width="{width}" height="{height}" fill="#fff"/>',
     ]
+    merged = {room: {ground if to in LOOSE else to for to in graph.get(room, ())} & set(rooms) for room in rooms}
+    for room in reversed(rooms):
+        implied = {below for target in merged[room] for below in _below(merged, target)}
+        for target in sorted(merged[room] - implied, key=rooms.index):
+            floors = rooms.index(room) - rooms.index(target)
+            start, end = y[room] + high, y[target]
+            if floors == 1:
+                middle = left + wide // 2
+                path = f"M{middle},{start}L{middle},{end}"
+            else:
+                side, reach = left + wide, 24 * floors
+                start, end = y[room] + high - 8, y[target] + 8
+                path = f"M{side},{start}C{side + reach},{start} {side + reach},{end} {side + 1},{end}"
+            parts.append(f'<path d="{path}" fill="none" stroke="#567" stroke-width="1.3" marker-end="url(#end)"/>')
     for room in rooms:
-        direct = set(graph[room]) & set(place)
-        implied = {below for target in direct for below in _below(graph, target)}
-        for target in sorted(direct - implied):
-            (x, y), (to_x, to_y) = place[room], place[target]
-            parts.append(
-                f'<line x1="{x + wide / 2:.0f}" y1="{y + high:.0f}" x2="{to_x + wide / 2:.0f}" y2="{to_y:.0f}" '
-                'stroke="#789" marker-end="url(#end)"/>'
-            )
-    for room, (x, y) in place.items():
+        shift = 200 if room == ground else 112
         parts.append(
-            f'<rect x="{x:.0f}" y="{y:.0f}" width="{wide}" height="{high}" rx="6" fill="#eef3f8" stroke="#456"/>'
-            f'<text x="{x + wide / 2:.0f}" y="{y + 15:.0f}" text-anchor="middle" font-size="13">{escape(room)}</text>'
-            f'<text x="{x + wide / 2:.0f}" y="{y + 28:.0f}" text-anchor="middle" font-size="10" fill="#567">'
-            f"{lines[room]:,} lines</text>"
+            f'<rect x="{left}" y="{y[room]}" width="{wide}" height="{high}" rx="5" fill="#eef3f8" stroke="#456"/>'
+            f'<text x="{left + 10}" y="{y[room] + 21}" font-size="14" font-weight="bold" fill="#123">{room}</text>'
+            f'<text x="{left + shift}" y="{y[room] + 21}" font-size="12" fill="#345">{escape(bars[room])}</text>'
         )
     return "\n".join([*parts, "</svg>", ""])
 
@@ -161,12 +181,8 @@ def _named(node: ast.AST) -> list[str]:
 
 def main() -> None:
     """Write the picture."""
-    lines: dict[str, int] = {}
-    for file in PACKAGE.rglob("*.py"):
-        room = room_of(_name(file, PACKAGE))
-        lines[room] = lines.get(room, 0) + len(file.read_text(encoding="utf-8").splitlines())
     path = Path(__file__).with_name("rooms.svg")
-    path.write_text(picture(room_imports(module_imports()), lines), encoding="utf-8")
+    path.write_text(picture(room_imports(module_imports())), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import json
 import re
 import shutil
@@ -117,6 +118,28 @@ def test_every_file_that_a_page_names_exists() -> None:
         names = re.findall(r"`((?:lit_merge|benchmarks|docs|configs|tests)/[\w./-]+\.\w+)`", text)
         missing += [f"{page}: {name}" for name in names if not (ROOT / name).exists()]
     assert not missing
+
+
+def test_the_picture_of_the_rooms_is_of_this_package() -> None:
+    specification = importlib.util.spec_from_file_location("rooms", DOCS / "rooms.py")
+    assert specification is not None
+    assert specification.loader is not None
+    rooms = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(rooms)
+    drawn = rooms.picture(rooms.room_imports(rooms.module_imports()))
+    assert (DOCS / "rooms.svg").read_text(encoding="utf-8") == drawn, "run python docs/rooms.py"
+    room = next(iter(rooms.ROOMS))
+    assert rooms.picture({**rooms.room_imports(rooms.module_imports()), room: {"commands": []}}) != drawn
+
+
+def test_every_room_is_on_the_page_of_the_architecture() -> None:
+    text = (DOCS / "architecture.md").read_text(encoding="utf-8")
+    rooms = [path.name for path in (ROOT / "lit_merge").iterdir() if (path / "__init__.py").exists()]
+    assert rooms
+    assert [room for room in rooms if f"| `{room}` |" not in text] == []
+    named = re.findall(r"`((?:%s)/[\w/]+(?:\.py|/)?)`" % "|".join(rooms), text)  # noqa: UP031
+    there = [ROOT / "lit_merge" / name for name in named]
+    assert [str(path) for path in there if not path.exists() and not path.with_suffix(".py").exists()] == []
 
 
 def test_navigation_has_every_page() -> None:
