@@ -7,7 +7,7 @@ import importlib
 import inspect
 import re
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -17,7 +17,7 @@ from jsonargparse import ArgumentParser, Namespace, get_loader, set_loader
 from lit_merge.errors import ConfigurationError, did_you_mean, one_line
 from lit_merge.files.yaml_limits import check_yaml
 
-__all__ = ["CommandParser", "NearestNames", "configurations", "refuse_saved_permissions"]
+__all__ = ["CommandParser", "NearestNames", "configurations", "refuse_saved_permissions", "refuse_urls"]
 
 _DONE = "\x1f"  # on both sides of what a class's own parser has said already
 _SAID = re.compile(rf"(?:class_path '(?:\w+\.)*(\w+)':\s*)?{_DONE}([^{_DONE}]*){_DONE}")
@@ -101,14 +101,12 @@ class CommandParser(NearestNames, ArgumentParser):
 
 
 def configurations(arguments: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """The content of every ``--config``, a file or YAML itself; what cannot be read is for the parser to say."""
-    for text, _ in _configured(arguments):
-        try:
-            content = yaml.safe_load(text)
-        except (ValueError, yaml.YAMLError):
-            continue
-        if isinstance(content, dict):
-            yield content
+    """The content of every ``--config``, a file or YAML itself; what cannot be read is for the parser to say.
+
+    Raises:
+        ConfigurationError: one is a URL, or its aliases stand for too much.
+    """
+    yield from (content for content, _ in _configured(arguments))
 
 
 def refuse_saved_permissions(arguments: Sequence[str]) -> None:
@@ -117,28 +115,50 @@ def refuse_saved_permissions(arguments: Sequence[str]) -> None:
     Raises:
         ConfigurationError: a file holds it.
     """
-    for text, file in _configured(arguments):
-        if file is not None and re.search(r"^\s*overwrite\s*:\s*(true|yes|on)\s*(#.*)?$", text, re.M | re.I):
+    for content, file in _configured(arguments):
+        if file is not None and content.get("overwrite"):
             raise ConfigurationError(
                 f"overwrite: expected on the command line only, got {file} with overwrite: true. Remove it from the "
                 "file, and add --overwrite true if this output may be replaced."
             )
 
 
-def _configured(arguments: Sequence[str]) -> Iterator[tuple[str, Path | None]]:
-    """The text of every ``--config``, and the file that it comes from."""
+def refuse_urls(settings: Mapping[str, Any], owner: str = "") -> None:
+    """Refuse addresses of the web where paths are expected.
+
+    Args:
+        settings: name -> value, of which texts, and those in lists and dictionaries, are looked at.
+        owner: what goes before the names in the message.
+
+    Raises:
+        ConfigurationError: one of them is an address.
+    """
+    for name, value in settings.items():
+        values = value.values() if isinstance(value, dict) else value if isinstance(value, list) else [value]
+        if urls := [one for one in values if isinstance(one, str) and re.fullmatch(r"https?://\S+", one)]:
+            raise ConfigurationError(
+                f"{owner}{name}: expected a path, or hf://owner/name/file on the Hugging Face Hub, got {urls[0]}: URLs "
+                "are not read. Download it first."
+            )
+
+
+def _configured(arguments: Sequence[str]) -> Iterator[tuple[dict[str, Any], Path | None]]:
+    """The content of every ``--config``, and the file that it comes from."""
     for position, argument in enumerate(arguments):
         option, equals, value = argument.partition("=")
-        if option in ("-c", "--config"):
-            value = value if equals else next(iter(arguments[position + 1 : position + 2]), "")
-            try:
-                text, file = (
-                    (Path(value).read_text(encoding="utf-8"), Path(value)) if Path(value).is_file() else (value, None)
-                )
-            except (OSError, ValueError):
-                continue
+        if option not in ("-c", "--config"):
+            continue
+        value = value if equals else next(iter(arguments[position + 1 : position + 2]), "")
+        refuse_urls({"config": value})
+        try:
+            file = Path(value) if Path(value).is_file() else None
+            text = file.read_text(encoding="utf-8") if file is not None else value
             check_yaml(text, str(file or "config"))
-            yield text, file
+            content = yaml.safe_load(text)
+        except (OSError, ValueError, RecursionError, yaml.YAMLError):
+            continue
+        if isinstance(content, dict):
+            yield content, file
 
 
 def _hint(name: str, known: Iterable[str]) -> str:

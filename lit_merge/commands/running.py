@@ -67,7 +67,7 @@ def _unknown(command: str, known: list[str]) -> ConfigurationError:
 def _run(command: Command, function: Callable[..., Any], arguments: Sequence[str]) -> Any:
     from jsonargparse import ActionConfigFile
 
-    from lit_merge.commands.parsing import CommandParser, refuse_saved_permissions
+    from lit_merge.commands.parsing import CommandParser, refuse_saved_permissions, refuse_urls
 
     refuse_saved_permissions(arguments)
     typed, left_out = _typed(function, set(_settings_in(arguments)))
@@ -85,6 +85,7 @@ def _run(command: Command, function: Callable[..., Any], arguments: Sequence[str
     resolved = parser.dump(saved, skip_none=False, skip_validation=True)
     settings = parser.instantiate_classes(config)
     settings.pop("config", None)
+    refuse_urls(settings.as_dict())
     RESOLVED.set(resolved if command.name == "merge" else "")  # of no merge within another command
     result = function(**settings.as_dict())
     if isinstance(result, str | Path):

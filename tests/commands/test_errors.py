@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -177,6 +178,52 @@ def test_wrong_values(arguments, expected, refused) -> None:
 def test_a_damaged_configuration(refused) -> None:
     Path("broken.yaml").write_text("model: [1, 2\n")
     assert "line 2" in refused(["fit", "--config=broken.yaml"], 2)
+
+
+def test_aliases_that_stand_for_too_much_are_refused_at_once(refused) -> None:
+    lines = ["a0: &a0 [1, 1, 1, 1, 1, 1, 1, 1, 1]"]
+    lines += [f"a{level}: &a{level} [{', '.join([f'*a{level - 1}'] * 9)}]" for level in range(1, 10)]
+    Path("bomb.yaml").write_text("\n".join(lines))
+    Path("itself.yaml").write_text("trainer: &a [*a]\n")
+    started = time.process_time()
+    for name in ("bomb.yaml", "itself.yaml"):
+        for command in ("fit", "merge", "suite", "inspect", "data list"):
+            line = refused([*command.split(), "--config", name], 2)
+            assert line.startswith(f"{name}: expected YAML of at most 100,000 nodes")
+    text = Path("bomb.yaml").read_text()
+    assert "expected YAML of at most 100,000 nodes" in refused(
+        [*MERGE, "--settings", f"{{{', '.join(text.splitlines())}}}"], 2
+    )
+    assert time.process_time() - started < 5
+
+
+def test_aliases_and_long_files_are_taken(capsys) -> None:
+    Path("fine.yaml").write_text(
+        f"vectors: &v [{', '.join(f'a{number}' for number in range(2000))}]\ntasks: *v\noutput: m\n"
+    )
+    assert main(["merge", "--config", "fine.yaml", "--print_config"]) == 0
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "fit --data.path http://host/images",
+        "fit --data.task digits --ckpt_path https://host/a.ckpt",
+        "fit --data.task digits --model.weights https://host/a.safetensors",
+        "fit --config https://host/fit.yaml",
+        "predict --data.task digits --data.predict_path https://host/a.png",
+        "test --data.task digits --output http://host/folder",
+        "merge --vectors [https://host/a.safetensors] --recipe ties --output m.safetensors",
+        "merge --vectors [a.safetensors] --recipe ties --output http://host/m.safetensors",
+        "suite --output S --paths {mine:\xa0http://host/images}",
+        "report --results http://host/results.json",
+        "inspect https://host/a.safetensors",
+    ],
+)
+def test_a_url_as_a_path(line, refused) -> None:
+    said = refused([part.replace("\xa0", " ") for part in line.split(" ")], 2)
+    assert "hf://owner/name/file on the Hugging Face Hub, got http" in said
+    assert "URLs are not read. Download it first." in said
 
 
 # The machine
@@ -390,7 +437,7 @@ def test_networks_without_what_a_regime_is_about(tiny, clip_config, refused) -> 
         (["--model.trainable=LastBlocks", "--model.trainable.count=1"], "LastBlocks: expected a network with numbered"),
         (["--model.rates=LinLR"], "LinLR(): expected a network with numbered blocks, got 2 parameters without"),
         (["--model.lora.rank=2"], "attention paradigm 1: expected a network with attention blocks"),
-        (["--model.linearized=true"], "head: expected one for a module that is no CLIP, got none. Pass head="),
+        (["--model.linearized=true"], "which is no CLIP, got none. Pass head="),
     ):
         assert refused([*own, *options], 2).startswith(expected)
     odd = [*own, "--model.encoder=own_networks.Odd", "--model.head=torch.nn.Identity", "--model.linearized=true"]

@@ -14,6 +14,7 @@ from typing import Any
 import lightning as L
 import torch.distributed
 import yaml
+from jsonargparse import Namespace
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger
@@ -21,7 +22,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lit_merge.callbacks import ExtractTaskVector, WriteMerge, WriteMetrics, WritePredictions
-from lit_merge.commands.parsing import NearestNames, configurations, refuse_saved_permissions
+from lit_merge.commands.parsing import NearestNames, configurations, refuse_saved_permissions, refuse_urls
 from lit_merge.commands.training.checkpoint_settings import given_settings, reconciled
 from lit_merge.commands.training.run_directory import RunDirectory
 from lit_merge.commands.training.run_files import EpochBar, Rescue, arrange, check_room
@@ -142,6 +143,10 @@ class LitMergeCLI(LightningCLI):
     def _parse_ckpt_path(self) -> None:
         """Claim the run directory before anything expensive happens, then take over the checkpoint's settings."""
         settings = self.config[self.command]
+        refuse_urls({name: settings.get(name) for name in ("output", "ckpt_path")})
+        for key in _CLASSES:
+            if str(settings[key].get("class_path")).startswith("lit_merge."):  # another's may know addresses
+                refuse_urls((settings[key].get("init_args") or Namespace()).as_dict(), f"{key}.")
         checkpoint = str(settings["ckpt_path"]) if settings.get("ckpt_path") is not None else None
         self.run_directory = RunDirectory(self.command, settings["output"], settings["overwrite"], checkpoint)
         settings["ckpt_path"] = checkpoint = self.run_directory.checkpoint
