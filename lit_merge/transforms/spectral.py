@@ -16,8 +16,9 @@ from torch import Tensor
 from lit_merge.params import is_finite
 from lit_merge.transforms.base import Transform
 from lit_merge.transforms.magnitudes import count_of
-from lit_merge.transforms.matrices import check_pattern, reduce_matrices
+from lit_merge.transforms.matrices import check_pattern, decomposition, reduce_matrices
 from lit_merge.vectors import TaskVectors
+from lit_merge.vectors.sources import Work
 
 __all__ = ["IsoC", "IsoCTS", "TSVMerge"]
 
@@ -58,7 +59,7 @@ class TSVMerge(Transform):
 
     def __call__(self, vectors: TaskVectors) -> TaskVectors:
         """Reduce stacks ``(T, *shape)`` to ``(1, *shape)``."""
-        return reduce_matrices(self, self.exclude, vectors, partial(_tsv_merged, self.rank_fraction))
+        return reduce_matrices(self, self.exclude, vectors, partial(_tsv_merged, self.rank_fraction), _joining_work)
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ class IsoC(Transform):
 
     def __call__(self, vectors: TaskVectors) -> TaskVectors:
         """Reduce stacks ``(T, *shape)`` to ``(1, *shape)``."""
-        return reduce_matrices(self, self.exclude, vectors, _iso_c)
+        return reduce_matrices(self, self.exclude, vectors, _iso_c, _iso_c_work)
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,7 @@ class IsoCTS(Transform):
 
     def __call__(self, vectors: TaskVectors) -> TaskVectors:
         """Reduce stacks ``(T, *shape)`` to ``(1, *shape)``."""
-        return reduce_matrices(self, self.exclude, vectors, partial(_iso_cts, self.common_fraction))
+        return reduce_matrices(self, self.exclude, vectors, partial(_iso_cts, self.common_fraction), _joining_work)
 
 
 def _triplets(matrix: Tensor, most: int, largest: Tensor | None = None) -> _Triplets:
@@ -160,3 +161,16 @@ def _iso_cts(common_fraction: float, stack: Tensor) -> Tensor:
         parts.append(_triplets(rest, count, torch.linalg.matrix_norm(matrix, 2)))  # rounding leaves a rest of nothing
     left, values, right = _joined(parts)
     return (left * values.mean()) @ right
+
+
+def _iso_c_work(tasks: int, rows: int, columns: int, itemsize: int) -> Work:
+    return decomposition(rows, columns, itemsize)
+
+
+def _joining_work(tasks: int, rows: int, columns: int, itemsize: int) -> Work:
+    """Of every task's triplets, of their vectors side by side, r together, and of the products of these."""
+    rank = min(rows, columns)
+    parts = [decomposition(rows, columns, itemsize)] * (tasks + 1)
+    parts += [decomposition(rows, rank, itemsize), decomposition(rank, columns, itemsize)]
+    work = Work.together([*parts, Work(0, 4.0 * rows * columns * rank)])
+    return Work(work.memory + 2 * (rows + columns) * rank * itemsize, work.operations)

@@ -6,7 +6,8 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from lit_merge.vectors.task_vector import TaskVector
     from lit_merge.vectors.task_vectors import TaskVectors
 
-__all__ = ["Elements", "Reader", "Rows", "Source", "Stacks", "Subset", "Union"]
+__all__ = ["Elements", "Reader", "Rows", "Source", "Stacks", "Subset", "Union", "Work"]
 
 _ELEMENTS_IN_CACHE = 1 << 20  # four MiB of float32: larger ones leave the processor's cache, smaller ones cost calls
 _FEWEST_ELEMENTS = 1 << 12  # below, the cost of calling an operator is no longer small beside its work
@@ -30,6 +31,29 @@ _FEWEST_ELEMENTS = 1 << 12  # below, the cost of calling an operator is no longe
 
 Reader = Callable[[int, int], Tensor]
 """``(start, stop)`` -> those elements of a flattened stack, a new chunk ``(T, stop - start)``."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """What computing the stack of one parameter takes beyond reading it.
+
+    Attributes:
+        memory: bytes of temporaries at most, beside the stacks themselves.
+        operations: floating-point operations of matrix products and decompositions.
+    """
+
+    memory: int = 0
+    operations: float = 0.0
+
+    @staticmethod
+    def together(parts: Iterable[Work]) -> Work:
+        """Of what is computed one after the other."""
+        listed = list(parts)
+        return Work(max((one.memory for one in listed), default=0), sum(one.operations for one in listed))
+
+
+WorkOf = Callable[[str, torch.Size, int], Work]
+"""``(name, shape, itemsize)`` of a stack ``(T, *shape)`` -> the work of a function of it."""
 
 
 class Source(ABC):
@@ -51,6 +75,10 @@ class Source(ABC):
     def chunk_length(self, name: str) -> int:
         """How many elements a chunk should have."""
         raise NotImplementedError
+
+    def work(self, name: str) -> Work:
+        """What computing the stack takes."""
+        return Work()
 
 
 class Rows(Source):
@@ -112,9 +140,18 @@ class _Computed(Source):
         function: Callable[..., Tensor],
         count: int,
         note: str,
+        work: WorkOf | None = None,
     ) -> None:
         self.source, self.others, self.function, self.count, self.note = source, others, function, count, note
+        self._work = work
         self.reads = source.walk + sum(view.walk for view in others)
+
+    def work(self, name: str) -> Work:
+        views = [view.work(name) for view in (self.source, *self.others)]
+        own = (
+            [] if self._work is None else [self._work(name, self.source.shape(name), self.source.dtype(name).itemsize)]
+        )
+        return Work.together([*views, *own])
 
 
 class Stacks(_Computed):
@@ -183,6 +220,9 @@ class Subset(Source):
     def chunk_length(self, name: str) -> int:
         return self.source.chunk_length(name)
 
+    def work(self, name: str) -> Work:
+        return self.source.work(name)
+
 
 class Union(Source):
     """Stacks of several views that have different parameters."""
@@ -197,6 +237,9 @@ class Union(Source):
 
     def reader(self, name: str) -> Reader:
         return self.views[name].reader(name)
+
+    def work(self, name: str) -> Work:
+        return self.views[name].work(name)
 
 
 def _checked(stack: Tensor, shape: tuple[int, ...], dtype: torch.dtype, note: str, name: str) -> Tensor:

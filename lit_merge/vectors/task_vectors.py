@@ -15,7 +15,7 @@ from lit_merge.errors import ConfigurationError, first_few
 from lit_merge.files.lazy import Computed, LazyMapping, Structure
 from lit_merge.params import check_same_structure, working_dtype
 from lit_merge.vectors.global_value import Statistic
-from lit_merge.vectors.sources import Elements, Reader, Rows, Source, Stacks, Subset, Union
+from lit_merge.vectors.sources import Elements, Reader, Rows, Source, Stacks, Subset, Union, Work, WorkOf
 from lit_merge.vectors.task_vector import TaskVector, joined_task, same_base
 from lit_merge.vectors.threads import ordered_map
 
@@ -242,6 +242,10 @@ class TaskVectors(LazyMapping):
 
         return ordered_map(apply, jobs())
 
+    def work(self, name: str) -> Work:
+        """What computing one stack takes beyond reading it: memory of temporaries, operations on matrices."""
+        return self._source.work(name)
+
     def chunk_length(self, name: str) -> int:
         """Elements per chunk: about two MiB for all inputs together; on an accelerator the whole parameter."""
         return self._inputs._source.chunk_length(name)
@@ -253,6 +257,7 @@ class TaskVectors(LazyMapping):
         note: object = "",
         others: Sequence[TaskVectors] = (),
         statistics: Sequence[Statistic[Any]] = (),
+        work: WorkOf | None = None,
     ) -> TaskVectors:
         """A new lazy view whose stacks are ``function(name, stack)``, for what needs whole parameters.
 
@@ -264,12 +269,13 @@ class TaskVectors(LazyMapping):
             note: added to the provenance as a string; a transform passes itself.
             others: more views of the same parameters, read side by side.
             statistics: what the function calls to know about all parameters.
+            work: from the name, shape and itemsize of a stack to what the function takes, for plans.
 
         Returns:
             The view. ``StructureMismatchError`` is raised on access if the function returns another shape or dtype.
         """
         names = _row_tasks(self, tasks)
-        source = Stacks(self, tuple(others), function, len(names), str(note) or "function")
+        source = Stacks(self, tuple(others), function, len(names), str(note) or "function", work)
         return self._view(source, names, str(note), _needed(others, statistics))
 
     def map_elements(
