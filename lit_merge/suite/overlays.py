@@ -15,7 +15,7 @@ from lit_merge.suite.settings import combine
 
 __all__ = ["with_parts"]
 
-_PARTS = ("data", "fit", "joint", "recipes", "test")
+_PARTS = ("data", "fit", "joint", "network", "recipes", "sources", "test")
 
 
 class _Loader(yaml.SafeLoader):
@@ -28,11 +28,12 @@ _Loader.add_implicit_resolver(
 
 
 def with_parts(arguments: Sequence[str]) -> list[str]:
-    """A suite's command line with ``fit``, ``test``, ``joint``, ``data`` and ``recipes`` given once, each as a whole.
+    """A suite's command line with its parts (``fit``, ``test``, ``recipes``, …) given once, each as a whole.
 
     Each of these parts may be a YAML file, or a list of such files and of settings, later ones over earlier ones. In a
     configuration file their paths are relative to it. A part that is given later replaces an earlier one;
-    ``--fit.trainer.max_steps 3`` changes one setting and keeps the others.
+    ``--fit.trainer.max_steps 3`` changes one setting and leaves the others. A recipe may be a method's name, a list of
+    parts or a transform by class path instead of a mapping of what :class:`~lit_merge.suite.recipe.Recipe` takes.
 
     Args:
         arguments: what follows ``suite``.
@@ -42,12 +43,12 @@ def with_parts(arguments: Sequence[str]) -> list[str]:
     """
     others: list[str] = []
     parts: dict[str, Any] = {}
-    place = 0
-    while place < len(arguments):
-        option, equals, value = arguments[place].partition("=")
+    position = 0
+    while position < len(arguments):
+        option, equals, value = arguments[position].partition("=")
         name = option.removeprefix("--")
-        follows = not equals and place + 1 < len(arguments)
-        value = arguments[place + 1] if follows else value
+        follows = not equals and position + 1 < len(arguments)
+        value = arguments[position + 1] if follows else value
         if option in ("-c", "--config") and (content := _configuration(value)) is not None:
             folder = Path(value).parent if Path(value).is_file() else Path()
             for key in [key for key in content if _part_of(key)]:
@@ -56,9 +57,11 @@ def with_parts(arguments: Sequence[str]) -> list[str]:
         elif option.startswith("--") and _part_of(name) and (equals or follows):
             _assign(parts, name, _loaded(value), Path())
         else:
-            others.append(arguments[place])
+            others.append(arguments[position])
             follows = False
-        place += 1 + follows
+        position += 1 + follows
+    if isinstance(recipes := parts.get("recipes"), dict):
+        parts["recipes"] = {name: _recipe(one) for name, one in recipes.items()}
     return [*(f"--{name}={json.dumps(part)}" for name, part in parts.items()), *others]
 
 
@@ -109,6 +112,12 @@ def _read(name: str, value: Any, folder: Path) -> dict[str, Any]:
             f"{name}: expected a YAML file of settings, got {path}, which holds {type(content).__name__}. Name another."
         )
     return content
+
+
+def _recipe(value: Any) -> Any:
+    if isinstance(value, str | list):
+        return {"recipe" if isinstance(value, str) else "parts": value}
+    return {"transform": value} if isinstance(value, dict) and "class_path" in value else value
 
 
 def _loaded(value: str) -> Any:

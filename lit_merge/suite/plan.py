@@ -9,11 +9,18 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from lit_merge._version import __version__
 from lit_merge.data.published.task import PublishedSource
-from lit_merge.errors import ConfigurationError
+from lit_merge.data.sources import Task
+from lit_merge.errors import ConfigurationError, LitMergeError
+from lit_merge.files.cache import Cache
+from lit_merge.models.encoder import weights_path
+from lit_merge.models.network import ClipNetwork, Network
 from lit_merge.report.results import INDIVIDUAL, JOINT, ZERO_SHOT
+from lit_merge.suite.ledger import FileLedger
+from lit_merge.suite.objects import build
 from lit_merge.suite.results import suite_results
-from lit_merge.suite.scheduler import Conductor, Stage, folder_digest
+from lit_merge.suite.scheduler import Scheduler, Stage
 from lit_merge.suite.settings import SuiteSettings, combine
 
 __all__ = ["SuitePlan"]
@@ -33,9 +40,9 @@ class SuitePlan(SuiteSettings):
         """All of them; none comes before one that it depends on, unless a recipe names that one's output.
 
         Raises:
-            ConfigurationError: a recipe names a file in the suite's directory that no stage writes.
+            LitMergeError: the model or a task cannot be opened, or a recipe names a file in the suite's directory that
+                no stage writes.
         """
-        self._images = self._digests()
         found = [self._test_all("zero-shot", {})]
         for seed in self.seeds:
             fits = {task: self._fit(seed, task) for task in self.tasks}
@@ -58,6 +65,42 @@ class SuitePlan(SuiteSettings):
                     )
         return found
 
+    @cached_property
+    def ledger(self) -> FileLedger:
+        """The hashes of the tasks' files and the base model's, which a later run finds in ``data-digests.json``."""
+        return FileLedger(self.directory / "data-digests.json", self.directory)
+
+    @cached_property
+    def data_module(self) -> Any:
+        """The data module of all tasks; every folder has been looked into."""
+        from lit_merge.data.multitask import MultiTaskDataModule
+
+        arguments = self.all_data()["init_args"]
+        if self.sources:
+            arguments = {**arguments, "sources": {name: self._source(name) for name in self.sources}}
+        data = MultiTaskDataModule(**arguments)
+        assert all(module.classes for module in data.tasks.values())
+        return data
+
+    @cached_property
+    def model_description(self) -> dict[str, Any]:
+        """Name, fingerprint and number of parameters of the network; of known weights they are found in the cache."""
+        cache, key = Cache("models"), None
+        if self.network is None and (weights := weights_path(self.model, self.pretrained)) is not None:
+            config = self.ledger.digest(self.model) if Path(self.model).is_file() else self.model
+            key = cache.key([__version__, config, self.pretrained, self.ledger.tree_digest(weights)])
+            if (known := cache.value(key)) is not None:
+                return dict(known)
+        network: Network = ClipNetwork(self.model, self.pretrained) if self.network is None else self._network()
+        described = {
+            "name": network.name,
+            "fingerprint": network.fingerprint,
+            "parameters": sum(parameter.numel() for parameter in network.module.parameters()),
+        }
+        if key is not None:
+            cache.write_value(key, described)
+        return described
+
     def check(self, check_configuration: Callable[[str, dict[str, Any]], None]) -> None:
         """Refuse what some stage would refuse, before the first one runs.
 
@@ -70,26 +113,24 @@ class SuitePlan(SuiteSettings):
             SystemExit: a setting of fit, test, joint or a learned recipe is unknown; the parser has said so on the
                 standard error.
         """
-        from lit_merge.models.encoder import load_clip
-
         self._check_names()
         for name, recipe in self.recipes.items():
-            recipe.check(self.directory)
+            try:
+                recipe.check(self.directory)
+            except LitMergeError as error:
+                raise type(error)(f"recipes.{name}: {error}") from error
             if recipe.collected == "gram" and self.evaluated_linearized:
                 raise ConfigurationError(
                     "recipes: expected none by Gram matrices of linearised models, whose layers have inputs of two "
                     f"kinds, got {name}. Leave it out: --recipes.{name}=null."
                 )
-        self._modules = self.data_module().tasks
-        clip = load_clip(self.model, self.pretrained)
-        self._pretrained = {
-            "name": clip.name,
-            "fingerprint": clip.fingerprint,
-            "parameters": sum(parameter.numel() for parameter in clip.visual.parameters()),
-        }
+        assert self.data_module
+        assert self.model_description
         seed, task = self.seeds[0], self.tasks[0]
         check_configuration("fit", self.fit_config(seed, task))
         check_configuration("test", self.test_config(self.task_data(task, seed), {}))
+        if "model" in self.test:
+            check_configuration("test", self.test_config(self.all_data(), {}))
         if self.joint is not None:
             check_configuration("fit", self.joint_config(seed))
         for recipe in self.recipes.values():
@@ -97,6 +138,14 @@ class SuitePlan(SuiteSettings):
                 check_configuration("fit", self.learned_config(seed, recipe, []))
 
     def _check_names(self) -> None:
+        given = [
+            name for name, value in (("model", self.model != "lit-tiny"), ("pretrained", self.pretrained)) if value
+        ]
+        if self.network is not None and given:
+            raise ConfigurationError(
+                f"network: expected no {given[0]} together with it, got {getattr(self, given[0])!r}. Put it into the "
+                "network's init_args."
+            )
         wrong = [name for name in [*self.tasks, *self.recipes] if not re.fullmatch(r"[\w-]+", name)]
         if wrong:
             raise ConfigurationError(
@@ -110,53 +159,63 @@ class SuitePlan(SuiteSettings):
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise ConfigurationError(f"seeds: expected at least one, each once, got {self.seeds}. Use e.g. [0, 1, 2].")
 
-    def data_module(self) -> Any:
-        """The data module of all tasks; every folder has been looked into."""
-        from lit_merge.data.multitask import MultiTaskDataModule
-
-        data = MultiTaskDataModule(**self.all_data()["init_args"])
-        assert all(module.classes for module in data.tasks.values())
-        return data
-
     def description(self) -> dict[str, Any]:
         """The resolved settings as plain data."""
-        names = ("name", "model", "pretrained", "tasks", "paths", "seeds", "fit", "test")
-        settings = {name: getattr(self, name) for name in names}
-        settings["tasks"] = [task for task in self.tasks if task not in self.paths]
+        names = ("paths", "seeds", "fit", "test")
+        settings = {"name": self.name, **self.base(), "tasks": self.named_tasks}
+        settings |= {name: getattr(self, name) for name in names}
         settings["recipes"] = {name: recipe.description() for name, recipe in self.recipes.items()}
-        optional = {"linearized": self.linearized, "joint": self.joint, "data": self.data or None}
+        optional = {"linearized": self.linearized, "joint": self.joint}
+        optional |= {"data": self.data or None, "sources": self.sources or None}
         settings |= {name: value for name, value in optional.items() if value is not None}
         plain: dict[str, Any] = json.loads(json.dumps(settings))
         return plain
 
-    def run(self, conductor: Conductor) -> dict[str, Any]:
+    def run(self, scheduler: Scheduler) -> dict[str, Any]:
         """Have all stages run; returns the results."""
-        conductor.run(self.stages)
+        self.ledger.save()
+        scheduler.run(self.stages)
         settings = {"fit": self.fit, "recipes": self.description()["recipes"]}
         known = {
             "name": self.name,
-            "model": self._pretrained,
+            "model": self.model_description,
             "tasks": self.tasks,
-            "classes": {task: len(module.classes) for task, module in self._modules.items()},
+            "classes": {task: len(module.classes) for task, module in self.data_module.tasks.items()},
             "settings": {**settings, **({"joint": self.joint} if self.joint is not None else {})},
         }
-        return suite_results(known, self.directory, self.seeds, self.recipes, self.joint is not None)
+        joint = self.joint is not None
+        return suite_results(known, self.directory, self.seeds, self.recipes, joint, scheduler.ledger)
 
     def _output(self, stage: Stage) -> Path:
         return self.directory / stage.name / stage.outputs[-1]
 
+    def _network(self) -> Network:
+        network: Network = build("network", Network, self.network or {})
+        return network
+
+    def _source(self, name: str) -> Task:
+        source: Task = build(f"sources.{name}", Task, self.sources[name])
+        if source.name != name:
+            raise ConfigurationError(
+                f"sources.{name}: expected a task of this name, got {source.name!r}. Call the entry so."
+            )
+        return source
+
     def _settings(self, config: Mapping[str, Any], images: Any) -> dict[str, Any]:
-        base = {"model": self.model, "pretrained": self.pretrained, "fingerprint": self._pretrained["fingerprint"]}
+        base = {**self.base(), "fingerprint": self.model_description["fingerprint"]}
         return {**base, "config": config, "images": images}
 
-    def _digests(self) -> dict[str, str]:
-        """Task -> a hash of its files' names, sizes and times; nothing for a task of the embedded suite."""
-        sources = {task: module.source for task, module in self._modules.items()}
-        published = {task: source for task, source in sources.items() if isinstance(source, PublishedSource)}
-        return {
-            **{task: folder_digest(path) for task, path in self.paths.items()},
-            **{task: folder_digest(*_tops(one.location.paths, one.root)) for task, one in published.items()},
-        }
+    @cached_property
+    def _images(self) -> dict[str, Any]:
+        """Task -> a hash of its files' names and contents; nothing for a task of the embedded suite."""
+        found: dict[str, Any] = {task: self.ledger.tree_digest(path) for task, path in self.paths.items()}
+        for task, module in self.data_module.tasks.items():
+            source = module.source
+            if isinstance(source, PublishedSource):
+                found[task] = self.ledger.tree_digest(*_tops(source.location.paths, source.root))
+            elif task in self.sources:
+                found[task] = source.digest() if hasattr(source, "digest") else self.sources[task]
+        return found
 
     def _fit(self, seed: int, task: str) -> Stage:
         config = self.fit_config(seed, task)
@@ -199,8 +258,7 @@ class SuitePlan(SuiteSettings):
         given = recipe.of_seed(seed)
         config = {
             "vectors": None,
-            "model": self.model,
-            "pretrained": self.pretrained,
+            **self.base(),
             "kind": "task_vector",
             "recipe": recipe.recipe,
             "settings": given["settings"],
@@ -225,8 +283,7 @@ class SuitePlan(SuiteSettings):
         config = {
             **(recipe.statistics or {}),
             "kind": recipe.collected,
-            "model": self.model,
-            "pretrained": self.pretrained,
+            **self.base(),
             "data": self.task_data(task, seed),
             **({"linearized": True} if self.evaluated_linearized else {}),
         }

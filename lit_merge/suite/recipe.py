@@ -18,7 +18,7 @@ STATISTICS = {"fisher": "fisher", "regmean": "gram"}
 """Recipe -> the kind of statistics that it needs of every task."""
 
 _OF_STATISTICS = ("split", "images", "labels", "convolutions", "seed")
-_FILLED_IN = ("vectors", "model", "pretrained", "linearized")
+_FILLED_IN = ("vectors", "model", "pretrained", "network", "linearized")
 
 
 @dataclass(frozen=True)

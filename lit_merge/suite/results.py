@@ -7,16 +7,28 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lit_merge._version import __version__
+from lit_merge.errors import FileFormatError, LitMergeError, first_few
+from lit_merge.files.cache import Cache
+from lit_merge.files.store import LazyTensors
 from lit_merge.report.environment import hardware, versions
 from lit_merge.report.results import JOINT
+from lit_merge.suite.ledger import FileLedger
 from lit_merge.suite.recipe import Recipe
+from lit_merge.transforms import Chain
+from lit_merge.transforms.learned import transform_before
 from lit_merge.vectors import Coefficients, TaskVector
 
 __all__ = ["suite_results"]
 
 
 def suite_results(
-    known: Mapping[str, Any], directory: Path, seeds: Sequence[int], recipes: Mapping[str, Recipe], joint: bool
+    known: Mapping[str, Any],
+    directory: Path,
+    seeds: Sequence[int],
+    recipes: Mapping[str, Recipe],
+    joint: bool,
+    ledger: FileLedger,
 ) -> dict[str, Any]:
     """The content of results.json. It depends on the stages' outputs alone, not on who ran them, where and when.
 
@@ -26,22 +38,25 @@ def suite_results(
         seeds: of fine-tuning.
         recipes: name -> how it merges.
         joint: whether there is a model that was fine-tuned on all tasks jointly.
+        ledger: knows the outputs' hashes.
+
+    Raises:
+        LitMergeError: a test has left no accuracy.
     """
     tasks: list[str] = known["tasks"]
 
     def of_seed(seed: int) -> dict[str, Any]:
-        place = directory / f"seed-{seed}"
-        vectors = [TaskVector.load(place / "fit" / task / "task_vector.safetensors") for task in tasks]
-        references = {JOINT: _accuracies(place / "joint" / "test", tasks)} if joint else {}
+        stages = directory / f"seed-{seed}"
+        vectors = [stages / "fit" / task / "task_vector.safetensors" for task in tasks]
+        references = {JOINT: _accuracies(stages / "joint" / "test", tasks)} if joint else {}
         return {
-            "individual": {task: _metrics(place / "individual" / task)["test/accuracy"] for task in tasks},
+            "individual": {task: _accuracy(stages / "individual" / task, "test/accuracy") for task in tasks},
             **({"references": references} if references else {}),
-            "task_vectors": {vector.task: _size(vector) for vector in vectors},
-            "cosine_similarity": [[round(one.cosine_similarity(other), 6) for other in vectors] for one in vectors],
+            **_measures(vectors, ledger),
             "merged": {
                 name: {
-                    **(_learned(place / "merge" / name) if recipe.learned else _merged(place / "merge" / name, recipe)),
-                    "accuracy": _accuracies(place / "test" / name, tasks),
+                    **(_learned if recipe.learned else _merged)(directory, stages / "merge" / name, recipe),
+                    "accuracy": _accuracies(stages / "test" / name, tasks),
                 }
                 for name, recipe in recipes.items()
             },
@@ -60,42 +75,78 @@ def suite_results(
     }
 
 
-def _metrics(stage: Path) -> dict[str, float]:
-    found = json.loads((stage / "test_metrics.json").read_text(encoding="utf-8"))
-    return {key: round(value, 6) for key, value in found.items()}
+def _accuracy(stage: Path, key: str) -> float:
+    path = stage / "test_metrics.json"
+    found = json.loads(path.read_text(encoding="utf-8"))
+    if key not in found:
+        raise LitMergeError(
+            f"{path}: expected {key}, got {first_few(found) or 'nothing'}. Let the module's test_step log it."
+        )
+    return round(found[key], 6)
 
 
 def _accuracies(stage: Path, tasks: Sequence[str]) -> dict[str, float]:
-    metrics = _metrics(stage)
-    return {task: metrics[f"test/{task}/accuracy"] for task in tasks}
+    return {task: _accuracy(stage, f"test/{task}/accuracy") for task in tasks}
 
 
-def _merged(stage: Path, recipe: Recipe) -> dict[str, Any]:
-    transform = TaskVector.load(stage / "merged.safetensors").metadata["transform"]
+def _measures(paths: Sequence[Path], ledger: FileLedger) -> dict[str, Any]:
+    """Sizes and cosines of task vectors; those of known files are found in the cache."""
+    cache = Cache("task-vectors")
+    key = cache.key([__version__, [ledger.digest(path) for path in paths]])
+    if (known := cache.value(key)) is not None:
+        return dict(known)
+    vectors = [TaskVector.load(path) for path in paths]
+    found = {
+        "task_vectors": {vector.task: _size(vector) for vector in vectors},
+        "cosine_similarity": [[round(one.cosine_similarity(other), 6) for other in vectors] for one in vectors],
+    }
+    cache.write_value(key, found)
+    return found
+
+
+def _merged(directory: Path, stage: Path, recipe: Recipe) -> dict[str, Any]:
+    header = LazyTensors(stage / "merged.safetensors").metadata
     path = stage / "merged-search.json"
     found = json.loads(path.read_text(encoding="utf-8")) if recipe.search else None
     return {
-        "transform": transform.replace(f"{stage.parents[2]}/", ""),  # files of the suite: the same wherever it is
+        "transform": _without(directory, header["transform"], json.loads(header["transform_config"])),
         "coefficient": found.get("best") if found else recipe.settings.get("coefficient"),
         "search": _curve(found) if found else None,
     }
 
 
-def _learned(stage: Path) -> dict[str, Any]:
+def _learned(directory: Path, stage: Path, recipe: Recipe) -> dict[str, Any]:
     """As of a recipe, and every task's mean coefficient."""
-    coefficients = Coefficients.load(stage / "coefficients.safetensors")
-    before = coefficients.metadata.get("transform", "")
-    if before.startswith("chain("):  # the steps of one chain
-        before = before[len("chain(") : -1]
+    path = stage / "coefficients.safetensors"
+    coefficients = Coefficients.load(path)
     group = "" if coefficients.granularity == "task" else f" and {coefficients.granularity}"
-    steps = [*([before] if before else []), f"learned λ per task{group}", "Sum()"]
+    steps = [*_steps_before(path, coefficients.metadata), f"learned λ per task{group}", "Sum()"]
+    config = json.loads(coefficients.metadata.get("transform_config", "null"))
     means = coefficients.values.mean(dim=1).tolist()
     return {
-        "transform": f"chain({', '.join(steps)})",
+        "transform": _without(directory, f"chain({', '.join(steps)})", config),
         "coefficient": None,
         "search": None,
         "mean_coefficients": {task: round(mean, 6) for task, mean in zip(coefficients.tasks, means, strict=True)},
     }
+
+
+def _steps_before(path: Path, header: Mapping[str, str]) -> list[str]:
+    """What came before learned coefficients, as it prints: the steps of one chain, or one transform."""
+    try:
+        before = transform_before(str(path))
+    except FileFormatError:  # of the user's own classes, which nothing on disk may name
+        return [header["transform"]]
+    return [] if before is None else [repr(step) for step in (before.steps if isinstance(before, Chain) else [before])]
+
+
+def _without(directory: Path, text: str, config: Any) -> str:
+    """How a transform prints, with the suite's own files named as they are in its directory, wherever that is."""
+    if isinstance(config, str) and Path(config).is_relative_to(directory):
+        return text.replace(repr(config), repr(str(Path(config).relative_to(directory))))
+    for inner in config.values() if isinstance(config, dict) else config if isinstance(config, list) else ():
+        text = _without(directory, text, inner)
+    return text
 
 
 def _curve(search: dict[str, Any]) -> dict[str, Any] | None:

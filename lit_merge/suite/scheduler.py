@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,9 +16,9 @@ from lit_merge._version import __version__
 from lit_merge.errors import ConfigurationError, LitMergeError, first_few
 from lit_merge.files.text import write_text
 from lit_merge.suite.engines import Engine, Job, Outcome
-from lit_merge.vectors import file_digest
+from lit_merge.suite.ledger import FileLedger
 
-__all__ = ["Conductor", "Stage", "StageRecord", "folder_digest"]
+__all__ = ["Scheduler", "Stage", "StageRecord"]
 
 _INTO_A_FOLDER = ("fit", "validate", "test", "predict")  # commands whose output is a folder, an argument
 
@@ -29,7 +28,7 @@ class Stage:
     """One command with its configuration, and what it reads and writes; plain data.
 
     Attributes:
-        name: of the stage and of its folder in the job's directory, e.g. ``seed-0/fit/digits``; no stage's folder lies
+        name: of the stage and of its folder in the job's directory, e.g. ``seed-0/fit/digits``; no stage's folder is
             in another's.
         command: one of lit-merge's.
         config: its configuration, with paths as seen from the current directory.
@@ -70,18 +69,19 @@ class _Started:
 
 
 @dataclass
-class Conductor:
+class Scheduler:
     """Runs a graph of stages, each once: one that is recorded, with the same key and intact outputs, is skipped.
 
     Args:
         directory: the job's directory.
         total: how many stages there are.
         report: called with a line for every stage that has ended, and for every further attempt.
-        engine: runs them; it is not closed.
+        engine: runs them; whoever opened it closes it.
         starting: called with the names of the stages that run.
         retries: how often a stage that was killed or broke off is tried again; one that refuses its input is not.
 
     Attributes:
+        ledger: the hashes of inputs and outputs, which a later run finds in ``digests.json``.
         seconds: stage -> how long it took when it ran, in the order of the stages.
     """
 
@@ -91,7 +91,11 @@ class Conductor:
     engine: Engine
     starting: Callable[[str], None] = lambda names: None
     retries: int = 1
+    ledger: FileLedger = field(init=False)
     seconds: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.ledger = FileLedger(self.directory / "digests.json", self.directory)
 
     def run(self, stages: Sequence[Stage]) -> None:
         """Run what is not done yet, in the stages' order as far as the engine takes them one by one.
@@ -118,7 +122,7 @@ class Conductor:
                 else:
                     break
         finally:
-            self.engine.close()
+            self.ledger.save()
         self.seconds = {one.name: self.seconds[one.name] for one in stages if one.name in self.seconds}
         if failed:
             raise _failure(failed, len(waiting))
@@ -144,7 +148,7 @@ class Conductor:
         relevant = {
             "stage": stage.name,
             "settings": stage.settings,
-            "inputs": [file_digest(path) for path in stage.inputs],
+            "inputs": [self.ledger.digest(path) for path in stage.inputs],
             "version": __version__,
         }
         return hashlib.sha256(json.dumps(relevant, sort_keys=True).encode()).hexdigest()
@@ -189,7 +193,8 @@ class Conductor:
             return
         outputs = started.stage.paths(self.directory)
         seconds = round(outcome.seconds, 2)
-        digests = {str(path.relative_to(self.directory)): file_digest(path) for path in outputs}
+        digests = {str(path.relative_to(self.directory)): self.ledger.digest(path) for path in outputs}
+        self.ledger.save()
         record = StageRecord(started.key, digests, seconds)
         write_text(self._record(started.stage), json.dumps(asdict(record), indent=2) + "\n")
         done.add(outcome.name)
@@ -204,7 +209,7 @@ class Conductor:
 
     def _intact(self, record: StageRecord) -> bool:
         paths = {self.directory / path: digest for path, digest in record.outputs.items()}
-        return all(path.is_file() and file_digest(path) == digest for path, digest in paths.items())
+        return all(path.is_file() and self.ledger.digest(path) == digest for path, digest in paths.items())
 
 
 def _needed(stage: Stage, makers: Mapping[Path, str]) -> set[str]:
@@ -226,25 +231,3 @@ def _read(path: Path) -> StageRecord | None:
         return StageRecord(**json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
         return None  # missing or cut off in the middle: the stage runs again
-
-
-def folder_digest(*roots: str | os.PathLike[str]) -> str:
-    """A hash of the names, sizes and times of files and of all files below folders, which are not read."""
-    found = hashlib.sha256()
-    for root in roots:
-        files: Iterable[Path] = [Path(root)] if Path(root).is_file() else _files_below(root)
-        for path in files:
-            status = path.stat()
-            found.update(
-                f"{path.relative_to(root)}\0{status.st_size}\0{status.st_mtime_ns}\0".encode("utf-8", "replace")
-            )
-    return found.hexdigest()
-
-
-def _files_below(root: str | os.PathLike[str]) -> Iterator[Path]:
-    for folder, below, files in os.walk(root, followlinks=True):
-        below.sort()
-        for name in sorted(files):
-            path = Path(folder, name)
-            if path.exists():  # else a dangling link
-                yield path

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import inspect
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lit_merge.data.embedded.tasks import EMBEDDED_TASKS
 from lit_merge.data.published.registry import REGISTRY
+from lit_merge.errors import ConfigurationError
+from lit_merge.suite.objects import class_of
 from lit_merge.suite.recipe import Recipe
 
-__all__ = ["SuiteSettings", "combine"]
+__all__ = ["SuiteSettings", "combine", "task_names"]
 
 _FINE_TUNE = "lit_merge.modules.FineTuneModule"
 _MULTI_TASK = "lit_merge.modules.MultiTaskModule"
@@ -47,11 +51,22 @@ class SuiteSettings:
     linearized: bool | None = None
     joint: dict[str, Any] | None = None
     data: dict[str, Any] = field(default_factory=dict)
+    network: dict[str, Any] | None = None
+    sources: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    @property
+    def named_tasks(self) -> list[str]:
+        """The tasks that a name says all of: embedded ones and published data sets."""
+        return [task for task in self.tasks if task not in self.paths and task not in self.sources]
 
     @property
     def trained_linearized(self) -> bool:
         """Whether fine-tuning trains the linearised encoder."""
-        return bool(self.fit.get("model", {}).get("init_args", {}).get("linearized", False))
+        given = self.fit.get("model", {}).get("init_args", {})
+        parametrisation = given.get("parametrisation")
+        if isinstance(parametrisation, dict):
+            return bool(getattr(class_of("fit.model.init_args.parametrisation", parametrisation), "linearised", False))
+        return bool(given.get("linearized", False))
 
     @property
     def evaluated_linearized(self) -> bool:
@@ -96,39 +111,84 @@ class SuiteSettings:
     def test_config(self, data: dict[str, Any], model: Mapping[str, Path | None]) -> dict[str, Any]:
         """Of ``test``.
 
+        One task is tested by the module that was fine-tuned on it, all tasks by :class:`lit_merge.MultiTaskModule`
+        unless ``test.model.class_path`` names another one.
+
         Args:
             data: of one task or of all.
             model: argument of the module -> the file that it names: ``task_vector`` or ``weights``.
         """
+        several, given = data["class_path"] == _TASKS, self.test
+        module = {"class_path": _MULTI_TASK} if several else self._fine_tuned()
+        if not several and "class_path" in given.get("model", {}):
+            given = {key: value for key, value in given.items() if key != "model"}
         files = {"task_vector": None, **{name: str(path) if path else None for name, path in model.items()}}
-        module = {"class_path": _MULTI_TASK if data["class_path"] == _TASKS else _FINE_TUNE, "init_args": files}
-        own = combine(module, self._model(), self._linearized())
-        return combine({"trainer": _TRAINER, "model": own, "data": data}, self.test)
+        own = combine(module, {"init_args": files}, self._model(), self._linearized())
+        return combine({"trainer": _TRAINER, "model": own, "data": data}, given)
 
     def task_data(self, task: str, seed: int) -> dict[str, Any]:
         """The data module of one task."""
-        place = {"path": self.paths[task], "name": task} if task in self.paths else {"task": task}
+        if task in self.sources:
+            place: dict[str, Any] = {"source": self.sources[task]}
+        else:
+            place = {"path": self.paths[task], "name": task} if task in self.paths else {"task": task}
         seen = self.tasks if self.penalised else [task]
-        published = any(one in REGISTRY and one not in self.paths for one in seen)
+        published = any(one in REGISTRY and one in self.named_tasks for one in seen)
         common = {key: value for key, value in self.data.items() if key != "root" or published}
         return {"class_path": _ONE_TASK, "init_args": {**common, **place, "seed": seed}}
 
     def all_data(self) -> dict[str, Any]:
         """The data module of all tasks."""
-        named = [task for task in self.tasks if task not in self.paths]
-        return {"class_path": _TASKS, "init_args": {**self.data, "tasks": named, "paths": self.paths or None}}
+        own = {"sources": self.sources} if self.sources else {}
+        tasks = {"tasks": self.named_tasks, "paths": self.paths or None, **own}
+        return {"class_path": _TASKS, "init_args": {**self.data, **tasks}}
+
+    def base(self) -> dict[str, Any]:
+        """The arguments of a command or module that say which network it is about."""
+        if self.network is not None:
+            return {"network": self.network}
+        return {"model": self.model, "pretrained": self.pretrained}
 
     def _model(self) -> dict[str, Any]:
-        return {"init_args": {"model": self.model, "pretrained": self.pretrained}}
+        return {"init_args": self.base()}
 
     def _linearized(self) -> dict[str, Any]:
         return {"init_args": {"linearized": True}} if self.evaluated_linearized else {}
 
+    def _fine_tuned(self) -> dict[str, Any]:
+        """The module that is fine-tuned, without what only says how: its own settings, and those of its network."""
+        from lit_merge.modules import FineTuneModule
+
+        model = self.fit.get("model", {})
+        known = [one for one in FineTuneModule.__mro__ if one.__module__.startswith("lit_merge.")]
+        training = {name for one in known for name in inspect.signature(one).parameters}
+        training -= {"encoder", "head", "preprocessing"}
+        own = {name: value for name, value in model.get("init_args", {}).items() if name not in training}
+        return {"class_path": model.get("class_path", _FINE_TUNE), "init_args": own}
+
     def _other_tasks(self, task: str) -> dict[str, Any]:
+        sources = {other: source for other, source in self.sources.items() if other != task}
         return {
-            "other_tasks": [other for other in self.tasks if other != task and other not in self.paths],
+            "other_tasks": [other for other in self.named_tasks if other != task],
             "other_paths": {other: path for other, path in self.paths.items() if other != task} or None,
+            **({"other_sources": sources} if sources else {}),
         }
+
+
+def task_names(
+    tasks: Sequence[str] | None, paths: Mapping[str, str] | None, sources: Mapping[str, Any] | None
+) -> list[str]:
+    """All tasks of a suite: those of names, by default the embedded ones, then folders, then tasks of one's own.
+
+    Raises:
+        ConfigurationError: a task is there twice.
+    """
+    own = [*(paths or {}), *(sources or {})]
+    named = list(tasks) if tasks is not None else ([] if own else list(EMBEDDED_TASKS))
+    names = [*named, *own]
+    if twice := [task for task in names if names.count(task) > 1]:
+        raise ConfigurationError(f"tasks: expected every task once, got {twice[0]!r} twice. Rename or remove one.")
+    return names
 
 
 def combine(*parts: dict[str, Any]) -> dict[str, Any]:

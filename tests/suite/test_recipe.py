@@ -172,8 +172,6 @@ def test_where_a_suite_lies_decides_nothing(place) -> None:
                   config["test"], recipes, joint=config["joint"])
         for place in ("here", "there/S")
     ]  # fmt: skip
-    for plan in plans:
-        plan.check()
     here, there = ([(stage.name, stage.settings) for stage in plan.stages] for plan in plans)
     assert here == there
     assert len(here) == 1 + 2 + 2 + 2 + 2 + 2 * (2 + 2)
@@ -240,6 +238,9 @@ def test_a_recipe_may_be_a_list_of_parts() -> None:
         (["--recipes.learned.learned.granularty=task"], "granularty"),
         (["--recipes.learned.data.adapt=val"], "adapt"),
         (["--joint.trainer.max_step=3"], "max_step"),
+        (["--recipes.named=weight_avrage"], "recipes.named: recipe: expected one of adamerging, "),
+        (["--recipes.listed=[Summ]"], "recipes.listed: part: expected a transform or recipe, got 'Summ'. Did you mean"),
+        (["--recipes.odd=3"], "recipes"),
         (["--retries=-1"], "retries: expected a number of at least 0, got -1"),
         (["--parallel=0"], "parallel: expected a positive number, got 0"),
         (["--fit=missing.yaml"], "fit: expected settings or a YAML file of them, got missing.yaml (No such file"),
@@ -280,6 +281,22 @@ def test_parts_come_from_files_later_ones_over_earlier_ones(tmp_path, monkeypatc
     assert named["fit"] == {"trainer": {"max_steps": 5, "devices": 1}, "model": {"init_args": {"lr": 0.001}}}
     assert with_parts(["--name=x", "--print_config"]) == ["--name=x", "--print_config"]
     assert parts_of("--joint", "null")[0] == {"joint": None}
+
+
+def test_a_recipe_may_be_a_name_a_list_or_a_transform() -> None:
+    own = {"class_path": "Chain", "init_args": {"steps": [{"class_path": "Sum"}]}}
+    named, _ = parts_of(
+        f"--recipes={json.dumps({'a': 'weight_average', 'b': [{'Trim': {'density': 0.2}}, 'Sum'], 'c': own})}",
+        "--recipes.d=ties",
+        "--recipes.e=null",
+    )
+    assert named["recipes"] == {
+        "a": {"recipe": "weight_average"},
+        "b": {"parts": [{"Trim": {"density": 0.2}}, "Sum"]},
+        "c": {"transform": own},
+        "d": {"recipe": "ties"},
+        "e": None,
+    }
 
 
 def test_files_that_hold_no_settings(tmp_path) -> None:

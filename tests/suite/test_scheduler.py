@@ -1,9 +1,8 @@
-"""The conductor by itself: what runs, what is skipped, in which order, and what is said of failures."""
+"""The scheduler by itself: what runs, what is skipped, in which order, and what is said of failures."""
 
 from __future__ import annotations
 
 import json
-import os
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -13,8 +12,9 @@ import pytest
 import yaml
 
 from lit_merge.errors import ConfigurationError, DataError, LitMergeError
+from lit_merge.files.store import file_digest
 from lit_merge.suite.engines import Job, Outcome
-from lit_merge.suite.scheduler import Conductor, Stage, folder_digest
+from lit_merge.suite.scheduler import Scheduler, Stage
 
 
 class Slots:
@@ -55,12 +55,12 @@ def stage(name: str, *inputs: Path, settings: Any = None, command: str = "merge"
     return Stage(name, command, config, settings, ("out",), inputs)
 
 
-def conduct(directory: Path, stages: list[Stage], engine: Slots | None = None, retries: int = 1) -> tuple[Slots, list]:
+def schedule(directory: Path, stages: list[Stage], engine: Slots | None = None, retries: int = 1) -> tuple[Slots, list]:
     engine, lines = engine or Slots(), []
     try:
-        Conductor(directory, len(stages), lines.append, engine=engine, retries=retries).run(stages)
+        Scheduler(directory, len(stages), lines.append, engine=engine, retries=retries).run(stages)
     finally:
-        assert engine.closed
+        assert not engine.closed  # whoever opened it closes it
     return engine, lines
 
 
@@ -79,7 +79,7 @@ def test_stages_run_when_their_settings_or_inputs_change(tmp_path) -> None:
         (Path(job.folder) / "by the way").write_text("")
 
     def ran(settings: Any) -> int:
-        engine, _ = conduct(job, [stage("a/b", source, settings=settings)], Slots(work))
+        engine, _ = schedule(job, [stage("a/b", source, settings=settings)], Slots(work))
         assert (job / "a/b/out").read_text() == source.read_text()
         return len(engine.started)
 
@@ -97,21 +97,21 @@ def test_stages_run_when_their_settings_or_inputs_change(tmp_path) -> None:
 
 
 def test_one_by_one_the_plans_order_is_kept(tmp_path) -> None:
-    engine, lines = conduct(tmp_path, graph(tmp_path))
+    engine, lines = schedule(tmp_path, graph(tmp_path))
     assert engine.names == ["a", "b", "c", "d", "e"]
     assert engine.most == 1
     assert lines == [f"[{number}/5] {name}: 1.2 s" for number, name in enumerate("abcde", 1)]
-    assert conduct(tmp_path, graph(tmp_path))[1] == [
+    assert schedule(tmp_path, graph(tmp_path))[1] == [
         f"[{n}/5] {name}: done before" for n, name in enumerate("abcde", 1)
     ]
 
 
 def test_side_by_side_a_stage_waits_for_what_it_needs(tmp_path) -> None:
-    engine, _ = conduct(tmp_path, graph(tmp_path), Slots(slots=3))
+    engine, _ = schedule(tmp_path, graph(tmp_path), Slots(slots=3))
     assert engine.names == ["a", "b", "e", "c", "d"]
     assert engine.most == 3
     (tmp_path / "c/out").unlink()
-    assert conduct(tmp_path, graph(tmp_path), Slots(slots=3))[0].names == ["c"]  # made again as it was: d stays
+    assert schedule(tmp_path, graph(tmp_path), Slots(slots=3))[0].names == ["c"]  # made again as it was: d stays
 
 
 def test_what_an_engine_is_given(tmp_path, monkeypatch) -> None:
@@ -121,7 +121,7 @@ def test_what_an_engine_is_given(tmp_path, monkeypatch) -> None:
         stage("x/fit", command="fit", trainer=trainer, seed_everything=1),
         stage("x/merge", command="merge", output="x/merge/out"),
     ]
-    fit, merge = conduct(Path("job"), stages)[0].started
+    fit, merge = schedule(Path("job"), stages)[0].started
     assert (fit.command, fit.arguments) == ("fit", ("--config", "job/x/fit/stage.yaml", "--output", "job/x/fit"))
     assert (merge.command, merge.arguments) == ("merge", ("--config", "job/x/merge/stage.yaml"))
     assert Path(fit.folder) == tmp_path / "job/x/fit"  # as another machine or folder sees it
@@ -138,16 +138,16 @@ def test_a_refusing_stage_leaves_no_record_and_the_rest_is_done(tmp_path) -> Non
 
     engine = Slots(work)
     with pytest.raises(DataError, match=r"^b: images: expected some, got none\.$"):
-        conduct(tmp_path, graph(tmp_path), engine)
+        schedule(tmp_path, graph(tmp_path), engine)
     assert engine.names == ["a", "b", "e"]
     assert {path.stem for path in (tmp_path / "stages").iterdir()} == {"a", "e"}
-    assert conduct(tmp_path, graph(tmp_path))[0].names == ["b", "c", "d"]
+    assert schedule(tmp_path, graph(tmp_path))[0].names == ["b", "c", "d"]
 
 
 def test_all_failures_are_in_one_line(tmp_path) -> None:
     errors = {"a": DataError("one."), "b": ConfigurationError("two.")}
     with pytest.raises(LitMergeError) as caught:
-        conduct(tmp_path, graph(tmp_path), Slots(lambda job: errors.get(job.name)), retries=0)
+        schedule(tmp_path, graph(tmp_path), Slots(lambda job: errors.get(job.name)), retries=0)
     assert type(caught.value) is LitMergeError
     assert str(caught.value) == "2 stages failed, and 2 that need them were not run: a: one. | b: two."
 
@@ -162,12 +162,12 @@ def test_what_breaks_off_is_tried_again(tmp_path, retries, works) -> None:
         return LitMergeError("the process was killed.") if len(attempts) < 3 else None
 
     engine, lines = Slots(work), []
-    conductor = Conductor(tmp_path, 1, lines.append, engine=engine, retries=retries)
+    scheduler = Scheduler(tmp_path, 1, lines.append, engine=engine, retries=retries)
     if works:
-        conductor.run([stage("a")])
+        scheduler.run([stage("a")])
     else:
         with pytest.raises(LitMergeError, match=r"^a: the process was killed\.$"):
-            conductor.run([stage("a")])
+            scheduler.run([stage("a")])
     assert attempts == [2] * min(retries + 1, 3)  # every time in an empty folder
     assert lines.count("a: the process was killed. Trying again.") == min(retries, 2)
     assert (tmp_path / "stages/a.json").exists() == works
@@ -176,32 +176,34 @@ def test_what_breaks_off_is_tried_again(tmp_path, retries, works) -> None:
 def test_stages_that_wait_for_each_other(tmp_path) -> None:
     stages = [stage("a", tmp_path / "b/out"), stage("b", tmp_path / "a/out"), stage("c")]
     with pytest.raises(ConfigurationError, match=r"^stages: expected none that waits for itself, got a, b\."):
-        conduct(tmp_path, stages)
+        schedule(tmp_path, stages)
     assert (tmp_path / "stages/c.json").exists()
 
 
-def test_an_interruption_closes_the_engine(tmp_path) -> None:
+def test_an_interruption_comes_through(tmp_path) -> None:
     def work(job: Job) -> None:
         raise KeyboardInterrupt
 
     engine = Slots(work, slots=2)
     with pytest.raises(KeyboardInterrupt):
-        conduct(tmp_path, graph(tmp_path), engine)
-    assert engine.closed
+        schedule(tmp_path, graph(tmp_path), engine)
     assert not list(tmp_path.glob("stages/*"))
 
 
-def test_a_folders_digest_sees_names_sizes_and_times(tmp_path) -> None:
-    (tmp_path / "a").mkdir()
-    (tmp_path / "a/1").write_text("one")
-    digests = [folder_digest(tmp_path), folder_digest(tmp_path)]
-    assert digests[0] == digests[1]
-    os.utime(tmp_path / "a/1", ns=(1, 1))
-    digests.append(folder_digest(tmp_path))
-    (tmp_path / "a/1").rename(tmp_path / "a/2")
-    digests.append(folder_digest(tmp_path))
-    (tmp_path / "dangling").symlink_to("nowhere")
-    assert folder_digest(tmp_path) == digests[-1]
-    assert len(set(digests)) == 3
-    assert folder_digest(tmp_path / "a/2") != folder_digest()
-    assert folder_digest(tmp_path / "a/2", tmp_path) != folder_digest(tmp_path / "a/2")
+def test_a_finished_job_is_not_read_again(tmp_path, monkeypatch) -> None:
+    """Neither the outputs nor the inputs; what has changed is read, once, and an output that was cut off noticed."""
+    source, job = tmp_path / "source", tmp_path / "job"
+    source.write_text("1")
+    stages = [stage("a", source), stage("b", job / "a/out"), stage("c", job / "a/out", job / "b/out")]
+    read: list[str] = []
+    monkeypatch.setattr(
+        "lit_merge.suite.ledger.file_digest", lambda path: (read.append(Path(path).name), file_digest(path))[1]
+    )
+    schedule(job, stages)
+    assert sorted(read) == ["out", "out", "out", "source"]
+    read.clear()
+    assert schedule(job, stages)[0].names == []
+    assert read == []
+    (job / "b/out").write_text("x")
+    assert schedule(job, stages)[0].names == ["b"]
+    assert read == ["out", "out"]  # as it was found, and as it was made

@@ -8,8 +8,10 @@ import json
 import os
 import shutil
 import signal
+import socket
 import sys
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,9 @@ from lit_merge import FineTuneModule
 from lit_merge.commands.main import main
 from lit_merge.data import MultiTaskDataModule, TaskDataModule
 from lit_merge.report import Results
+from lit_merge.suite import run
+from lit_merge.suite.lock import locked
+from lit_merge.suite.plan import SuitePlan
 
 STAGES = 1 + 2 * (3 + 3)
 FEW = ["--tasks=[digits]", "--paths=null", "--recipes={average: {recipe: weight_average}}"]
@@ -171,6 +176,78 @@ def test_a_second_run_does_nothing_again(finished, capsys) -> None:
     assert capsys.readouterr().err.count("done before") == STAGES
     assert not ran(before, finished)
     assert (finished / "results.json").read_bytes() == outcome
+
+
+def test_a_second_run_reads_only_what_has_changed(finished, monkeypatch) -> None:
+    """Neither task vectors nor the base model nor images are read; a file that was touched is read once."""
+    read: list[int] = []
+
+    def measured(function: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*arguments: Any, **settings: Any) -> Any:
+            before = characters_read()
+            found = function(*arguments, **settings)
+            read.append(characters_read() - before)
+            return found
+
+        return run
+
+    monkeypatch.setattr(run, "_publish", lambda results, directory: results)  # figures read fonts, megabytes of them
+    monkeypatch.setattr("lit_merge.commands.suite.run_suite", measured(run.run_suite))
+    monkeypatch.setattr(SuitePlan, "check", measured(SuitePlan.check))
+    suite()  # a copied suite's files are new ones
+    names = ("fit/hues/task_vector.safetensors", "merge/scaled/merged.safetensors")
+    vector, merged = (finished / "seed-0" / name for name in names)
+    for changed in ([], [vector], [vector, merged]):
+        for path in changed:
+            path.touch()
+        read.clear()
+        suite()
+        assert len(read) == 2
+        assert sum(read) - sum(path.stat().st_size for path in changed) < vector.stat().st_size, changed
+
+
+def characters_read() -> int:
+    """Bytes that this process has read by system calls."""
+    return int(Path("/proc/self/io").read_text().split()[1])
+
+
+def test_a_copied_data_set_is_the_same_data_set(finished) -> None:
+    before = times(finished)
+    shutil.copytree("colours", "elsewhere", copy_function=shutil.copyfile)
+    shutil.rmtree("colours")
+    Path("elsewhere").rename("colours")
+    suite()
+    assert not ran(before, finished)
+
+
+def test_a_stage_leaves_what_it_said(template) -> None:
+    directory = template / "S/seed-0"
+    assert "max_steps=2" in (directory / "fit/hues/stage.log").read_text()
+    assert "chain(Mean()) -> S/seed-0/merge/average" in (directory / "merge/average/stage.log").read_text()
+    assert "test/accuracy" in (directory / "individual/hues/stage.log").read_text()
+
+
+def test_two_suites_do_not_write_to_one_output(finished, capsys) -> None:
+    child = os.fork()
+    if child == 0:
+        with locked(finished):
+            Path("held").touch()
+            time.sleep(60)
+        os._exit(0)
+    until = time.monotonic() + 20
+    while not Path("held").exists() and time.monotonic() < until:
+        time.sleep(0.01)
+    try:
+        assert main(["suite", "--config=suite.yaml", "--output=S", "--name=other"]) == 1
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    said = capsys.readouterr().err
+    assert (
+        f"output: expected S to be free, got it held by another suite on {socket.gethostname()} (process {child})"
+        in said
+    )
+    assert Results.load(finished / "results.json").name == "small"  # nothing of it was touched
 
 
 def test_a_moved_suite_is_the_same_suite(finished) -> None:

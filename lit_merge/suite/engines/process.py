@@ -16,10 +16,10 @@ from lit_merge.errors import ConfigurationError, LitMergeError
 from lit_merge.suite.engines.job import Job, Outcome
 from lit_merge.suite.engines.lifeline import LIFELINE
 
-__all__ = ["LOG", "StageProcess", "cores", "with_threads"]
+__all__ = ["LOG", "StageProcess", "cores", "refusal_in", "with_threads"]
 
 LOG = "stage.log"
-"""Beside a stage's outputs: what it said."""
+"""In a stage's folder: what it said."""
 
 _PROGRAM = [sys.executable, "-m", "lit_merge"]
 _REFUSAL = re.compile(r"^lit-merge[\w -]*: error: (.*)$", re.MULTILINE)
@@ -68,10 +68,9 @@ class StageProcess:
         if code == 0:
             return self._succeeded(seconds)
         said = self._log.read_text(encoding="utf-8", errors="replace") if self._log.exists() else ""
-        refusals = _REFUSAL.findall(said)
-        if refusals and code in (1, 2):
-            kind = ConfigurationError if code == 2 else LitMergeError
-            return Outcome(self.job.name, seconds, kind(refusals[0]), not _OF_THE_MACHINE.search(refusals[0]))
+        refusal = refusal_in(said, ConfigurationError if code == 2 else LitMergeError)
+        if refusal is not None and code in (1, 2):
+            return Outcome(self.job.name, seconds, refusal, not _OF_THE_MACHINE.search(str(refusal)))
         if code < 0:
             reason = f"was killed by signal {-code} ({_signal_name(-code)}; the machine may be out of memory)"
         else:
@@ -106,6 +105,12 @@ class StageProcess:
         if self._lifeline >= 0:
             os.close(self._lifeline)
             self._lifeline = -1
+
+
+def refusal_in(said: str, kind: type[LitMergeError] = ConfigurationError) -> LitMergeError | None:
+    """What lit-merge has refused in the output of one of its commands, as an error; None if it has not."""
+    found = _REFUSAL.search(said)
+    return kind(found[1]) if found else None
 
 
 def _signal_name(number: int) -> str:

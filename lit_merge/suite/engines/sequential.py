@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import gc
+import logging
+import sys
 import time
-from collections.abc import Callable, Sequence
-from contextlib import redirect_stdout
-from io import StringIO
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from pathlib import Path
 from typing import Any
 
 from lit_merge.errors import ConfigurationError, LitMergeError
-from lit_merge.evaluation.search import quiet
 from lit_merge.suite.engines.job import Job, Outcome
-from lit_merge.suite.engines.process import StageProcess
+from lit_merge.suite.engines.process import LOG, StageProcess, refusal_in
 
 __all__ = ["RunCommand", "SequentialEngine"]
 
@@ -59,11 +61,29 @@ class SequentialEngine:
         """There is nothing that still runs."""
 
     def _run_here(self, job: Job) -> None:
+        log = Path(job.folder) / LOG
         try:
-            with quiet(), redirect_stdout(StringIO()):
+            with _written_to(log):
                 self._run(job.command, job.arguments)
             gc.collect()  # a trainer and its model refer to each other, and would stay through the next stages
-        except SystemExit as error:  # the parser has said on the standard error what is wrong
-            raise ConfigurationError(
-                f"{job.command}: the configuration {job.folder}/stage.yaml was refused, see the line above."
+        except SystemExit as error:  # from the parser
+            raise refusal_in(log.read_text(encoding="utf-8")) or ConfigurationError(
+                f"{job.command}: the configuration {job.folder}/stage.yaml was refused, see {log}."
             ) from error
+
+
+@contextmanager
+def _written_to(path: Path) -> Iterator[None]:
+    """Everything that is printed, warned of and logged goes to a file, and so does the traceback of an error."""
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    handlers = [one for logger in loggers for one in logger.handlers if type(one) is logging.StreamHandler]
+    with path.open("w", encoding="utf-8") as log, redirect_stdout(log), redirect_stderr(log):
+        before = [(handler, handler.setStream(log)) for handler in handlers]
+        try:
+            yield
+        except Exception:
+            traceback.print_exc(file=log)
+            raise
+        finally:
+            for handler, stream in before:
+                handler.setStream(stream or sys.__stderr__)

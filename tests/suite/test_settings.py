@@ -1,0 +1,230 @@
+"""The configurations of a suite's stages: the same network and tasks for all of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch import nn
+
+from lit_merge import FineTuneModule
+from lit_merge.data.sources import Task
+from lit_merge.errors import ConfigurationError
+from lit_merge.models.network import Network
+from lit_merge.suite.plan import SuitePlan
+from lit_merge.suite.recipe import Recipe
+from lit_merge.suite.settings import SuiteSettings, task_names
+
+NETWORK = {"class_path": f"{__name__}.TwoLayers", "init_args": {"width": 4}}
+SOURCES = {
+    "odd": {"class_path": f"{__name__}.Numbers", "init_args": {"name": "odd"}},
+    "even": {"class_path": f"{__name__}.Numbers", "init_args": {"name": "even", "digested": True}},
+}
+PENALTY = {"model": {"init_args": {"linearized": True, "penalty": {"schedule": "strict"}}}}
+RECIPES = {
+    "average": Recipe("weight_average"),
+    "fisher": Recipe("fisher", statistics={"images": 4}),
+    "learned": Recipe(learned={"granularity": "task"}),
+}
+
+
+OPENED: list[Network] = []
+
+
+class TwoLayers(Network):
+    """A network of one's own."""
+
+    def __init__(self, width: int = 3) -> None:
+        self.name, self.module = "two-layers", nn.Sequential(nn.Linear(2, width), nn.Linear(width, 2))
+        OPENED.append(self)
+
+    def head(self, task: Any) -> nn.Module:
+        return nn.Identity()
+
+
+class Numbers(Task):
+    """A task of one's own."""
+
+    def __init__(self, name: str, digested: bool = False) -> None:
+        self.name, self.classes = name, ("one", "two")
+        if digested:
+            self.digest = lambda: f"content of {name}"
+
+    def split(self, split: str, preprocessing: Any, augmentation_seed: int | None = None) -> Any:
+        raise NotImplementedError
+
+
+class Own(FineTuneModule):
+    """A module of one's own, with a setting of its own."""
+
+    def __init__(self, temperature: float = 1.0, **settings: Any) -> None:
+        super().__init__(**settings)
+
+
+def settings(kind: type[SuiteSettings] = SuiteSettings, **given: Any) -> Any:
+    known = {"name": "n", "directory": Path("S"), "model": "lit-tiny", "pretrained": None, "tasks": ["digits"],
+             "paths": {}, "seeds": [0], "fit": {}, "test": {}, "recipes": RECIPES}  # fmt: skip
+    return kind(**known | given)
+
+
+def own(kind: type[SuiteSettings] = SuiteSettings, **given: Any) -> Any:
+    """A suite of a network and tasks of one's own beside an embedded one."""
+    tasks = ["digits", "odd", "even"]
+    return settings(kind, **{"network": NETWORK, "sources": SOURCES, "tasks": tasks, "joint": {}} | given)
+
+
+# The network
+
+
+def test_every_stage_gets_the_network_and_no_model() -> None:
+    suite = own()
+    modules = [suite.fit_config(0, "digits"), suite.fit_config(0, "odd"), suite.joint_config(0)]
+    modules += [suite.learned_config(0, RECIPES["learned"], ["a"]), suite.test_config(suite.all_data(), {})]
+    modules += [suite.test_config(suite.task_data("odd", 0), {"task_vector": Path("t")})]
+    for config in modules:
+        assert config["model"]["init_args"]["network"] == NETWORK
+        assert not {"model", "pretrained"} & config["model"]["init_args"].keys()
+
+
+def test_merges_and_statistics_get_the_network_too() -> None:
+    plan = own(SuitePlan, tasks=["digits"], sources={})
+    OPENED.clear()
+    commands = {"merge": 2, "statistics": 1}
+    for command, count in commands.items():
+        found = [stage.config for stage in plan.stages if stage.command == command]
+        assert len(found) == count
+        for config in found:
+            assert config["network"] == NETWORK
+            assert not {"model", "pretrained"} & config.keys()
+    described = plan.model_description
+    assert (described["name"], described["parameters"]) == ("two-layers", 3 * 4 + 5 * 2)
+    assert described["fingerprint"] == OPENED[-1].fingerprint
+    assert len(OPENED) == 1  # the plan opens it once
+    assert all(stage.settings["network"] == NETWORK for stage in plan.stages)
+    assert plan.description()["network"] == NETWORK
+    assert "model" not in plan.description()
+
+
+def test_without_a_network_it_is_model_and_pretrained() -> None:
+    suite = settings(pretrained="shipped")
+    for config in (suite.fit_config(0, "digits"), suite.test_config(suite.all_data(), {})):
+        arguments = config["model"]["init_args"]
+        assert (arguments["model"], arguments["pretrained"]) == ("lit-tiny", "shipped")
+        assert "network" not in arguments
+
+
+@pytest.mark.parametrize(
+    ("network", "expected"),
+    [
+        ({"class_path": f"{__name__}.NoNetwork"}, "network: expected class_path and init_args of a Network"),
+        ({"class_path": f"{__name__}.Numbers", "init_args": {"name": "a"}}, "network: expected .* of a Network"),
+        ({"class_path": f"{__name__}.TwoLayers", "init_args": {"widht": 3}}, "network: expected .*widht"),
+    ],
+)
+def test_what_is_no_network_is_refused(network, expected) -> None:
+    with pytest.raises(ConfigurationError, match=expected):
+        assert settings(SuitePlan, network=network).model_description
+
+
+def test_a_network_excludes_model_and_pretrained() -> None:
+    for given in ({"model": "ViT-B-32"}, {"pretrained": "random"}):
+        with pytest.raises(ConfigurationError, match=f"network: expected no {next(iter(given))} together with it"):
+            settings(SuitePlan, network=NETWORK, **given).check(lambda *_: None)
+
+
+@pytest.mark.parametrize("name", ["Linearised", "Direct"])
+def test_a_linearised_parametrisation_is_evaluated_linearised(name) -> None:
+    parametrisation = {"class_path": f"lit_merge.models.parametrisations.{name}"}
+    suite = own(fit={"model": {"init_args": {"parametrisation": parametrisation}}})
+    configs = [suite.joint_config(0), suite.learned_config(0, RECIPES["learned"], [])]
+    configs += [suite.test_config(data, {}) for data in (suite.all_data(), suite.task_data("odd", 0))]
+    for config in configs:
+        assert config["model"]["init_args"].get("linearized", False) == (name == "Linearised")
+        assert "parametrisation" not in config["model"]["init_args"]
+    wrong = {"class_path": "lit_merge.models.parametrisations.Bent"}
+    with pytest.raises(ConfigurationError, match=r"fit\.model\.init_args\.parametrisation: expected the import path"):
+        assert own(fit={"model": {"init_args": {"parametrisation": wrong}}}).trained_linearized
+
+
+# Tasks
+
+
+def test_tasks_are_given_as_objects() -> None:
+    suite = own(fit=PENALTY, data={"workers": 2, "root": "elsewhere"})
+    one = suite.task_data("odd", 3)
+    assert one == {
+        "class_path": "lit_merge.data.TaskDataModule",
+        "init_args": {"workers": 2, "source": SOURCES["odd"], "seed": 3},
+    }
+    several = suite.all_data()["init_args"]
+    assert (several["tasks"], several["paths"], several["sources"]) == (["digits"], None, SOURCES)
+    others = suite.fit_config(0, "digits")["data"]["init_args"]
+    assert (others["task"], others["other_tasks"], others["other_sources"]) == ("digits", [], SOURCES)
+    others = suite.fit_config(0, "odd")["data"]["init_args"]
+    assert (others["other_tasks"], others["other_sources"]) == (["digits"], {"even": SOURCES["even"]})
+    learned = suite.learned_config(0, RECIPES["learned"], [])["data"]
+    assert (learned["class_path"], learned["init_args"]["sources"]) == ("lit_merge.data.MergeDataModule", SOURCES)
+    assert "sources" not in settings().all_data()["init_args"]
+    assert "other_sources" not in settings(fit=PENALTY).fit_config(0, "digits")["data"]["init_args"]
+
+
+def test_the_names_of_all_tasks() -> None:
+    assert task_names(["digits"], {"a": "folder"}, SOURCES) == ["digits", "a", "odd", "even"]
+    assert task_names(None, None, SOURCES) == ["odd", "even"]
+    assert len(task_names(None, None, None)) == 8
+    with pytest.raises(ConfigurationError, match="tasks: expected every task once, got 'odd' twice"):
+        task_names(["odd"], None, SOURCES)
+
+
+def test_a_tasks_content_counts() -> None:
+    """By its own digest if it has one, otherwise by what it is made from."""
+    plan = own(SuitePlan, joint=None)
+    keys = {stage.name: stage.settings["images"] for stage in plan.stages}
+    assert keys["seed-0/fit/odd"] == SOURCES["odd"]
+    assert keys["seed-0/fit/even"] == "content of even"
+    assert keys["seed-0/fit/digits"] is None
+    assert keys["zero-shot"] == {"odd": SOURCES["odd"], "even": "content of even"}
+
+
+def test_a_task_that_calls_itself_otherwise_is_refused() -> None:
+    with pytest.raises(ConfigurationError, match=r"sources\.odd: expected a task of this name, got 'even'"):
+        assert own(SuitePlan, sources={"odd": SOURCES["even"]}, tasks=["odd"]).data_module
+
+
+# The module that tests
+
+
+def test_one_task_is_tested_by_the_module_that_was_fine_tuned() -> None:
+    model = {
+        "class_path": f"{__name__}.Own",
+        "init_args": {
+            "temperature": 2.0,
+            "learning_rate": 1e-3,
+            "penalty": {},
+            "head": {"class_path": "torch.nn.Identity"},
+        },
+    }
+    suite = settings(fit={"model": model})
+    tested = suite.test_config(suite.task_data("digits", 0), {"task_vector": Path("t")})["model"]
+    assert tested["class_path"] == f"{__name__}.Own"
+    expected = {"temperature": 2.0, "head": model["init_args"]["head"], "task_vector": "t"}
+    assert tested["init_args"] == {**expected, "model": "lit-tiny", "pretrained": None}
+    several = suite.test_config(suite.all_data(), {})["model"]
+    assert several["class_path"] == "lit_merge.modules.MultiTaskModule"
+    assert "temperature" not in several["init_args"]
+
+
+def test_all_tasks_are_tested_by_the_module_that_test_names() -> None:
+    model = {"class_path": "my.Several", "init_args": {"extra": 1}}
+    suite = settings(test={"model": model, "trainer": {"accelerator": "cpu"}})
+    several = suite.test_config(suite.all_data(), {})
+    assert several["model"]["class_path"] == "my.Several"
+    assert several["model"]["init_args"]["extra"] == 1
+    one = suite.test_config(suite.task_data("digits", 0), {})
+    assert one["model"]["class_path"] == "lit_merge.modules.FineTuneModule"
+    assert "extra" not in one["model"]["init_args"]
+    assert one["trainer"]["accelerator"] == "cpu"
+    both = settings(test={"model": {"init_args": {"linearized": True}}})
+    for data in (both.all_data(), both.task_data("digits", 0)):
+        assert both.test_config(data, {})["model"]["init_args"]["linearized"] is True
