@@ -6,20 +6,22 @@ This is the only file that imports open_clip, and it does so when a model is bui
 from __future__ import annotations
 
 import copy
-import difflib
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lit_merge.errors import ConfigurationError, DataError, FileFormatError, first_few
+from lit_merge.errors import ConfigurationError, DataError, FileFormatError, did_you_mean, first_few, one_line
 from lit_merge.files.hub import local_path
-from lit_merge.models.text import NOT_TEXT, TextTower
-from lit_merge.models.weights import first_line, open_weights
+from lit_merge.files.lazy import Computed, LazyMapping
+from lit_merge.models.text import NOT_TEXT, TextTower, is_text
+from lit_merge.models.weights import open_weights
+from lit_merge.naming import number_of_blocks
 from lit_merge.params import Params, check_finite, check_same_structure, fingerprint
 
 __all__ = [
@@ -29,6 +31,8 @@ __all__ = [
     "full_clip_model",
     "hub_repository",
     "load_clip",
+    "stored_tower",
+    "text_tensors",
     "weights_path",
 ]
 
@@ -304,30 +308,79 @@ def weights_path(model: str = _SHIPPED, pretrained: str | None = None) -> Path |
     return _weights_source(_architecture(model), pretrained)[0]
 
 
+def stored_tower(model: str, pretrained: str | None) -> tuple[str, LazyMapping] | None:
+    """The architecture's name and the image tower's parameters, from the file of its weights, without building it.
+
+    Args:
+        model: as for :func:`load_clip`.
+        pretrained: as for :func:`load_clip`.
+
+    Returns:
+        float32 tensors under the tower's own names, read when they are asked for; None where only the tower itself
+        tells what its parameters are (random weights, towers of timm, residual networks), or where it does not fit
+        them.
+
+    Raises:
+        LitMergeError: the architecture or the weights are unknown or damaged.
+    """
+    source, architecture = _weights_source(_architecture(model), pretrained)
+    vision = architecture.config["vision_cfg"]
+    if source is None or "timm_model_name" in vision or not isinstance(vision.get("layers", 12), int):
+        return None
+    stored = open_weights(source)
+    names = {name.removeprefix("visual."): name for name in stored if name.startswith("visual.")}
+    width, patch = vision.get("width", 768), vision.get("patch_size", 16)
+    shapes = {"conv1.weight": (width, 3, patch, patch), "proj": (width, architecture.config["embed_dim"])}
+    fits = all(name in names and tuple(stored.shape(names[name])) == shape for name, shape in shapes.items())
+    if not fits or number_of_blocks(names) != vision.get("layers", 12):
+        return None
+    structure = {name: (stored.shape(key), torch.float32) for name, key in names.items()}
+    return architecture.name, Computed(structure, lambda name: stored[names[name]].float())
+
+
+def text_tensors(model: str, pretrained: str | None) -> LazyMapping:
+    """The tensors of a CLIP's text side as they are stored, under their names in the whole model.
+
+    Args:
+        model: as for :func:`load_clip`.
+        pretrained: as for :func:`load_clip`; weights that are stored.
+    """
+    source, _ = _weights_source(_architecture(model), pretrained)
+    assert source is not None
+    return open_weights(source, is_text)
+
+
 def hub_repository(model: str, pretrained: str | None) -> str | None:
     """``owner/name`` on the Hugging Face Hub of the weights behind a tag; None for others."""
+    if pretrained is None or _looks_like_path(pretrained):
+        return None
     import open_clip
 
-    settings = open_clip.get_pretrained_cfg(str(model).replace("/", "-"), pretrained or "") or {}
+    settings = open_clip.get_pretrained_cfg(str(model).replace("/", "-"), pretrained) or {}
     return "/".join(str(settings.get("hf_hub") or "").split("/")[:2]) or None
 
 
 def _architecture(model: str) -> _Architecture:
-    import open_clip
-
     model = str(model)
     if model == _SHIPPED:
         return replace(_read_config(_ASSETS / f"{_SHIPPED}.json"), shipped=True)
-    names = open_clip.list_models()
+    known = _open_clip_configs()
     name = model.replace("/", "-")
-    if name in names:
-        return _Architecture(name, open_clip.get_model_config(name))
+    if name in known:
+        return _Architecture(name, json.loads(known[name].read_text(encoding="utf-8")))
     if _looks_like_path(model):
         return _read_config(Path(model))
     raise ConfigurationError(
         f"model: expected an architecture that open_clip knows, {_SHIPPED!r} or the path of a JSON config, got "
-        f"{model!r}. {_nearest(model, [_SHIPPED, *names])}"
+        f"{model!r}. {did_you_mean(model, [_SHIPPED, *known], f'Use one of {first_few(known, 8)}.')}"
     )
+
+
+def _open_clip_configs() -> dict[str, Path]:
+    """Architecture -> the file of its config in the package open_clip, which takes seconds to import."""
+    found = find_spec("open_clip")
+    folders = (found and found.submodule_search_locations) or []
+    return {path.stem: path for folder in folders for path in sorted(Path(folder, "model_configs").glob("*.json"))}
 
 
 def _read_config(path: Path) -> _Architecture:
@@ -337,7 +390,7 @@ def _read_config(path: Path) -> _Architecture:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise FileFormatError(
-            f"{path}: expected a model config as JSON, got {first_line(error)} Use open_clip's layout."
+            f"{path}: expected a model config as JSON, got {one_line(error, 200)}. Use open_clip's layout."
         ) from error
     config = content.get("model_cfg", content) if isinstance(content, dict) else {}
     preprocessing = content.get("preprocess_cfg", {}) if isinstance(content, dict) else {}
@@ -355,8 +408,6 @@ def _read_config(path: Path) -> _Architecture:
 
 def _weights_source(architecture: _Architecture, pretrained: str | None) -> tuple[Path | None, _Architecture]:
     """Where the weights are, None for random ones, and the architecture as these weights want it."""
-    import open_clip
-
     name = architecture.name
     if pretrained == "random":
         return None, architecture
@@ -368,27 +419,50 @@ def _weights_source(architecture: _Architecture, pretrained: str | None) -> tupl
                 "Install the package again, or set pretrained to a path or to 'random'."
             )
         return path, architecture
-    tags = open_clip.list_pretrained_tags_by_model(name) if architecture.built_in else []
-    known = f"its tags are {', '.join(tags)}" if tags else "it has no published tags"
+    if pretrained is not None and _looks_like_path(pretrained):
+        return _existing(pretrained), architecture
+    tags = _tags(name) if architecture.built_in else []
     if pretrained is None:
+        published = f", or one of its tags: {first_few(tags, 6)}" if tags else "; it has no published tags"
         raise ConfigurationError(
-            f"{name}: expected pretrained to say which weights, got None; {known}. "
-            f"Set it to {'a tag, ' if tags else ''}the path of a checkpoint, or 'random'."
+            f"{name}: expected pretrained to say which weights, got None. Set it to 'random' for untrained weights, to "
+            f"the path of a checkpoint{published}."
         )
-    if tags and open_clip.is_pretrained_cfg(name, pretrained):
-        settings = open_clip.get_pretrained_cfg(name, pretrained)
+    if pretrained in tags:
+        settings = _tag_settings(name, pretrained)
         return _download(name, pretrained, settings), architecture.with_tag(settings)
-    if _looks_like_path(pretrained) or Path(pretrained).exists():
-        place = local_path(pretrained)
-        if not place.exists():
-            raise ConfigurationError(
-                f"pretrained: expected the path of a checkpoint, got {pretrained}, which is no file. Check the path."
-            )
-        return place, architecture
+    if Path(pretrained).exists():
+        return _existing(pretrained), architecture
     raise ConfigurationError(
         f"{name}: expected pretrained to be {'a tag, ' if tags else ''}a path or 'random', got {pretrained!r}. "
-        f"{_nearest(pretrained, tags) if tags else 'It has no published tags: use a path or random.'}"
+        + (
+            did_you_mean(pretrained, tags, f"Use one of {first_few(tags, 8)}.")
+            if tags
+            else "It has no published tags: use a path or random."
+        )
     )
+
+
+def _existing(pretrained: str) -> Path:
+    place = local_path(pretrained)
+    if not place.exists():
+        raise ConfigurationError(
+            f"pretrained: expected the path of a checkpoint, got {pretrained}, which is no file. Check the path."
+        )
+    return place
+
+
+def _tags(name: str) -> list[str]:
+    import open_clip
+
+    return list(open_clip.list_pretrained_tags_by_model(name))
+
+
+def _tag_settings(name: str, tag: str) -> dict[str, Any]:
+    import open_clip
+
+    settings: dict[str, Any] = open_clip.get_pretrained_cfg(name, tag)
+    return settings
 
 
 def _download(name: str, tag: str, settings: dict[str, Any]) -> Path:
@@ -399,7 +473,7 @@ def _download(name: str, tag: str, settings: dict[str, Any]) -> Path:
     except Exception as error:  # network libraries raise whatever they like
         wanted = settings.get("hf_hub", "").strip("/") or settings.get("url", "")
         raise ConfigurationError(
-            f"{name}: expected to download the weights {tag!r} from {wanted}, got {first_line(error)} "
+            f"{name}: expected to download the weights {tag!r} from {wanted}, got {one_line(error, 200)}. "
             "Connect to the network, or download them elsewhere and set pretrained to the path of the file."
         ) from error
 
@@ -455,16 +529,17 @@ def _guard(name: str, build: Callable[[], Any]) -> Any:
         return build()
     except ImportError as error:
         raise ConfigurationError(
-            f"{name}: expected the packages that this model needs, got {first_line(error)} Install the missing one."
+            f"{name}: expected the packages that this model needs, got {one_line(error, 200)}. Install the missing one."
         ) from error
     except OSError as error:
         raise ConfigurationError(
-            f"{name}: expected to download a tokenizer or text config, got {first_line(error)} "
+            f"{name}: expected to download a tokenizer or text config, got {one_line(error, 200)}. "
             "Connect to the network, or use a model with CLIP's own text tower."
         ) from error
     except (TypeError, ValueError, KeyError, AttributeError, AssertionError, RuntimeError, ZeroDivisionError) as error:
         raise ConfigurationError(
-            f"{name}: expected a model config that open_clip can build, got {first_line(error)} Correct the config."
+            f"{name}: expected a model config that open_clip can build, got {one_line(error, 200)}. Use open_clip's "
+            "layout."
         ) from error
 
 
@@ -483,11 +558,3 @@ def _load_visual(visual: nn.Module, path: Path, name: str) -> None:
 
 def _looks_like_path(text: str) -> bool:
     return "/" in text or "\\" in text or text.endswith(_PATH_SUFFIXES)
-
-
-def _nearest(name: str, valid: Iterable[str]) -> str:
-    by_lower = {candidate.lower(): candidate for candidate in valid}
-    close = difflib.get_close_matches(name.lower(), by_lower, n=3, cutoff=0.5)
-    if close:
-        return f"Did you mean {', '.join(by_lower[candidate] for candidate in close)}?"
-    return f"Use one of {first_few(by_lower.values(), 8)}."
