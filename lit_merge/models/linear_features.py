@@ -6,8 +6,6 @@ eq. 4). One pass over the images therefore serves every choice of coefficients, 
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -19,9 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lit_merge.errors import ConfigurationError, DataError, FileFormatError, first_few
-from lit_merge.files.cache import cache_directory
-from lit_merge.files.store import LazyTensors, write_tensors
+from lit_merge.errors import ConfigurationError, DataError, first_few
+from lit_merge.files.cache import Cache
 from lit_merge.functional import linearize
 from lit_merge.params import Params, check_same_structure, fingerprint
 
@@ -83,18 +80,17 @@ class LinearFeatures:
 
 
 class LinearFeatureCache:
-    """Computes :class:`LinearFeatures` once per network, direction and images, and keeps them on disk.
+    """Computes :class:`LinearFeatures` once per network, direction and images, and stores them on disk.
 
     A file holds ``f0`` and the labels, and one more per direction its tangents, so that a further direction costs its
-    own pass alone. Its name is the SHA-256 of everything the content depends on: the network's layout, parameters and
-    buffers, the direction's values, the images with their preprocessing and labels, device type and precision. Files
-    are verified on reading, a damaged one is computed again, and several processes may write the same file at once.
+    own pass alone. They depend on the network's layout, parameters and buffers, the direction's values, the images with
+    their preprocessing and labels, device type and precision; see :class:`lit_merge.files.cache.Cache`.
 
     Args:
         network: ``f``, images ``[B, 3, S, S]`` -> features ``[B, d]``, with θ0 as its parameters, on the device to
             compute on; not to be changed while this object is used.
         directions: name -> τ_k, under the network's names; may be lazy, and are not to be changed either.
-        folder: the cache's folder; ``cache_directory("linear_features")`` by default.
+        folder: the cache's folder; the user's by default.
         inputs: the network's arguments of a batch; by default its ``inputs``.
 
     Raises:
@@ -113,8 +109,7 @@ class LinearFeatureCache:
             check_same_structure(parameters, vector, f"direction {name}")
         self._network, self._directions = network, dict(directions)
         self._inputs = inputs or (lambda batch: batch.inputs)
-        self._folder = cache_directory("linear_features") if folder is None else Path(folder)
-        self._folder.mkdir(parents=True, exist_ok=True)
+        self._cache = Cache("linear_features", folder)
         self._identity = [_layout(network), fingerprint({**parameters, **dict(network.named_buffers())})]
         self._digests: dict[str, str] = {}
 
@@ -145,8 +140,9 @@ class LinearFeatureCache:
         _check_images(loader.dataset)
         device = next(self._network.parameters()).device
         content = [_CACHE_VERSION, *self._identity, *_precision(device), loader.dataset.digest()]
-        base, keys = _key(content), {name: _key([*content, self._digest(name)]) for name in chosen}
-        found = {key: _read(self._path(key), key) for key in (base, *keys.values())}
+        base = self._cache.key(content)
+        keys = {name: self._cache.key([*content, self._digest(name)]) for name in chosen}
+        found = {key: self._cache.tensors(key) or {} for key in (base, *keys.values())}
         # Without f0 all is missing: it is to be, to the last bit, that of a pass which gives tangents.
         missing = [key for key, tensors in found.items() if not (tensors and found[base])]
         if missing:
@@ -154,12 +150,9 @@ class LinearFeatureCache:
             computed = self._compute(loader, base, directions, device)
             for key in missing:
                 found[key] = computed[key]
-                write_tensors(self._path(key), found[key], {"key": key})
+                self._cache.write_tensors(key, found[key])
         tangents = {name: found[key]["tangent"] for name, key in keys.items()}
         return LinearFeatures(found[base]["value"], tangents, found[base]["labels"])
-
-    def _path(self, key: str) -> Path:
-        return self._folder / f"{key}.safetensors"
 
     def _digest(self, name: str) -> str:
         if name not in self._digests:
@@ -179,11 +172,11 @@ class LinearFeatureCache:
         labels: list[Tensor] = []
         count = 0
         with ExitStack() as files:
-            rows = {key: _Rows(files.enter_context(TemporaryFile(dir=self._folder))) for key in (base, *vectors)}
+            rows = {key: _Rows(files.enter_context(TemporaryFile(dir=self._cache.folder))) for key in (base, *vectors)}
             for batch in loader:
                 present = batch.indices >= 0
                 part = batch.select(present)
-                images, indices = self._inputs(part.to(device)), part.indices
+                inputs, indices = self._inputs(part.to(device)), part.indices
                 if not torch.equal(indices, torch.arange(count, count + len(indices))):
                     got = first_few(indices.tolist())
                     raise DataError(
@@ -192,13 +185,13 @@ class LinearFeatureCache:
                     )
                 if not len(part):
                     continue
-                count += len(images)
+                count += len(part)
                 labels.append(part.targets)
                 value = None
                 for key, vector in vectors.items():
-                    value, tangent = linearize(self._network, {}, vector, *images)
+                    value, tangent = linearize(self._network, {}, vector, *inputs)
                     rows[key].append(tangent)
-                rows[base].append(linearize(self._network, {}, {}, *images)[0] if value is None else value)
+                rows[base].append(linearize(self._network, {}, {}, *inputs)[0] if value is None else value)
             if count != len(loader.dataset) or not count:
                 raise DataError(
                     f"images: expected all {len(loader.dataset)} of the split and at least one, got {count}. "
@@ -224,19 +217,6 @@ class _Rows:
         self._file.flush()
         content = np.memmap(self._file, np.uint8, mode="c")  # outlives the file, which has no name any more
         return torch.from_numpy(content).view(self._dtype).view(-1, *self._shape)
-
-
-def _read(path: Path, key: str) -> Params:
-    """The mapped tensors of a file; none if there is no file that can be trusted."""
-    try:
-        stored = LazyTensors(path, verify=True)
-        return dict(stored) if stored.metadata.get("key") == key else {}
-    except (FileFormatError, OSError):
-        return {}
-
-
-def _key(content: list[Any]) -> str:
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 def _check_images(images: Any) -> None:

@@ -501,17 +501,17 @@ def test_a_record_that_cannot_be_trusted_is_measured_again(
     first = search_coefficient(vectors.select([1]), task_arithmetic(), search, **settings)
     (file,) = (own_cache / "accuracies").iterdir()
     sound = file.read_text(encoding="utf-8")
-    record = {"key": file.stem, "accuracy": first.accuracy[0]}
+    record = {"key": file.stem, "value": first.accuracy[0]}
     assert json.loads(sound) == record
     for damage in (
         "",
         "[]",
         sound[:-3],
         json.dumps({**record, "key": "0" * 64}),
-        json.dumps({**record, "accuracy": {"shapes": 1.5}}),
-        json.dumps({**record, "accuracy": {"shapes": "much"}}),
-        json.dumps({**record, "accuracy": [0.5]}),
-        json.dumps({**record, "accuracy": {}}),
+        json.dumps({**record, "value": {"shapes": 1.5}}),
+        json.dumps({**record, "value": {"shapes": "much"}}),
+        json.dumps({**record, "value": [0.5]}),
+        json.dumps({**record, "value": {}}),
     ):
         file.write_text(damage, encoding="utf-8")
         counted.clear()

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from lit_merge._version import __version__
-from lit_merge.files.cache import cache_directory
+from lit_merge.files.cache import Cache
 from lit_merge.params import fingerprint
 
 if TYPE_CHECKING:
@@ -26,12 +23,11 @@ _VERSION = 1
 
 
 class AccuracyRecord:
-    """The accuracies of models, one small file per model and set of tasks, written as soon as they are known.
+    """The accuracies of models, cached one by one per model and set of tasks, as soon as they are known.
 
-    A file's name is the SHA-256 of all that the accuracies depend on: the values of the vector, not what it was made
-    by, and its coefficient; the pre-trained model, the heads, and whether the model is linearised; the images, with
-    labels and preprocessing; device type, precision and versions. So a transform whose code has changed is measured
-    anew. A damaged file is measured again. The folder is ``cache_directory("accuracies")``.
+    A key is made of the values of the vector, not what it was made by, and its coefficient; the pre-trained model, the
+    heads, and whether the model is linearised; the images, with labels and preprocessing; device type, precision and
+    versions. So a transform whose code has changed is measured anew.
 
     Args:
         module: what is evaluated, with its heads built.
@@ -43,7 +39,7 @@ class AccuracyRecord:
         self._active = len(sets) == len(loaders) and all(hasattr(images, "digest") for images in sets.values())
         if not self._active:
             return
-        self._folder = cache_directory("accuracies")
+        self._cache = Cache("accuracies")
         self._images = {task: images.digest() for task, images in sets.items()}
         self._model = [
             *(_VERSION, __version__, torch.__version__, module.device.type, torch.get_float32_matmul_precision()),
@@ -63,28 +59,21 @@ class AccuracyRecord:
             return None
         values = None if vector is None else fingerprint(vector)
         content = [self._model, values, coefficient, [[task, self._images[task]] for task in tasks]]
-        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+        return self._cache.key(content)
 
     def read(self, key: str | None, tasks: Sequence[str]) -> dict[str, float] | None:
         """The accuracies with this key, task -> accuracy; None if there are none that can be trusted."""
         if key is None:
             return None
-        try:
-            found = json.loads(self._path(key).read_text(encoding="utf-8"))
-            accuracy = dict(found["accuracy"])
-            complete = found["key"] == key and list(accuracy) == list(tasks)
-            if complete and all(0 <= value <= 1 for value in accuracy.values()):
-                return accuracy
-        except (OSError, ValueError, KeyError, TypeError):
-            pass
-        return None
+        accuracy = self._cache.value(key)
+        complete = isinstance(accuracy, dict) and list(accuracy) == list(tasks)
+        return accuracy if complete and all(_is_fraction(value) for value in accuracy.values()) else None
 
     def write(self, key: str | None, accuracy: Mapping[str, float]) -> None:
-        """Record accuracies, task -> accuracy; a file appears whole or not at all."""
-        from lit_merge.files.text import write_text
-
+        """Record accuracies, task -> accuracy."""
         if key is not None:
-            write_text(self._path(key), json.dumps({"key": key, "accuracy": accuracy}) + "\n")
+            self._cache.write_value(key, dict(accuracy))
 
-    def _path(self, key: str) -> Path:
-        return self._folder / f"{key}.json"
+
+def _is_fraction(value: object) -> bool:
+    return isinstance(value, float | int) and 0 <= value <= 1
