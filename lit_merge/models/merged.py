@@ -23,7 +23,7 @@ __all__ = ["MergedModel", "swapped"]
 
 _RECOMPUTATION = (
     "MergedModel: expected a module without activation checkpointing, which would run it again on θ0 in the backward "
-    "pass, got one that recomputes. Switch it off, or set use_reentrant=False and call the module and backward() inside "
+    "pass, got one that recomputes. Switch it off, or set use_reentrant=False and call module and backward() inside "
     "`with swapped(model.module, model.merged_parameters())`."
 )
 

@@ -61,7 +61,7 @@ def decomposition(rows: int, columns: int, itemsize: int) -> Work:
 def _work_of(
     exclude: str | None, work: Callable[[int, int, int, int], Work], name: str, shape: torch.Size, itemsize: int
 ) -> Work:
-    return work(*shape, itemsize) if _is_matrix(exclude, name, shape) else Work()
+    return work(shape[0], shape[1], shape[2], itemsize) if _is_matrix(exclude, name, shape) else Work()
 
 
 def _is_matrix(exclude: str | None, name: str, shape: torch.Size) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 from lit_merge.errors import ConfigurationError
@@ -50,13 +50,17 @@ __all__ = [
 ]
 
 
-def task_arithmetic(coefficient: float = 0.3) -> Chain:
-    """α Σ_t τ_t (Ilharco et al. 2023).
+Coefficient = float | Sequence[float] | Mapping[str, float]
+"""One number for the sum of the task vectors, or one for each of them, as :class:`Scale` takes them."""
+
+
+def task_arithmetic(coefficient: Coefficient = 0.3) -> Chain:
+    """α Σ_t τ_t, or Σ_t α_t τ_t (Ilharco et al. 2023).
 
     Args:
-        coefficient: α, usually searched over 21 points in [0, 1] on validation data.
+        coefficient: α, usually searched over 21 points in [0, 1] on validation data; or one number per task.
     """
-    return chain(Sum(), Scale(coefficient))
+    return chain(*_scaled_sum(coefficient))
 
 
 def weight_average() -> Chain:
@@ -102,15 +106,15 @@ def ties(density: float = 0.2, coefficient: float = 1.0, scope: Literal["global"
     return chain(Trim(density, scope), ElectSign(), DisjointMean(), Scale(coefficient))
 
 
-def dare_linear(p: float = 0.9, coefficient: float = 0.3, seed: int = 0) -> Chain:
+def dare_linear(p: float = 0.9, coefficient: Coefficient = 0.3, seed: int = 0) -> Chain:
     """Drop elements at random and rescale, then task arithmetic (Yu et al. 2024).
 
     Args:
         p: probability of being dropped.
-        coefficient: α.
+        coefficient: α, or one number per task.
         seed: of the masks.
     """
-    return chain(Drop(p, seed=seed), Sum(), Scale(coefficient))
+    return chain(Drop(p, seed=seed), *_scaled_sum(coefficient))
 
 
 def dare_ties(p: float = 0.9, density: float = 1.0, coefficient: float = 1.0, seed: int = 0) -> Chain:
@@ -175,15 +179,15 @@ def lines(
     return chain(merge or Sum(), LiNeS(alpha, beta, schedule))
 
 
-def breadcrumbs(density: float = 0.85, outliers: float = 0.01, coefficient: float = 0.3) -> Chain:
+def breadcrumbs(density: float = 0.85, outliers: float = 0.01, coefficient: Coefficient = 0.3) -> Chain:
     """Task arithmetic without the smallest and the largest elements of each parameter (Davari and Belilovsky 2024).
 
     Args:
         density: fraction of the elements that is kept.
         outliers: fraction of the largest elements that is left out.
-        coefficient: α.
+        coefficient: α, or one number per task.
     """
-    return chain(MagnitudeWindow(density, outliers), Sum(), Scale(coefficient))
+    return chain(MagnitudeWindow(density, outliers), *_scaled_sum(coefficient))
 
 
 def della(density: float = 0.7, epsilon: float = 0.1, coefficient: float = 1.0, seed: int = 0) -> Chain:
@@ -344,6 +348,12 @@ def recipe(name: str, **fields: Any) -> Chain:
     if needed:
         raise ConfigurationError(f"recipe {name}: expected a value for {', '.join(needed)}, got none. Add it.")
     return RECIPES[name](**fields)
+
+
+def _scaled_sum(coefficient: Coefficient) -> tuple[Transform, Transform]:
+    """α Σ_t τ_t, or Σ_t α_t τ_t if there is one number per task."""
+    scale = Scale(coefficient)
+    return (Sum(), scale) if isinstance(scale.coefficient, float) else (scale, Sum())
 
 
 def _suggestion(name: str, known: Any) -> str:

@@ -82,6 +82,12 @@ class Scale(Transform):
         """Scale every stack ``(T, *shape)``."""
         if isinstance(self.coefficient, float):
             return vectors.map_elements(partial(_scaled, self.coefficient), note=self)
+        if len(vectors.tasks) == 1 < len(self.coefficient):
+            raise ConfigurationError(
+                f"Scale.coefficient: expected one number for the merged vector {vectors.tasks[0]}, got "
+                f"{len(self.coefficient)}. Scale before the step that merges, e.g. parts: [{{Scale: {{coefficient: "
+                "[1, -1]}, Sum]."
+            )
         coefficients = per_task_values("Scale.coefficient", self.coefficient, vectors.tasks)
         return vectors.map_elements(partial(_scaled_by_task, coefficients), note=self)
 

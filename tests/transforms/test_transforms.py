@@ -320,3 +320,22 @@ def test_transforms_of_this_package_are_known_by_name_and_no_others():
     exposed = {name for name in transforms.__all__ if isinstance(getattr(transforms, name), type)} - {"Override"}
     assert {*OWN} == exposed - {"Transform"}
     assert all(OWN[name] is getattr(transforms, name) for name in OWN)
+
+
+@pytest.mark.parametrize("name", ["task_arithmetic", "dare_linear", "breadcrumbs"])
+def test_methods_that_sum_take_a_coefficient_per_task(vectors, name):
+    changed = chain(*recipe(name).steps[:-2])(vectors)
+    expected = changed["weight"][0] - 2 * changed["weight"][1]
+    for coefficient in ([1, -2], (1.0, -2.0), {"b": -2, "a": 1}):
+        merged = recipe(name, coefficient=coefficient)(vectors)
+        assert merged.tasks == ("a+b",)
+        assert torch.equal(merged["weight"][0], expected)
+        assert recipe(name, coefficient=coefficient).steps[-1] == Sum()
+    assert recipe(name, coefficient=2).steps[-2:] == (Sum(), Scale(2))
+
+
+@pytest.mark.parametrize("name", ["ties", "weight_average", "consensus_ta", "tsv_m"])
+def test_a_coefficient_per_task_behind_another_merge_points_at_parts(vectors, name):
+    scaled = chain(recipe(name), Scale([1, -1])) if name == "weight_average" else recipe(name, coefficient=[1, -1])
+    with pytest.raises(ConfigurationError, match=r"expected one number for the merged vector a\+b, got 2\. Scale"):
+        scaled(vectors)
