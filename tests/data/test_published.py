@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import hashlib
 import http.server
 import importlib
+import io
 import json
 import os
 import pickle
@@ -402,6 +404,21 @@ def test_the_hubs_splits_and_configurations(root):
     assert len(PublishedSource(entry, root).listed("test")) == 10
 
 
+@pytest.mark.parametrize(("name", "layout"), [("mnist", "parquet"), ("imagenet_a", "archives")])
+def test_tables_that_move_are_converted_once(name, layout, root, tmp_path, monkeypatch):
+    write_published(name, root, layout)
+    before = PublishedSource(REGISTRY[name], root).listed("test")
+    root.rename(tmp_path / "moved")
+    monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: pytest.fail("converted again"))
+    after = PublishedSource(REGISTRY[name], tmp_path / "moved").listed("test")
+    assert after.labels.tolist() == before.labels.tolist()
+    assert after.picture(3).tobytes() == before.picture(3).tobytes()
+    for path in filter(Path.is_file, (tmp_path / "moved").rglob("*")):
+        os.utime(path, (1, 1))
+    with pytest.raises(BaseException, match="converted again"):
+        PublishedSource(REGISTRY[name], tmp_path / "moved").listed("test")
+
+
 def test_labels_of_the_hub_in_another_order(root):
     entry = REGISTRY["fer2013"]
     assert sorted(entry.hub_classes) == sorted(entry.classes)
@@ -676,6 +693,21 @@ def test_pickles_are_not_executed(root, tmp_path):
     (root / "cifar-10-batches-py" / "test_batch").write_bytes(pickle.dumps({"data": _Hostile(touched)}, protocol=2))
     text = refusal(PublishedSource(REGISTRY["cifar10"], root).listed, "test")
     assert "got a file that asks for posix.system, which tensors do not need: do not trust it" in text
+    assert not touched.exists()
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+@pytest.mark.parametrize("kind", ["pickle", "pyd", "pth", "npy"])
+def test_what_else_is_in_archives_is_not_executed(kind, root, tmp_path):
+    entry, touched = REGISTRY["imagenet_a"], tmp_path / "touched"
+    write_archives(root / "imagenet_a", entry, [0], ("test",))
+    with tarfile.open(root / "imagenet_a" / "test" / "0.tar", "a") as archive:
+        content = pickle.dumps(_Hostile(touched))
+        member = tarfile.TarInfo(f"s0000000.{kind}")
+        member.size = len(content)
+        archive.addfile(member, io.BytesIO(content))
+    with contextlib.suppress(DataError):
+        PublishedSource(entry, root).listed("test")
     assert not touched.exists()
 
 

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from lit_merge.data.images.datasets import FileImages, ImageDataset, ImagePreprocessing
-from lit_merge.data.images.reading import IMAGE_SUFFIXES, check_image, is_image_name
+from lit_merge.data.images.reading import IMAGE_SUFFIXES, image_problem, is_image_name
 from lit_merge.data.sources import Task, chosen_templates
 from lit_merge.data.templates import GENERIC
 from lit_merge.errors import ConfigurationError, DataError, first_few
@@ -266,15 +266,7 @@ def _problems(paths: Sequence[Path], decode: bool) -> Iterator[DataError | None]
     Image.init()  # all formats now: PIL registers most of them late, and not thread by thread
     with ThreadPoolExecutor() as pool:
         for start in range(0, len(paths), _AT_A_TIME):
-            yield from pool.map(_problem, paths[start : start + _AT_A_TIME], itertools.repeat(decode))
-
-
-def _problem(path: Path, decode: bool) -> DataError | None:
-    try:
-        check_image(path, decode)
-    except DataError as error:
-        return error
-    return None
+            yield from pool.map(image_problem, paths[start : start + _AT_A_TIME], itertools.repeat(decode))
 
 
 def _refuse_corrupt(paths: Sequence[Path]) -> None:

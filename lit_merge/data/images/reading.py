@@ -5,18 +5,15 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from lit_merge.errors import DataError, LitMergeError, one_line
 
-__all__ = ["IMAGE_SUFFIXES", "check_image", "is_image_name", "read_image", "reading", "upright_rgb"]
+__all__ = ["IMAGE_SUFFIXES", "image_problem", "is_image_name", "read_image", "reading", "undecoded", "upright_rgb"]
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".tif", ".tiff", ".gif")
-
-_Result = TypeVar("_Result")
 
 
 def is_image_name(name: str) -> bool:
@@ -24,16 +21,13 @@ def is_image_name(name: str) -> bool:
     return not name.startswith(".") and name.lower().endswith(IMAGE_SUFFIXES)
 
 
-def check_image(path: str | Path, decode: bool = False) -> None:
-    """Read an image's header, or all of it.
-
-    Raises:
-        DataError: as :func:`read_image`; without ``decode`` only of what the header tells.
-    """
-    if decode:
-        read_image(path)
-    else:
-        _opened(path, lambda image: None)
+def image_problem(path: str | Path, decode: bool = False) -> DataError | None:
+    """What :func:`read_image` would raise; without ``decode`` only of what the image's header tells."""
+    try:
+        _opened(path, upright_rgb if decode else lambda image: image)
+    except DataError as error:
+        return error
+    return None
 
 
 def read_image(path: str | Path) -> Image.Image:
@@ -64,15 +58,20 @@ def upright_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _opened(path: str | Path, use: Callable[[Image.Image], _Result]) -> _Result:
+def _opened(path: str | Path, use: Callable[[Image.Image], Image.Image]) -> Image.Image:
     try:
         with Image.open(path) as image:
             return use(image)
     except Exception as error:  # PIL's plugins raise whatever their format's damage leads to
-        reason = "an unknown or damaged header" if type(error).__name__ == "UnidentifiedImageError" else one_line(error)
         raise DataError(
-            f"{path}: expected a readable image, got {reason}. Replace or remove it, or set skip_corrupt to true."
+            f"{path}: expected a readable image, got {undecoded(error)}. Replace or remove it, or set skip_corrupt to "
+            "true."
         ) from error
+
+
+def undecoded(error: Exception) -> str:
+    """What an error of PIL says of an image, in one line."""
+    return "an unknown or damaged header" if isinstance(error, UnidentifiedImageError) else one_line(error)
 
 
 @contextlib.contextmanager

@@ -113,17 +113,8 @@ def list_data(names: list[str] | None = None) -> str:
         suites = [suite for suite, members in SUITES.items() if one.name in members]
         sources = [f"torchvision ({one.torchvision})" if one.torchvision else "", one.hub or ""]
         counts = [f"{one.counts[split]:,}" if split in one.counts else "–" for split in _SPLITS]
-        rows.append(
-            (
-                one.name,
-                f"{len(one.classes):,}",
-                *counts,
-                f"{one.gigabytes:g}",
-                ", ".join(suites),
-                ", ".join(filter(None, sources)),
-                one.title,
-            )
-        )
+        named = (", ".join(suites), ", ".join(filter(None, sources)), one.title)
+        rows.append((one.name, f"{len(one.classes):,}", *counts, f"{one.gigabytes:g}", *named))
     return aligned(rows, right=(1, 2, 3, 4, 5))
 
 
@@ -169,25 +160,22 @@ def check_data_set(one: DataSetEntry, root: str | os.PathLike[str] | None = None
     other = [
         f"{counts[split]:,} of {expected[split]:,} in {split}" for split in expected if counts[split] != expected[split]
     ]
-    problem = (
-        f"{one.name}: expected the images of the literature in {path}, got {', '.join(other)}. Complete it, or move it "
-        f"away and run: lit-merge data prepare {one.name} --root {data_root(root)}."
-    )
-    state, said = ("other counts", problem) if other else ("complete", "")
-    return CheckedDataSet(one.name, state, said, found.layout, path, len(one.classes), counts, expected)
+    state, problem = "complete", ""
+    if other:
+        state = "other counts"
+        problem = (
+            f"{one.name}: expected the images of the literature in {path}, got {', '.join(other)}. Complete it, or "
+            f"move it away and run: lit-merge data prepare {one.name} --root {data_root(root)}."
+        )
+    return CheckedDataSet(one.name, state, problem, found.layout, path, len(one.classes), counts, expected)
 
 
 def aligned(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
     """A table with columns of equal width; those in ``right`` are aligned to the right."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = [
-        "  ".join(
-            cell.rjust(width) if column in right else cell.ljust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in rows
-    ]
-    return "\n".join(line.rstrip() for line in lines)
+    signs = [">" if column in right else "<" for column in range(len(widths))]
+    line = "  ".join(f"{{:{sign}{width}}}" for sign, width in zip(signs, widths, strict=True))
+    return "\n".join(line.format(*row).rstrip() for row in rows)
 
 
 def _counted(one: CheckedDataSet, split: str) -> str:

@@ -6,6 +6,8 @@ images and labels ("webdataset") it first converts, once, into lit-merge's cache
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import re
 from collections.abc import Sequence
@@ -69,16 +71,31 @@ def read_tables(folder: Path, entry: DataSetEntry, split: str) -> ImageList | No
 
 
 def _converted(kind: str, paths: Sequence[Path]) -> Any:
+    """The table of some files; they are converted once, also if their folder moves."""
     import datasets
 
-    enabled = datasets.is_progress_bar_enabled()
-    datasets.disable_progress_bars()
-    try:
-        files, cache = [str(path) for path in paths], str(cache_directory("tables"))
-        return datasets.load_dataset(kind, data_files=files, split="train", cache_dir=cache)
-    finally:
-        if enabled:
-            datasets.enable_progress_bars()
+    facts = [kind, *((path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in paths)]
+    cache = cache_directory("tables") / hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+    if not _complete(cache):
+        enabled = datasets.is_progress_bar_enabled()
+        datasets.disable_progress_bars()
+        try:
+            datasets.load_dataset(kind, data_files=list(map(str, paths)), split="train", cache_dir=str(cache))
+        finally:
+            if enabled:
+                datasets.enable_progress_bars()
+    return _joined(_complete(cache))
+
+
+def _complete(cache: Path) -> list[Path]:
+    found = cache.glob("*/*/*/*/*.arrow")
+    return sorted(path for path in found if not path.parent.name.endswith(".incomplete"))
+
+
+def _joined(paths: Sequence[Path]) -> Any:
+    import datasets
+
+    return datasets.concatenate_datasets([datasets.Dataset.from_file(str(path)) for path in paths])
 
 
 def cached_snapshot(entry: DataSetEntry) -> Path | None:
@@ -109,10 +126,7 @@ def cached_tables(entry: DataSetEntry, split: str) -> ImageList | None:
         return None
     paths = by_folder[max(by_folder, key=lambda folder: folder.stat().st_mtime_ns)]
     with reading(paths[0], "an Arrow file of the datasets library"):
-        import datasets
-
-        tables = [datasets.Dataset.from_file(str(path)) for path in paths]
-        return _listed(datasets.concatenate_datasets(tables), entry, tuple(paths))
+        return _listed(_joined(paths), entry, tuple(paths))
 
 
 def tables_folder(entry: DataSetEntry) -> Path:

@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 
 from lit_merge.data.images.datasets import FileImages, ImagePreprocessing, PictureImages, file_content
-from lit_merge.data.images.reading import read_image, upright_rgb
-from lit_merge.errors import DataError, one_line
+from lit_merge.data.images.reading import read_image, undecoded, upright_rgb
+from lit_merge.errors import DataError
 
 __all__ = ["ImageList", "StoredImages"]
 
@@ -55,10 +55,9 @@ class ImageList:
                 picture = Image.fromarray(np.ascontiguousarray(picture))
             return upright_rgb(picture)
         except Exception as error:  # PIL and h5py raise whatever the damage leads to
-            known = type(error).__name__ != "UnidentifiedImageError"
             raise DataError(
-                f"{self.files[0]}: expected a readable image {position}, got "
-                f"{one_line(error) if known else 'an unknown or damaged header'}. Fetch the data set again."
+                f"{self.files[0]}: expected a readable image {position}, got {undecoded(error)}. Fetch the data set "
+                "again."
             ) from error
 
     def _without_border(self, path: Path) -> Image.Image:

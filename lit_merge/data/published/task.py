@@ -109,7 +109,7 @@ class PublishedSource(Task):
         Raises:
             DataError: they are not.
         """
-        assert self.location
+        _ = self.location
 
     def split(
         self, split: str, preprocessing: ImagePreprocessing, augmentation_seed: int | None = None
