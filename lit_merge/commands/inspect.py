@@ -35,6 +35,7 @@ __all__ = ["BlockSummary", "Inspection", "inspect", "summarise_blocks"]
 POSITIONAL = ("path",)
 
 _BEFORE, _AFTER = "before the blocks", "after the blocks"
+_NARROWEST = 72
 _SHOWN = 240  # characters of a header entry in the table
 
 
@@ -125,6 +126,7 @@ def inspect(path: str, as_json: bool = False, verify: bool = False) -> Inspectio
     from rich.console import Console
 
     console = Console()
+    console.width = max(console.width, _NARROWEST)  # a narrower terminal wraps lines, but no number is cut
     for part in _tables(found):
         console.print(part)
     return found
@@ -250,12 +252,14 @@ def _tables(found: Inspection) -> list[RenderableType]:
         head.add_row(Text(key, style="dim"), Text(text, overflow="fold"))
     parts: list[RenderableType] = [head]
     if found.blocks:
-        table = _table("block", "tensors", "entries", "norm", "largest", "zeros (%)", "not finite")
+        odd = ["not finite"] if found.whole.not_finite else []
+        table = _table("block", "tensors", "entries", "norm", "largest", "zeros (%)", *odd)
         for one in [*found.blocks, found.whole]:
             if one.block == "all":
                 table.add_section()
             cells = [f"{one.tensors}", f"{one.entries:,}", f"{one.norm:.6g}", f"{one.largest:.4g}"]
-            table.add_row(one.block, *cells, f"{100 * one.sparsity:.2f}", f"{one.not_finite or ''}")
+            cells += [f"{100 * one.sparsity:.2f}", *([f"{one.not_finite or ''}"] if odd else [])]
+            table.add_row(one.block.removesuffix(" the blocks"), *cells)
         parts.append(table)
     if found.coefficients:
         table = _table("task", "mean", "least", "largest", "zeros (%)", "ones (%)")
@@ -267,10 +271,11 @@ def _tables(found: Inspection) -> list[RenderableType]:
 
 
 def _table(first: str, *others: str) -> Any:
+    from rich import box
     from rich.table import Table
 
-    table = Table()
-    table.add_column(first)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column(first, overflow="fold")
     for name in others:
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", no_wrap=True)
     return table

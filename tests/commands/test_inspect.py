@@ -75,7 +75,7 @@ def test_tables_name_blocks_and_provenance(tmp_path: Path, capsys, monkeypatch) 
     monkeypatch.setenv("COLUMNS", "160")
     assert main(["inspect", str(vector(tmp_path / "v.safetensors")), "--verify", "true"]) == 0
     printed = capsys.readouterr().out
-    for expected in ("task vector", "regime", "full", "before the blocks", "after the blocks", "zeros (%)", "all"):
+    for expected in ("task vector", "regime", "full", "before", "after", "zeros (%)", "all"):
         assert expected in printed
 
 
@@ -113,3 +113,17 @@ def test_a_changed_file_is_refused_with_verify(tmp_path: Path) -> None:
         inspect(str(path), verify=True)
     with pytest.raises(FileFormatError, match=r"gone\.safetensors"):
         inspect(str(tmp_path / "gone.safetensors"))
+
+
+@pytest.mark.parametrize("columns", [40, 72, 80])
+def test_no_word_or_number_of_a_narrow_table_is_broken(columns, tmp_path: Path, capsys, monkeypatch) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    large = {f"visual.transformer.resblocks.{index}.w": torch.full((1200, 1000), 1.23456789) for index in (0, 11)}
+    large["visual.conv1.weight"] = torch.tensor([math.nan, -1.5])
+    write_tensors(tmp_path / "v.safetensors", large, {"format": "pt"})
+    assert main(["inspect", str(tmp_path / "v.safetensors")]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["block", "tensors", "entries", "norm", "largest", "zeros", "(%)", "not", "finite"] in lines
+    assert ["before", "1", "2", "1.5", "1.5", "0.00", "1"] in lines
+    assert ["11", "1", "1,200,000", "1352.4", "1.235", "0.00"] in lines
+    assert not [word for line in lines for word in line if "…" in word]
