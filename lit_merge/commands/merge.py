@@ -139,7 +139,9 @@ def merge(
     if search is not None:  # the refusals come before, as this may take long
         from lit_merge.evaluation.search import search_coefficient
 
-        found = search_coefficient(job.vectors, chosen, search, job.network(), data, linearized)
+        found = search_coefficient(
+            job.vectors, chosen, search, data=data, linearized=linearized, network=job.network()
+        )
         planned = job.plan(found.transform, found=found)
     settings_file = {beside(job.target.path, "merge.yaml").name: RESOLVED.get()} if RESOLVED.get() else {}
     job.write(planned, overwrite, progress, settings_file)

@@ -66,7 +66,7 @@ class TaskDataModule(L.LightningDataModule):
         predict_path: an image, or a folder searched for images, to predict; None for the test split.
         labelled: False gives the training images the label -1, as test-time merging wants it.
         preprocessing: what the model expects of images; None takes ``preprocessing`` of the trainer's module.
-        name: of the task, with a ``path``; by default the folder's.
+        name: of the task, with a ``path`` or ``source``; by default the folder's, or its own.
         other_paths: name -> folder of another task's images, for a penalty; laid out as ``path``.
         other_tasks: other tasks of the embedded suite, or published data sets, for a penalty; None for all of the
             embedded suite if ``task`` is one of them, otherwise for none. Without a penalty none costs anything.
@@ -136,7 +136,7 @@ class TaskDataModule(L.LightningDataModule):
                 ("class_names", class_names, None, False),
                 ("fractions", tuple(fractions), _FRACTIONS, other_paths),
                 ("split_seed", split_seed, 0, other_paths),
-                ("name", name, None, False),
+                ("name", name, None, source is not None),
                 ("skip_corrupt", skip_corrupt, False, other_paths or predict_path),
             )
             for argument, given, default, used in only_with_path:
@@ -149,6 +149,7 @@ class TaskDataModule(L.LightningDataModule):
                     f"templates: expected none together with source, got {templates!r}. Give them to the source."
                 )
             self.source = source if source is not None else named_source(str(task), root, templates)
+            self.source.name = name or self.source.name
         else:
             assert path is not None
             self.source = FolderSource(path, class_names, templates, fractions, split_seed, skip_corrupt)

@@ -10,6 +10,8 @@ from lit_merge.models.encoder import (
 )
 from lit_merge.models.heads import ZeroShotHead, build_head, zero_shot_weights
 from lit_merge.models.lora import LoRA
+from lit_merge.models.network import Base, ClipNetwork, ModuleNetwork, Network
+from lit_merge.models.parametrisations import Direct, Linearised, LowRank, Parametrisation
 from lit_merge.models.rates import ExpLR, LinLR, Rates
 from lit_merge.models.selection import All, Attention, LastBlocks, Matching, Selection
 from lit_merge.models.weights import save_clip
@@ -18,12 +20,20 @@ from lit_merge.naming import block_of, is_after_blocks, is_attention, number_of_
 __all__ = [
     "All",
     "Attention",
+    "Base",
     "ClipModel",
+    "ClipNetwork",
+    "Direct",
     "ExpLR",
     "LastBlocks",
     "LinLR",
+    "Linearised",
     "LoRA",
+    "LowRank",
     "Matching",
+    "ModuleNetwork",
+    "Network",
+    "Parametrisation",
     "Preprocessing",
     "Rates",
     "Selection",

@@ -19,9 +19,16 @@ from lit_merge.checkpoints.pairs import Names
 from lit_merge.errors import ConfigurationError, StructureMismatchError, first_few
 from lit_merge.files.lazy import Computed, LazyMapping, Selected
 from lit_merge.files.shards import bytes_of
-from lit_merge.models.encoder import ClipModel, Preprocessing, hub_repository, load_clip
+from lit_merge.models.encoder import (
+    ClipModel,
+    Preprocessing,
+    hub_repository,
+    load_clip,
+    stored_tower,
+    text_tensors,
+)
 from lit_merge.models.heads import build_head
-from lit_merge.params import dtype_of, fingerprint, shape_of
+from lit_merge.params import check_finite, dtype_of, fingerprint, shape_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -149,9 +156,6 @@ class ClipNetwork(Network):
         pretrained: weights, as for :func:`lit_merge.models.load_clip`.
         preprocessing: how images become the tower's input; by default as the weights want it.
 
-    Attributes:
-        clip: the model.
-
     Raises:
         LitMergeError: as for :func:`lit_merge.models.load_clip`.
     """
@@ -162,21 +166,45 @@ class ClipNetwork(Network):
     def __init__(
         self, model: str = "lit-tiny", pretrained: str | None = None, preprocessing: Preprocessing | None = None
     ) -> None:
-        self._set(load_clip(model, pretrained))
-        self.preprocessing = preprocessing or self.clip.preprocessing
-        self.repository = hub_repository(model, pretrained)
+        self._arguments, self._preprocessing = (model, pretrained), preprocessing
+        stored = stored_tower(model, pretrained)
+        self._stored = None if stored is None else stored[1]
+        self.name = self.clip.name if stored is None else stored[0]
 
-    @classmethod
-    def of(cls, clip: ClipModel) -> ClipNetwork:
-        """The network of a CLIP that is loaded already."""
-        network = cls.__new__(cls)
-        network._set(clip)
-        network.preprocessing = clip.preprocessing
-        return network
+    @cached_property
+    def clip(self) -> ClipModel:
+        """The model, built when it is first needed: a merge needs its weights only."""
+        return load_clip(*self._arguments)
 
-    def _set(self, clip: ClipModel) -> None:
-        self.clip, self.name, self.module = clip, clip.name, clip.visual
-        self.fingerprint = clip.fingerprint  # as loaded
+    @property
+    def module(self) -> nn.Module:  # type: ignore[override]
+        """The image tower."""
+        return self.clip.visual
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """How images become the tower's input."""
+        return self._preprocessing or self.clip.preprocessing
+
+    @cached_property
+    def repository(self) -> str | None:  # type: ignore[override]
+        """``owner/name`` on the Hub of the weights behind a tag."""
+        return hub_repository(*self._arguments)
+
+    @cached_property
+    def parameters(self) -> LazyMapping:
+        """The image tower's parameters under its own names; from the file unless the tower has been built."""
+        if self._stored is None or "clip" in vars(self):
+            return _lazily({name: value.detach() for name, value in self.module.named_parameters()})
+        return self._stored
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of the image tower as it is loaded."""
+        if self._stored is None or "clip" in vars(self):
+            return self.clip.fingerprint
+        check_finite(self._stored, f"image tower of {self.name}")
+        return fingerprint(self._stored)
 
     def head(self, task: TaskWords) -> nn.Module:
         """The zero-shot head of the task's class names and templates, from the cache if it was built before."""
@@ -184,8 +212,13 @@ class ClipNetwork(Network):
 
     def whole(self) -> Mapping[str, Tensor]:
         """The text side as it is stored, and the image tower."""
-        visual = {f"{self.prefix}{name}": value.detach().cpu() for name, value in self.module.state_dict().items()}
-        text = self.clip.text.tensors()
+        if self._stored is not None and "clip" not in vars(self):
+            visual: Mapping[str, Tensor] = Selected(self._stored, {self.prefix + name: name for name in self._stored})
+            text: Mapping[str, Tensor] = text_tensors(*self._arguments)
+        else:
+            state = self.module.state_dict()
+            visual = {f"{self.prefix}{name}": value.detach().cpu() for name, value in state.items()}
+            text = self.clip.text.tensors()
         return Computed(
             {name: (shape_of(one, name), dtype_of(one, name)) for one in (text, visual) for name in one},
             partial(_from_either, visual, text),

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from lit_merge.errors import ConfigurationError
 from lit_merge.files.lazy import Computed
@@ -30,9 +31,9 @@ __all__ = ["Direct", "Linearised", "LowRank", "Parametrisation", "parametrisatio
 class Parametrisation(ABC):
     """What trains, and what it means for θ; used for one network, whose parameters are θ0 when it is prepared.
 
-    Subclass it for another way to depart from θ0: :meth:`prepare` turns the network into the module that trains, e.g.
-    by torch's parametrisations; :meth:`task_vector` and :meth:`load_parameters` translate. ``repr`` names the regime
-    in a task vector's header.
+    Subclass it for another way to depart from θ0: :meth:`prepared` turns the network into the module that trains, e.g.
+    by torch's parametrisations, of which :meth:`task_vector` and :meth:`load_parameters` know already. ``repr`` names
+    the regime in a task vector's header.
 
     Attributes:
         linearised: whether the module's output is ``f(x; θ0) + J τ``, so that it is linear in τ.
@@ -62,17 +63,38 @@ class Parametrisation(ABC):
         """θ0, on the CPU, under the network's own names; not to be changed."""
         return self._initial
 
-    @abstractmethod
     def task_vector(self) -> Mapping[str, Tensor]:
-        """τ = θ − θ0 as it is now, on the CPU, in θ0's dtype, under the network's own names."""
+        """τ = θ − θ0 as it is now, on the CPU, in θ0's dtype, under the network's own names.
 
-    @abstractmethod
+        By default θ is what the modules read under these names, through torch's parametrisations where they have some;
+        computed tensor by tensor when it is read.
+        """
+        initial = self.initial_parameters
+        structure = {name: (value.shape, value.dtype) for name, value in initial.items()}
+        return Computed(structure, self._departed)
+
+    @torch.no_grad()
+    def _departed(self, name: str) -> Tensor:
+        owner, _, leaf = name.rpartition(".")
+        value: Tensor = getattr(self.network.get_submodule(owner), leaf)
+        start = self.initial_parameters[name]
+        return value.detach().cpu().to(start.dtype) - start
+
+    @torch.no_grad()
     def load_parameters(self, parameters: Mapping[str, Tensor]) -> None:
-        """Set θ.
+        """Set θ; by default by assignment, which calls the ``right_inverse`` of torch's parametrisations.
 
         Raises:
             StructureMismatchError: names or shapes differ from θ0's.
         """
+        check_same_structure(self.initial_parameters, parameters, "weights")
+        for name, value in parameters.items():
+            owner, _, leaf = name.rpartition(".")
+            part = self.network.get_submodule(owner)
+            if is_parametrized(part, leaf):
+                setattr(part, leaf, value.to(getattr(part, leaf)))
+            else:
+                getattr(part, leaf).copy_(value)
 
     def load_task_vector(self, vector: TaskVector, coefficient: float = 1.0) -> None:
         """Set θ to θ0 + coefficient · τ.

@@ -15,10 +15,15 @@ from lit_merge.errors import ConfigurationError, FileFormatError
 from lit_merge.models.weights import open_weights
 from lit_merge.params import fingerprint
 
-__all__ = ["NOT_TEXT", "TextArchitecture", "TextTower"]
+__all__ = ["NOT_TEXT", "TextArchitecture", "TextTower", "is_text"]
 
 NOT_TEXT = ("visual", "text_decoder")
 """The parts of a whole model, by the first component of their names, that encoding texts does not need."""
+
+
+def is_text(name: str) -> bool:
+    """Whether a tensor of a whole CLIP belongs to its text side."""
+    return name.split(".")[0] not in NOT_TEXT
 
 
 class TextArchitecture(Protocol):
@@ -138,7 +143,7 @@ class TextTower:
         """As :meth:`state`, but from a file each tensor is read when it is asked for."""
         # The file comes first, so that the fingerprint does not depend on whether the tower is loaded.
         if self._path is not None:
-            return open_weights(self._path, lambda name: name.split(".")[0] not in NOT_TEXT)
+            return open_weights(self._path, is_text)
         if self._module is None:
             raise ConfigurationError(
                 f"{self._architecture.name}: the text tower of a randomly initialised model was dropped, and there is "

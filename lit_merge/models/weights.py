@@ -15,7 +15,7 @@ from lit_merge.files.lazy import LazyMapping, Selected
 from lit_merge.files.store import write_tensors
 from lit_merge.params import check_finite
 
-__all__ = ["first_line", "open_weights", "save_clip"]
+__all__ = ["open_weights", "save_clip"]
 
 
 def save_clip(
@@ -93,9 +93,3 @@ def open_weights(path: str | Path, keep: Callable[[str], bool] | None = None) ->
     left_out = {name.removeprefix(found.prefix) for rule in NO_PARAMETERS for name in found.left_out.get(rule, ())}
     kept = [name for name in tensors if name not in left_out and (keep is None or keep(name))]
     return Selected(tensors, {name: name for name in kept})
-
-
-def first_line(error: Exception) -> str:
-    """The kind and the first line of another library's error, as one sentence for a message."""
-    text = (str(error).strip().splitlines() or ["no reason given"])[0][:200].rstrip(". ")
-    return f"{type(error).__name__}: {text}."

@@ -9,17 +9,22 @@ from lit_merge.modules.encoding import EncoderModule
 from lit_merge.modules.finetune import FineTuneModule
 from lit_merge.modules.merge import MergeModule
 from lit_merge.modules.multitask import MultiTaskModule
-from lit_merge.modules.penalty import TauJpPenalty
+from lit_merge.modules.objectives import CrossEntropy, Entropy, Objective
+from lit_merge.modules.penalty import Penalty, TauJpPenalty
 from lit_merge.modules.pretrain import ContrastiveModule
 from lit_merge.modules.protocol import FineTuningProtocol
 
 __all__ = [
     "ContrastiveModule",
+    "CrossEntropy",
     "EncoderModule",
+    "Entropy",
     "FineTuneModule",
     "FineTuningProtocol",
     "MergeModule",
     "MultiTaskModule",
+    "Objective",
+    "Penalty",
     "TauJpPenalty",
 ]
 

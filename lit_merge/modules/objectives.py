@@ -5,8 +5,9 @@ An objective is called with ``(logits, batch)`` and returns a scalar; ``needs_ta
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, ClassVar
 
 from torch import Tensor
 from torch.nn import functional as F
@@ -18,16 +19,16 @@ from lit_merge.metrics.hits import UNLABELLED
 __all__ = ["CrossEntropy", "Entropy", "Objective", "objective_of"]
 
 
-@runtime_checkable
-class Objective(Protocol):
-    """What an objective has.
+class Objective(ABC):
+    """What an objective has; subclass it for one of your own, and name it by its import path.
 
     Attributes:
         needs_targets: whether it reads the batch's targets; otherwise unlabelled examples do.
     """
 
-    needs_targets: bool
+    needs_targets: ClassVar[bool]
 
+    @abstractmethod
     def __call__(self, logits: Tensor, batch: Any) -> Tensor:
         """The objective of a batch.
 
@@ -42,7 +43,7 @@ class Objective(Protocol):
 
 
 @dataclass(frozen=True)
-class CrossEntropy:
+class CrossEntropy(Objective):
     """The mean cross-entropy of the labelled examples.
 
     Args:
@@ -53,7 +54,7 @@ class CrossEntropy:
     """
 
     label_smoothing: float = 0.0
-    needs_targets = True
+    needs_targets: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not 0 <= self.label_smoothing < 1:
@@ -67,10 +68,10 @@ class CrossEntropy:
 
 
 @dataclass(frozen=True)
-class Entropy:
+class Entropy(Objective):
     """The mean Shannon entropy of the predictions, which needs no labels (Yang et al. 2024, equation 8)."""
 
-    needs_targets = False
+    needs_targets: ClassVar[bool] = False
 
     def __call__(self, logits: Tensor, batch: Any) -> Tensor:
         """See :class:`Objective`."""

@@ -99,6 +99,7 @@ class FineTuningProtocol(EncoderModule):
         self.gradient_clip = gradient_clip
         self.rates = rates
         self._optimizer_wrapper = optimizer_wrapper
+        self._wrapped: str | None = None
         if rates is not None:
             rates(self.initial_parameters)  # refuses a network without blocks before anything is loaded
         self._keep_statistics()
@@ -132,6 +133,7 @@ class FineTuningProtocol(EncoderModule):
         )
         if self._optimizer_wrapper is not None:
             optimizer = self._optimizer_wrapper(optimizer)
+            self._wrapped = type(optimizer).__name__
         total = total_steps(self.trainer)
         factor = warm_up_cosine(round(self.warmup_fraction * total), total)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
@@ -142,8 +144,9 @@ class FineTuningProtocol(EncoderModule):
         """How the encoder is trained, as a task vector's header has it: ``full``, or e.g. ``linearized, All()``."""
         shorthands = (self.trainable, self.lora)
         given = self.parametrisation if type(self.parametrisation) not in (Direct, Linearised, LowRank) else None
-        parts = [repr(part) for part in (*shorthands, given, self.rates, self._optimizer_wrapper) if part is not None]
-        return ", ".join([*(["linearized"] if self.linearized else []), *parts]) or "full"
+        parts = [repr(part) for part in (*shorthands, given, self.rates) if part is not None]
+        wrapped = [] if self._wrapped is None else [self._wrapped]
+        return ", ".join([*(["linearized"] if self.linearized else []), *parts, *wrapped]) or "full"
 
     def configure_gradient_clipping(
         self,

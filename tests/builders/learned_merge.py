@@ -62,6 +62,9 @@ class Merging(L.LightningModule):
     def forward(self, images):
         return self.merged(images)
 
+    def features(self, batch):
+        return self(*batch.inputs)
+
     def classify(self, features, task):
         return self.heads[task](features)
 

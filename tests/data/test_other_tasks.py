@@ -206,7 +206,7 @@ def test_a_fit(data, schedule, settings):
         assert all(torch.equal(left, right) for left, right in zip(batch["own"], alone, strict=True))
         others = batch["other"]
         assert isinstance(others, OtherBatch)
-        assert others._fields == ("images", "tasks", "indices")  # no labels
+        assert (others.targets == -1).all()  # no labels
         assert (others.images.dtype, others.tasks.dtype, others.indices.dtype) == (
             torch.float32,
             torch.int64,
@@ -337,11 +337,12 @@ def test_two_processes_under_a_trainer(data, folders, tmp_path, monkeypatch, for
     assert len(alone) == len(ranks[0]) == 15
     for (*_, batch), left, right in zip(alone, *ranks, strict=True):
         for whole, parts in ((batch["own"], (left[0], right[0])), (batch["other"], (left[1], right[1]))):
+            whole_images, *known_keys = whole
             images, *keys = (torch.cat(halves) for halves in zip(*parts, strict=True))
             # Sorted by task and index, or by label and index; the indices of a batch may repeat across tasks.
-            order, expected = (np.lexsort([key.numpy() for key in some]) for some in (keys[::-1], whole[:0:-1]))
-            assert all(torch.equal(key[order], known[expected]) for key, known in zip(keys, whole[1:], strict=True))
-            assert torch.equal(images[order], whole.images[expected])
+            order, expected = (np.lexsort([key.numpy() for key in some]) for some in (keys[::-1], known_keys[::-1]))
+            assert all(torch.equal(key[order], known[expected]) for key, known in zip(keys, known_keys, strict=True))
+            assert torch.equal(images[order], whole_images[expected])
 
 
 def test_the_rank_of_the_trainer_counts(data):
@@ -515,7 +516,7 @@ def test_damaged_images(write_colours, data, tmp_path):
         fit(data(other_paths=others), Penalty())
     for own in ({}, {"task": "digits", "path": None, "other_tasks": []}):
         module = data(other_paths=others, skip_corrupt=True, **own)
-        with pytest.warns(UserWarning, match="left out 1 damaged"):
+        with pytest.warns(UserWarning, match="left out 1 image"):
             fit(module, Penalty(), max_epochs=1, limit_train_batches=1)
         assert len(module._other_images.tasks[0]) == 8
 
@@ -583,7 +584,7 @@ def test_from_the_command_line(folders):
         ({"task": "land", "other_tasks": ["sign"]}, "task: expected one of digits, clutter"),
         ({"task": "land", "name": "x", "other_paths": {"far": "x"}}, "name: expected only with path"),
         ({"task": "land", "split_seed": 1}, "split_seed: expected only with path"),
-        ({"task": "land", "other_paths": {"far": "x"}, "fractions": (0.5, 0.2, 0.2)}, "fractions: expected shares"),
+        ({"task": "land", "other_paths": {"far": "x"}, "fractions": (0.5, 0.2, 0.2)}, "fractions: expected those"),
     ],
 )
 def test_refused_others(settings, expected):

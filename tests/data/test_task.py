@@ -6,61 +6,18 @@ import subprocess
 import sys
 from pathlib import Path
 
-import lightning as L
 import numpy as np
 import pytest
 import torch
+from builders.batch_recorder import SMALL, Recorder, quiet_trainer
 from PIL import Image
-from torch import nn
 
 from lit_merge.data import EMBEDDED_TASKS, ImageBatch, MultiTaskDataModule, TaskDataModule, contact_sheet, load_split
 from lit_merge.errors import ConfigurationError, DataError
 from lit_merge.models import Preprocessing
 
-SMALL = Preprocessing(8)
 ROOT = Path(__file__).parents[2]
 DIGITS = {"train": 1000, "val": 250, "test": 547}
-
-
-class Recorder(L.LightningModule):
-    """Sees batches, learns nothing."""
-
-    def __init__(self):
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(()))
-        self.preprocessing = SMALL
-        self.trained, self.evaluated = [], []
-
-    def training_step(self, batch, batch_idx):
-        self.trained.append((self.current_epoch, batch))
-        return self.weight * 0
-
-    def validation_step(self, batch, batch_idx, dataloader_idx=0):
-        self.evaluated.append((dataloader_idx, batch))
-
-    def test_step(self, batch, batch_idx, dataloader_idx=0):
-        self.evaluated.append((dataloader_idx, batch))
-
-    def predict_step(self, batch, batch_idx):
-        return batch
-
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), 0.1)
-
-
-def quiet_trainer(**settings):
-    return L.Trainer(
-        **{
-            "accelerator": "cpu",
-            "max_epochs": 2,
-            "logger": False,
-            "enable_checkpointing": False,
-            "enable_progress_bar": False,
-            "enable_model_summary": False,
-            "num_sanity_val_steps": 0,
-            **settings,
-        }
-    )
 
 
 def make_classes(root, count=10, folders=("cat", "dog")):
@@ -149,7 +106,7 @@ def test_predict_path(tmp_path):
     assert names == [str(folder / "cat" / "1.png")]
     (folder / "cat" / "bad.png").write_bytes(b"")
     data = TaskDataModule("digits", predict_path=str(folder), skip_corrupt=True, preprocessing=SMALL)
-    with pytest.warns(UserWarning, match="left out 1 damaged"):
+    with pytest.warns(UserWarning, match="left out 1 image"):
         data.setup("predict")
     assert len(data.predict_names()) == 6
 
@@ -194,7 +151,7 @@ def test_another_seed_leaves_the_splits_alone(tmp_path):
 TWO_PROCESSES = """
 import torch
 from lit_merge.data import TaskDataModule
-from tests.test_data_modules import Recorder, quiet_trainer
+from builders.batch_recorder import Recorder, quiet_trainer
 
 module = Recorder()
 data = TaskDataModule("digits", batch_size=50)
@@ -288,7 +245,7 @@ def test_which_tasks():
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
-        ({"tasks": []}, "tasks and paths: expected at least one task, each name once, got none."),
+        ({"tasks": []}, "tasks, paths and sources: expected at least one task, each name once, got none."),
         ({"tasks": ["digits", "digits"]}, "got digits more than once."),
         ({"tasks": ["digits"], "paths": {"digits": "x"}}, "got digits more than once."),
         ({"class_names": {"digits": {}}}, "class_names: expected names among those of paths, of which there are none"),
@@ -309,13 +266,13 @@ def test_refused_several(settings, expected):
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
-        ({}, "task and path: expected exactly one of them, got neither. Set task"),
+        ({}, "task, path and source: expected exactly one of them, got none. Set task"),
         ({"task": "digits", "path": "x"}, "got task 'digits' and path 'x'."),
         (
             {"task": "letter"},
             "task: expected one of digits, clutter, letters, signs, textures, land, vehicles, scenes, or a published "
             "data set (sun397, cars, resisc45, eurosat, svhn, gtsrb, mnist, dtd and 18 more), got 'letter'. "
-            "Did you mean letters, clutter?",
+            "Did you mean letters?",
         ),
         ({"task": "./digits"}, "got './digits'. For a folder of your own images set path instead."),
         ({"task": "qqqq"}, "For a folder of your own images set path instead."),
@@ -329,7 +286,7 @@ def test_refused_several(settings, expected):
         ({"task": "digits", "split_seed": 1}, "split_seed: expected only with path, got 1 with"),
         ({"task": "digits", "name": "numbers"}, "name: expected only with path, got 'numbers' with"),
         ({"path": "x", "split_seed": 0.5}, "split_seed: expected an integer of at least 0, got 0.5."),
-        ({"path": "x", "fractions": (0.5, 0.2, 0.2)}, "fractions: expected shares of train, val and test"),
+        ({"path": "x", "fractions": (0.5, 0.2, 0.2)}, "fractions: expected those of train, val and test"),
         ({"path": "x", "templates": ["a cat"]}, "templates: expected at least one text"),
     ],
 )

@@ -541,7 +541,7 @@ REFUSALS = {
     "coefficients: expected only with that analysis, got c. Add coefficients to analyses.": [
         *("--analyses=[cosine]", "--coefficients=c"),
     ],
-    "density: expected a finite number at least 0 and at most 1, got 1.5. Change this setting.": ["--density=1.5"],
+    "density: expected a finite number at least 0 and at most 1, got 1.5.": ["--density=1.5"],
     "batch_size: expected a positive number, got 0. Change it.": ["--batch_size=0"],
     "images: expected a positive number or null, got 0. Change it.": ["--analyses=[accuracy]", "--images=0"],
     "devices: expected a positive number, got 0. Use 1.": ["--devices=0"],

@@ -757,9 +757,9 @@ def test_a_factor_among_other_fields_is_linear_too(
     made = []
 
     class Noted(LinearFeatureCache):
-        def __init__(self, network, directions, folder=None):
+        def __init__(self, network, directions, folder=None, **settings):
             made.append(list(directions))
-            super().__init__(network, directions, folder)
+            super().__init__(network, directions, folder, **settings)
 
     monkeypatch.setattr(lit_merge.models.linear_features, "LinearFeatureCache", Noted)
     transform = chain(Counted(), Sum(), Scale(0.3))

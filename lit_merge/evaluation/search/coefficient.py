@@ -44,9 +44,11 @@ def search_coefficient(
     vectors: TaskVectors,
     transform: Transform,
     search: CoefficientSearch,
-    network: Network | None = None,
+    model: str = "lit-tiny",
+    pretrained: str | None = None,
     data: Any = None,
     linearized: bool = False,
+    network: Network | None = None,
 ) -> SearchResult:
     """Evaluate ``θ0 + transform(vectors)`` at every point of a search, on the validation split of every task.
 
@@ -63,10 +65,12 @@ def search_coefficient(
         vectors: the task vectors.
         transform: a chain that reduces to one vector.
         search: what is varied, and by what is chosen.
-        network: the base model; by default ``lit-tiny``. Its parameters stay θ0.
+        model: shorthand for a CLIP as the base model.
+        pretrained: its weights.
         data: a :class:`lit_merge.data.MultiTaskDataModule`; by default the embedded tasks that the search is about:
             those of the vectors, and for the criteria with control tasks all others.
         linearized: whether to evaluate the encoder's tangent at θ0, as vectors that were trained linearised want it.
+        network: the base model, instead of model and pretrained; its parameters stay θ0.
 
     Returns:
         Every point, and the chosen one.
@@ -82,7 +86,7 @@ def search_coefficient(
     search.check(transform)
     data = data if data is not None else _embedded(vectors, search)
     target, control = _roles(vectors, search, data)
-    module = MultiTaskModule(network=network_of(network), linearized=linearized)
+    module = MultiTaskModule(network=network_of(network, model, pretrained), linearized=linearized)
     runner = _Search(vectors, transform, search, target, control, module, data)
     if search.optuna is None:
         for point in search.grid(last=runner.factor):

@@ -1,0 +1,95 @@
+"""Several files at once: all or none, and what killed commands have left."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from lit_merge.errors import ConfigurationError
+from lit_merge.files.staging import remove_abandoned, staged
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from lit_merge.files.staging import staged
+
+with staged(Path(sys.argv[1])) as folder:
+    (folder / "big").write_bytes(b"0" * 1000)
+    if sys.argv[2] == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    print("staged", flush=True)
+    sys.stdin.read()
+"""
+
+
+def temporaries(folder: Path) -> list[str]:
+    return [path.name for path in folder.iterdir() if path.name.endswith(".temporary")]
+
+
+def interrupted(folder: Path) -> None:
+    with staged(folder) as inside:
+        (inside / "a").write_text("1")
+        raise KeyboardInterrupt
+
+
+def test_all_files_or_none(tmp_path) -> None:
+    with staged(tmp_path / "new" / "deep") as folder:
+        (folder / "a").write_text("1")
+        (folder / "b").write_text("2")
+        assert [path.name for path in (tmp_path / "new" / "deep").iterdir()] == [folder.name]
+    assert sorted(path.name for path in (tmp_path / "new" / "deep").iterdir()) == ["a", "b"]
+    with pytest.raises(KeyboardInterrupt):
+        interrupted(tmp_path / "other" / "deep")
+    assert not (tmp_path / "other").exists()
+
+
+def test_the_order_of_the_moves_and_what_is_stale(tmp_path, monkeypatch) -> None:
+    for name in ("old.index.json", "old", "same"):
+        (tmp_path / name).write_text("before")
+    moved = []
+    replace = Path.replace
+    monkeypatch.setattr(Path, "replace", lambda path, to: moved.append(path.name) or replace(path, to))
+    stale = [tmp_path / name for name in ("old.index.json", "old", "same")]
+    with staged(tmp_path, stale, last=lambda path: path.name == "same") as folder:
+        for name in ("z", "same", "b"):
+            (folder / name).write_text("after")
+    assert moved[-1] == "same"
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"z": "after", "same": "after", "b": "after"}
+
+
+def test_what_a_killed_command_left_is_removed_and_nothing_else(tmp_path) -> None:
+    for _ in range(2):
+        subprocess.run([sys.executable, "-c", KILLED, str(tmp_path), "kill"], stdin=subprocess.DEVNULL, check=False)
+    assert len(temporaries(tmp_path)) == 1  # the second removed what the first had left
+    alive = subprocess.Popen(
+        [sys.executable, "-c", KILLED, str(tmp_path), "wait"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert alive.stdout is not None
+    assert alive.stdout.readline() == "staged\n"
+    mine = temporaries(tmp_path)
+    assert len(mine) == 1
+    (tmp_path / ".0123456789abcdef.temporary").write_text("young")
+    with staged(tmp_path) as folder:
+        (folder / "a").write_text("1")
+    assert sorted(temporaries(tmp_path)) == sorted([*mine, ".0123456789abcdef.temporary"])
+    alive.send_signal(signal.SIGKILL)
+    alive.wait()
+    long_ago = time.time() - 48 * 3600
+    os.utime(tmp_path / ".0123456789abcdef.temporary", (long_ago, long_ago))
+    remove_abandoned(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_a_folder_that_cannot_be_is_refused(tmp_path) -> None:
+    (tmp_path / "file").write_text("")
+    with (
+        pytest.raises(ConfigurationError, match="output: expected a folder that can be created, got"),
+        staged(tmp_path / "file" / "below"),
+    ):
+        pass
