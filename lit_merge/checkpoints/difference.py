@@ -101,18 +101,18 @@ class _Difference(Computed):
         return DifferenceSlicer(self._tuned.slicer(name), self._base.slicer(name), self._base, self._base.dtype(name))
 
     def stream(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-        """The flattened differences, each in pieces of four MiB at most."""
+        """The flattened differences, each in chunks of four MiB at most."""
         for name in names:
             read, count, dtype = self.slicer(name), self.shape(name).numel(), self.dtype(name)
             for start in range(0, max(count, 1), _ENTRIES):
-                piece = torch.empty(min(_ENTRIES, count - start), dtype=dtype)
-                read(start, start + len(piece), piece)
-                yield name, _finite(piece, name)
+                chunk = torch.empty(min(_ENTRIES, count - start), dtype=dtype)
+                read(start, start + len(chunk), chunk)
+                yield name, _finite(chunk, name)
 
 
 @dataclass(frozen=True)
 class DifferenceSlicer:
-    """Reads parts of θ − θ0; several vectors of one base can share the part of θ0.
+    """Reads parts of θ − θ0; several vectors of one base can use the part of θ0 together.
 
     Attributes:
         tuned: reads θ.

@@ -1,4 +1,4 @@
-"""What a CLIP has beside its image tower, and whether fine-tuning has changed it."""
+"""What a CLIP has besides its image tower, and whether fine-tuning has changed it."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def changes_left_out(pretrained: LazyMapping | None, finetuned: OpenedCheckpoint
 
     Args:
         pretrained: the text side of θ0, or None if that is not known.
-        finetuned: θ; what both have of the text side is read, in pieces.
+        finetuned: θ; what both have of the text side is read, in chunks.
     """
     tuned = None if finetuned.adapter is not None else text_side(finetuned)
     if pretrained is None or tuned is None:
@@ -42,6 +42,6 @@ def changes_left_out(pretrained: LazyMapping | None, finetuned: OpenedCheckpoint
     if not changed:
         return []
     return [
-        f"{len(changed)} of {len(both)} tensors beside the image tower differ from the pre-trained ones "
+        f"{len(changed)} of {len(both)} tensors besides the image tower differ from the pre-trained ones "
         f"({first_few(changed)}); the task vector is without this change"
     ]

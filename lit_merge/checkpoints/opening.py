@@ -90,7 +90,7 @@ class OpenedCheckpoint(LazyMapping):
 
     @property
     def other(self) -> Mapping[str, object]:
-        """Plain values beside the tensors of a PyTorch file, such as those of a Lightning checkpoint."""
+        """Plain values besides the tensors of a PyTorch file, such as those of a Lightning checkpoint."""
         return self.tensors.other if isinstance(self.tensors, TorchFile) else {}
 
     @property
@@ -214,7 +214,7 @@ class OpenedCheckpoint(LazyMapping):
         return self.tensors.slicer(name)
 
     def stream(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-        """The flattened tensors one after the other, in pieces."""
+        """The flattened tensors one after the other, in chunks."""
         return self.tensors.stream(names)
 
 
@@ -235,22 +235,22 @@ def open_checkpoint(path: str | os.PathLike[str], section: str | None = None) ->
         FileFormatError: there is no such file, or not just one in the folder, or it is damaged or something else.
         ConfigurationError: ``section`` is given for a file that has no sections.
     """
-    place = local_path(path)
-    if not place.exists():
-        raise FileFormatError(f"{place}: expected a checkpoint, got nothing (No such file or folder). Check the path.")
-    if not place.is_dir():
-        return OpenedCheckpoint(place, _tensors(place, section))
-    if (place / _ADAPTER).is_file():
-        _no_section(place, section)
+    found = local_path(path)
+    if not found.exists():
+        raise FileFormatError(f"{found}: expected a checkpoint, got nothing (No such file or folder). Check the path.")
+    if not found.is_dir():
+        return OpenedCheckpoint(found, _tensors(found, section))
+    if (found / _ADAPTER).is_file():
+        _no_section(found, section)
         from lit_merge.checkpoints.adapters.reading import open_adapter
 
-        adapter = open_adapter(place)
-        return OpenedCheckpoint(place, adapter.tensors, adapter)
-    names = [file.name for file in place.iterdir() if file.is_file()]
+        adapter = open_adapter(found)
+        return OpenedCheckpoint(found, adapter.tensors, adapter)
+    names = [one.name for one in found.iterdir() if one.is_file()]
     if any(name.endswith((".safetensors", INDEX_ENDING)) for name in names):
-        _no_section(place, section)
-        return OpenedCheckpoint(place, open_tensors(place))
-    return OpenedCheckpoint(place, _tensors(_only_torch_file(place, names), section))
+        _no_section(found, section)
+        return OpenedCheckpoint(found, open_tensors(found))
+    return OpenedCheckpoint(found, _tensors(_only_torch_file(found, names), section))
 
 
 def open_model(path: str | os.PathLike[str], section: str | None = None) -> OpenedCheckpoint:
@@ -276,10 +276,10 @@ def named_after(path: str | os.PathLike[str]) -> str:
         'maths'
     """
     address = parse_address(path)
-    place = Path(path if address is None else f"/{address.repository}/{address.path}").absolute()
-    name = place.name.removesuffix(INDEX_ENDING)
-    ends = name.endswith((".safetensors", *_TORCH_SUFFIXES)) and not place.is_dir()
-    stems = [name[: -len(place.suffix)] if ends else name, *(parent.name for parent in place.parents if parent.name)]
+    found = Path(path if address is None else f"/{address.repository}/{address.path}").absolute()
+    name = found.name.removesuffix(INDEX_ENDING)
+    ends = name.endswith((".safetensors", *_TORCH_SUFFIXES)) and not found.is_dir()
+    stems = [name[: -len(found.suffix)] if ends else name, *(parent.name for parent in found.parents if parent.name)]
     return next((stem for stem in stems if stem.lower() not in _NAMELESS and "=" not in stem), stems[0])
 
 

@@ -86,7 +86,7 @@ def pair_of(pretrained: Checkpoint, finetuned: Checkpoint, names: Names = "auto"
 
 
 def differing(first: LazyMapping, second: LazyMapping) -> list[str]:
-    """Names that both have, and whose shapes or values differ; both are read in pieces."""
+    """Names that both have, and whose shapes or values differ; both are read in chunks."""
     return [
         name
         for name in first
@@ -99,10 +99,10 @@ def _equal(first: LazyMapping, second: LazyMapping, name: str) -> bool:
     readers = first.slicer(name), second.slicer(name)
     for start in range(0, count, _ENTRIES):
         stop = min(start + _ENTRIES, count)
-        pieces = [torch.empty(stop - start, dtype=dtype) for _ in readers]
-        for read, piece in zip(readers, pieces, strict=True):
-            read(start, stop, piece)
-        if not torch.equal(*pieces):
+        chunks = [torch.empty(stop - start, dtype=dtype) for _ in readers]
+        for read, chunk in zip(readers, chunks, strict=True):
+            read(start, stop, chunk)
+        if not torch.equal(*chunks):
             return False
     return True
 

@@ -131,11 +131,11 @@ def push(
         raise ConfigurationError(f"address: expected a branch to write to, got the commit of {address}. Leave it out.")
     if base_model is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", base_model):
         raise ConfigurationError(f"base_model: expected owner/name of a model on the Hub, got {base_model!r}.")
-    place = Path(source)
-    target, models = _Target(place, repository), _models(place)
+    root = Path(source)
+    target, models = _Target(root, repository), _models(root)
     files: dict[str, Path | bytes] = {target.path(path): path for model in models for path in model.files}
     for ending in _WITH_A_MERGE:
-        path = place / ending if place.is_dir() else place.with_name(_companion(place.name, ending))
+        path = root / ending if root.is_dir() else root.with_name(_companion(root.name, ending))
         files |= {target.companion(ending): path} if path.is_file() else {}
     files[target.companion("provenance.json")] = _provenance(models, target)
     wrong = [name for name in files if not _PLAIN.fullmatch(name)]
@@ -147,12 +147,12 @@ def push(
     repository = replace(repository, path="")
     if dry_run:
         return PushResult(str(repository), sizes, "", "")
-    front, blocks = _card(place, target, models, base_model)
+    front, blocks = _card(root, target, models, base_model)
     with refusals(repository, "write"):
         head, existing = _repository(repository, private)
         card, note = merged_card(existing, front, repository.repository.partition("/")[2], blocks, license)
         files |= {_CARD: card.encode()} if card != existing else {}
-        url = _commit(repository, head, files, message or f"Add {place.name} with lit-merge")
+        url = _commit(repository, head, files, message or f"Add {root.name} with lit-merge")
     return PushResult(str(repository), sizes, note, url)
 
 

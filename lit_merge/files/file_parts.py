@@ -19,7 +19,7 @@ COPY_AGAIN = "Copy or write it again."
 
 
 class FileParts:
-    """A file of which tensors and bytes are read by their place.
+    """A file of which tensors and bytes are read by their position.
 
     It is open while something is read or a slicer lives, not between.
 
@@ -52,7 +52,7 @@ class FileParts:
         """A few bytes of the file; what they are is for the caller to check.
 
         Raises:
-            FileFormatError: they lie outside the file, the file has changed, or it cannot be read.
+            FileFormatError: they are outside the file, the file has changed, or it cannot be read.
         """
         if start < 0 or length < 0 or start + length > self.size:
             raise FileFormatError(
@@ -64,9 +64,9 @@ class FileParts:
         return bytes(memory)
 
     def tensor(self, name: str, dtype: torch.dtype, shape: torch.Size, start: int) -> Tensor:
-        """A tensor of its own, whose entries lie contiguously from byte ``start`` on.
+        """A tensor of its own, whose elements are contiguous from byte ``start`` on.
 
-        Where the place is aligned to the entries, that part of the file is mapped privately: what is not touched is not
+        Where that byte is aligned to the elements, the part of the file is mapped privately: what is not touched is not
         read, and what is written stays in memory.
 
         Raises:
@@ -89,7 +89,7 @@ class FileParts:
         return torch.frombuffer(memory, dtype=dtype, count=count, offset=start - offset).view(shape)
 
     def slicer(self, name: str, dtype: torch.dtype, start: int) -> Slicer:
-        """A function that reads parts of one flattened tensor, whose entries lie from byte ``start`` on.
+        """A function that reads parts of one flattened tensor, whose elements start at byte ``start`` on.
 
         Nothing but ``out`` is filled: parts that have been read do not add up in memory, as those of a map would.
         """
@@ -160,7 +160,7 @@ class _Slices:
 
 
 def bytes_of(tensor: Tensor) -> memoryview:
-    """The memory of a contiguous tensor with entries; NumPy does not know every dtype."""
+    """The memory of a contiguous tensor with elements; NumPy does not know every dtype."""
     return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 __all__ = ["Computed", "LazyMapping", "Selected", "Slicer", "Structure", "stream"]
 
 Slicer = Callable[[int, int, Tensor], object]
-"""``(start, stop, out)``: writes those entries of a flattened tensor into ``out``, 1-D, of any dtype and device."""
+"""``(start, stop, out)``: writes those elements of a flattened tensor into ``out``, 1-D, of any dtype and device."""
 
 Structure = dict[str, tuple[torch.Size, torch.dtype]]
 """Name -> shape and dtype."""
@@ -39,23 +39,23 @@ class LazyMapping(Mapping[str, Tensor]):
         return any(name == known for known in self)  # Mapping would read the tensor
 
     def slicer(self, name: str) -> Slicer:
-        """A function ``(start, stop, out)`` that writes those entries of one flattened tensor into ``out``.
+        """A function ``(start, stop, out)`` that writes those elements of one flattened tensor into ``out``.
 
         By default the tensor is read once, when the slicer is asked for.
         """
         return partial(_copy_slice, self[name].detach().reshape(-1))
 
     def stream(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-        """The flattened tensors one after the other, each in one or more consecutive pieces, as ``(name, piece)``.
+        """The flattened tensors one after the other, each in one or more consecutive chunks, as ``(name, chunk)``.
 
-        By default a piece is a whole tensor.
+        By default a chunk is a whole tensor.
         """
         for name in names:
             yield name, self[name].reshape(-1)
 
 
 class Computed(LazyMapping):
-    """Tensors computed at every access; nothing is kept.
+    """Tensors computed at every access; nothing is stored.
 
     Args:
         structure: name -> shape and dtype of what ``compute`` returns.
@@ -128,8 +128,8 @@ class Selected(LazyMapping):
         """As the other mapping streams them, under the names here."""
         asked = list(names)
         back = {self._names[name]: name for name in asked}
-        for name, piece in self._tensors.stream(self._names[name] for name in asked):
-            yield back[name], piece
+        for name, chunk in self._tensors.stream(self._names[name] for name in asked):
+            yield back[name], chunk
 
 
 def stream(tensors: Mapping[str, Tensor], names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:

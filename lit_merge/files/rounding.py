@@ -20,7 +20,7 @@ class Rounded(LazyMapping):
 
     Args:
         tensors: name -> floating-point tensor.
-        dtype: floating-point dtype to round to; ``None`` keeps every tensor as it is.
+        dtype: floating-point dtype to round to; ``None`` leaves every tensor as it is.
         what: how an error message calls the tensors.
 
     Raises:
@@ -51,9 +51,9 @@ class Rounded(LazyMapping):
         return self._rounded(name, self._tensors[name].detach())
 
     def stream(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-        """The flattened tensors one after the other, in the pieces in which they are computed."""
-        for name, piece in self._tensors.stream(names):
-            yield name, self._rounded(name, piece.detach())
+        """The flattened tensors one after the other, in the chunks in which they are computed."""
+        for name, chunk in self._tensors.stream(names):
+            yield name, self._rounded(name, chunk.detach())
 
     def _rounded(self, name: str, exact: Tensor) -> Tensor:
         if not is_finite(exact):

@@ -37,7 +37,7 @@ class ShardedTensors(LazyMapping):
     """The tensors of a sharded model, read one at a time.
 
     Args:
-        index: the ``….safetensors.index.json`` file; its shards lie in the same folder.
+        index: the ``….safetensors.index.json`` file; its shards are in the same folder.
         verify: also compare all bytes with the content digests in the shards' headers (reads everything once).
 
     Attributes:
@@ -53,26 +53,26 @@ class ShardedTensors(LazyMapping):
 
     def __init__(self, index: str | os.PathLike[str], verify: bool = False) -> None:
         self.path = Path(index)
-        places = _read_index(self.path)
-        names = sorted(set(places.values()))
+        file_of = _read_index(self.path)
+        names = sorted(set(file_of.values()))
         missing = [name for name in names if not (self.path.parent / name).is_file()]
         if missing:
             raise FileFormatError(
-                f"{self.path}: expected {len(names)} shards beside it, got none of {len(missing)} "
+                f"{self.path}: expected {len(names)} shards in its folder, got none of {len(missing)} "
                 f"({first_few(missing)}). {_ADVICE}"
             )
         shards = {name: LazyTensors(self.path.parent / name) for name in names}
-        lacking = [f"{name} in {shard}" for name, shard in places.items() if name not in shards[shard]]
+        lacking = [f"{name} in {shard}" for name, shard in file_of.items() if name not in shards[shard]]
         unlisted = [
-            f"{name} in {shard}" for shard, tensors in shards.items() for name in tensors if places.get(name) != shard
+            f"{name} in {shard}" for shard, tensors in shards.items() for name in tensors if file_of.get(name) != shard
         ]
         parts = [f"no {first_few(lacking)}"] if lacking else []
         parts += [f"{len(unlisted)} that it does not list ({first_few(unlisted)})"] if unlisted else []
         if parts:
             raise FileFormatError(
-                f"{self.path}: expected its {len(places)} tensors in the shards, got {' and '.join(parts)}. {_ADVICE}"
+                f"{self.path}: expected its {len(file_of)} tensors in the shards, got {' and '.join(parts)}. {_ADVICE}"
             )
-        self._shard_of = {name: shards[shard] for name, shard in places.items()}
+        self._shard_of = {name: shards[shard] for name, shard in file_of.items()}
         self.files = (self.path, *(shard.path for shard in shards.values()))
         first, *others = (shard.metadata for shard in shards.values())
         self.metadata = {key: value for key, value in first.items() if all(o.get(key) == value for o in others)}
@@ -136,10 +136,10 @@ def open_tensors(path: str | os.PathLike[str], verify: bool = False) -> LazyTens
     Raises:
         FileFormatError: there is no such file or not just one, or it is damaged or something else.
     """
-    place = local_path(path)
-    if place.is_dir():
-        place = _in_folder(place)
-    return ShardedTensors(place, verify) if place.suffix == ".json" else LazyTensors(place, verify)
+    file = local_path(path)
+    if file.is_dir():
+        file = _in_folder(file)
+    return ShardedTensors(file, verify) if file.suffix == ".json" else LazyTensors(file, verify)
 
 
 def parse_size(text: str) -> int:
@@ -160,7 +160,7 @@ def plan_shards(tensors: Mapping[str, Tensor], size: int, stem: str) -> dict[str
     """Which tensors go into which file, without reading any.
 
     Args:
-        tensors: name -> tensor; kept in order.
+        tensors: name -> tensor; in this order.
         size: bytes of tensors per file, at most; a larger tensor gets a file of its own.
         stem: what the files' names begin with.
 
@@ -257,21 +257,21 @@ def _read_index(path: Path) -> dict[str, str]:
         ) from error
     except ValueError:
         content = None
-    places = content.get("weight_map") if isinstance(content, dict) else None
-    readable = isinstance(places, dict) and all(
-        isinstance(file, str) and name.isprintable() for name, file in places.items()
+    file_of = content.get("weight_map") if isinstance(content, dict) else None
+    readable = isinstance(file_of, dict) and all(
+        isinstance(file, str) and name.isprintable() for name, file in file_of.items()
     )
-    if not readable or not places:
+    if not readable or not file_of:
         raise FileFormatError(
             f"{path}: expected an index with a weight_map from tensors to files, got something else. {_ADVICE}"
         )
-    outside = sorted({file for file in places.values() if not _is_plain(file)})
+    outside = sorted({file for file in file_of.values() if not _is_plain(file)})
     if outside:
         raise FileFormatError(
-            f"{path}: expected names of safetensors files beside it, got {first_few(map(repr, outside))}. "
+            f"{path}: expected names of safetensors files in its folder, got {first_few(map(repr, outside))}. "
             "Do not trust this index; get the model from its author."
         )
-    return places
+    return file_of
 
 
 def _is_plain(file: str) -> bool:

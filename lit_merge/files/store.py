@@ -97,10 +97,10 @@ class Draft:
         self._digest = hashlib.sha256()
 
     def write(self, file: BinaryIO) -> None:
-        """Write the data, one tensor or chunk after the other, behind a header that says nothing yet."""
+        """Write the data, one tensor or chunk after the other, after a header that says nothing yet."""
         file.write(self._reserved)
-        with _Behind(file, self._digest) as behind:
-            _write_stream(behind, self._layout, stream(self._tensors, self._layout))
+        with _Background(file, self._digest) as background:
+            _write_stream(background, self._layout, stream(self._tensors, self._layout))
 
     def finish(self, file: BinaryIO, metadata: Mapping[str, str]) -> str:
         """Write the header, in which this metadata replaces entries that are at least as long; the content digest."""
@@ -133,20 +133,20 @@ class LazyTensors(LazyMapping):
         header = read_header(self._parts)
         self.metadata: dict[str, str] = header.metadata
         self.content_digest: str | None = self.metadata.pop(CONTENT_KEY, None)
-        self._entries, self._places = header.entries, header.places
+        self._entries, self._starts = header.entries, header.starts
         if verify:
             self.verify()
 
     def __getitem__(self, name: str) -> Tensor:
         dtype, shape = self._entries[name]
-        return self._parts.tensor(name, dtype, shape, self._places[name])
+        return self._parts.tensor(name, dtype, shape, self._starts[name])
 
     def slicer(self, name: str) -> Slicer:
         """A function that reads parts of one flattened tensor from the file, without mapping it.
 
         Nothing but ``out`` is filled: parts that have been read do not add up in memory, as those of a map would.
         """
-        return self._parts.slicer(name, self._entries[name][0], self._places[name])
+        return self._parts.slicer(name, self._entries[name][0], self._starts[name])
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._entries)
@@ -204,16 +204,15 @@ def verify(path: str | os.PathLike[str]) -> None:
 
 
 def file_digest(path: str | os.PathLike[str]) -> str:
-    """SHA-256 of a file, 64 hexadecimal digits, read in pieces of one MiB.
+    """SHA-256 of a file, 64 hexadecimal digits, read in chunks of one MiB.
 
     Raises:
         FileFormatError: there is no such file.
     """
     digest = hashlib.sha256()
-    place = FileParts(local_path(path), _WHAT).path
-    with place.open("rb") as file:
-        while piece := file.read(1 << 20):
-            digest.update(piece)
+    with FileParts(local_path(path), _WHAT).path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
     return digest.hexdigest()
 
 
@@ -266,8 +265,8 @@ def _header_bytes(
     return padded.to_bytes(8, "little") + text.ljust(padded)
 
 
-class _Behind:
-    """Writes and digests pieces in order while the next ones are computed; few MiB wait, or one larger piece.
+class _Background:
+    """Writes and digests chunks in order while the next ones are computed; few MiB wait, or one larger chunk.
 
     Leaving the context waits for the last one; what failed on the way is raised by the next call.
     """
@@ -278,13 +277,13 @@ class _Behind:
         self._pending: deque[tuple[int, Future[None]]] = deque()
         self._bytes = 0
 
-    def __enter__(self) -> _Behind:
+    def __enter__(self) -> _Background:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         try:
             if kind is None:
-                self._wait(-1)  # a piece without bytes has its line in the digest, too
+                self._wait(-1)  # a chunk without bytes has its line in the digest, too
         finally:
             self._threads.shutdown(cancel_futures=True)
 
@@ -295,7 +294,7 @@ class _Behind:
         self._bytes += data.nbytes
 
     def _wait(self, most: int) -> None:
-        """Until at most so many bytes are left to write; -1 waits for every piece."""
+        """Until at most so many bytes are left to write; -1 waits for every chunk."""
         while self._pending and (self._bytes > most or self._pending[0][1].done()):
             size, written = self._pending.popleft()
             self._bytes -= size
@@ -308,22 +307,22 @@ class _Behind:
 
 
 def _write_stream(
-    behind: _Behind,
+    background: _Background,
     layout: Mapping[str, tuple[torch.dtype, torch.Size, int, int]],
-    pieces: Iterator[tuple[str, Tensor]],
+    chunks: Iterator[tuple[str, Tensor]],
 ) -> None:
-    """Write all tensors of the layout; their pieces come in its order."""
-    got, piece = next(pieces, (None, None))
+    """Write all tensors of the layout; their chunks come in its order."""
+    got, chunk = next(chunks, (None, None))
     for name, (dtype, shape, _, _) in layout.items():
         line, count = _entry_line(name, dtype, shape), 0
-        while piece is not None and got == name:
-            if piece.dtype != dtype:
-                raise _not_announced(name, dtype, shape, f"{piece.dtype}")
-            behind.add(line, _raw(piece))
-            line, count = b"", count + piece.numel()
-            got, piece = next(pieces, (None, None))
+        while chunk is not None and got == name:
+            if chunk.dtype != dtype:
+                raise _not_announced(name, dtype, shape, f"{chunk.dtype}")
+            background.add(line, _raw(chunk))
+            line, count = b"", count + chunk.numel()
+            got, chunk = next(chunks, (None, None))
         if count != shape.numel() or line:
-            raise _not_announced(name, dtype, shape, f"{count} entries")
+            raise _not_announced(name, dtype, shape, f"{count} elements")
 
 
 def _not_announced(name: str, dtype: torch.dtype, shape: torch.Size, got: str) -> ConfigurationError:

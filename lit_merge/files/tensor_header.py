@@ -48,12 +48,12 @@ class TensorHeader:
 
     Attributes:
         entries: name -> dtype and shape, in the file's order.
-        places: name -> first byte in the file.
+        starts: name -> first byte in the file.
         metadata: the header's strings.
     """
 
     entries: dict[str, tuple[torch.dtype, torch.Size]]
-    places: dict[str, int]
+    starts: dict[str, int]
     metadata: dict[str, str]
 
 

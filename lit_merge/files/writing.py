@@ -48,7 +48,7 @@ def writing(path: Path, size: int | None = None) -> Iterator[None]:
 
 
 def _free(path: Path, size: int | None) -> str:
-    folder = next((place for place in path.absolute().parents if place.is_dir()), None)
+    folder = next((one for one in path.absolute().parents if one.is_dir()), None)
     try:
         free = shutil.disk_usage(folder or "/").free
     except OSError:

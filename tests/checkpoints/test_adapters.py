@@ -248,7 +248,7 @@ def test_an_adapter_of_the_vision_model_on_the_whole_clip(tmp_path: Path) -> Non
         torch.testing.assert_close(tensor, other.expand_as(tensor), atol=1e-6, rtol=0)
     with pytest.raises(
         StructureMismatchError,
-        match=r"expected one place in the base where the adapter fits, got 2 \('\w+_model.', '\w+_model.'\).",
+        match=r"expected one position in the base where the adapter fits, got 2 \('\w+_model.', '\w+_model.'\).",
     ):
         adapter.placement(whole_model(text_width=32))
 
@@ -433,7 +433,7 @@ def test_files_that_are_no_adapter_are_refused(tmp_path: Path) -> None:
         open_adapter(tmp_path)
     config.write_text('{"peft_type": "LORA"}')
     with pytest.raises(
-        FileFormatError, match=r"expected adapter_model.safetensors or adapter_model.bin beside its config"
+        FileFormatError, match=r"expected adapter_model.safetensors or adapter_model.bin with its config"
     ):
         open_adapter(tmp_path)
 

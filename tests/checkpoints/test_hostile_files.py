@@ -39,7 +39,7 @@ from lit_merge.errors import LitMergeError
 NOT_TRUSTED = r"which tensors do not need: do not trust it\. Ask its author for a safetensors file or a state dict\.$"
 DAMAGED = r"expected a whole pickle of tensors and plain values, got something else at byte [\d,]+ of it \(truncated"
 UNKNOWN = r"got opcode 0x{} at byte [\d,]+ of the pickle, which PyTorch does not write: damaged, not to be trusted"
-OUTSIDE = r"got a tensor of shape \(.*\) that does not lie inside its storage of 16 bytes\. Copy or write it again\.$"
+OUTSIDE = r"got a tensor of shape \(.*\) that is not inside its storage of 16 bytes\. Copy or write it again\.$"
 ZIP = r"expected a whole zip archive, got {}\. Copy or write it again\.$"
 
 TRAPS = {
@@ -228,14 +228,14 @@ def test_headers_that_want_time_or_memory(path):
     ("content", "expected"),
     [
         (stream(state_dict()), None),
-        (stream(state_dict(), count=5), r"expected its storages behind the pickle, got others\. Copy"),
-        (stream(state_dict(), count=3), "expected its storages behind the pickle, got others"),
-        (stream(state_dict(), count=-1), "expected its storages behind the pickle, got others"),
+        (stream(state_dict(), count=5), r"expected its storages after the pickle, got others\. Copy"),
+        (stream(state_dict(), count=3), "expected its storages after the pickle, got others"),
+        (stream(state_dict(), count=-1), "expected its storages after the pickle, got others"),
         (stream(state_dict())[:-1], r"expected 1 storages in \d+ bytes, got 1 in \d+ \(truncated\?\)\. Copy"),
         (stream(state_dict(), keys=b"]"), r"expected 1 storages in \d+ bytes, got 0 in"),
         (
             stream(state_dict(), keys=b"]X\1\0\0\0" + b"0q\0ah\0a"),
-            "expected its storages behind the pickle, got others",
+            "expected its storages after the pickle, got others",
         ),
         (
             stream(state_dict()).replace(b"endian\x88", b"endian\x89"),

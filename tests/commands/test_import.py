@@ -157,7 +157,7 @@ def test_weights_behind_a_name_are_a_base_too(published, states, clip_config, cl
     assert asked == [(clip_config, "laion")]
     assert_equal(dict(TaskVector.load("task_vector.safetensors")), tau(states, "digits"))
     assert result.lines[2] == (
-        "whole.pt: 1 of 18 tensors beside the image tower differ from the pre-trained ones (ln_final.bias); the task "
+        "whole.pt: 1 of 18 tensors besides the image tower differ from the pre-trained ones (ln_final.bias); the task "
         "vector is without this change"
     )
 
@@ -175,7 +175,7 @@ def test_a_text_tower_that_differs_is_named(published, states, clip_config):
         result = import_checkpoints(str(tuned), str(published / "zeroshot.pt"), overwrite=True)
         (line,) = [line for line in result.lines if "differ" in line]
         assert line == (
-            f"{tuned}: 2 of {of} tensors beside the image tower differ from the pre-trained ones (text_projection, "
+            f"{tuned}: 2 of {of} tensors besides the image tower differ from the pre-trained ones (text_projection, "
             "logit_scale); the task vector is without this change"
         )
         assert_equal(dict(TaskVector.load("task_vector.safetensors")), tau(states, "digits"))

@@ -245,7 +245,7 @@ def test_an_index_brings_its_shards(hub, tmp_path):
 def test_an_index_that_leads_elsewhere_is_refused_as_any(hub):
     index = {"weight_map": {"w": "../../secret.safetensors", "v": "/etc/passwd"}}
     hub.repository("me/bad", {"model.safetensors.index.json": json.dumps(index).encode()})
-    with pytest.raises(FileFormatError, match=r"expected names of safetensors files beside it"):
+    with pytest.raises(FileFormatError, match=r"expected names of safetensors files in its folder"):
         open_tensors("hf://me/bad")
     for content in (b"[]", b"{", b'{"weight_map": 3}'):
         hub.repository("me/bad", {"model.safetensors.index.json": content})
@@ -414,7 +414,7 @@ def test_of_an_incomplete_model_the_missing_shards_are_named(offline, tmp_path):
     write_shards(offline, tensors(), {}, shards, "model")
     assert equal(open_tensors("hf://me/vectors"), tensors())
     (offline / next(iter(shards))).unlink()
-    with pytest.raises(FileFormatError, match=r"expected 2 shards beside it, got none of 1 \(model-00001-of-00002"):
+    with pytest.raises(FileFormatError, match=r"expected 2 shards in its folder, got none of 1 \(model-00001-of-00002"):
         open_tensors("hf://me/vectors")
 
 

@@ -126,7 +126,7 @@ def test_missing_shards_and_tensors(folder, tensors):
         open_tensors(folder)
     index(folder, {"weight_map": listed})
     (folder / FILES[1]).unlink()
-    with pytest.raises(FileFormatError, match=rf"expected 3 shards beside it, got none of 1 \({FILES[1]}\)"):
+    with pytest.raises(FileFormatError, match=rf"expected 3 shards in its folder, got none of 1 \({FILES[1]}\)"):
         open_tensors(folder)
     (folder / FILES[1]).write_bytes((folder / FILES[2]).read_bytes()[:-1])
     with pytest.raises(FileFormatError, match=rf"{FILES[1]}: expected [\d,]+ bytes according to the header"):
@@ -141,7 +141,7 @@ def test_an_index_cannot_lead_out_of_its_folder(file, folder):
     inner.mkdir()
     name = file.format(FILES[0])
     index(inner, {"weight_map": {"embed": name}})
-    with pytest.raises(FileFormatError, match="expected names of safetensors files beside it, got ") as error:
+    with pytest.raises(FileFormatError, match="expected names of safetensors files in its folder, got ") as error:
         open_tensors(inner)
     assert repr(name) in str(error.value)
     assert "\n" not in str(error.value)
@@ -261,7 +261,7 @@ def test_shards_appear_together(tensors, tmp_path, monkeypatch, failing, number,
     old, new = tmp_path / "old", tmp_path / "new"
     write_shards(old, tensors, {"task": "old"}, shards, "model")
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    owner = store._Behind if failing == "_write" else os
+    owner = store._Background if failing == "_write" else os
     real, calls = getattr(owner, failing), []
 
     def fail(*arguments):

@@ -183,7 +183,7 @@ def test_a_full_disk_changes_nothing(path, monkeypatch, where):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     before = path.read_bytes()
-    monkeypatch.setattr(store._Behind if where == "_write" else os, where.removeprefix("os."), full)
+    monkeypatch.setattr(store._Background if where == "_write" else os, where.removeprefix("os."), full)
     with pytest.raises(OSError, match="No space left on device"):
         write_tensors(path, {"a": torch.zeros(100)}, {})
     assert path.read_bytes() == before
@@ -358,7 +358,7 @@ def test_what_cannot_be_a_header_is_refused(tmp_path):
     with pytest.raises(ConfigurationError, match="tensor name '__metadata__': expected a string other than"):
         write_tensors(file, {"__metadata__": torch.zeros(1)}, {})
     lying = Computed({"a": (torch.Size([2]), torch.float32)}, lambda name: torch.zeros(3))
-    with pytest.raises(ConfigurationError, match=r"a: expected torch.float32 \(2,\) as announced, got 3 entries"):
+    with pytest.raises(ConfigurationError, match=r"a: expected torch.float32 \(2,\) as announced, got 3 elements"):
         write_tensors(file, lying, {})
     assert list(tmp_path.iterdir()) == []
 
@@ -417,13 +417,13 @@ def test_pieces_of_a_stream_are_written_as_whole_tensors_are(tmp_path):
 
 
 def test_the_last_tensors_may_be_empty_and_the_disk_slow(tmp_path, monkeypatch):
-    whole = store._Behind._write
+    whole = store._Background._write
 
     def slow(self, entry, data):
         time.sleep(0.05)
         whole(self, entry, data)
 
-    monkeypatch.setattr(store._Behind, "_write", slow)
+    monkeypatch.setattr(store._Background, "_write", slow)
     path = tmp_path / "t.safetensors"
     write_tensors(path, {"a": torch.ones(3), "y": torch.empty(0), "z": torch.empty(0, 3)}, {})
     assert LazyTensors(path, verify=True)["z"].shape == (0, 3)

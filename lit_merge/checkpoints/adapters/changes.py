@@ -88,9 +88,9 @@ class AdapterParts:
         """
         changes: dict[str, Change] = {}
         for name, saved in self.saved.items():
-            place = added + name.removeprefix(removed)
-            self._check_shape(name, self.tensors.shape(saved), base.shape(place))
-            changes[place] = Change(saved=saved)
+            target = added + name.removeprefix(removed)
+            self._check_shape(name, self.tensors.shape(saved), base.shape(target))
+            changes[target] = Change(saved=saved)
         shapes = {module: self._product_shape(update) for module, update in self.updates.items()}
         weights = {module: f"{added}{module.removeprefix(removed)}.weight" for module in self.updates}
         for module, update in self.updates.items():

@@ -62,26 +62,26 @@ class Adapter:
             an adapter of a vision model on the checkpoint of the whole model.
 
         Raises:
-            StructureMismatchError: the base lacks a parameter that the adapter changes, or there is more than one place
-                where names and shapes fit.
+            StructureMismatchError: the base lacks a parameter that the adapter changes, or names and shapes fit in more
+                than one position.
         """
         lazy = as_lazy(base)
         if not self._missing(lazy, "", ""):
             return "", ""
-        by_name = [place for place in dict.fromkeys(self._places(lazy)) if not self._missing(lazy, *place)]
-        places = [place for place in by_name if self._fits(lazy, *place)] if len(by_name) > 1 else by_name
-        if not places:
+        by_name = [one for one in dict.fromkeys(self._placements(lazy)) if not self._missing(lazy, *one)]
+        fitting = [one for one in by_name if self._fits(lazy, *one)] if len(by_name) > 1 else by_name
+        if not fitting:
             raise StructureMismatchError(
                 f"{self.path}: expected a base with every parameter that the adapter changes, got none named "
                 f"{first_few(self._missing(lazy, '', ''))}. Use the base model that it was trained on, with its names."
             )
-        if len(places) > 1:
-            starts = [repr(added or f"without {removed}") for removed, added in places]
+        if len(fitting) > 1:
+            starts = [repr(added or f"without {removed}") for removed, added in fitting]
             raise StructureMismatchError(
-                f"{self.path}: expected one place in the base where the adapter fits, got {len(places)} "
+                f"{self.path}: expected one position in the base where the adapter fits, got {len(fitting)} "
                 f"({first_few(starts)}). Use the part of the base that it was trained on."
             )
-        return places[0]
+        return fitting[0]
 
     def difference(self, base: Mapping[str, Tensor]) -> LazyMapping:
         """The task vector τ: s · B A for adapted weights, saved minus base for what was saved whole, zero elsewhere.
@@ -94,9 +94,9 @@ class Adapter:
             the adapter is.
 
         Raises:
-            StructureMismatchError: the base lacks a parameter that the adapter changes, there is more than one place
-                where it fits, shapes differ, a changed parameter is quantised, or it cannot be told whether a square
-                weight is transposed.
+            StructureMismatchError: the base lacks a parameter that the adapter changes, it fits in more than one
+                position, shapes differ, a changed parameter is quantised, or it cannot be told whether a square weight
+                is transposed.
             NonFiniteError: a difference is NaN or infinite (when that tensor is read).
         """
         lazy = as_lazy(base)
@@ -109,7 +109,7 @@ class Adapter:
             if not name.startswith(removed) or added + name.removeprefix(removed) not in base
         ]
 
-    def _places(self, base: LazyMapping) -> Iterator[tuple[str, str]]:
+    def _placements(self, base: LazyMapping) -> Iterator[tuple[str, str]]:
         """Where the first name could be; not checked for the others."""
         first = self._parts.names()[0]
         for name in base:
@@ -145,7 +145,7 @@ def open_adapter(folder: str | os.PathLike[str]) -> Adapter:
     file = next((file for file in files if file.is_file()), None)
     if file is None:
         raise FileFormatError(
-            f"{path}: expected adapter_model.safetensors or adapter_model.bin beside its configuration, got neither. "
+            f"{path}: expected adapter_model.safetensors or adapter_model.bin with its configuration, got neither. "
             "Copy the adapter again, all of its files."
         )
     tensors: LazyMapping = LazyTensors(file) if file.suffix == ".safetensors" else open_torch_file(file)

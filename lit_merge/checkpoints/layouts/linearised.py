@@ -25,7 +25,7 @@ def linearised_pair(
 ) -> tuple[LazyMapping, LazyMapping]:
     """θ0 and θ of a linearised encoder, under the names of its architecture.
 
-    The programs of tangent task arithmetic (Ortiz-Jimenez et al. 2023) keep a linearised model's parameters in two
+    The programs of tangent task arithmetic (Ortiz-Jimenez et al. 2023) have a linearised model's parameters in two
     lists, ``params0`` (θ0) and ``params`` (θ), in the order of ``named_parameters()`` of the encoder that was
     linearised. Theirs is an open_clip model whose text transformer was deleted, so that the order is
     ``positional_embedding``, ``text_projection``, ``logit_scale``, ``visual.…``, ``token_embedding.weight``,
@@ -46,11 +46,11 @@ def linearised_pair(
     names = [name for name, _ in order]
     if len(set(names)) < len(names):
         raise ConfigurationError(f"{_WHAT}: expected an order with distinct names, got one twice. {_ADVICE}.")
-    places = {match[1] or "" for match in map(_NUMBERED.fullmatch, tensors) if match}
-    if len(places) > 1:
+    prefixes = {match[1] or "" for match in map(_NUMBERED.fullmatch, tensors) if match}
+    if len(prefixes) > 1:
         raise StructureMismatchError(
-            f"{_WHAT}: expected the parameters of one encoder, got those of {len(places)} "
-            f"({first_few(sorted(places))}). Keep one of them."
+            f"{_WHAT}: expected the parameters of one encoder, got those of {len(prefixes)} "
+            f"({first_few(sorted(prefixes))}). Leave only one of them."
         )
     recognised = recognise(tensors)
     if recognised.layout != "linearised":

@@ -17,7 +17,7 @@ def linearised_towers(tensors: LazyMapping, tower: LazyMapping) -> tuple[LazyMap
     """θ0 and θ of a linearised encoder, under the names of an image tower.
 
     The encoder is the image tower alone, or an open_clip model without its text transformer, as the published ones are;
-    what that has beside the image tower is left out. The numbers follow ``named_parameters()``.
+    what that has besides the image tower is left out. The numbers follow ``named_parameters()``.
 
     Args:
         tensors: the state dict of the linearised encoder.
@@ -55,7 +55,7 @@ def _beside_text(tower: list[tuple[str, torch.Size]], tensors: LazyMapping, star
     projected = dict(tower)["proj"][1:]
     before = {"positional_embedding": length(0)[:1] + width, "text_projection": width + projected, "logit_scale": ()}
     vocabulary = length(len(before) + len(tower))[:1]
-    behind = {"token_embedding.weight": vocabulary + width, "ln_final.weight": width, "ln_final.bias": width}
-    text = {name: torch.Size(shape) for name, shape in {**before, **behind}.items()}
+    after = {"token_embedding.weight": vocabulary + width, "ln_final.weight": width, "ln_final.bias": width}
+    text = {name: torch.Size(shape) for name, shape in {**before, **after}.items()}
     image = [(f"visual.{name}", shape) for name, shape in tower]
-    return [*((name, text[name]) for name in before), *image, *((name, text[name]) for name in behind)]
+    return [*((name, text[name]) for name in before), *image, *((name, text[name]) for name in after)]

@@ -178,7 +178,7 @@ def check_shapes(shapes: Mapping[str, torch.Size], shown: Mapping[str, str], wha
                 for letter in letters
             ]
             raise StructureMismatchError(
-                f"{what}: expected {shown[name]} of shape ({', '.join(expected)}) beside the tensors before it, "
+                f"{what}: expected {shown[name]} of shape ({', '.join(expected)}) with the tensors before it, "
                 f"got {tuple(shape)}. Use a complete checkpoint of one model."
             )
 

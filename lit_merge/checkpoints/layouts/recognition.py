@@ -61,7 +61,7 @@ class Recognised:
 def recognise(tensors: Mapping[str, Tensor]) -> Recognised:
     """Say which layout a checkpoint's names are in, from the names alone.
 
-    A prefix is whatever comes before a structure that is known; only the names of a classification head may lie beside
+    A prefix is whatever comes before a structure that is known; only the names of a classification head may be outside
     it. It is never taken to be one if what remains does not fit.
 
     Args:
@@ -81,10 +81,10 @@ def recognise(tensors: Mapping[str, Tensor]) -> Recognised:
     names = list(tensors)
     for prefix in _common_prefixes(names):
         inside = {name[len(prefix) :] for name in names if name.startswith(prefix)}
-        beside = tuple(name for name in names if not name.startswith(prefix))
+        outside = tuple(name for name in names if not name.startswith(prefix))
         layout = next((layout for layout, fits in _KINDS if fits(inside)), None)
         if layout is not None:
-            return Recognised(layout, prefix, _left_out(layout, names, prefix, beside))
+            return Recognised(layout, prefix, _left_out(layout, names, prefix, outside))
     wrappers = {match[0] if (match := _WRAPPER.match(name)) else "" for name in names}
     return Recognised("own", wrappers.pop() if len(wrappers) == 1 else "")
 
@@ -145,7 +145,7 @@ _KINDS: tuple[tuple[str, Callable[[set[str]], bool]], ...] = (
 )
 
 
-def _left_out(layout: str, names: Sequence[str], prefix: str, beside: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
+def _left_out(layout: str, names: Sequence[str], prefix: str, outside: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
     """Rule -> names; a name belongs to the first rule that it follows."""
     rules = dict(_RULES[layout])
     inside = {name: name[len(prefix) :] for name in names if name.startswith(prefix)}
@@ -156,5 +156,5 @@ def _left_out(layout: str, names: Sequence[str], prefix: str, beside: tuple[str,
         rule = next((rule for rule, pattern in rules.items() if pattern.fullmatch(name)), None)
         if rule is not None:
             found[rule].append(full)
-    found["head"] += beside
+    found["head"] += outside
     return {rule: tuple(those) for rule, those in found.items() if those}

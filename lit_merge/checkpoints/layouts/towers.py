@@ -16,7 +16,7 @@ from torch import Tensor
 from lit_merge.checkpoints.layouts.linearised import linearised_pair
 from lit_merge.checkpoints.layouts.names import BLOCK_LISTS, Row, check_shapes, count_blocks, rows
 from lit_merge.checkpoints.layouts.recognition import NO_PARAMETERS, OPEN_CLIP_TEXT, Recognised, recognise
-from lit_merge.checkpoints.layouts.views import Part, Piece, Rearranged, as_lazy
+from lit_merge.checkpoints.layouts.views import Part, Rearranged, Span, as_lazy
 from lit_merge.errors import ConfigurationError, StructureMismatchError, first_few
 from lit_merge.files.lazy import LazyMapping, Selected
 
@@ -111,7 +111,7 @@ def written_as(tensors: Mapping[str, Tensor], layout: str) -> LazyMapping:
         Lazy, in the same dtypes.
 
     Raises:
-        ConfigurationError: the layout is unknown, or has no place for a text tower.
+        ConfigurationError: the layout is unknown, or has no text tower.
         StructureMismatchError: ``tensors`` are no image tower and no whole CLIP, or of a kind that the other library
             has not.
     """
@@ -142,10 +142,10 @@ def written_as(tensors: Mapping[str, Tensor], layout: str) -> LazyMapping:
         ),
         count_blocks(clip, "transformer.resblocks", f"writing as {layout}") if whole else None,
     )
-    places = {row.name.removeprefix(start): row for row in table}
-    _refuse_missing([name for name in places if name not in clip], f"writing as {layout}")
-    _refuse_surplus([name for name in clip if name not in places], f"writing as {layout}")
-    parts = dict(part for name, row in places.items() for part in _backward(clip, name, row))
+    row_of = {row.name.removeprefix(start): row for row in table}
+    _refuse_missing([name for name in row_of if name not in clip], f"writing as {layout}")
+    _refuse_surplus([name for name in clip if name not in row_of], f"writing as {layout}")
+    parts = dict(part for name, row in row_of.items() for part in _backward(clip, name, row))
     if layout == "timm":
         parts["head.bias"] = Part(parts["head.weight"].shape[:1], parts["head.weight"].dtype, ())
     return Rearranged(clip, parts)
@@ -220,8 +220,8 @@ def _forward(tensors: LazyMapping, row: Row, sources: list[str], what: str) -> P
         shape = torch.Size(shape[::-1])
     elif len(sources) > 1 and len(shape):
         shape = torch.Size((len(sources) * shape[0], *shape[1:]))
-    pieces = tuple(Piece(name, 0, tensors.shape(name).numel()) for name in sources)
-    return Part(torch.Size(shape), dtypes.pop(), pieces, row.transposed)
+    spans = tuple(Span(name, 0, tensors.shape(name).numel()) for name in sources)
+    return Part(torch.Size(shape), dtypes.pop(), spans, row.transposed)
 
 
 def _backward(clip: LazyMapping, name: str, row: Row) -> Iterator[tuple[str, Part]]:
@@ -234,7 +234,7 @@ def _backward(clip: LazyMapping, name: str, row: Row) -> Iterator[tuple[str, Par
     shape = torch.Size((*(1,) * row.leading, *shape))
     size = shape.numel()
     for index, other in enumerate(row.others):
-        yield other, Part(shape, dtype, (Piece(name, index * size, (index + 1) * size),), row.transposed)
+        yield other, Part(shape, dtype, (Span(name, index * size, (index + 1) * size),), row.transposed)
 
 
 def _without_visual(clip: Rearranged) -> LazyMapping:

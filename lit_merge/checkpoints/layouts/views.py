@@ -14,11 +14,11 @@ from torch import Tensor
 
 from lit_merge.files.lazy import Computed, LazyMapping, Slicer
 
-__all__ = ["Part", "Piece", "Rearranged", "as_lazy"]
+__all__ = ["Part", "Rearranged", "Span", "as_lazy"]
 
 
 @dataclass(frozen=True)
-class Piece:
+class Span:
     """Entries ``start`` to ``stop`` of one flattened tensor."""
 
     name: str
@@ -28,18 +28,18 @@ class Piece:
 
 @dataclass(frozen=True)
 class Part:
-    """One tensor made of pieces.
+    """One tensor made of spans.
 
     Attributes:
         shape: its shape.
         dtype: its dtype.
-        pieces: its flattened entries, one piece after the other; none: it is zero.
-        transposed: the one piece is a whole matrix, and this is its transpose.
+        spans: its flattened elements, one span after the other; none: it is zero.
+        transposed: the one span is a whole matrix, and this is its transpose.
     """
 
     shape: torch.Size
     dtype: torch.dtype
-    pieces: tuple[Piece, ...]
+    spans: tuple[Span, ...]
     transposed: bool = False
 
 
@@ -57,16 +57,16 @@ class Rearranged(LazyMapping):
     def __getitem__(self, name: str) -> Tensor:
         part = self._parts[name]
         if part.transposed:
-            return self._tensors[part.pieces[0].name].t().contiguous()
-        if not part.pieces:
+            return self._tensors[part.spans[0].name].t().contiguous()
+        if not part.spans:
             return torch.zeros(part.shape, dtype=part.dtype)
         flat = []
-        for piece in part.pieces:
-            tensor = self._tensors[piece.name]
-            if len(part.pieces) == 1 and tensor.numel() == piece.stop - piece.start:
+        for span in part.spans:
+            tensor = self._tensors[span.name]
+            if len(part.spans) == 1 and tensor.numel() == span.stop - span.start:
                 return tensor.reshape(part.shape)
-            flat.append(tensor.reshape(-1)[piece.start : piece.stop])
-        return torch.cat(flat).view(part.shape)  # a copy: a view would keep all of a packed tensor in memory
+            flat.append(tensor.reshape(-1)[span.start : span.stop])
+        return torch.cat(flat).view(part.shape)  # a copy: a view would hold all of a packed tensor in memory
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._parts)
@@ -86,31 +86,31 @@ class Rearranged(LazyMapping):
         return self._parts[name].dtype
 
     def slicer(self, name: str) -> Slicer:
-        """Reads the pieces that the entries asked for lie in, and of these the entries alone.
+        """Reads the spans that the elements asked for are in, and of these the elements alone.
 
         A transposed matrix is read as a whole, once.
         """
         part = self._parts[name]
         if part.transposed:
             return super().slicer(name)
-        return _Slices(self._tensors, part.pieces)
+        return _Slices(self._tensors, part.spans)
 
 
 class _Slices:
-    """Reads parts of a tensor that is made of pieces."""
+    """Reads parts of a tensor that is made of spans."""
 
-    def __init__(self, tensors: LazyMapping, pieces: tuple[Piece, ...]) -> None:
-        self._pieces = [(piece, tensors.slicer(piece.name)) for piece in pieces]
+    def __init__(self, tensors: LazyMapping, spans: tuple[Span, ...]) -> None:
+        self._spans = [(span, tensors.slicer(span.name)) for span in spans]
 
     def __call__(self, start: int, stop: int, out: Tensor) -> None:
-        if not self._pieces:
+        if not self._spans:
             out.zero_()
-        begin = 0  # of the piece, among the entries of the whole
-        for piece, read in self._pieces:
-            end = begin + piece.stop - piece.start
+        begin = 0  # of the span, among the elements of the whole
+        for span, read in self._spans:
+            end = begin + span.stop - span.start
             first, last = max(start, begin), min(stop, end)
             if first < last:
-                shift = piece.start - begin
+                shift = span.start - begin
                 read(first + shift, last + shift, out[first - start : last - start])
             begin = end
 

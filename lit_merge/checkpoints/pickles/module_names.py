@@ -108,7 +108,7 @@ class _Budget:
 def plain(value: Any) -> Any:
     """Strings, numbers, booleans, None, and lists and dicts of them; anything else is a string that says what it is.
 
-    It is a tree of its own, of at most 100,000 values and 50 levels: what lies beyond is the string ``"<…>"``.
+    It is a tree of its own, of at most 100,000 values and 50 levels: what is beyond is the string ``"<…>"``.
     """
     return _plain(value, 0, _Budget())
 

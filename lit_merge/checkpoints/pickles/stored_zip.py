@@ -1,4 +1,4 @@
-"""Zip archives whose entries are read where they lie: a directory that is checked before anything is believed.
+"""Zip archives whose entries are read in place: a directory that is checked before anything is believed.
 
 The format is PKWARE's APPNOTE 6.3 (https://pkware.cachefly.net/webdocs/casestudies/APPNOTE.TXT). Nothing is ever
 decompressed.
@@ -27,7 +27,7 @@ _ENCRYPTED = 1
 
 @dataclass(frozen=True, slots=True)
 class StoredEntry:
-    """Where an entry's bytes lie.
+    """Where an entry's bytes are.
 
     Attributes:
         start: the first byte in the file.
@@ -43,10 +43,10 @@ class StoredEntry:
 
 
 def stored_entries(parts: FileParts) -> dict[str, StoredEntry]:
-    """Name -> place of all entries of a zip archive.
+    """Name -> position of all entries of a zip archive.
 
     Raises:
-        FileFormatError: the archive is truncated or damaged, entries overlap, lie outside the file or have the same
+        FileFormatError: the archive is truncated or damaged, entries overlap, are outside the file or have the same
             name, the directory and the entries disagree, or there are more than 200,000 entries.
     """
     held = parts.opened("its directory")  # one open file for all the reads
@@ -112,13 +112,13 @@ def _directory_place(parts: FileParts) -> tuple[int, int, int]:
     _, disk, first_disk, here, count, length, begin, _ = _END.unpack_from(tail, found)
     locator = parts.bytes(end - _LOCATOR.size, _LOCATOR.size) if end >= _LOCATOR.size else b""
     if locator[:4] == b"PK\6\7":
-        _, disk, place, _ = _LOCATOR.unpack(locator)
+        _, disk, wide, _ = _LOCATOR.unpack(locator)
         magic, _, _, _, first_disk, other_disk, here, count, length, begin = _END_64.unpack(
-            parts.bytes(place, _END_64.size)
+            parts.bytes(wide, _END_64.size)
         )
-        if magic != b"PK\6\6" or other_disk or place + _END_64.size > end:
+        if magic != b"PK\6\6" or other_disk or wide + _END_64.size > end:
             raise ValueError("a directory of something else")
-        end = place
+        end = wide
     if disk or first_disk or here != count or begin + length > end:
         raise ValueError("a directory outside the file")
     if count > _MOST_ENTRIES or length > _LONGEST_DIRECTORY:

@@ -1,4 +1,4 @@
-"""Tensors as PyTorch's files describe them: which entries of which storage, checked before anything is read."""
+"""Tensors as PyTorch's files describe them: which elements of which storage, checked before anything is read."""
 
 from __future__ import annotations
 
@@ -44,11 +44,11 @@ _MOST_DIMENSIONS = 64
 
 @dataclass(frozen=True, slots=True)
 class Storage:
-    """Consecutive entries in a file.
+    """Consecutive elements in a file.
 
     Attributes:
         key: how the file calls them.
-        dtype: of the entries.
+        dtype: of the elements.
         count: how many there are.
         first: the first one that belongs to this view of the storage.
     """
@@ -61,14 +61,14 @@ class Storage:
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """A tensor that lies in a storage.
+    """A tensor in a storage.
 
     Attributes:
-        storage: where its entries lie.
-        dtype: of its entries.
-        offset: bytes of the storage in front of its first entry.
+        storage: where its elements are.
+        dtype: of its elements.
+        offset: bytes of the storage before its first element.
         shape: its shape.
-        stride: entries of the storage from one index to the next, for each dimension.
+        stride: elements of the storage from one index to the next, for each dimension.
     """
 
     storage: Storage
@@ -79,7 +79,7 @@ class StoredTensor:
 
     @property
     def contiguous(self) -> bool:
-        """Whether the entries lie one behind the other."""
+        """Whether the elements are contiguous."""
         expected = 1
         for size, step in zip(reversed(self.shape), reversed(self.stride), strict=True):
             if size != 1 and step != expected:
@@ -89,7 +89,7 @@ class StoredTensor:
 
     @property
     def span(self) -> int:
-        """Entries of the storage from the first to the last one that is used."""
+        """Elements of the storage from the first to the last one that is used."""
         if not self.shape.numel():
             return 0
         return 1 + sum((size - 1) * step for size, step in zip(self.shape, self.stride, strict=True))
@@ -130,7 +130,7 @@ def rebuild_tensor(function: Named, arguments: tuple[Any, ...]) -> Any:
     """The tensor that a call would build; ``NotImplemented`` if it would build no tensor.
 
     Raises:
-        Malformed: the tensor does not lie inside its storage, or is much larger than it.
+        Malformed: the tensor is not inside its storage, or is much larger than it.
     """
     name = function.dotted
     if name == "torch._tensor._rebuild_from_type_v2" and len(arguments) == 4:
@@ -167,7 +167,7 @@ def _tensor(storage: Storage, dtype: torch.dtype, offset: Any, shape: Any, strid
     last = sum((count - 1) * step for count, step in zip(shape, stride, strict=True)) if entries else -1
     if begin + (last + 1) * size > length or (entries and entries * size > max(length, _SMALL)):
         raise Malformed(
-            f"a tensor of shape {printable(shape)} that does not lie inside its storage of {length:,} bytes. "
+            f"a tensor of shape {printable(shape)} that is not inside its storage of {length:,} bytes. "
             "Copy or write it again."
         )
     return StoredTensor(storage, dtype, begin, torch.Size(shape), stride)

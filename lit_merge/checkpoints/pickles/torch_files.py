@@ -48,7 +48,7 @@ class TorchFile(LazyMapping):
     """The tensors of a PyTorch file, read one at a time; nothing that the file names is imported or called.
 
     Every read gives a contiguous tensor of its own. Tensors that share a storage are each read for themselves. Pickling
-    keeps path and section only.
+    takes path and section only.
 
     Args:
         path: a file of ``torch.save`` or ``torch.jit.save``.
@@ -60,7 +60,7 @@ class TorchFile(LazyMapping):
         path: the file.
         kind: ``"state dict"``, ``"whole module"`` or ``"TorchScript archive"``.
         section: the key whose value was taken, ``""`` if none.
-        other: what the file holds beside the tensors, as plain values; an object is a string that names its class.
+        other: what the file holds besides the tensors, as plain values; an object is a string that names its class.
         classes: dotted names of the classes and functions that the file mentions.
 
     Raises:
@@ -72,13 +72,13 @@ class TorchFile(LazyMapping):
         self._parts = FileParts(path, _WHAT)
         self.path = self._parts.path
         archive = self._parts.bytes(0, min(self._parts.size, 4))[:2] == b"PK"
-        content, places, script = _read_zip(self._parts) if archive else _read_stream(self._parts)
+        content, spans, script = _read_zip(self._parts) if archive else _read_stream(self._parts)
         self.classes = content.names
         try:
             self.section, taken = ("", content.value) if script else _section(content.value, section)
             found, self.kind = _tensors(taken, script)
             self.other: Mapping[str, Any] = _other(content.value, taken, self.section)
-            self._tensors = {name: _placed(name, tensor, places) for name, tensor in found.items()}
+            self._tensors = {name: _placed(name, tensor, spans) for name, tensor in found.items()}
         except Malformed as error:
             raise FileFormatError(f"{self.path}: expected tensors, got {error}") from error
 
@@ -92,7 +92,7 @@ class TorchFile(LazyMapping):
     def slicer(self, name: str) -> Slicer:
         """A function that reads parts of one flattened tensor from the file.
 
-        A tensor that does not lie contiguously in the file is read as a whole, once.
+        A tensor that is not contiguous in the file is read as a whole, once.
         """
         tensor, start = self._tensors[name]
         return self._parts.slicer(name, tensor.dtype, start) if tensor.contiguous else super().slicer(name)
@@ -141,11 +141,11 @@ def is_torch_file(path: str | os.PathLike[str]) -> bool:
     )
 
 
-_Places = dict[str, tuple[int, int]]
+_Spans = dict[str, tuple[int, int]]
 """Key of a storage -> its first byte in the file and its length in bytes."""
 
 
-def _read_zip(parts: FileParts) -> tuple[Unpickled, _Places, bool]:
+def _read_zip(parts: FileParts) -> tuple[Unpickled, _Spans, bool]:
     entries = stored_entries(parts)
     pickles = [name for name in entries if name.count("/") == 1 and name.endswith("/data.pkl")]
     if len(pickles) != 1:
@@ -166,12 +166,12 @@ def _read_zip(parts: FileParts) -> tuple[Unpickled, _Places, bool]:
         file.seek(entry.start)
         content = read_pickle(file, entry.length, parts.path, storage_of, rebuild_tensor)
     data = f"{prefix}data/"
-    places = {
-        name.removeprefix(data): (place.start, place.length if place.stored else -1)
-        for name, place in entries.items()
+    spans = {
+        name.removeprefix(data): (entry.start, entry.length if entry.stored else -1)
+        for name, entry in entries.items()
         if name.startswith(data)
     }
-    return content, places, f"{prefix}constants.pkl" in entries
+    return content, spans, f"{prefix}constants.pkl" in entries
 
 
 def _check_sum(parts: FileParts, entry: StoredEntry) -> None:
@@ -179,7 +179,7 @@ def _check_sum(parts: FileParts, entry: StoredEntry) -> None:
         raise FileFormatError(f"{parts.path}: expected data.pkl as it was written, got other bytes. {COPY_AGAIN}")
 
 
-def _read_stream(parts: FileParts) -> tuple[Unpickled, _Places, bool]:
+def _read_stream(parts: FileParts) -> tuple[Unpickled, _Spans, bool]:
     storages: dict[str, Storage] = {}
 
     def load(identifier: Any) -> Any:
@@ -202,20 +202,20 @@ def _read_stream(parts: FileParts) -> tuple[Unpickled, _Places, bool]:
         content = read_pickle(file, length, parts.path, load, rebuild_tensor)
         keys = _next_value(file, parts)
         begin = file.tell()
-    places: _Places = {}
+    spans: _Spans = {}
     for key in keys if type(keys) is list else ():
         storage = storages.get(key) if type(key) is str else None
-        if storage is None or key in places or int.from_bytes(parts.bytes(begin, 8), "little") != storage.count:
-            raise FileFormatError(f"{parts.path}: expected its storages behind the pickle, got others. {COPY_AGAIN}")
+        if storage is None or key in spans or int.from_bytes(parts.bytes(begin, 8), "little") != storage.count:
+            raise FileFormatError(f"{parts.path}: expected its storages after the pickle, got others. {COPY_AGAIN}")
         length = storage.count * storage.dtype.itemsize
-        places[key] = (begin + 8, length)
+        spans[key] = (begin + 8, length)
         begin += 8 + length
-    if begin > parts.size or len(places) != len(storages):
+    if begin > parts.size or len(spans) != len(storages):
         raise FileFormatError(
-            f"{parts.path}: expected {len(storages)} storages in {begin:,} bytes, got {len(places)} in {parts.size:,} "
+            f"{parts.path}: expected {len(storages)} storages in {begin:,} bytes, got {len(spans)} in {parts.size:,} "
             f"(truncated?). {COPY_AGAIN}"
         )
-    return content, places, False
+    return content, spans, False
 
 
 def _next_value(file: BinaryIO, parts: FileParts) -> Any:
@@ -263,24 +263,24 @@ def _tensors(taken: Any, script: bool) -> tuple[dict[str, StoredTensor | Unsuppo
 
 
 def _other(value: Any, taken: Any, section: str) -> dict[str, Any]:
-    """Plain values beside the tensors that were taken, and beside the section."""
+    """Plain values besides the tensors that were taken, and besides the section."""
     items = items_of(value) or {}
-    beside: dict[Any, Any] = {
+    others: dict[Any, Any] = {
         name: one for name, one in items.items() if name != section and type(one) is not StoredTensor
     }
     if section:
         inside = {name: one for name, one in (items_of(taken) or {}).items() if type(one) is not StoredTensor}
-        beside.update({section: inside} if inside else {})
-    return plain(beside)
+        others.update({section: inside} if inside else {})
+    return plain(others)
 
 
-def _placed(name: str, tensor: StoredTensor | Unsupported, places: _Places) -> tuple[StoredTensor, int]:
+def _placed(name: str, tensor: StoredTensor | Unsupported, spans: _Spans) -> tuple[StoredTensor, int]:
     """The tensor, and its first byte in the file."""
     if type(tensor) is Unsupported:
         raise Malformed(f"a {tensor.kind} as {printable(name)}. Convert it to an ordinary dense tensor first.")
     assert type(tensor) is StoredTensor
     storage = tensor.storage
-    start, length = places.get(storage.key, (0, -1))
+    start, length = spans.get(storage.key, (0, -1))
     if length < storage.count * storage.dtype.itemsize:
         got = "no uncompressed storage" if length < 0 else f"a storage of {length:,} bytes"
         raise Malformed(f"{got} for {printable(name)}. {COPY_AGAIN}")
