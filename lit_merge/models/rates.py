@@ -73,7 +73,7 @@ class ExpLR(Rates):
 
     def __post_init__(self) -> None:
         if not isinstance(self.base, Real) or isinstance(self.base, bool) or not 0 < self.base <= 1:
-            raise ConfigurationError(f"ExpLR.base: expected a number in (0, 1], got {self.base!r}. Change it.")
+            raise ConfigurationError(f"ExpLR.base: expected a number in (0, 1], got {self.base!r}.")
 
     def factor(self, block: int, last: int) -> float:
         """Exponential in depth."""

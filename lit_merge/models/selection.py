@@ -45,7 +45,7 @@ class Selection(ABC):
         if not selected:
             raise ConfigurationError(
                 f"{self!r}: expected to select some parameters, got none of {_count(names)}. "
-                "Correct it, or choose another selection."
+                "Choose another selection."
             )
         return selected
 
@@ -82,9 +82,7 @@ class Attention(Selection):
 
     def __post_init__(self) -> None:
         if self.paradigm not in (1, 2, 3, 4):
-            raise ConfigurationError(
-                f"Attention.paradigm: expected 1, 2, 3 or 4, got {self.paradigm!r}. Choose one of them."
-            )
+            raise ConfigurationError(f"Attention.paradigm: expected 1, 2, 3 or 4, got {self.paradigm!r}.")
 
     def selects(self, names: Sequence[str]) -> Callable[[str], object]:
         """Linear layers by the components of the name."""
@@ -129,13 +127,9 @@ class LastBlocks(Selection):
                 f"LastBlocks: expected either count or fraction, got {got}. Set exactly one of them."
             )
         if self.count is not None and (not _is_a(int, self.count) or self.count < 1):
-            raise ConfigurationError(
-                f"LastBlocks.count: expected an integer of at least 1, got {self.count!r}. Change it."
-            )
+            raise ConfigurationError(f"LastBlocks.count: expected an integer of at least 1, got {self.count!r}.")
         if self.fraction is not None and (not _is_a(Real, self.fraction) or not 0 < self.fraction <= 1):
-            raise ConfigurationError(
-                f"LastBlocks.fraction: expected a number in (0, 1], got {self.fraction!r}. Change it."
-            )
+            raise ConfigurationError(f"LastBlocks.fraction: expected a number in (0, 1], got {self.fraction!r}.")
 
     def selects(self, names: Sequence[str]) -> Callable[[str], object]:
         """Names from the first trained block on."""
@@ -178,7 +172,7 @@ class Matching(Selection):
             re.compile(self.pattern)
         except (re.error, OverflowError, RecursionError, TypeError) as error:
             raise ConfigurationError(
-                f"Matching.pattern: expected a regular expression, got {self.pattern!r} ({error}). Correct it."
+                f"Matching.pattern: expected a regular expression, got {self.pattern!r} ({error})."
             ) from error
 
     def selects(self, names: Sequence[str]) -> Callable[[str], object]:

@@ -80,16 +80,14 @@ class Transform(ABC):
         what = f"{type(self).__name__}.{field}"
         value = finite_number(what, getattr(self, field), minimum=0.0, maximum=1.0)
         if value == 0:
-            raise ConfigurationError(f"{what}: expected a fraction above 0 and at most 1, got 0. Change this setting.")
+            raise ConfigurationError(f"{what}: expected a fraction above 0 and at most 1, got 0.")
         object.__setattr__(self, field, value)
 
     def _choice(self, field: str, valid: Sequence[str]) -> None:
         """Check that a field is one of the given strings."""
         value = getattr(self, field)
         if value not in valid:
-            raise ConfigurationError(
-                f"{type(self).__name__}.{field}: expected {' or '.join(valid)}, got {value!r}. Use one of them."
-            )
+            raise ConfigurationError(f"{type(self).__name__}.{field}: expected {' or '.join(valid)}, got {value!r}.")
 
 
 @dataclass(frozen=True, repr=False)
@@ -161,7 +159,7 @@ def finite_number(
     too_large = (maximum is not None and number > maximum) or (below is not None and number >= below)
     if not math.isfinite(number) or too_small or too_large:
         expected = " ".join(["a finite number", " and ".join(bounds)]).strip()
-        raise ConfigurationError(f"{what}: expected {expected}, got {value!r}. Change this setting.")
+        raise ConfigurationError(f"{what}: expected {expected}, got {value!r}.")
     return number
 
 
@@ -173,7 +171,7 @@ def whole_number(what: str, value: object, minimum: int | None = None) -> int:
     """
     if not isinstance(value, int) or isinstance(value, bool) or (minimum is not None and value < minimum):
         bound = f" of at least {minimum}" if minimum is not None else ""
-        raise ConfigurationError(f"{what}: expected a whole number{bound}, got {value!r}. Change this setting.")
+        raise ConfigurationError(f"{what}: expected a whole number{bound}, got {value!r}.")
     return value
 
 

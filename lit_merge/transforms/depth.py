@@ -88,9 +88,7 @@ class LiNeS(Transform):
     def __post_init__(self) -> None:
         if self.alpha != "norm_ratio":
             if isinstance(self.alpha, str):
-                raise ConfigurationError(
-                    f"LiNeS.alpha: expected a finite number or norm_ratio, got {self.alpha!r}. Use one of them."
-                )
+                raise ConfigurationError(f"LiNeS.alpha: expected a finite number or norm_ratio, got {self.alpha!r}.")
             self._number("alpha")
         for name in ("beta", "outside"):
             if getattr(self, name) is not None:

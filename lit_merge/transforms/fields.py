@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
 from numbers import Real
 from typing import Any
 
-from lit_merge.errors import ConfigurationError
+from lit_merge.errors import ConfigurationError, did_you_mean
 from lit_merge.transforms.base import Chain, Transform
 
 __all__ = ["field_path", "field_value", "replace_field"]
@@ -88,13 +87,10 @@ def field_path(transform: Transform, field: str, *, step: int | None = None) -> 
         known = _addresses(transform)
         steps = ", ".join(dict.fromkeys(str(path[1]) for path in found)) if isinstance(transform, Chain) else "0"
         got = f"{len(found)} (steps {steps}; choose with step=…)" if found else "none"
-        near = difflib.get_close_matches(field, known, n=1, cutoff=0.5) or [
-            address for address in known if address.endswith(f".{field.rpartition('.')[2]}")
-        ]
-        hint = f"Did you mean {near[0]}? " if near and not found else ""
+        hint = "" if found else did_you_mean(field, known, limit=1)
         raise ConfigurationError(
             f"{field}: expected exactly one step of {transform!r} with this field, got {got}. "
-            f"{hint}Its fields are {', '.join(known) or 'none'}."
+            f"{hint}{' ' if hint else ''}Its fields are {', '.join(known) or 'none'}."
         )
     return found[0]
 

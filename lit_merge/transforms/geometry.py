@@ -119,7 +119,7 @@ class ModelStock(Transform):
 
     def __post_init__(self) -> None:
         if not isinstance(self.clamp, bool):
-            raise ConfigurationError(f"ModelStock.clamp: expected true or false, got {self.clamp!r}. Use one of them.")
+            raise ConfigurationError(f"ModelStock.clamp: expected true or false, got {self.clamp!r}.")
 
     def __call__(self, vectors: TaskVectors) -> TaskVectors:
         """Reduce stacks ``(T, *shape)`` to ``(1, *shape)``."""

@@ -23,7 +23,7 @@ def check_pattern(transform: Transform, pattern: str | None) -> None:
         re.compile(pattern or "")
     except (re.error, TypeError) as error:
         raise ConfigurationError(
-            f"{type(transform).__name__}.exclude: expected a regular expression, got {pattern!r} ({error}). Correct it."
+            f"{type(transform).__name__}.exclude: expected a regular expression, got {pattern!r} ({error})."
         ) from error
 
 

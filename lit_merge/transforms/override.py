@@ -41,7 +41,7 @@ class Override:
             re.compile(self.names or "")
         except (re.error, TypeError) as error:
             raise ConfigurationError(
-                f"Override.names: expected a regular expression, got {self.names!r} ({error}). Correct it."
+                f"Override.names: expected a regular expression, got {self.names!r} ({error})."
             ) from error
         if self.blocks is not None:
             if isinstance(self.blocks, str) or not isinstance(self.blocks, Sequence) or not self.blocks:

@@ -7,16 +7,15 @@ a field is a transform itself, its value is written the same way: a name, a name
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, get_args, get_type_hints
 
-from lit_merge.errors import ConfigurationError, first_few
+from lit_merge.errors import ConfigurationError, did_you_mean, first_few
 from lit_merge.transforms.base import OWN, Chain, Transform, chain
 from lit_merge.transforms.override import Override, WithOverrides
-from lit_merge.transforms.recipes import RECIPES, recipe
+from lit_merge.transforms.recipes import RECIPES, check_call, check_fields, recipe
 
 __all__ = ["from_parts", "known_parts", "resolve_transform", "with_overrides"]
 
@@ -66,7 +65,7 @@ def with_overrides(transform: Transform, overrides: Sequence[Mapping[str, Any]])
             raise ConfigurationError(
                 f"overrides: expected mappings with parts, and names or blocks, got {override!r}. Add what is missing."
             )
-        _check_fields("overrides", override, _OVERRIDE_FIELDS)
+        check_fields("overrides", override, _OVERRIDE_FIELDS)
         built.append(Override(from_parts(override["parts"]), override.get("names"), override.get("blocks")))
     return WithOverrides(transform, built)
 
@@ -101,12 +100,9 @@ def _build(name: Any, fields: Mapping[str, Any]) -> Transform:
     if isinstance(name, str) and "." in name:
         known[name] = _imported(name)
     if name not in known:
-        raise ConfigurationError(f"part: expected a transform or recipe, got {name!r}. {_suggestion(str(name), known)}")
-    signature = inspect.signature(known[name]).parameters
-    _check_fields(f"part {name}", fields, signature)
-    needed = [field for field, one in signature.items() if one.default is one.empty and field not in fields]
-    if needed:
-        raise ConfigurationError(f"part {name}: expected a value for {', '.join(needed)}, got none. Add it.")
+        advice = did_you_mean(str(name), known, f"Use one of {first_few(known, 12)}.")
+        raise ConfigurationError(f"part: expected a transform or recipe, got {name!r}. {advice}")
+    check_call(f"part {name}", known[name], fields)
     hints = get_type_hints(known[name])
     nested = {field: _transform(value) if _is_transform(hints[field]) else value for field, value in fields.items()}
     return known[name](**nested)
@@ -139,25 +135,6 @@ def _transform(value: Any) -> Any:
     if value is None or isinstance(value, Transform):
         return value
     return _part(value) if isinstance(value, (str, Mapping)) else from_parts(value)
-
-
-def _check_fields(what: str, fields: Mapping[str, Any], known: Iterable[str]) -> None:
-    known = tuple(known)
-    unknown = [field for field in fields if field not in known]
-    if unknown:
-        raise ConfigurationError(
-            f"{what}: expected fields among {', '.join(known) or 'none'}, got {unknown[0]!r}. "
-            f"{_suggestion(str(unknown[0]), known)}"
-        )
-
-
-def _suggestion(name: str, known: Iterable[str]) -> str:
-    """The names that are most like this one, whatever their capitals and underscores; otherwise some of them."""
-    listed = list(known)
-    plain = [one.lower().replace("_", "") for one in listed]
-    close = dict.fromkeys(difflib.get_close_matches(name.lower().replace("_", ""), plain, n=2))
-    near = [one for match in close for one, simple in zip(listed, plain, strict=True) if simple == match]
-    return f"Did you mean {' or '.join(map(repr, near))}?" if near else f"Use one of {first_few(listed, 12) or 'none'}."
 
 
 def resolve_transform(

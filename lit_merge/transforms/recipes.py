@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
-from lit_merge.errors import ConfigurationError
+from lit_merge.errors import ConfigurationError, did_you_mean
 from lit_merge.transforms.base import Chain, Transform, chain
 from lit_merge.transforms.depth import LiNeS
 from lit_merge.transforms.geometry import KarcherMean, ModelStock, Slerp, Space
@@ -25,6 +24,8 @@ __all__ = [
     "adamerging",
     "analogy",
     "breadcrumbs",
+    "check_call",
+    "check_fields",
     "consensus_ta",
     "consensus_ties",
     "dare_linear",
@@ -334,28 +335,43 @@ def recipe(name: str, **fields: Any) -> Chain:
         ConfigurationError: the name or a field is unknown, or a value is refused.
     """
     if name not in RECIPES:
+        known = ", ".join(sorted(RECIPES))
         raise ConfigurationError(
-            f"recipe: expected one of {', '.join(sorted(RECIPES))}, got {name!r}. {_suggestion(name, RECIPES)}"
+            f"recipe: expected one of {known}, got {name!r}. {did_you_mean(name, RECIPES)}".rstrip()
         )
-    known = inspect.signature(RECIPES[name]).parameters
-    unknown = [field for field in fields if field not in known]
-    if unknown:
-        raise ConfigurationError(
-            f"recipe {name}: expected fields among {', '.join(known) or 'none'}, got {unknown[0]!r}. "
-            f"{_suggestion(unknown[0], known)}"
-        )
+    check_call(f"recipe {name}", RECIPES[name], fields)
+    return RECIPES[name](**fields)
+
+
+def check_call(what: str, function: Callable[..., object], fields: Mapping[str, Any]) -> None:
+    """Refuse fields that a function does not take, and a call without those that it needs.
+
+    Raises:
+        ConfigurationError: a field is unknown or missing.
+    """
+    known = inspect.signature(function).parameters
+    check_fields(what, fields, known)
     needed = [field for field, one in known.items() if one.default is one.empty and field not in fields]
     if needed:
-        raise ConfigurationError(f"recipe {name}: expected a value for {', '.join(needed)}, got none. Add it.")
-    return RECIPES[name](**fields)
+        raise ConfigurationError(f"{what}: expected a value for {', '.join(needed)}, got none.")
+
+
+def check_fields(what: str, fields: Mapping[str, Any], known: Iterable[str]) -> None:
+    """Refuse unknown fields.
+
+    Raises:
+        ConfigurationError: a field is unknown.
+    """
+    known = tuple(known)
+    unknown = [str(field) for field in fields if field not in known]
+    if unknown:
+        raise ConfigurationError(
+            f"{what}: expected fields among {', '.join(known) or 'none'}, got {unknown[0]!r}. "
+            f"{did_you_mean(unknown[0], known)}".rstrip()
+        )
 
 
 def _scaled_sum(coefficient: Coefficient) -> tuple[Transform, Transform]:
     """α Σ_t τ_t, or Σ_t α_t τ_t if there is one number per task."""
     scale = Scale(coefficient)
     return (Sum(), scale) if isinstance(scale.coefficient, float) else (scale, Sum())
-
-
-def _suggestion(name: str, known: Any) -> str:
-    close = difflib.get_close_matches(name, list(known), n=1)
-    return f"Did you mean {close[0]!r}?" if close else "Use one of these."

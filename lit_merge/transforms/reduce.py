@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -11,7 +10,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from lit_merge.errors import ConfigurationError
+from lit_merge.errors import ConfigurationError, did_you_mean
 from lit_merge.transforms.base import Transform, finite_number
 from lit_merge.vectors.task_vectors import TaskVectors
 
@@ -163,8 +162,7 @@ def _by_name(what: str, value: Mapping[str, float], tasks: tuple[str, ...]) -> t
     if unknown or missing:
         got = [f"unknown {', '.join(map(repr, unknown))}"] if unknown else []
         got += [f"nothing for {', '.join(map(repr, missing))}"] if missing else []
-        close = difflib.get_close_matches(unknown[0], tasks, n=1) if unknown else []
-        hint = f"Did you mean {close[0]!r}?" if close else "Name every task once."
+        hint = did_you_mean(unknown[0] if unknown else "", tasks, "Name every task once.")
         raise ConfigurationError(f"{what}: expected the tasks {', '.join(tasks)}, got {' and '.join(got)}. {hint}")
     return tuple(value[task] for task in tasks)
 

@@ -35,9 +35,7 @@ def group_names(names: Sequence[str], granularity: Granularity) -> tuple[str, ..
         ('embedding', 'block 0 mlp', 'block 0 other', 'head')
     """
     if granularity not in get_args(Granularity):
-        raise ConfigurationError(
-            f"granularity: expected {', '.join(get_args(Granularity))}, got {granularity!r}. Use one of them."
-        )
+        raise ConfigurationError(f"granularity: expected {', '.join(get_args(Granularity))}, got {granularity!r}.")
     if granularity == "task":
         return ("all",) * len(names)
     if granularity == "tensor":

@@ -80,9 +80,7 @@ class VectorStorage:
         sharded: bool = False,
     ) -> None:
         if storage not in get_args(Storage):
-            raise ConfigurationError(
-                f"storage: expected {', '.join(get_args(Storage))}, got {storage!r}. Use one of them."
-            )
+            raise ConfigurationError(f"storage: expected {', '.join(get_args(Storage))}, got {storage!r}.")
         self._device, self._storage = torch.device(device), storage
         self._shapes = {name: vectors.shape(name)[1:] for name in vectors.names}
         self._dtype = working_dtype(*(vectors.dtype(name) for name in vectors.names))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
@@ -11,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from lit_merge.errors import ConfigurationError, first_few
+from lit_merge.errors import ConfigurationError, did_you_mean, first_few
 from lit_merge.files.lazy import Computed, LazyMapping, Structure
 from lit_merge.params import check_same_structure, working_dtype
 from lit_merge.vectors.global_value import Statistic
@@ -420,18 +419,15 @@ class TaskVectors(LazyMapping):
     def _index(self, task: str | int) -> int:
         if isinstance(task, int):
             if not 0 <= task < len(self.tasks):
-                raise ConfigurationError(
-                    f"task: expected a position from 0 to {len(self.tasks) - 1}, got {task}. Use one of these."
-                )
+                raise ConfigurationError(f"task: expected a position from 0 to {len(self.tasks) - 1}, got {task}.")
             return task
         found = [index for index, name in enumerate(self.tasks) if name == task]
         if len(found) == 1:
             return found[0]
         if found:
             raise ConfigurationError(f"task: expected a unique name, got {task!r} at {found}. Use a position instead.")
-        close = difflib.get_close_matches(str(task), self.tasks, n=1)
-        hint = f"Did you mean {close[0]!r}?" if close else "Use one of these."
-        raise ConfigurationError(f"task: expected one of {', '.join(self.tasks)}, got {task!r}. {hint}")
+        hint = did_you_mean(str(task), self.tasks)
+        raise ConfigurationError(f"task: expected one of {', '.join(self.tasks)}, got {task!r}. {hint}".rstrip())
 
 
 def _check_same_structure(first: TaskVector, other: TaskVector, index: int) -> None:

@@ -100,7 +100,7 @@ def test_rates_need_blocks():
 
 @pytest.mark.parametrize("base", [0, 0.0, -0.5, 1.01, math.nan, math.inf, True, "0.5", None])
 def test_bases_out_of_range(base):
-    assert refusal(ExpLR, base) == f"ExpLR.base: expected a number in (0, 1], got {base!r}. Change it."
+    assert refusal(ExpLR, base) == f"ExpLR.base: expected a number in (0, 1], got {base!r}."
 
 
 def test_a_base_from_numpy():

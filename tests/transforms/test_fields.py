@@ -90,7 +90,7 @@ def test_whole_numbers_stay_whole():
     [
         (TWO, "coefficient", 1, "got 2 (steps 0, 2; choose with step=…). Its fields are 0.coefficient, density, "),
         (TWO, "Scale.coefficient", 1, "got 2 (steps 0, 2; choose with step=…)"),
-        (TWO, "3.coefficient", 1, "got none. Did you mean 2.coefficient? Its fields are 0.coefficient, "),
+        (TWO, "3.coefficient", 1, "got none. Did you mean 0.coefficient? Its fields are 0.coefficient, "),
         (TWO, "densty", 1, "densty: expected exactly one step of chain(Scale(coefficient=1.0), Trim("),
         (TWO, "densty", 1, "got none. Did you mean density? Its fields are "),
         (chain(Sum(), Scale(1)), "LiNeS.coefficient", 1, "Did you mean coefficient? Its fields are coefficient."),

@@ -236,7 +236,9 @@ def test_the_space_of_weights_needs_the_base_in_the_same_shapes(transform):
     taus = arrays(2)
     with pytest.raises(ConfigurationError, match=r"base: expected the pre-trained parameters, got none"):
         merge(transform, taus)
-    with pytest.raises(StructureMismatchError, match=r"base: expected the shapes of the task vectors, got 1 others: "):
+    with pytest.raises(
+        StructureMismatchError, match=r"base: expected every parameter of the task vectors, got 1 of another shape"
+    ):
         merge(transform, taus, np.zeros(12))
 
 

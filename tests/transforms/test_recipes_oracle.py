@@ -279,5 +279,5 @@ def test_every_chain_is_a_recipe():
 
 @pytest.mark.parametrize("name", ["fisher", "regmean"])
 def test_a_recipe_says_what_it_needs(name):
-    with pytest.raises(ConfigurationError, match=rf"^recipe {name}: expected a value for statistics, got none\. Add"):
+    with pytest.raises(ConfigurationError, match=rf"^recipe {name}: expected a value for statistics, got none\."):
         recipe(name)

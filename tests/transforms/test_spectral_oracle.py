@@ -239,7 +239,7 @@ def test_a_sum_that_overflows_is_refused():
             lambda: IsoCTS(-0.1),
             r"IsoCTS\.common_fraction: expected a finite number at least 0 and at most 1, got -0",
         ),
-        (lambda: IsoC("("), r"IsoC\.exclude: expected a regular expression, got '\(' \(.*\)\. Correct it\."),
+        (lambda: IsoC("("), r"IsoC\.exclude: expected a regular expression, got '\(' \(.*\)\."),
         (lambda: TSVMerge(exclude="["), r"TSVMerge\.exclude: expected a regular expression"),
         (lambda: IsoCTS(exclude=3), r"IsoCTS\.exclude: expected a regular expression, got 3"),
     ],

@@ -105,7 +105,7 @@ def test_scale_refuses_coefficients_that_do_not_fit_the_tasks(vectors):
         Scale([1, 2, 3])(vectors)
     with pytest.raises(ConfigurationError, match=r"expected the tasks a, b, got nothing for 'b'\. Name every task"):
         Scale({"a": 1})(vectors)
-    with pytest.raises(ConfigurationError, match=r"got unknown 'bb' and nothing for 'b'\. Did you mean 'b'\?"):
+    with pytest.raises(ConfigurationError, match=r"got unknown 'bb' and nothing for 'b'\. Did you mean b\?"):
         Scale({"a": 1, "bb": 1})(vectors)
 
 
@@ -140,13 +140,13 @@ def test_recipes_are_built_from_a_config(name):
 
 def test_recipe_suggests_the_nearest_name():
     with pytest.raises(
-        ConfigurationError, match=r"expected one of .*got 'task_arithmetics'\. Did you mean 'task_arithmetic'"
+        ConfigurationError, match=r"expected one of .*got 'task_arithmetics'\. Did you mean task_arithmetic"
     ):
         recipe("task_arithmetics")
-    with pytest.raises(ConfigurationError, match=r"got 'zzz'\. Use one of these"):
+    with pytest.raises(ConfigurationError, match=r"got 'zzz'\."):
         recipe("zzz")
     with pytest.raises(
-        ConfigurationError, match=r"fields among coefficient, got 'coeficient'\. Did you mean 'coefficient'"
+        ConfigurationError, match=r"fields among coefficient, got 'coeficient'\. Did you mean coefficient"
     ):
         recipe("task_arithmetic", coeficient=1.0)
     with pytest.raises(ConfigurationError, match=r"fields among none, got 'coefficient'"):
@@ -194,7 +194,7 @@ def test_a_density_is_a_fraction(transform, density):
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: Trim(0.2, "layer"), r"Trim\.scope: expected global or tensor, got 'layer'\. Use one of them\."),
+        (lambda: Trim(0.2, "layer"), r"Trim\.scope: expected global or tensor, got 'layer'\."),
         (lambda: MagnitudeWindow(scope=""), r"MagnitudeWindow\.scope: expected global or tensor, got ''\."),
         (
             lambda: MagnitudeWindow(0.1, 1.0),
@@ -235,7 +235,7 @@ def test_a_density_is_a_fraction(transform, density):
         (lambda: Interpolate(None), r"Interpolate\.fraction: expected a finite number, got None\."),
         (
             lambda: LiNeS("ratio"),
-            r"LiNeS\.alpha: expected a finite number or norm_ratio, got 'ratio'\. Use one of them\.",
+            r"LiNeS\.alpha: expected a finite number or norm_ratio, got 'ratio'\.",
         ),
         (lambda: LiNeS(math.inf), r"LiNeS\.alpha: expected a finite number, got inf\."),
         (lambda: LiNeS(1, "x"), r"LiNeS\.beta: expected a finite number, got 'x'\."),
