@@ -77,7 +77,8 @@ class SuitePlan(SuiteSettings):
 
         arguments = self.all_data()["init_args"]
         if self.sources:
-            arguments = {**arguments, "sources": {name: self._source(name) for name in self.sources}}
+            sources = {name: build(f"sources.{name}", Task, source) for name, source in self.sources.items()}
+            arguments = {**arguments, "sources": sources}
         data = MultiTaskDataModule(**arguments)
         assert all(module.classes for module in data.tasks.values())
         return data
@@ -192,14 +193,6 @@ class SuitePlan(SuiteSettings):
     def _network(self) -> Network:
         network: Network = build("network", Network, self.network or {})
         return network
-
-    def _source(self, name: str) -> Task:
-        source: Task = build(f"sources.{name}", Task, self.sources[name])
-        if source.name != name:
-            raise ConfigurationError(
-                f"sources.{name}: expected a task of this name, got {source.name!r}. Call the entry so."
-            )
-        return source
 
     def _settings(self, config: Mapping[str, Any], images: Any) -> dict[str, Any]:
         base = {**self.base(), "fingerprint": self.model_description["fingerprint"]}

@@ -129,13 +129,13 @@ class SuiteSettings:
     def task_data(self, task: str, seed: int) -> dict[str, Any]:
         """The data module of one task."""
         if task in self.sources:
-            place: dict[str, Any] = {"source": self.sources[task]}
+            which: dict[str, Any] = {"source": self.sources[task], "name": task}
         else:
-            place = {"path": self.paths[task], "name": task} if task in self.paths else {"task": task}
+            which = {"path": self.paths[task], "name": task} if task in self.paths else {"task": task}
         seen = self.tasks if self.penalised else [task]
         published = any(one in REGISTRY and one in self.named_tasks for one in seen)
         common = {key: value for key, value in self.data.items() if key != "root" or published}
-        return {"class_path": _ONE_TASK, "init_args": {**common, **place, "seed": seed}}
+        return {"class_path": _ONE_TASK, "init_args": {**common, **which, "seed": seed}}
 
     def all_data(self) -> dict[str, Any]:
         """The data module of all tasks."""

@@ -155,7 +155,7 @@ def test_tasks_are_given_as_objects() -> None:
     one = suite.task_data("odd", 3)
     assert one == {
         "class_path": "lit_merge.data.TaskDataModule",
-        "init_args": {"workers": 2, "source": SOURCES["odd"], "seed": 3},
+        "init_args": {"workers": 2, "source": SOURCES["odd"], "name": "odd", "seed": 3},
     }
     several = suite.all_data()["init_args"]
     assert (several["tasks"], several["paths"], several["sources"]) == (["digits"], None, SOURCES)
@@ -187,9 +187,9 @@ def test_a_tasks_content_counts() -> None:
     assert keys["zero-shot"] == {"odd": SOURCES["odd"], "even": "content of even"}
 
 
-def test_a_task_that_calls_itself_otherwise_is_refused() -> None:
-    with pytest.raises(ConfigurationError, match=r"sources\.odd: expected a task of this name, got 'even'"):
-        assert own(SuitePlan, sources={"odd": SOURCES["even"]}, tasks=["odd"]).data_module
+def test_what_is_no_task_is_refused() -> None:
+    with pytest.raises(ConfigurationError, match=r"sources\.odd: expected class_path and init_args of a Task"):
+        assert own(SuitePlan, sources={"odd": NETWORK}, tasks=["odd"]).data_module
 
 
 # The module that tests
