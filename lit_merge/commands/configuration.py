@@ -1,4 +1,4 @@
-"""The configuration that a command runs with, for what a command leaves beside its output."""
+"""The configuration that a command runs with, for what a command writes with its output."""
 
 from __future__ import annotations
 

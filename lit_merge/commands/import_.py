@@ -48,7 +48,7 @@ class ImportResult:
 
     Attributes:
         outputs: the files.
-        lines: what was recognised, what is left behind, and what was written, for people.
+        lines: what was recognised, what is left out, and what was written, for people.
         written: False after a dry run.
     """
 
@@ -126,7 +126,7 @@ def import_checkpoints(
     fingerprints: dict[frozenset[str], str] = {}
     for path, one, name, target in zip(paths, opened, tasks, targets, strict=True):
         result.lines.append(f"{one.path}: {one.describe()}")
-        start, tuned = base.beside(one)
+        start, tuned = base.paired(one)
         pair = pair_of(start, tuned, names)
         if base.architecture is not None and pair.image_tower:
             check_same_structure(base.architecture, pair.base, f"image tower of {model}")
@@ -163,7 +163,7 @@ class _Start:
     files: tuple[Path, ...] = ()
     line: str = ""
 
-    def beside(self, tuned: OpenedCheckpoint) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
+    def paired(self, tuned: OpenedCheckpoint) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
         """θ0 and what is differenced from it."""
         if self.tensors is not None:
             return self.tensors, tuned
@@ -203,10 +203,10 @@ def _architecture_name(model: str) -> str:
 
 def _targets(output: str | None, tasks: list[str]) -> list[Path]:
     """The file of every task."""
-    place = Path(output or _VECTOR)
+    path = Path(output or _VECTOR)
     if len(tasks) == 1:
-        return [_file(place)]
-    if output is None or place.suffix == ".safetensors":
+        return [_file(path)]
+    if output is None or path.suffix == ".safetensors":
         raise ConfigurationError(
             f"output: expected a folder for {len(tasks)} task vectors, got {output or 'none'}. Name one."
         )
@@ -216,13 +216,13 @@ def _targets(output: str | None, tasks: list[str]) -> list[Path]:
             f"task: expected tasks that can name a file each, got {wrong[0]!r} among {', '.join(tasks)}. "
             "Set task to a list of names."
         )
-    return [place / f"{task}.safetensors" for task in tasks]
+    return [path / f"{task}.safetensors" for task in tasks]
 
 
-def _file(place: Path) -> Path:
-    if place.suffix != ".safetensors":
-        raise ConfigurationError(f"output: expected a file ending in .safetensors, got {place}. Rename it.")
-    return place
+def _file(path: Path) -> Path:
+    if path.suffix != ".safetensors":
+        raise ConfigurationError(f"output: expected a file ending in .safetensors, got {path}. Rename it.")
+    return path
 
 
 def _check_targets(targets: list[Path], inputs: list[Path], overwrite: bool) -> None:
@@ -307,14 +307,14 @@ def _convert(
 
 
 def _whole_or_tower(opened: OpenedCheckpoint, layout: str) -> tuple[LazyMapping, str]:
-    """The whole CLIP if there is one and the layout has a place for it, otherwise its image tower, and what is lost."""
-    beside = opened.recognised.left_out.get("text tower", ())
-    if not beside:
+    """The whole CLIP if there is one and the layout has its names, otherwise its image tower, and what is lost."""
+    text = opened.recognised.left_out.get("text tower", ())
+    if not text:
         return opened.image_tower(), ""
     if layout in ("image_tower", "timm"):
-        return opened.image_tower(), f"the text side ({first_few(beside)}) has no place in this layout"
+        return opened.image_tower(), f"the text side ({first_few(text)}) has no place in this layout"
     try:
         return opened.whole_clip(), ""
     except StructureMismatchError:
         tower = opened.image_tower()
-        return tower, f"the text side ({first_few(beside)}) is not whole, and is not written"
+        return tower, f"the text side ({first_few(text)}) is not whole, and is not written"

@@ -133,7 +133,7 @@ def inspect(path: str, as_json: bool = False, verify: bool = False) -> Inspectio
 
 
 def summarise_blocks(tensors: LazyMapping) -> list[BlockSummary]:
-    """Norm, largest magnitude and zeros of every block, each tensor read once and in pieces.
+    """Norm, largest magnitude and zeros of every block, each tensor read once and in chunks.
 
     Args:
         tensors: name -> tensor, lazy. Entries that are no floating-point numbers are counted, nothing more.
@@ -148,23 +148,23 @@ def summarise_blocks(tensors: LazyMapping) -> list[BlockSummary]:
         position = depth.position(name)
         one = found.get(position) or BlockSummary(labels.get(position, str(position)), 0, 0, 0, 0.0, 0.0, 0, 0)
         found[position] = replace(one, tensors=one.tensors + 1, entries=one.entries + tensors.shape(name).numel())
-    for name, piece in tensors.stream([name for name in tensors if tensors.dtype(name).is_floating_point]):
-        found[depth.position(name)] = _with_piece(found[depth.position(name)], piece)
+    for name, chunk in tensors.stream([name for name in tensors if tensors.dtype(name).is_floating_point]):
+        found[depth.position(name)] = _with_chunk(found[depth.position(name)], chunk)
     return [found[position] for position in sorted(found)]
 
 
-def _with_piece(one: BlockSummary, piece: Tensor) -> BlockSummary:
-    values = piece if piece.dtype == torch.float64 else piece.float()
+def _with_chunk(one: BlockSummary, chunk: Tensor) -> BlockSummary:
+    values = chunk if chunk.dtype == torch.float64 else chunk.float()
     values = values[torch.isfinite(values)]
     count = values.numel()
     norm = float(torch.linalg.vector_norm(values, dtype=torch.float64))
     return replace(
         one,
-        floating=one.floating + piece.numel(),
+        floating=one.floating + chunk.numel(),
         norm=math.hypot(one.norm, norm),
         largest=max(one.largest, float(values.abs().max()) if count else 0.0),
         zeros=one.zeros + count - int(torch.count_nonzero(values)),
-        not_finite=one.not_finite + piece.numel() - count,
+        not_finite=one.not_finite + chunk.numel() - count,
     )
 
 
@@ -172,15 +172,15 @@ def _inspected(path: str | os.PathLike[str], verify: bool) -> Inspection:
     from lit_merge.checkpoints.opening import open_checkpoint
     from lit_merge.files.hub import local_path
 
-    place = local_path(path)
-    if place.suffix == ".json" and _says_coefficients(place):
-        return _of_coefficients(str(path), place)
-    tensors = open_checkpoint(place)
+    file = local_path(path)
+    if file.suffix == ".json" and _says_coefficients(file):
+        return _of_coefficients(str(path), file)
+    tensors = open_checkpoint(file)
     header = dict(tensors.metadata)
     if digest := tensors.content_digest:
         header[CONTENT_KEY] = digest
     if header.get("format") == COEFFICIENTS:
-        return _of_coefficients(str(path), place)
+        return _of_coefficients(str(path), file)
     if verify:
         tensors.verify()
     vector = header.get("format") == TASK_VECTOR

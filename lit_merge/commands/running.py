@@ -86,8 +86,11 @@ def _run(command: Command, function: Callable[..., Any], arguments: Sequence[str
     settings = parser.instantiate_classes(config)
     settings.pop("config", None)
     refuse_urls(settings.as_dict())
-    RESOLVED.set(resolved if command.name == "merge" else "")  # of no merge within another command
-    result = function(**settings.as_dict())
+    token = RESOLVED.set(resolved if command.name == "merge" else "")  # of no merge within another command
+    try:
+        result = function(**settings.as_dict())
+    finally:
+        RESOLVED.reset(token)
     if isinstance(result, str | Path):
         sys.stdout.write(f"{result}\n")
     elif hasattr(result, "describe"):
@@ -132,8 +135,8 @@ def _typed(function: Callable[..., Any], named: set[str]) -> tuple[Callable[...,
     typed = FunctionType(function.__code__, function.__globals__, function.__name__, function.__defaults__)
     typed.__doc__, typed.__annotations__ = function.__doc__, types
     typed.__module__ = "builtins"  # where the parser looks for names: there are none left to find
-    kept = [one.replace(annotation=types[name]) for name, one in signature.parameters.items() if name in types]
-    typed.__signature__ = signature.replace(parameters=kept)  # type: ignore[attr-defined]
+    shown = [one.replace(annotation=types[name]) for name, one in signature.parameters.items() if name in types]
+    typed.__signature__ = signature.replace(parameters=shown)  # type: ignore[attr-defined]
     return typed, left_out
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import ast
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -72,12 +72,14 @@ class Command:
         return import_module(self.module)
 
 
+@cache
 def commands() -> dict[str, Command]:
     """Name -> command: those that train and evaluate first, then by the alphabet."""
     found = [one for file in sorted(_FOLDER.rglob("*.py")) if (one := _command(file)) is not None]
     return {one.name: one for one in sorted(found, key=lambda one: (not one.takes_command_line, one.name))}
 
 
+@cache
 def groups() -> dict[str, str]:
     """Folders of commands, such as ``data``, each with what it is about."""
     names = dict.fromkeys(name.partition(" ")[0] for name in commands() if " " in name)

@@ -244,8 +244,8 @@ def _classes_first(arguments: Sequence[str]) -> list[str]:
     """The same arguments, but a class is named before its settings: these are then its own, not the default's."""
     given = list(arguments)
     for key in _CLASSES:
-        settings = [place for place, one in enumerate(given) if one.startswith(f"--{key}.") and not _names(key, one)]
-        named = [place for place, one in enumerate(given) if _names(key, one)]
+        settings = [index for index, one in enumerate(given) if one.startswith(f"--{key}.") and not _names(key, one)]
+        named = [index for index, one in enumerate(given) if _names(key, one)]
         if named and settings and settings[0] < named[0]:
             count = 1 if "=" in given[named[0]] else 2
             moved = given[named[0] : named[0] + count]
@@ -262,9 +262,9 @@ def _named_classes(arguments: Sequence[str]) -> set[str]:
     """Which of model and data have their class named, before any of its settings, by an argument or in a file."""
     found: set[str] = set()
     seen: set[str] = set()
-    for place, argument in enumerate(arguments):
+    for index, argument in enumerate(arguments):
         option, _, value = argument.partition("=")
-        value = value or next(iter(arguments[place + 1 : place + 2]), "")
+        value = value or next(iter(arguments[index + 1 : index + 2]), "")
         for key in _CLASSES:
             if _names(key, argument) and key not in seen:
                 found.add(key)

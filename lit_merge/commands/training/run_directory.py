@@ -35,7 +35,7 @@ class RunDirectory:
         command: one of Lightning's commands.
         output: the directory; None for that of the run which is resumed, else ``runs/COMMAND/TIME``.
         overwrite: whether an earlier run of this command in it may be replaced, once this one begins.
-        checkpoint: the checkpoint that is given; fit resumes in the directory that it lies in. ``last`` is the newest
+        checkpoint: the checkpoint that is given; fit resumes in its directory. ``last`` is the newest
             one in ``output``.
 
     Attributes:
