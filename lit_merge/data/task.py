@@ -76,6 +76,7 @@ class TaskDataModule(L.LightningDataModule):
 
     Attributes:
         source: the task.
+        served: without a trainer, the module that the data are for, which knows the preprocessing.
         whole: whether every process gets all images instead of its share.
         other_sources: name -> other task with its ``classes`` and ``templates``, of those that the penalty is about;
             after ``setup("fit")``.
@@ -171,6 +172,7 @@ class TaskDataModule(L.LightningDataModule):
         self.preprocessing: Any = preprocessing
         self.datasets: dict[str, Examples] = {}
         self.whole = False
+        self.served: Any = None
 
     @property
     def name(self) -> str:  # type: ignore[override]
@@ -298,7 +300,7 @@ class TaskDataModule(L.LightningDataModule):
         """
         if self.preprocessing is not None:
             return self.preprocessing
-        module: Any = self.trainer.lightning_module if self.trainer is not None else None
+        module: Any = self.trainer.lightning_module if self.trainer is not None else self.served
         if not hasattr(module, "preprocessing"):
             source = "no trainer" if module is None else f"{type(module).__name__}, which has none"
             raise ConfigurationError(

@@ -177,7 +177,7 @@ def _data_of(task: str, data: TaskDataModule | None, module: FineTuneModule) -> 
             f"data: expected images of the vector's task {task!r}, got {own.name!r}. "
             "Give that task's data, or name it so (data.name)."
         )
-    own.augment, own.preprocessing, own.datasets = False, own.preprocessing or module.preprocessing, {}
+    own.augment, own.served, own.datasets = False, module, {}
     return own
 
 
