@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 from lit_merge.commands.main import main
+from lit_merge.suite.overlays import with_parts
 from lit_merge.suite.recipe import Recipe
 
 ROOT = Path(__file__).parents[2]
@@ -46,7 +47,10 @@ def test_every_command_is_taken(command, capsys) -> None:
 
 def test_the_recipes_are_possible() -> None:
     (text,) = [text for language, text in BLOCKS if language == "yaml"]
-    for recipe in yaml.safe_load(text)["recipes"].values():
+    (given,) = with_parts([f"--recipes={json.dumps(yaml.safe_load(text)['recipes'])}"])
+    recipes = json.loads(given.partition("=")[2])
+    assert len(recipes) == 6
+    for recipe in recipes.values():
         Recipe(**recipe).check(ROOT / "runs/clip8_vit_b32")
 
 
