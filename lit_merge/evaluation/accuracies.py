@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lit_merge.errors import ConfigurationError, DataError
+from lit_merge.evaluation.accuracy_record import AccuracyRecord
 from lit_merge.evaluation.placed_model import PlacedModel
-from lit_merge.evaluation.search.record import AccuracyRecord
 from lit_merge.metrics.hits import hits, hits_of
 from lit_merge.vectors import TaskVector
 

@@ -54,7 +54,7 @@ def search_coefficient(
 
     Where a field is only a factor (:func:`direction_of`) the vectors are merged once for all its values, otherwise once
     per point. Accuracies are kept on disk as soon as they are known, in an
-    :class:`~lit_merge.evaluation.search.record.AccuracyRecord`:
+    :class:`~lit_merge.evaluation.accuracy_record.AccuracyRecord`:
     an interrupted search goes on where it was, and points that another search has evaluated cost a merge only.
 
     Linearised, and where a field is only a factor, the features at every value are ``f0(x) + α J τ(x)``: the network
