@@ -93,7 +93,7 @@ def suite(
         The content of results.json.
 
     Raises:
-        LitMergeError: stages have failed; what does not depend on them is finished, and kept.
+        LitMergeError: stages have failed; what does not depend on them is finished.
     """
     from lit_merge.commands.running import run_command
     from lit_merge.commands.training.lightning_cli import check_configuration

@@ -63,7 +63,7 @@ class FileLedger:
     def tree_digest(self, *roots: str | os.PathLike[str]) -> str:
         """A hash of the names and contents of files, and of all files below folders.
 
-        Names are relative to a folder, whose own name and place do not matter; of a file its name counts. Times do not
+        Names are relative to a folder, whose own path does not matter; of a file its name counts. Times do not
         count: a copy has the same hash.
         """
         found = hashlib.sha256()

@@ -231,8 +231,8 @@ class SuitePlan(SuiteSettings):
 
     def _test(self, name: str, data: dict[str, Any], model: Mapping[str, Path], images: Any) -> Stage:
         config = self.test_config(data, model)
-        placeless = self.test_config(data, dict.fromkeys(model))  # the model's content counts
-        settings, inputs = self._settings(placeless, images), tuple(model.values())
+        settings = self._settings(self.test_config(data, dict.fromkeys(model)), images)  # the model's content counts
+        inputs = tuple(model.values())
         return Stage(name, "test", config, settings, ("test_metrics.json",), inputs, _devices(config))
 
     def _learn(self, seed: int, name: str, vectors: Mapping[str, Path]) -> list[Stage]:
@@ -262,14 +262,14 @@ class SuitePlan(SuiteSettings):
             **({"linearized": True} if self.evaluated_linearized else {}),
         }
         settings = self._settings(config, self._images if recipe.search else None)  # the vectors' content counts
-        places = {"vectors": [str(path) for path in vectors.values()], "output": str(self.directory / stage / _MERGED)}
+        paths = {"vectors": [str(path) for path in vectors.values()], "output": str(self.directory / stage / _MERGED)}
         if files:
             statistics = {task: str(path) for task, path in files.items()}
             config = combine(config, {"settings": {**(given["settings"] or {}), "statistics": statistics}})
         inputs = (*vectors.values(), *files.values(), *map(self._as_output, recipe.files(seed)))
         outputs = (*(["merged-search.json"] if recipe.search else []), _MERGED)
         devices = 1 if recipe.search else 0
-        return [*before, Stage(stage, "merge", {**config, **places}, settings, outputs, inputs, devices)]
+        return [*before, Stage(stage, "merge", {**config, **paths}, settings, outputs, inputs, devices)]
 
     def _statistics(self, seed: int, name: str, task: str, vector: Path) -> Stage:
         recipe, stage = self.recipes[name], f"seed-{seed}/statistics/{name}/{task}"
@@ -281,18 +281,18 @@ class SuitePlan(SuiteSettings):
             **({"linearized": True} if self.evaluated_linearized else {}),
         }
         output = f"{recipe.collected}.safetensors"
-        places = {"task_vector": str(vector), "output": str(self.directory / stage / output)}
+        paths = {"task_vector": str(vector), "output": str(self.directory / stage / output)}
         settings = self._settings(config, self._images.get(task))
-        return Stage(stage, "statistics", {**config, **places}, settings, (output,), (vector,))
+        return Stage(stage, "statistics", {**config, **paths}, settings, (output,), (vector,))
 
     def _as_output(self, path: Path) -> Path:
-        """A file that a recipe names, as the stages call it if it lies in the suite's directory."""
+        """A file that a recipe names, as the stages call it if it is in the suite's directory."""
         here, there = self.directory.resolve(), path.resolve()
         return self.directory / there.relative_to(here) if there.is_relative_to(here) else path
 
 
 def _tops(paths: Sequence[Path], root: Path) -> list[Path]:
-    """The files and folders right below a root that a data set's files lie in; those elsewhere as they are."""
+    """The files and folders right below a root that hold a data set's files; those elsewhere as they are."""
     found = [path for path in paths if path.exists()]
     return sorted({root / path.relative_to(root).parts[0] if path.is_relative_to(root) else path for path in found})
 

@@ -73,10 +73,10 @@ class Recipe:
         if self.learned is not None:
             self._check_learned()
             return
-        if beside := [name for name in ("data", "trainer") if getattr(self, name) is not None]:
+        if without := [name for name in ("data", "trainer") if getattr(self, name) is not None]:
             raise ConfigurationError(
-                f"{beside[0]}: expected only with learned, got it without. Add learned: {{granularity: tensor}}, or "
-                f"remove {beside[0]}."
+                f"{without[0]}: expected only with learned, got it without. Add learned: {{granularity: tensor}}, or "
+                f"remove {without[0]}."
             )
         if self.statistics is not None:
             self._check_statistics()
@@ -92,8 +92,7 @@ class Recipe:
         given = ("recipe", "settings", "transform", "parts", "overrides", "search", "statistics")
         if others := [name for name in given if getattr(self, name)]:
             raise ConfigurationError(
-                f"learned: expected no {others[0]} beside it, got one. Put parts and transform inside learned, or "
-                "remove learned."
+                f"learned: expected no {others[0]} together with it, got one. Put parts and transform inside learned."
             )
         assert self.learned is not None
         if wrong := [name for name in _FILLED_IN if name in self.learned]:
@@ -109,7 +108,7 @@ class Recipe:
             )
         if unknown := [name for name in self.statistics or {} if name not in _OF_STATISTICS]:
             raise ConfigurationError(
-                f"statistics: expected settings among {', '.join(_OF_STATISTICS)}, got {first_few(unknown)}. Correct."
+                f"statistics: expected settings among {', '.join(_OF_STATISTICS)}, got {first_few(unknown)}. Remove it."
             )
 
     def files(self, seed: int = 0) -> list[Path]:

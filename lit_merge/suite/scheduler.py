@@ -198,7 +198,7 @@ class Scheduler:
         record = StageRecord(started.key, digests, seconds)
         write_text(self._record(started.stage), json.dumps(asdict(record), indent=2) + "\n")
         done.add(outcome.name)
-        self._note(outcome.name, seconds, f"{seconds:.1f} s{f' on {outcome.place}' if outcome.place else ''}")
+        self._note(outcome.name, seconds, f"{seconds:.1f} s{f' on {outcome.machine}' if outcome.machine else ''}")
 
     def _note(self, name: str, seconds: float, how: str) -> None:
         self.seconds[name] = seconds

@@ -386,4 +386,4 @@ def test_outputs_that_are_not_seen_here(tmp_path, monkeypatch) -> None:
     assert not cluster._all_seen(made, Outcome("a/b", 1.0, sizes=(6,)))
     assert cluster._all_seen(made, Outcome("a/b", 1.0, LitMergeError("killed")))
     with pytest.raises(LitMergeError, match=r"expected the outputs in .* as they are on far, got others after 0 s"):
-        raise cluster._unseen(made, Outcome("a/b", 1.0, place="far")).error
+        raise cluster._unseen(made, Outcome("a/b", 1.0, machine="far")).error

@@ -203,7 +203,7 @@ def test_only_what_changed_is_done_again(place, capsys) -> None:
 @pytest.mark.parametrize(
     ("given", "error"),
     [
-        ({"learned": {"granularity": "task"}, "recipe": "ties"}, "learned: expected no recipe beside it"),
+        ({"learned": {"granularity": "task"}, "recipe": "ties"}, "learned: expected no recipe together with it"),
         ({"learned": {"model": "lit-tiny"}}, r"learned: expected no model, which the suite fills in, got 'lit-tiny'"),
         ({"recipe": "ties", "data": {"adapt_on": "val"}}, "data: expected only with learned"),
         ({"recipe": "ties", "trainer": {"max_steps": 1}}, "trainer: expected only with learned"),

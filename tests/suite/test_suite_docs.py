@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 from lit_merge.commands.main import main
+from lit_merge.evaluation.search import CoefficientSearch
 from lit_merge.suite.overlays import with_parts
 from lit_merge.suite.recipe import Recipe
 
@@ -51,6 +52,8 @@ def test_the_recipes_are_possible() -> None:
     recipes = json.loads(given.partition("=")[2])
     assert len(recipes) == 6
     for recipe in recipes.values():
+        if "search" in recipe:
+            recipe["search"] = CoefficientSearch(**recipe["search"])
         Recipe(**recipe).check(ROOT / "runs/clip8_vit_b32")
 
 

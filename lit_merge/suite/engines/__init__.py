@@ -1,4 +1,4 @@
-"""What runs the stages of a job: this process, processes beside it, or a Ray cluster."""
+"""What runs the stages of a job: this process, others on this machine, or a Ray cluster."""
 
 from lit_merge.suite.engines.job import Engine, Job, Outcome
 from lit_merge.suite.engines.local import LocalEngine

@@ -52,7 +52,7 @@ class RayEngine:
     ) -> None:
         if cpus <= 0 or (gpus is not None and gpus < 0):
             raise ConfigurationError(
-                f"ray_cpus and ray_gpus: expected a positive number and none below 0, got {cpus} and {gpus}. Change it."
+                f"ray_cpus and ray_gpus: expected a positive number and none below 0, got {cpus} and {gpus}."
             )
         try:
             import ray
@@ -134,7 +134,7 @@ class RayEngine:
             )
 
     def free(self) -> bool:
-        """Whether one more job may be submitted; without a limit always, as Ray keeps a queue."""
+        """Whether one more job may be submitted; without a limit always, as Ray has a queue."""
         return self._parallel is None or len(self._running) < self._parallel
 
     def start(self, job: Job) -> None:
@@ -194,7 +194,7 @@ def _all_seen(job: Job, outcome: Outcome) -> bool:
 
 def _unseen(job: Job, outcome: Outcome) -> Outcome:
     error = LitMergeError(
-        f"expected the outputs in {job.folder} as they are on {outcome.place}, got others after {_UNSEEN:g} s. "
+        f"expected the outputs in {job.folder} as they are on {outcome.machine}, got others after {_UNSEEN:g} s. "
         "Check that all machines share this folder."
     )
-    return Outcome(job.name, outcome.seconds, error, place=outcome.place)
+    return Outcome(job.name, outcome.seconds, error, machine=outcome.machine)

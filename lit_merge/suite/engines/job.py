@@ -18,7 +18,7 @@ class Job:
         name: of the stage.
         command: one of lit-merge's.
         arguments: what follows it.
-        folder: where the stage writes; the configuration lies in it.
+        folder: where the stage writes; with the configuration in it.
         outputs: the files that it has to leave in its folder.
         devices: how many GPUs or other devices it uses where there are some; 0 for a stage that computes on the CPU.
         processes: whether it starts processes of its own, one per device, by repeating its command line.
@@ -42,7 +42,7 @@ class Outcome:
         seconds: how long it took.
         error: what went wrong, None if nothing did.
         refused: whether its input was refused, so that to try again is no use; otherwise it was killed or broke off.
-        place: the machine that it ran on, if that is not this one.
+        machine: the machine that it ran on, if that is not this one.
         sizes: the outputs' sizes, as they were seen where the job ran.
     """
 
@@ -50,7 +50,7 @@ class Outcome:
     seconds: float
     error: LitMergeError | None = None
     refused: bool = False
-    place: str = ""
+    machine: str = ""
     sizes: tuple[int, ...] = ()
 
 

@@ -9,7 +9,7 @@ import threading
 __all__ = ["LIFELINE", "follow_lifeline"]
 
 LIFELINE = "LIT_MERGE_LIFELINE"
-"""The variable that holds the descriptor of a pipe whose other end the starting process keeps open."""
+"""The variable that holds the descriptor of a pipe whose other end the starting process holds open."""
 
 
 def follow_lifeline() -> None:

@@ -76,7 +76,7 @@ def visible_devices() -> list[str]:
 
 
 def devices_of_slots(devices: Sequence[str], slots: int) -> list[list[str]]:
-    """Divide devices among slots: an equal share each, or where they are too few one each in turn."""
+    """Divide devices among slots: equally many each, or where they are too few one each in turn."""
     if len(devices) < slots:
         return [[devices[slot % len(devices)]] if devices else [] for slot in range(slots)]
     bounds = [slot * len(devices) // slots for slot in range(slots + 1)]

@@ -31,7 +31,7 @@ class StageProcess:
 
     Args:
         job: what to run.
-        environment: variables to set beside those of this process.
+        environment: variables to set in addition to those of this process.
         directory: where to run it; None for here.
     """
 
