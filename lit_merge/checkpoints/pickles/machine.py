@@ -102,7 +102,7 @@ class _Machine(_Unpickler):
         super().__init__(file, encoding="latin-1")  # of the strings of Python 2
         self._file, self._begin, self._length = file, file.tell(), length
         self.persistent_load, self._rebuild = load, rebuild
-        self._operations = 0
+        self._extra = 0  # operations of what is built in one
         self.named: dict[tuple[str, str], Named] = {}
 
     @property
@@ -113,15 +113,14 @@ class _Machine(_Unpickler):
         self.stack: list[Any] = []
         self.metastack: list[list[Any]] = []  # the stacks under the marks
         self.append = self.stack.append
-        read = self._file.read
-        while (code := read(1)) != pickle.STOP:
-            self._operations += 1
-            if self._operations > _MOST_OPERATIONS:
+        read, methods, count = self._file.read, _METHODS, 0
+        while (code := read(1)) != b".":
+            count += 1
+            if count + self._extra > _MOST_OPERATIONS:
                 raise Malformed(f"more than {_MOST_OPERATIONS:,} operations. Save the tensors alone, as a state dict.")
-            method = _METHODS.get(code)
-            if method is None:
+            if code not in methods:
                 raise self._unknown(code)
-            method(self)
+            methods[code](self)
         if self.metastack or self.position > self._length:
             raise ValueError("marks are left, or bytes of something else were read")
         return self.stack.pop()
@@ -209,7 +208,7 @@ class _Machine(_Unpickler):
             if type(of) not in (Named, Call) or type(name) is not str or name.startswith("_"):
                 raise hostile(function)
         elif dotted in DICTIONARIES and type(only) is list:
-            self._operations += len(only)
+            self._extra += len(only)
             return {key_of(key): value for key, value in only}
         elif dotted in DICTIONARIES and type(only) is dict:
             return only
