@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from lit_merge.errors import ConfigurationError, StructureMismatchError
-from lit_merge.params import Params, working_dtype
+from lit_merge.params import Params
 
-__all__ = ["Directions", "StackedDirections", "combine"]
+__all__ = ["Directions", "combine"]
 
 
 class Directions(Protocol):
-    """T task vectors of N parameters, wherever they are kept."""
+    """T task vectors of N parameters, wherever they are stored: :class:`lit_merge.vectors.storage.VectorStorage`."""
 
     @property
     def names(self) -> Sequence[str]:
@@ -36,48 +36,9 @@ class Directions(Protocol):
         """``⟨τ_t[n], gradients[n]⟩``, ``(T, N)``; a parameter without a gradient has 0."""
 
 
-class StackedDirections:
-    """Task vectors as one stack ``(T, *shape)`` per parameter, in memory.
-
-    Args:
-        stacks: name -> stack; all have the same T.
-    """
-
-    def __init__(self, stacks: Mapping[str, Tensor]) -> None:
-        self._stacks = dict(stacks)
-
-    @property
-    def names(self) -> Sequence[str]:
-        """The parameters."""
-        return tuple(self._stacks)
-
-    def add_weighted(
-        self, weights: Tensor, base: Mapping[str, Tensor] | None, out: Mapping[str, Tensor] | None = None
-    ) -> Params:
-        """See :class:`Directions`: one matrix–vector product per parameter; the results are new."""
-        sums = {}
-        for column, (name, stack) in enumerate(self._stacks.items()):
-            total = weights[:, column].to(stack) @ stack.reshape(len(stack), -1)
-            sums[name] = total.view(stack.shape[1:])
-            if base is not None:
-                start = base[name]
-                dtype = working_dtype(start.dtype, total.dtype)
-                sums[name] = (start.to(dtype) + sums[name].to(dtype)).to(start.dtype)
-        return sums
-
-    def inner_products(self, gradients: Mapping[str, Tensor]) -> Tensor:
-        """See :class:`Directions`: one matrix–vector product per parameter."""
-        first = next(iter(self._stacks.values()))
-        products = torch.zeros(len(first), len(self._stacks), dtype=first.dtype, device=first.device)
-        for column, (name, stack) in enumerate(self._stacks.items()):
-            if name in gradients:
-                products[:, column] = stack.reshape(len(stack), -1) @ gradients[name].to(stack).flatten()
-        return products
-
-
 def combine(
     base: Mapping[str, Tensor] | None,
-    directions: Directions | Mapping[str, Tensor],
+    directions: Directions,
     coefficients: Tensor,
     columns: Sequence[int] | None = None,
     out: Mapping[str, Tensor] | None = None,
@@ -91,7 +52,7 @@ def combine(
     Args:
         base: θ0, name -> tensor, which has every parameter of the task vectors; further ones are left out. None for 0:
             the merged task vector alone.
-        directions: the task vectors: :class:`Directions`, or name -> stack ``(T, *shape)``.
+        directions: the task vectors.
         coefficients: λ, ``(T, L)``.
         columns: for every parameter which of the L columns is its own; by default the n-th one, L = N.
         out: results of an earlier call that nobody needs any more; their memory may be used again.
@@ -105,23 +66,24 @@ def combine(
 
     Examples:
         >>> import torch
+        >>> from lit_merge.vectors import TaskVector, TaskVectors
+        >>> from lit_merge.vectors.storage import VectorStorage
+        >>> vectors = TaskVectors([TaskVector({"w": torch.tensor(row)}) for row in ([2.0, 0.0], [0.0, 3.0])])
         >>> coefficients = torch.tensor([[0.5], [1.0]], requires_grad=True)
-        >>> stack = torch.tensor([[2.0, 0.0], [0.0, 3.0]])
-        >>> merged = combine({"w": torch.ones(2)}, {"w": stack}, coefficients)["w"]
+        >>> merged = combine({"w": torch.ones(2)}, VectorStorage(vectors), coefficients)["w"]
         >>> merged.tolist()
         [2.0, 4.0]
         >>> merged.sum().backward()
         >>> coefficients.grad.flatten().tolist()
         [2.0, 3.0]
     """
-    kept = StackedDirections(directions) if isinstance(directions, Mapping) else directions
-    names = tuple(kept.names)
-    places = list(range(len(names)) if columns is None else columns)
+    names = tuple(directions.names)
+    indices = list(range(len(names)) if columns is None else columns)
     width = coefficients.shape[-1] if coefficients.ndim == 2 else 0
-    if len(places) != len(names) or not all(0 <= place < width for place in places):
+    if len(indices) != len(names) or not all(0 <= index < width for index in indices):
         raise ConfigurationError(
             f"coefficients: expected a matrix with a column for each of {len(names)} parameters, got shape "
-            f"{tuple(coefficients.shape)} and {len(places)} columns. Give one column per parameter, or columns."
+            f"{tuple(coefficients.shape)} and {len(indices)} columns. Give one column per parameter, or columns."
         )
     missing = [name for name in names if base is not None and name not in base]
     if missing:
@@ -129,8 +91,8 @@ def combine(
             f"base: expected every parameter of the task vectors, got no {missing[0]} ({len(missing)} missing). Use "
             "the parameters that they start from."
         )
-    index = torch.tensor(places, device=coefficients.device)
-    merged: tuple[Tensor, ...] = _Combine.apply(kept, base, coefficients[:, index], out)
+    selected = torch.tensor(indices, device=coefficients.device)
+    merged: tuple[Tensor, ...] = _Combine.apply(directions, base, coefficients[:, selected], out)
     return dict(zip(names, merged, strict=True))
 
 

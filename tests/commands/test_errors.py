@@ -93,7 +93,7 @@ MISSPELT = [
     ("merge --vectors [a] --output m.safetensors --transform Meen", "", "Did you mean Mean?"),
     ("merge --vectors [a] --output m.safetensors --transform Scale --transform.factr 3", "", "Known: coefficient."),
     ("merge --vectors [a] --output m.safetensors --recipe task_arithmetc", "", "Did you mean task_arithmetic?"),
-    ("merge --vectors [a] --output m.safetensors --recipe negation --settings.coeff 1", "", "Did you mean coefficient?"),
+    ("merge --vectors [a] --output m.safetensors --recipe negation --settings.coeff 1", "", "mean coefficient?"),
     ("merge --vectors [a] --output m.safetensors --data MultiTaskDataModul", "", "Did you mean MultiTaskDataModule?"),
     ("merge --vectors [a] --output m.safetensors --search.valuez [1]", "", "Did you mean values?"),
     ("suite --output S --taks [digits]", "", "Did you mean tasks"),
@@ -166,7 +166,7 @@ def test_a_users_own_class_is_looked_for_in_its_own_module(refused) -> None:
         ),
         (MERGE, "recipe, transform and parts: expected exactly one of them, got none."),
         (["suite"], "the following arguments are required: output."),
-        (["fit"], "task and path: expected exactly one of them, got neither."),
+        (["fit"], "task, path and source: expected exactly one of them, got none."),
         (["fit", "--data.task=digits", "--model.learning_rate=-1"], "learning_rate: expected a number in [0, inf)"),
     ],
     ids=str,
@@ -310,7 +310,9 @@ def test_task_vectors_that_do_not_belong(tiny, clip_config, clip_weights, refuse
     assert "expected the base model" in refused([*other, f"--model.task_vector={vector}"], 1)
     base = ["--model", clip_config, "--pretrained", clip_weights]
     recipe = ["--recipe=weight_average", "--output=m.safetensors"]
-    assert "expected the base model" in refused(["merge", f"--vectors=[{vector}]", *recipe], 1)
+    assert "base: expected every parameter of the task vectors, got 32 of another shape" in refused(
+        ["merge", f"--vectors=[{vector}]", *recipe], 1
+    )
     for keep in (0, 7, 2000, vector.stat().st_size - 1):
         Path("cut.safetensors").write_bytes(vector.read_bytes()[:keep])
         assert "cut.safetensors" in refused([*other, *tiny, "--model.task_vector=cut.safetensors"], 1)
@@ -437,7 +439,7 @@ def test_networks_without_what_a_regime_is_about(tiny, clip_config, refused) -> 
         (["--model.trainable=LastBlocks", "--model.trainable.count=1"], "LastBlocks: expected a network with numbered"),
         (["--model.rates=LinLR"], "LinLR(): expected a network with numbered blocks, got 2 parameters without"),
         (["--model.lora.rank=2"], "attention paradigm 1: expected a network with attention blocks"),
-        (["--model.linearized=true"], "which is no CLIP, got none. Pass head="),
+        (["--model.linearized=true"], "head: expected one for Plain, which is no CLIP, got none. Pass head="),
     ):
         assert refused([*own, *options], 2).startswith(expected)
     odd = [*own, "--model.encoder=own_networks.Odd", "--model.head=torch.nn.Identity", "--model.linearized=true"]

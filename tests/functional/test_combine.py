@@ -7,7 +7,8 @@ import torch
 
 from lit_merge.errors import ConfigurationError, StructureMismatchError
 from lit_merge.functional import combine, shannon_entropy
-from lit_merge.functional.combine import StackedDirections
+from lit_merge.vectors import TaskVector, TaskVectors
+from lit_merge.vectors.storage import VectorStorage
 
 SHAPES = {"a": (3, 4), "scalar": (), "empty": (0, 2), "b": (5,), "one": (1,)}
 
@@ -19,13 +20,18 @@ def drawn(tasks=3, dtype=torch.float64):
     return base, stacks
 
 
+def stored(stacks, kind=VectorStorage):
+    count = len(next(iter(stacks.values())))
+    return kind(TaskVectors([TaskVector({n: stack[t] for n, stack in stacks.items()}, f"{t}") for t in range(count)]))
+
+
 @pytest.mark.parametrize("columns", [[0, 1, 2, 3, 4], [0, 0, 0, 0, 0], [1, 0, 1, 0, 1]])
 def test_values_and_gradients_are_those_of_the_plain_sum(columns):
     base, stacks = drawn()
     weights = {name: torch.randn(value.shape, dtype=torch.float64) for name, value in base.items()}
     found = torch.randn(3, max(columns) + 1, dtype=torch.float64, requires_grad=True)
     expected = found.detach().clone().requires_grad_()
-    merged = combine(base, stacks, found, columns)
+    merged = combine(base, stored(stacks), found, columns)
     assert list(merged) == list(SHAPES)
     total = sum((merged[name] * weights[name]).sum() for name in SHAPES)
     plain = 0.0
@@ -41,13 +47,13 @@ def test_values_and_gradients_are_those_of_the_plain_sum(columns):
 def test_gradcheck():
     base, stacks = drawn(2)
     coefficients = torch.randn(2, 5, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda value: tuple(combine(base, stacks, value).values()), (coefficients,))
+    assert torch.autograd.gradcheck(lambda value: tuple(combine(base, stored(stacks), value).values()), (coefficients,))
 
 
 def test_without_a_base_it_is_the_merged_task_vector_and_what_is_not_used_has_no_gradient():
     base, stacks = drawn()
     coefficients = torch.ones(3, 5, dtype=torch.float64, requires_grad=True)
-    merged = combine(None, stacks, coefficients)
+    merged = combine(None, stored(stacks), coefficients)
     torch.testing.assert_close(merged["a"], stacks["a"].sum(0))
     merged["b"].sum().backward()
     assert coefficients.grad[:, [0, 1, 2, 4]].eq(0).all()
@@ -56,7 +62,7 @@ def test_without_a_base_it_is_the_merged_task_vector_and_what_is_not_used_has_no
 
 
 def test_every_vector_is_read_once_on_the_way_there_and_once_on_the_way_back():
-    class Counted(StackedDirections):
+    class Counted(VectorStorage):
         forth = back = 0
 
         def add_weighted(self, weights, base, out=None):
@@ -69,7 +75,7 @@ def test_every_vector_is_read_once_on_the_way_there_and_once_on_the_way_back():
             return super().inner_products(gradients)
 
     base, stacks = drawn()
-    directions = Counted(stacks)
+    directions = stored(stacks, Counted)
     coefficients = torch.ones(3, 5, dtype=torch.float64, requires_grad=True)
     merged = combine(base, directions, coefficients)
     sum(merged[name].square().sum() for name in ("a", "b", "scalar")).backward()
@@ -78,7 +84,7 @@ def test_every_vector_is_read_once_on_the_way_there_and_once_on_the_way_back():
 
 def test_the_base_decides_the_dtype():
     base, stacks = drawn(dtype=torch.float32)
-    merged = combine({name: value.bfloat16() for name, value in base.items()}, stacks, torch.ones(3, 5))
+    merged = combine({name: value.bfloat16() for name, value in base.items()}, stored(stacks), torch.ones(3, 5))
     assert {value.dtype for value in merged.values()} == {torch.bfloat16}
     expected = (base["a"].bfloat16().float() + stacks["a"].sum(0)).bfloat16()
     assert (merged["a"] - expected).abs().max() <= 0.02
@@ -89,15 +95,15 @@ def test_what_does_not_fit_is_refused():
     with pytest.raises(
         ConfigurationError, match=r"expected a matrix with a column for each of 5 parameters, got shape"
     ):
-        combine(base, stacks, torch.ones(3, 4))
+        combine(base, stored(stacks), torch.ones(3, 4))
     with pytest.raises(ConfigurationError, match=r"got shape \(3, 5\) and 4 columns\."):
-        combine(base, stacks, torch.ones(3, 5), [0, 1, 2, 3])
+        combine(base, stored(stacks), torch.ones(3, 5), [0, 1, 2, 3])
     with pytest.raises(
         StructureMismatchError, match=r"expected every parameter of the task vectors, got no b \(1 miss"
     ):
-        combine({name: value for name, value in base.items() if name != "b"}, stacks, torch.ones(3, 5))
+        combine({name: value for name, value in base.items() if name != "b"}, stored(stacks), torch.ones(3, 5))
     coefficients = torch.ones(3, 5, dtype=torch.float64, requires_grad=True)
-    loss = combine(base, stacks, coefficients)["a"].square().sum()
+    loss = combine(base, stored(stacks), coefficients)["a"].square().sum()
     (gradient,) = torch.autograd.grad(loss, coefficients, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         gradient.sum().backward()

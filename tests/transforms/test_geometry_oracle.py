@@ -237,7 +237,7 @@ def test_the_space_of_weights_needs_the_base_in_the_same_shapes(transform):
     with pytest.raises(ConfigurationError, match=r"base: expected the pre-trained parameters, got none"):
         merge(transform, taus)
     with pytest.raises(
-        StructureMismatchError, match=r"base: expected every parameter of the task vectors, got 1 of another shape"
+        StructureMismatchError, match=r"base: expected every parameter of the .* got 1 of another shape"
     ):
         merge(transform, taus, np.zeros(12))
 
