@@ -69,7 +69,7 @@ def write_published(name: str, root: Path, layout: str | None = None, per_class:
         per_class: images of each class in each split.
 
     Returns:
-        Split as it lies on the disk (``train``, ``test``) -> how many images were written.
+        Split as it is on the disk (``train``, ``test``) -> how many images were written.
     """
     entry = REGISTRY[name]
     layout = layout or DEFAULT_LAYOUTS[name]
@@ -94,8 +94,8 @@ def write_published(name: str, root: Path, layout: str | None = None, per_class:
         {"parquet": write_parquet, "saved": write_saved, "archives": write_archives}[layout](
             folder, entry, labels, splits
         )
-    kept = {split: len(labels) * max(1, len(entry.torchvision_arguments.get(split, ()))) for split in splits}
-    return kept if layout == "torchvision" else dict.fromkeys(splits, len(labels))
+    written = {split: len(labels) * max(1, len(entry.torchvision_arguments.get(split, ()))) for split in splits}
+    return written if layout == "torchvision" else dict.fromkeys(splits, len(labels))
 
 
 def write_image(path: Path, label: int, side: int = _SIDE) -> Path:
@@ -250,7 +250,7 @@ def _write_pcam(root: Path, entry: DataSetEntry, labels: list[int], split: str) 
         file["y"] = np.array(labels, np.uint8).reshape(-1, 1, 1, 1)
 
 
-# Files of one image, and what lies beside them
+# Files of one image, and the tables that belong to them
 
 
 def _write_gtsrb(root: Path, entry: DataSetEntry, labels: list[int], split: str) -> None:
@@ -353,7 +353,7 @@ def _write_split_lists(folder: Path, entry: DataSetEntry, labels: list[int]) -> 
 
 
 def _write_sun397(folder: Path, entry: DataSetEntry, labels: list[int]) -> None:
-    """``a_apartment_building_outdoor`` lies in ``a/apartment_building/outdoor``: the last word alone tells nothing."""
+    """``a_apartment_building_outdoor`` is in ``a/apartment_building/outdoor``: the last word alone tells nothing."""
     nested = {"outdoor", "indoor", "exterior", "interior", "public", "shop", "vehicle"}
     for list_name, split in (("Training_01.txt", 0), ("Testing_01.txt", 1)):
         lines = []

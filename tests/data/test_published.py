@@ -360,6 +360,14 @@ def test_every_root_of_torchvision_is_looked_at(below, root):
     assert len(PublishedSource(REGISTRY["pcam"], root).listed("test")) == 2
 
 
+def test_fer2013_without_test_labels(root):
+    write_published("fer2013", root)
+    (root / "fer2013" / "fer2013.csv").rename(root / "fer2013" / "train.csv")
+    source = PublishedSource(REGISTRY["fer2013"], root)
+    assert len(source._present("train")) == 14  # all of them: its own file has no column of splits
+    assert "expected fer2013.csv, got train.csv, without test labels" in refusal(source.listed, "test")
+
+
 def test_compressed_idx_files(root):
     write_published("fashion_mnist", root)
     for path in list((root / REGISTRY["fashion_mnist"].torchvision_roots[0]).rglob("*-ubyte")):
@@ -394,7 +402,7 @@ def test_the_hubs_own_caches(root, tmp_path):
 
 
 def test_the_hubs_splits_and_configurations(root):
-    """Files of other splits, and of other configurations, lie beside those that are read."""
+    """Files of other splits, and of other configurations, are next to those that are read."""
     entry = REGISTRY["svhn"]
     write_parquet(root / "svhn", entry, list(range(10)), ("train", "test"))
     extra = root / "svhn" / "full_numbers"
@@ -586,7 +594,7 @@ def _replace(old: str, new: str, count: int = 1):
             None,
             "fer2013.csv",
             _replace(",10 10 ", ",10 ", -1),
-            "got shape '[48, 48]' is invalid",
+            "got other pixels in image 0 of test",
         ),
         ("fer2013", None, "fer2013.csv", _replace("emotion", "feeling"), "expected columns emotion, pixels and Usage"),
         ("pcam", None, "camelyonpatch_level_2_split_test_x.h5", _garble, "expected an HDF5 file with images"),
