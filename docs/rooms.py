@@ -66,7 +66,12 @@ def module_imports(package: Path = PACKAGE) -> dict[str, dict[str, int]]:
                 while name not in files and "." in name:  # a name inside of a module
                     name = name.rpartition(".")[0]
                 if name in files and name != module:
-                    targets.setdefault(name, getattr(node, "lineno", 0))
+                    for executed in {
+                        name,
+                        *_packages(name),
+                    } & files.keys():  # theirs run as well, unless this one is in them
+                        if not module.startswith(f"{executed}.") and executed != module:
+                            targets.setdefault(executed, getattr(node, "lineno", 0))
         found[module] = targets
     return found
 
@@ -166,6 +171,12 @@ def _below(graph: Mapping[str, Iterable[str]], room: str) -> set[str]:
 def _name(file: Path, package: Path) -> str:
     parts = file.relative_to(package.parent).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def _packages(module: str) -> list[str]:
+    """The packages that a module is in, but for the whole one."""
+    parts = module.split(".")
+    return [".".join(parts[:length]) for length in range(2, len(parts))]
 
 
 def _named(node: ast.AST) -> list[str]:

@@ -77,7 +77,7 @@ def test_lazy_imports_and_names_count(tmp_path: Path) -> None:
         (package / path).parent.mkdir(parents=True, exist_ok=True)
         (package / path).write_text(text, encoding="utf-8")
     found = rooms.module_imports(package)
-    assert found["lit_merge.a.one"] == {"lit_merge.b.two": 2}
+    assert found["lit_merge.a.one"] == {"lit_merge.b.two": 2, "lit_merge.b": 2}  # whose __init__ runs as well
     assert found["lit_merge.c"] == {}
     assert rooms.circles(rooms.room_imports(found)) == [["a", "b"]]
 
