@@ -22,7 +22,6 @@ from lit_merge.files.lazy import Computed, LazyMapping, Selected, Slicer
 from lit_merge.files.staging import staged
 from lit_merge.files.store import Draft, LazyTensors
 from lit_merge.files.text import read_json, write_text
-from lit_merge.files.writing import writing
 from lit_merge.params import dtype_of, shape_of
 
 __all__ = ["INDEX_ENDING", "ShardedTensors", "open_tensors", "parse_size", "plan_shards", "write_shards"]
@@ -213,7 +212,7 @@ def write_shards(
     }
     index = folder / f"{stem}{INDEX_ENDING}"
     needed = sum(draft.size for draft in drafts.values())
-    with writing(folder, needed), staged(folder, [index] if index.exists() else []) as staging:
+    with staged(folder, [index] if index.exists() else [], size=needed) as staging:
         for file, draft in drafts.items():
             with (staging / file).open("xb") as written:
                 draft.write(written)

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from lit_merge.errors import ConfigurationError
+from lit_merge.errors import ConfigurationError, WriteError
 from lit_merge.files.writing import writing
 
 __all__ = ["remove_abandoned", "staged"]
@@ -23,7 +23,10 @@ _LONG = 24 * 3600.0  # seconds after which what nobody can be asked about is aba
 
 @contextlib.contextmanager
 def staged(
-    folder: Path, stale: Sequence[Path] = (), last: Callable[[Path], object] = lambda path: path.name
+    folder: Path,
+    stale: Sequence[Path] = (),
+    last: Callable[[Path], object] = lambda path: path.name,
+    size: int | None = None,
 ) -> Iterator[Path]:
     """A temporary folder whose files are moved into ``folder`` at the end, or of which nothing is left.
 
@@ -33,6 +36,7 @@ def staged(
         folder: is created if it is missing.
         stale: files in it that are removed before the new ones are moved, in this order.
         last: sorts the files; those that sort last are moved last.
+        size: the bytes that will be written, if they are known, for the message on a full disk.
 
     Raises:
         ConfigurationError: the folder cannot be created.
@@ -50,7 +54,8 @@ def staged(
         with (temporary / _OWNER).open("xb") as owner:
             fcntl.flock(owner, fcntl.LOCK_EX)
             remove_abandoned(folder)
-            yield temporary
+            with writing(folder, size):
+                yield temporary
             files = sorted((path for path in temporary.iterdir() if path.name != _OWNER), key=last)  # type: ignore[arg-type]
             with writing(folder):
                 names = {file.name for file in files}
@@ -60,8 +65,10 @@ def staged(
                 for path in files:
                     path.replace(folder / path.name)
         shutil.rmtree(temporary)
-    except BaseException:  # an interrupt included
+    except BaseException as error:  # an interrupt included
         shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(error, WriteError):  # named by where it would have been
+            error.args = (str(error).replace(str(temporary), str(folder)),)
         for place in created:
             with contextlib.suppress(OSError):
                 place.rmdir()

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from lit_merge.errors import ConfigurationError
+from lit_merge.errors import ConfigurationError, WriteError
 from lit_merge.files.staging import remove_abandoned, staged
+from lit_merge.files.text import write_text
 
 KILLED = """
 import os, signal, sys
@@ -93,3 +94,19 @@ def test_a_folder_that_cannot_be_is_refused(tmp_path) -> None:
         staged(tmp_path / "file" / "below"),
     ):
         pass
+
+
+@pytest.mark.parametrize(
+    ("write", "named"),
+    [(lambda path: path.write_bytes(b"0" * 100), ""), (lambda path: write_text(path, "0" * 100), "/card.md")],
+    ids=["by hand", "by write_text"],
+)
+def test_a_full_disk_is_said_with_the_final_path(tmp_path, full_disk, write, named) -> None:
+    def stage():
+        with staged(tmp_path / "out") as folder, full_disk():
+            write(folder / "card.md")
+
+    with pytest.raises(WriteError) as caught:
+        stage()
+    assert str(caught.value).startswith(f"{tmp_path}/out{named}: expected room ")
+    assert not (tmp_path / "out").exists()
