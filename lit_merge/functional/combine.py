@@ -46,7 +46,7 @@ def combine(
     """``θ = θ0 + Σ_t λ[t, c(n)] τ_t[n]`` for every parameter n (Yang et al. 2024, equations 6 and 7).
 
     The gradient of λ is computed by hand: ``∂L/∂λ[t, n] = ⟨τ_t[n], ∂L/∂θ[n]⟩``. Nothing of the size of the parameters
-    is kept for it, and no temporary is made per task. It is defined once: there is no second derivative. θ0 and the
+    is saved for it, and no temporary is made per task. It is defined once: there is no second derivative. θ0 and the
     task vectors get no gradient.
 
     Args:

@@ -124,6 +124,6 @@ def _refusal(text: str) -> str | None:
     operator = named[1] if named else "an autograd.Function without jvp"
     return (
         f"expected operators with a forward-mode derivative, got {operator}, which has none. Replace it in the module "
-        "by operators that have one, give its autograd.Function a jvp, train only parameters behind it, or do not "
+        "by operators that have one, give its autograd.Function a jvp, train only parameters after it, or do not "
         "linearise."
     )

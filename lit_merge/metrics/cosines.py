@@ -90,9 +90,9 @@ class CosineMatrix(DepthMetric):
         """
         row = self._rows(vectors)
         for name, size, found in vectors.over_chunks(_products, names):
-            place = row(name)
-            self.products[place] += found.to(self.products)
-            self.elements[place] += size
+            index = row(name)
+            self.products[index] += found.to(self.products)
+            self.elements[index] += size
 
     def compute(self) -> Tensor:
         """``[1 + P, T, T]`` in float64: of the whole vectors, then of every place; NaN without parameters there."""
@@ -159,9 +159,9 @@ class NormByDepth(DepthMetric):
         row = self._rows(vectors)
         base = vectors.base if self.relative else {}
         for name, size, found in vectors.over_chunks(_squares, names):
-            place = row(name)
-            self.squares[place] += found.to(self.squares)
-            self.elements[place] += size
+            index = row(name)
+            self.squares[index] += found.to(self.squares)
+            self.elements[index] += size
         for name in (vectors.names if names is None else names) if self.relative else ():
             self.base_squares[row(name)] += _square_sum(base[name]).to(self.base_squares)
 

@@ -103,9 +103,9 @@ class SignConflict(DepthMetric):
         """
         row = self._rows(vectors)
         for name, counts in vectors.over_chunks(_counts, names):
-            place = row(name)
+            index = row(name)
             for state, found in zip((self.both, self.differing, self.elements), counts, strict=True):
-                state[place] += found.to(state)
+                state[index] += found.to(state)
 
     def compute(self) -> dict[str, Tensor]:
         """The rates in float64, of the whole network and of every place; NaN where there is nothing to divide by.

@@ -34,7 +34,7 @@ class MergedModel(nn.Module):
     AdaMerging's model (Yang et al. 2024, equations 6 and 7). ``granularity="task"`` is its "task-wise", ``"tensor"``
     its "layer-wise" form; with trimmed and sign-elected task vectors it is AdaMerging++. Buffers are the module's own.
 
-    The task vectors are read, and kept where ``storage`` says, when the weights are merged for the first time, on the
+    The task vectors are read, and stored where ``storage`` says, when the weights are merged for the first time, on the
     device on which the coefficients are then. They are no parameters and no buffers: neither moved, nor saved.
 
     Args:
@@ -46,8 +46,8 @@ class MergedModel(nn.Module):
         init: where λ starts: one number, one per task (in their order or by name), or :class:`Coefficients`.
         clamp: the range that λ is clamped to whenever it is used, or None. The gradient of a coefficient outside of it
             is zero; on its border it is not.
-        storage: where the task vectors are kept, see :class:`lit_merge.vectors.storage.VectorStorage`.
-        sharded: whether each process keeps 1/W of every task vector only.
+        storage: where the task vectors are, see :class:`lit_merge.vectors.storage.VectorStorage`.
+        sharded: whether each process holds 1/W of every task vector only.
 
     Attributes:
         coefficients: λ before clamping, ``(T, L)``, float32 or float64 whatever the module is converted to.

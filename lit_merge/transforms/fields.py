@@ -157,7 +157,7 @@ def _names(part: Any) -> list[str]:
 
 
 def _addresses(part: Any) -> list[str]:
-    """The shortest address of every field, those of nested transforms behind their owner's."""
+    """The shortest address of every field, those of nested transforms with their owner's."""
     if isinstance(part, Chain):
         inner = [_addresses(step) for step in part.steps]
         kinds = [type(step).__name__ for step in part.steps]

@@ -24,8 +24,8 @@ __all__ = ["LearnedScale", "transform_before"]
 class LearnedScale(Transform):
     """λ[t, g(p)] τ_t[p]: one coefficient per task t and group g(p) of a parameter p (AdaMerging, Yang et al. 2024).
 
-    It belongs behind the transforms over whose vectors the coefficients were learned: the recipe ``adamerging`` puts it
-    there, and a sum behind it.
+    It follows the transforms over whose vectors the coefficients were learned: the recipe ``adamerging`` puts it there,
+    and a sum after it.
 
     Args:
         path: a file that :meth:`~lit_merge.vectors.Coefficients.save` wrote, ending in ``.safetensors`` or ``.json``.

@@ -119,7 +119,7 @@ class IsoCTS(Transform):
 
 
 def _triplets(matrix: Tensor, most: int, largest: Tensor | None = None) -> _Triplets:
-    """The first singular triplets, without those that are zero beside ``largest``, by default the largest of them."""
+    """The first singular triplets, without those that are zero next to ``largest``, by default the largest of them."""
     left, values, right = torch.linalg.svd(matrix, full_matrices=False)
     if not is_finite(values):  # of a sum that overflowed; some libraries do not refuse it
         raise torch.linalg.LinAlgError
@@ -134,7 +134,7 @@ def _nearest_orthogonal(matrix: Tensor) -> Tensor:
 
 
 def _joined(parts: list[_Triplets]) -> _Triplets:
-    """The triplets of all parts beside each other, their vectors made orthogonal."""
+    """The triplets of all parts, concatenated, their vectors made orthogonal."""
     left, values, right = zip(*parts, strict=True)
     return _nearest_orthogonal(torch.cat(left, 1)), torch.cat(values), _nearest_orthogonal(torch.cat(right, 0))
 

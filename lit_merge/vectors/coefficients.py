@@ -83,7 +83,7 @@ class Coefficients:
         return self.values[:, self.groups.index(self.members[name])]
 
     def depth(self, group: str) -> float | None:
-        """How deep the block of a group lies, from 0 (first block) to 1 (last); None if it is not part of one block.
+        """How deep the block of a group is, from 0 (first block) to 1 (last); None if it is not part of one block.
 
         Raises:
             ConfigurationError: there is no such group.
@@ -138,7 +138,7 @@ class Coefficients:
 
         AdaMerging's tables are ``(L, T + 1)`` with a first column of ones, the factor of θ0, and ``(1, T + 1)`` for
         task-wise coefficients, after clamping. Its layer-wise tables have six more rows than a CLIP's image tower has
-        parameters, three before them and three behind them, of the text side, never trained: leave them out
+        parameters, three before them and three after them, of the text side, never trained: leave them out
         (``rows[3:-3]``). FusionBench saves what it learned, ``(T, L)`` or ``(T,)``, before clamping: give ``clamp``.
 
         Args:

@@ -38,7 +38,7 @@ class Work:
     """What computing the stack of one parameter takes beyond reading it.
 
     Attributes:
-        memory: bytes of temporaries at most, beside the stacks themselves.
+        memory: bytes of temporaries at most, without the stacks themselves.
         operations: floating-point operations of matrix products and decompositions.
     """
 

@@ -1,4 +1,4 @@
-"""Task vectors kept for merging again and again with other coefficients: where they lie, and one pass over them."""
+"""Storage of task vectors that are merged again and again with other coefficients, and one pass over them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from lit_merge.vectors.threads import ordered_map
 __all__ = ["Storage", "VectorStorage", "bytes_needed"]
 
 Storage = Literal["device", "bfloat16", "host", "mapped"]
-"""Where vectors are kept: on the device, there in bfloat16, in the host's memory, or in files that are read anew."""
+"""Where vectors are stored: on the device, there in bfloat16, in the host's memory, or in files that are read anew."""
 
 _Result = TypeVar("_Result")
 _ELEMENTS = 1 << 20  # of all vectors together in one chunk that is read or converted: four MiB of float32
@@ -39,15 +39,15 @@ class _Segment:
         name: the parameter.
         column: its position among the parameters.
         start: first element of the flattened parameter.
-        stop: the element behind the last one.
-        place: where the first element lies in what this process holds of all parameters, one behind the other.
+        stop: the element after the last one.
+        offset: of the first element in what this process holds of all parameters, concatenated.
     """
 
     name: str
     column: int
     start: int
     stop: int
-    place: int
+    offset: int
 
 
 class VectorStorage:
@@ -131,8 +131,8 @@ class VectorStorage:
 
     def _gathered(self, weights: Tensor, base: Mapping[str, Tensor] | None) -> Params:
         own = torch.zeros(self._length, dtype=self._dtype, device=self._device)
-        places = {segment.name: segment.place - segment.start for segment in self._segments}
-        self._run(partial(_weighted, weights, base, dict.fromkeys(places, own), places))
+        offsets = {segment.name: segment.offset - segment.start for segment in self._segments}
+        self._run(partial(_weighted, weights, base, dict.fromkeys(offsets, own), offsets))
         whole = torch.empty(self._length * processes.get_world_size(), dtype=self._dtype, device=self._device)
         processes.all_gather_into_tensor(whole, own)
         sizes = [shape.numel() for shape in self._shapes.values()]
@@ -172,16 +172,16 @@ class VectorStorage:
         pinned = self._storage == "host" and self._device.type == "cuda"
         length = sum(segment.stop - segment.start for segment in self._segments)
         flat = torch.empty(len(self.tasks), length, dtype=dtype, device=where, pin_memory=pinned)
-        places = {segment.name: segment for segment in self._segments}
+        held = {segment.name: segment for segment in self._segments}
 
         def fill(name: str, start: int, chunk: Tensor) -> None:
-            segment = places[name]
+            segment = held[name]
             first, last = max(start, segment.start), min(start + chunk.shape[1], segment.stop)
             if first < last:
-                place = segment.place + first - segment.start
-                flat[:, place : place + last - first] = chunk[:, first - start : last - start]
+                position = segment.offset + first - segment.start
+                flat[:, position : position + last - first] = chunk[:, first - start : last - start]
 
-        for _ in vectors.over_chunks(fill, list(places)):
+        for _ in vectors.over_chunks(fill, list(held)):
             pass
         return flat
 
@@ -220,7 +220,7 @@ class VectorStorage:
         if self._vectors is not None:
             return self._vectors.reader(segment.name)
         assert self._flat is not None
-        flat, offset = self._flat, segment.place - segment.start
+        flat, offset = self._flat, segment.offset - segment.start
         return lambda start, stop: flat[:, offset + start : offset + stop]
 
     def _empty_dtype(self, name: str, base: Mapping[str, Tensor] | None) -> torch.dtype:
@@ -233,23 +233,23 @@ class VectorStorage:
         """The mean over the processes of what this one holds, as parts of whole gradients."""
         count = processes.get_world_size()
         whole = torch.zeros(self._length * count, dtype=self._dtype, device=self._device)
-        place = 0
+        position = 0
         for name, shape in self._shapes.items():
             if name in gradients:
-                whole[place : place + shape.numel()] = gradients[name]
-            place += shape.numel()
+                whole[position : position + shape.numel()] = gradients[name]
+            position += shape.numel()
         # By addition to zeros everywhere, as not every process need have a gradient of every parameter.
         processes.all_reduce(whole)
         whole /= count
-        parts, place = {}, 0
+        parts, position = {}, 0
         for name, shape in self._shapes.items():
-            parts[name] = whole[place : place + shape.numel()]
-            place += shape.numel()
+            parts[name] = whole[position : position + shape.numel()]
+            position += shape.numel()
         return parts
 
 
 def bytes_needed(vectors: TaskVectors, storage: Storage, parts: int = 1) -> int:
-    """What keeping task vectors takes, in bytes per process, on the device (or, for ``host``, in the host's memory)."""
+    """What storing task vectors takes, in bytes per process, on the device (or, for ``host``, in the host's memory)."""
     if storage == "mapped":
         return 0
     dtype = working_dtype(*(vectors.dtype(name) for name in vectors.names))

@@ -727,7 +727,7 @@ def test_more_inputs():
 
 NO_FORMULA = (
     "linearised: expected operators with a forward-mode derivative, got {}, which has none. Replace it in the module "
-    "by operators that have one, give its autograd.Function a jvp, train only parameters behind it, or do not "
+    "by operators that have one, give its autograd.Function a jvp, train only parameters after it, or do not "
     "linearise."
 )
 
