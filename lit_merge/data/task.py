@@ -120,17 +120,13 @@ class TaskDataModule(L.LightningDataModule):
                 "one of the embedded suite or to a published data set, path to a folder of images, or source to a task "
                 "of your own."
             )
-        for argument, value, least in (
-            ("batch_size", batch_size, 1),
-            ("evaluation_batch_size", evaluation_batch_size, 1),
-            ("workers", workers, 0),
-            ("seed", seed, 0),
-            ("split_seed", split_seed, 0),
-        ):
-            if not isinstance(value, int) or value < least:
-                raise ConfigurationError(
-                    f"{argument}: expected an integer of at least {least}, got {value!r}. Change it."
-                )
+        _check_numbers(
+            batch_size=(batch_size, 1),
+            evaluation_batch_size=(evaluation_batch_size, 1),
+            workers=(workers, 0),
+            seed=(seed, 0),
+            split_seed=(split_seed, 0),
+        )
         self.source: Task
         if path is None:
             only_with_path = (
@@ -150,11 +146,9 @@ class TaskDataModule(L.LightningDataModule):
                     f"templates: expected none together with source, got {templates!r}. Give them to the source."
                 )
             self.source = source if source is not None else named_source(str(task), root, templates)
-            self.source.name = name or self.source.name
         else:
-            assert path is not None
             self.source = FolderSource(path, class_names, templates, fractions, split_seed, skip_corrupt)
-            self.source.name = name or self.source.name
+        self.source.name = name or self.source.name
         self._known_others = known_others(
             self.source, other_tasks, other_paths or {}, fractions, split_seed, skip_corrupt, root, other_sources
         )
@@ -369,6 +363,12 @@ class TaskDataModule(L.LightningDataModule):
         if isinstance(loader, ResumableLoader):
             loader.trainer = self.trainer
         return loader
+
+
+def _check_numbers(**given: tuple[Any, int]) -> None:
+    for argument, (value, least) in given.items():
+        if not isinstance(value, int) or value < least:
+            raise ConfigurationError(f"{argument}: expected an integer of at least {least}, got {value!r}.")
 
 
 def _as_it_is(batch: Any) -> Any:

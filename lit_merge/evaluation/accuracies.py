@@ -13,6 +13,7 @@ import torch
 from lit_merge.errors import ConfigurationError, DataError
 from lit_merge.evaluation.accuracy_record import AccuracyRecord
 from lit_merge.evaluation.placed_model import PlacedModel
+from lit_merge.metrics.example_mean import ExampleMean
 from lit_merge.metrics.hits import hits, hits_of
 from lit_merge.vectors import TaskVector
 
@@ -141,11 +142,9 @@ def in_memory(vector: TaskVector) -> TaskVector:
 
 def _accuracy(counts: Iterable[tuple[Tensor, Tensor]]) -> float:
     """The accuracy of correctness and weights ``[B]``."""
-    from torchmetrics import MeanMetric
-
-    metric: MeanMetric | None = None
+    metric: ExampleMean | None = None
     for right, counted in counts:
-        metric = metric or MeanMetric().to(right.device)
+        metric = metric or ExampleMean().to(right.device)
         metric.update(right, counted)
     return float("nan") if metric is None else float(metric.compute())
 

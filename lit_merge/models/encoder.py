@@ -372,7 +372,7 @@ def _architecture(model: str) -> _Architecture:
         return _read_config(Path(model))
     raise ConfigurationError(
         f"model: expected an architecture that open_clip knows, {_SHIPPED!r} or the path of a JSON config, got "
-        f"{model!r}. {did_you_mean(model, [_SHIPPED, *known], f'Use one of {first_few(known, 8)}.')}"
+        f"{model!r}. {did_you_mean(model, [_SHIPPED, *known], f'Use one of {first_few([_SHIPPED, *known], 8)}.')}"
     )
 
 
@@ -425,10 +425,10 @@ def _weights_source(architecture: _Architecture, pretrained: str | None) -> tupl
     if pretrained is None:
         published = f", or one of its tags: {first_few(tags, 6)}" if tags else "; it has no published tags"
         raise ConfigurationError(
-            f"{name}: expected pretrained to say which weights, got None. Set it to 'random' for untrained weights, to "
-            f"the path of a checkpoint{published}."
+            f"{name}: expected pretrained to say which weights, got None. Set it to 'random' for untrained "
+            f"weights, the path of a checkpoint{published}."
         )
-    if pretrained in tags:
+    if pretrained.replace("-", "_").lower() in tags:
         settings = _tag_settings(name, pretrained)
         return _download(name, pretrained, settings), architecture.with_tag(settings)
     if Path(pretrained).exists():

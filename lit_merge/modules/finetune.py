@@ -6,9 +6,9 @@ from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 from torch import Tensor, nn
-from torchmetrics import MeanMetric
 
 from lit_merge.errors import ConfigurationError, StructureMismatchError, first_few
+from lit_merge.metrics.example_mean import ExampleMean
 from lit_merge.metrics.hits import hits_of, losses_of
 from lit_merge.models.heads import ZeroShotHead
 from lit_merge.models.network import ModuleNetwork
@@ -100,8 +100,8 @@ class FineTuneModule(FineTuningProtocol):
             self.task, self.classes = data.name or "", tuple(data.classes)
             if self.head is None or self._head_is_of_other_classes():
                 self.head = self.make_head(data).requires_grad_(False).eval().to(self.device)
-        self.accuracy = nn.ModuleDict({split: MeanMetric() for split in ("fit", "val", "test")}).to(self.device)
-        self.loss = nn.ModuleDict({split: MeanMetric("disable") for split in ("val", "test")}).to(self.device)
+        self.accuracy = nn.ModuleDict({split: ExampleMean() for split in ("fit", "val", "test")}).to(self.device)
+        self.loss = nn.ModuleDict({split: ExampleMean() for split in ("val", "test")}).to(self.device)
 
     def _prepare_penalty(self, data: Any) -> None:
         """Know the other tasks, and build their heads if the penalty is on logits."""
@@ -192,13 +192,13 @@ class FineTuneModule(FineTuningProtocol):
         """Accuracy and loss on the test split."""
         self._evaluate(batch, "test")
 
-    def _accuracy(self, split: str) -> MeanMetric:
-        return cast(MeanMetric, self.accuracy[split])
+    def _accuracy(self, split: str) -> ExampleMean:
+        return cast(ExampleMean, self.accuracy[split])
 
     def _evaluate(self, batch: Any, split: str) -> None:
         logits = self.classify(*self.inputs(batch))
         right, counted = hits_of(self.head, logits, batch)
-        accuracy, loss = self._accuracy(split), cast(MeanMetric, self.loss[split])
+        accuracy, loss = self._accuracy(split), cast(ExampleMean, self.loss[split])
         accuracy.update(right, counted)
         loss.update(losses_of(self.head, logits, batch), counted)
         self.log(f"{split}/accuracy", accuracy, prog_bar=True, batch_size=len(batch))

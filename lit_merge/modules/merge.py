@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchmetrics import MeanMetric
 
 from lit_merge.errors import ConfigurationError, NonFiniteError, StructureMismatchError, first_few
 from lit_merge.functional import linearize, shannon_entropy
 from lit_merge.functional.attention import fast_attention
 from lit_merge.functional.evaluation import evaluating
+from lit_merge.metrics.example_mean import ExampleMean
 from lit_merge.models.encoder import Preprocessing
 from lit_merge.models.linear_features import LinearFeatureCache, LinearFeatures
 from lit_merge.models.merged import MergedModel, swapped
@@ -193,7 +193,7 @@ class MergeModule(TaskHeads):
             )
         for task in self._inputs.tasks:
             self._check_classes(task, data)
-        self.entropy = nn.ModuleDict({str(index): MeanMetric() for index in range(len(self.tasks))}).to(self.device)
+        self.entropy = nn.ModuleDict({str(index): ExampleMean() for index in range(len(self.tasks))}).to(self.device)
 
     def _check_classes(self, task: str, data: Any) -> None:
         known = self._inputs.vector(task).metadata.get("classes")

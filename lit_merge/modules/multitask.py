@@ -47,13 +47,15 @@ class MultiTaskModule(FineTuningProtocol, TaskHeads):
         objective: Objective | None = None,
         **settings: Any,
     ) -> None:
-        super().__init__(model, pretrained, task_vector=task_vector, weights=weights, tau_jp=tau_jp, **settings)
-        if tau_jp and not self.parametrisation.has_tangent:
+        if tau_jp and settings.get("lora") is not None:
             raise ConfigurationError(
                 "tau_jp and lora: expected one of them, got both: the tangent is not linear in LoRA's factors. Remove "
                 "one, or measure the task vector in a module without lora."
-                if self.lora is not None
-                else f"tau_jp: expected a parametrisation with a tangent, got {self.parametrisation!r}. Remove one."
+            )
+        super().__init__(model, pretrained, task_vector=task_vector, weights=weights, tau_jp=tau_jp, **settings)
+        if tau_jp and not self.parametrisation.has_tangent:
+            raise ConfigurationError(
+                f"tau_jp: expected a parametrisation with a tangent, got {self.parametrisation!r}. Remove one."
             )
         self.objective = objective or CrossEntropy()
         # Without the files that it started from: a checkpoint holds what they gave, and opens without them.

@@ -92,6 +92,6 @@ def objective_of(given: Objective | str) -> Objective:
     if given not in _NAMED:
         raise ConfigurationError(
             f"objective: expected entropy, cross_entropy or an object by class path, got {given!r}. "
-            f"{did_you_mean(given, _NAMED)}"
+            f"{did_you_mean(given, _NAMED, 'Subclass lit_merge.modules.Objective for another one.')}"
         )
     return _NAMED[given]()

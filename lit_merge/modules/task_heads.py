@@ -7,9 +7,9 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torchmetrics import MeanMetric
 
 from lit_merge.errors import ConfigurationError, StructureMismatchError, first_few
+from lit_merge.metrics.example_mean import ExampleMean
 from lit_merge.metrics.hits import hits_of
 from lit_merge.metrics.tau_jp import TauJp
 from lit_merge.models.heads import ZeroShotHead
@@ -64,7 +64,7 @@ class TaskHeads(EncoderModule):
                 head = self.make_head(data.tasks[task]).requires_grad_(False).eval()
                 self.heads[_key(task)] = head.to(self.device)
         keys = [_key(task, split) for split in ("val", "test") for task in self.tasks]
-        self.accuracy = nn.ModuleDict({key: MeanMetric() for key in keys}).to(self.device)
+        self.accuracy = nn.ModuleDict({key: ExampleMean() for key in keys}).to(self.device)
         self.disturbance = nn.ModuleDict({key: TauJp() for key in keys if self.tau_jp}).to(self.device)
 
     def _head_is_of_other_classes(self, task: str, classes: Sequence[str]) -> bool:
@@ -87,8 +87,8 @@ class TaskHeads(EncoderModule):
         """Accuracy of one task on its test split."""
         self._evaluate(batch, "test", dataloader_idx)
 
-    def _accuracy(self, split: str, task: str) -> MeanMetric:
-        return cast(MeanMetric, self.accuracy[_key(task, split)])
+    def _accuracy(self, split: str, task: str) -> ExampleMean:
+        return cast(ExampleMean, self.accuracy[_key(task, split)])
 
     def _evaluate(self, batch: Any, split: str, dataloader_idx: int) -> None:
         task = self.tasks[dataloader_idx]

@@ -10,7 +10,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-import lit_merge.commands.merge
+import lit_merge.evaluation.search
 from lit_merge.commands.merge import merge
 from lit_merge.errors import (
     ConfigurationError,

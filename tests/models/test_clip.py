@@ -24,6 +24,7 @@ from lit_merge.errors import (
     StructureMismatchError,
 )
 from lit_merge.models import Preprocessing, full_clip_model, load_clip, save_clip
+from lit_merge.models.encoder import _open_clip_configs
 from lit_merge.params import fingerprint
 
 TINY = {
@@ -389,10 +390,13 @@ def test_towers_with_other_packages_say_what_is_missing(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def small_vit_b_32(monkeypatch):
-    """An architecture with published tags, at a size that a test can afford."""
-    real = open_clip.get_model_config
-    monkeypatch.setattr(open_clip, "get_model_config", lambda name: dict(TINY) if name == "ViT-B-32" else real(name))
+def small_vit_b_32(tmp_path, monkeypatch):
+    known = _open_clip_configs()
+    assert known.keys() == set(open_clip.list_models())
+    (tmp_path / "ViT-B-32.json").write_text(json.dumps(TINY))
+    monkeypatch.setattr(
+        "lit_merge.models.encoder._open_clip_configs", lambda: {**known, "ViT-B-32": tmp_path / "ViT-B-32.json"}
+    )
 
 
 @pytest.mark.parametrize(
@@ -444,12 +448,20 @@ def test_a_failed_download_names_what_it_wanted(small_vit_b_32, monkeypatch):
         ("lit-tinny", None, ["Did you mean lit-tiny"]),
         ("zzzzzzzz", None, ["Use one of lit-tiny"]),
         ("some/where.json", None, ["some/where.json", "no file"]),
-        ("ViT-B-32", None, ["laion2b_s34b_b79k", "openai", "a tag, the path of a checkpoint, or 'random'"]),
+        ("ViT-B-32", None, ["'random' for untrained weights, the path of a checkpoint, or one of its tags: openai, "]),
         ("ViT-B-32", "laion2b_s34b_b97k", ["a tag, a path or 'random'", "Did you mean laion2b_s34b_b79k"]),
         ("ViT-B-32", "shipped", ["'shipped'"]),
         ("ViT-B-32", "runs/clip.bin", ["runs/clip.bin", "no file"]),
         ("ViT-B-32", "clip.safetensors", ["clip.safetensors", "no file"]),
-        ("CONFIG", None, ["tiny: expected pretrained", "no published tags", "the path of a checkpoint, or 'random'"]),
+        (
+            "CONFIG",
+            None,
+            [
+                "tiny: expected pretrained",
+                "no published tags",
+                "'random' for untrained weights, the path of a checkpoint",
+            ],
+        ),
         ("CONFIG", "openai", ["'openai'", "no published tags"]),
     ],
 )

@@ -522,7 +522,7 @@ def test_files_that_do_not_fit_are_refused(module, tmp_path):
             StructureMismatchError,
             ("other.bias, other.weight", "inner.weight"),
         ),
-        (write(wide, "task_vector"), StructureMismatchError, ("outer.bias (7,) for (6,)",)),
+        (write(wide, "task_vector"), StructureMismatchError, ("outer.bias (7,) instead of (6,)",)),
     ):
         with pytest.raises(error_class) as error:
             module(**settings)
@@ -723,7 +723,7 @@ def test_a_multi_task_checkpoint_opens_without_its_data(
     head = ZeroShotHead(torch.eye(2, 12), 1.0, ("cube", "cone"))
     monkeypatch.setattr(opened, "make_head", lambda task: head)
     found = silent_trainer().test(opened, datamodule=other, verbose=False)[0]
-    images, labels = (torch.cat([batch[part] for batch in other.tasks["train"].batches]) for part in (0, 1))
+    images, labels = (torch.cat(parts) for parts in list(zip(*other.tasks["train"].batches, strict=True))[:2])
     with torch.no_grad():
         right = head(opened.encoder(images)).argmax(1) == labels
     assert found["test/train/accuracy"] == pytest.approx(float(right.float().mean()))

@@ -310,7 +310,7 @@ def test_settings_that_make_no_sense_are_refused(files, tmp_path):
 
     refused(r"vectors: expected a list of at least two task vector files, got \['", files=files[:1])
     refused("parts and transform: expected at most one of them", parts=["ElectSign"], transform=object())
-    refused("objective: expected entropy or cross_entropy, got 'gini'", objective="gini")
+    refused("or an object by class path, got 'gini'", objective="gini")
     refused("images_per_pass: expected a positive number or null, got 0", images_per_pass=0)
     refused("learning_rate: expected a number in", learning_rate=-1.0)
     refused("clamp: expected the lower number first", clamp=(1.0, 0.0))
