@@ -305,4 +305,4 @@ def _pcam(folder: Path, entry: DataSetEntry, split: str) -> ImageList:
         labels = _read_volume(path, lambda file: np.asarray(file["y"]).reshape(-1))
         if len(labels) != shape[0]:
             raise ValueError(f"{len(labels)}")
-    return ImageList(_Volume(images, int(shape[0])), checked_labels(labels, entry, path), (images, path))
+    return ImageList(_Volume(images, int(shape[0])), checked_labels(labels, entry, path), (images,))
