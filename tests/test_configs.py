@@ -136,8 +136,8 @@ PAPERS = "clip"  # need weights and data sets: test_published_protocols.py runs 
     ids=named,
 )
 def test_suites_pass_the_check_of_all_their_stages(path, monkeypatch, capsys) -> None:
-    def reached(plan: Any, conductor: Any) -> None:
-        raise LitMergeError(f"all {conductor.total} stages are possible")
+    def reached(plan: Any, scheduler: Any) -> None:
+        raise LitMergeError(f"all {scheduler.total} stages are possible")
 
     monkeypatch.setattr(lit_merge.commands.suite.SuitePlan, "run", reached)
     assert main(["suite", "--config", str(path), "--output=S"]) == 1

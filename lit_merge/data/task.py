@@ -86,6 +86,7 @@ class TaskDataModule(L.LightningDataModule):
     """
 
     trainer: L.Trainer | None
+    served: Any = None
 
     def __init__(
         self,
@@ -166,7 +167,6 @@ class TaskDataModule(L.LightningDataModule):
         self.preprocessing: Any = preprocessing
         self.datasets: dict[str, Examples] = {}
         self.whole = False
-        self.served: Any = None
 
     @property
     def name(self) -> str:  # type: ignore[override]
