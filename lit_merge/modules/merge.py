@@ -92,7 +92,7 @@ class MergeModule(TaskHeads):
         clamp: tuple[float, float] | None = (0.0, 1.0),
         parts: list[str | dict[str, Any]] | None = None,
         transform: Transform | None = None,
-        objective: str | Objective = "entropy",
+        objective: Objective | str = "entropy",
         learning_rate: float = 1e-3,
         optimizer: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer] | None = None,
         scheduler: Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler] | None = None,

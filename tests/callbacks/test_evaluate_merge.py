@@ -603,7 +603,7 @@ def test_vectors_and_transforms_that_are_refused(module, merging, fit, stored, t
     )
     again = "vectors: expected other tasks than shapes, which is in training, each once, got {} again. Remove it."
     refuse(merging(vectors=[stored("shapes")]), ConfigurationError, again.format("shapes"))
-    refuse(merging(vectors=[stored("land"), stored("land+shapes")]), ConfigurationError, again.format("land, shapes"))
+    refuse(merging(vectors=[stored("land"), stored("land+shapes", tasks='["land", "shapes"]')]), ConfigurationError, again.format("land, shapes"))
     refuse(
         merging(vectors=[stored("land"), stored("")]),
         ConfigurationError,

@@ -189,12 +189,12 @@ def test_the_header_tells_where_it_comes_from(kind, files, model, clip, tmp_path
 def test_the_search_evaluates_what_the_vectors_are_merged_for(linearized, files, model, tmp_path, monkeypatch):
     asked = []
 
-    def search(vectors, transform, search, model, pretrained, data, linearized):
+    def search(vectors, transform, search, data, linearized, network):
         asked.append(linearized)
         point = SearchPoint({"coefficient": 0.2}, {"digits": 1.0}, 1.0, 1.0, None, 1.0)
         return SearchResult([point], 0, [0], replace_field(transform, "coefficient", 0.2), "normalised", "val", [], [])
 
-    monkeypatch.setattr(lit_merge.commands.merge, "search_coefficient", search)
+    monkeypatch.setattr(lit_merge.evaluation.search, "search_coefficient", search)
     settings = {"search": CoefficientSearch([0.1, 0.2]), "linearized": linearized, **model}
     planned = merge(files, str(tmp_path / "found.safetensors"), "task_arithmetic", dry_run=True, **settings)
     assert asked == []  # a dry run only asks whether there is such a field

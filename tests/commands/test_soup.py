@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import load_file
 
 from lit_merge.commands.main import main
-from lit_merge.commands.soup import SoupResult, SoupStep, greedy_soup
 from lit_merge.data import MultiTaskDataModule
-from lit_merge.evaluation.search.evaluation import Evaluation
+from lit_merge.evaluation.accuracies import Evaluation
+from lit_merge.evaluation.soup import SoupResult, SoupStep, greedy_soup
 from lit_merge.models import load_clip
 from lit_merge.modules import MultiTaskModule
 from lit_merge.transforms import Mean

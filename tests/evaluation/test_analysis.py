@@ -17,7 +17,7 @@ import lit_merge.evaluation.analysis.command
 import lit_merge.evaluation.analysis.models
 from lit_merge import Coefficients, LinearizedModel
 from lit_merge.commands.main import main
-from lit_merge.data import MultiTaskDataModule
+from lit_merge.data import ImageBatch, MultiTaskDataModule
 from lit_merge.errors import ConfigurationError, DataError, StructureMismatchError
 from lit_merge.evaluation.analysis import (
     DirectPair,
@@ -60,12 +60,15 @@ class Setting:
         self.images = [torch.randn(n, 3, 4, 4, generator=generator, dtype=torch.float64) for n in (10, 7)]
         self.seen = 0
 
-    def encode(self, images):
-        self.seen += len(images)
-        return self.network(images)
+    def encode(self, batch):
+        self.seen += len(batch)
+        return self.network(batch.images)
 
     def batches(self):
-        return tuple([(part, torch.zeros(len(part))) for part in images.split(4)] for images in self.images)
+        return tuple(
+            [ImageBatch(part, torch.zeros(len(part)), torch.arange(len(part))) for part in images.split(4)]
+            for images in self.images
+        )
 
     def total(self, alphas):
         return {name: sum(a * v[name] for a, v in zip(alphas, self.vectors, strict=True)) for name in self.base}
@@ -416,7 +419,7 @@ def test_the_same_inputs_give_the_same_bytes_and_what_is_done_is_not_done_again(
         raise AssertionError("measured again")
 
     monkeypatch.setattr(lit_merge.evaluation.analysis.command, "draw_figures", lambda *_: [])
-    monkeypatch.setattr(lit_merge.evaluation.analysis.models.Bench, "measure", refuse)
+    monkeypatch.setattr(lit_merge.evaluation.analysis.models.Evaluator, "measure", refuse)
     monkeypatch.setattr(DirectPair, "single", refuse)
     assert main([*command, f"--output={again}"]) == 0
     with pytest.raises(AssertionError, match="measured again"):
@@ -427,7 +430,7 @@ def test_the_same_inputs_give_the_same_bytes_and_what_is_done_is_not_done_again(
 def test_an_interrupted_analysis_goes_on_where_it_was(analysed, monkeypatch, capsys):
     output, _, command = analysed
     killed, count = output.with_name("killed"), []
-    measure = lit_merge.evaluation.analysis.models.Bench.measure
+    measure = lit_merge.evaluation.analysis.models.Evaluator.measure
 
     def dying(self, *arguments, **settings):
         count.append(1)
@@ -436,7 +439,7 @@ def test_an_interrupted_analysis_goes_on_where_it_was(analysed, monkeypatch, cap
         return measure(self, *arguments, **settings)
 
     monkeypatch.setattr(lit_merge.evaluation.analysis.command, "draw_figures", lambda *_: [])
-    monkeypatch.setattr(lit_merge.evaluation.analysis.models.Bench, "measure", dying)
+    monkeypatch.setattr(lit_merge.evaluation.analysis.models.Evaluator, "measure", dying)
     assert main([*command, f"--output={killed}"]) == 130
     assert "interrupted; run the same command again to go on" in capsys.readouterr().err
     assert sorted(path.name for path in killed.rglob("*")) == ["accuracy.json", "parts"]
@@ -619,8 +622,8 @@ def test_every_image_is_somebodys(few_images):
     def own(rank, count, number=None):
         return TaskImages(images, "digits", "ab", "c", number, processes=Processes(rank, count))
 
-    whole = torch.cat([pixels for pixels, _ in own(0, 1)])
-    shares = [torch.cat([pixels for pixels, _ in own(rank, 3)]) for rank in range(3)]
+    whole = torch.cat([batch.images for batch in own(0, 1)])
+    shares = [torch.cat([batch.images for batch in own(rank, 3)]) for rank in range(3)]
     assert [len(share) for share in shares] == [21, 20, 20]
     for rank, share in enumerate(shares):
         assert torch.equal(share, whole[rank::3])
@@ -639,7 +642,7 @@ def test_images_that_are_too_large_are_read_again(few_images, monkeypatch):
         monkeypatch.setattr("lit_merge.evaluation.analysis.images._KEPT", room)
         reads.clear()
         images = TaskImages(module.datasets["test"], "digits", "ab", "c", batch_size=32)
-        first, second = ([labels.tolist() for _, labels in images] for _ in range(2))
+        first, second = ([batch.labels.tolist() for batch in images] for _ in range(2))
         assert first == second
         return len(reads)
 

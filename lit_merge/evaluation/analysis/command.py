@@ -191,7 +191,7 @@ def _evaluator(
     data = data if data is not None else MultiTaskDataModule(tasks=list(vectors.tasks))
     assert isinstance(origin, Network)
     module = MultiTaskModule(network=origin, linearized=linearized).eval()
-    chosen = task_images(data, task_names(data), split, module.preprocessing, images, seed, batch_size, shared)
+    chosen = task_images(data, task_names(data), split, module, images, seed, batch_size, shared)
     heads = {task: module.make_head(own).to(shared.device) for task, own in chosen.items()}
     return Evaluator(PlacedModel(module.to(shared.device)), vectors, heads, chosen)
 

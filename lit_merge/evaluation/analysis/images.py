@@ -119,7 +119,7 @@ def task_images(
     data: Any,
     tasks: Sequence[str],
     split: str,
-    preprocessing: Any,
+    module: Any,
     images: int | None,
     seed: int,
     batch_size: int,
@@ -139,7 +139,7 @@ def task_images(
     for task in tasks:
         own: Any = copy.copy(data.tasks[task])
         own.trainer, own.augment, own.datasets = None, False, {}
-        own.preprocessing = own.preprocessing or preprocessing
+        own.served = module
         if processes.is_first:  # one at a time, as what is drawn or downloaded is kept
             own.prepare_data()
         processes.from_first(None)
