@@ -18,8 +18,6 @@ ONLY_HERE = {  # third-party package -> the only file that imports it
     "open_clip": "models/encoder.py",
     "optuna": "evaluation/search/study.py",
     "ray": "suite/engines/cluster.py",
-    "fontTools": "data/embedded/build_atlas.py",
-    "sklearn": "data/embedded/build_digits.py",
 }
 
 

@@ -2,15 +2,18 @@
 
 import io
 import json
+import sys
 from importlib import resources
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from lit_merge.data.embedded import build_atlas
 from lit_merge.data.embedded.glyphs import POOLS, GlyphAtlas
 from lit_merge.errors import DataError
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+import build_atlas
 
 ASSETS = Path(str(resources.files("lit_merge.data.embedded"))) / "assets"
 TABLE = json.loads((ASSETS.parent / "fonts.json").read_text(encoding="utf-8"))

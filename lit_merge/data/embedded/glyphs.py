@@ -1,6 +1,6 @@
 """The glyphs that the embedded image-classification suite is drawn with.
 
-The glyphs were rendered once from freely licensed fonts (see :mod:`lit_merge.data.embedded.build_atlas`) and are
+The glyphs were rendered once from freely licensed fonts (see ``benchmarks/build_atlas.py``) and are
 stored in one image, so that the suite looks the same on every machine and needs no installed fonts. The fonts are
 divided into four pools, and no family of fonts is in more than one of them: what is measured on the ``test`` pool was
 never seen in training.
@@ -139,7 +139,7 @@ def _load_packaged_atlas() -> GlyphAtlas:
     except (OSError, ValueError) as error:
         raise DataError(
             f"Expected the glyph atlas (glyphs.json and glyphs.png) inside the package, got {error}: "
-            "reinstall lit-merge, or rebuild the atlas with python -m lit_merge.data.embedded.build_atlas."
+            "reinstall lit-merge, or rebuild the atlas with python benchmarks/build_atlas.py."
         ) from error
     cell, columns = int(description["cell"]), int(description["columns"])
     fonts = tuple(FontFace(**font) for font in description["fonts"])

@@ -5,13 +5,13 @@ the families, their pools, the Debian packages they come from and their licences
 atlas was made from Debian 12) the folder of fonts is made with ::
 
     mkdir fonts && cd fonts
-    for package in $(python -m lit_merge.data.embedded.build_atlas --list-packages); do
+    for package in $(python benchmarks/build_atlas.py --list-packages); do
         apt-get download "$package" && dpkg -x "$package"_*.deb "$package"
     done
 
 and the atlas, from the root of the repository, with ::
 
-    python -m lit_merge.data.embedded.build_atlas --fonts fonts
+    python benchmarks/build_atlas.py --fonts fonts
 
 Every character is drawn large and reduced by averaging, so that no hinting is involved. Within a font all characters
 have one scale, which makes the capital H 30 pixels high.
@@ -255,7 +255,7 @@ def _packages(table: dict[str, Any]) -> list[str]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the script; see the documentation of the module."""
-    here = Path(__file__).parent
+    here = Path(__file__).parents[1] / "lit_merge" / "data" / "embedded"
     parser = argparse.ArgumentParser(description="Render the glyph atlas of the embedded suite.")
     action = parser.add_mutually_exclusive_group(required=True)
     action.add_argument("--fonts", type=Path, help="folder that holds one unpacked Debian package per sub-folder")
