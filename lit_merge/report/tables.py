@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from lit_merge.report.results import INDIVIDUAL, ZERO_SHOT, Results, display_name, summary
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from rich.table import Column, Table
     from rich.text import Text
 
 __all__ = ["accuracy_table", "markdown_table", "mean_cell", "vector_table"]
@@ -113,13 +113,50 @@ def _task_cells(results: Results, method: str, normalised: bool = False) -> list
 
 
 def _table(title: str, columns: list[str]) -> Table:
+    from rich.console import Console, ConsoleOptions, RenderResult
     from rich.table import Table
 
-    table = Table(title=_text(title), title_style="bold", title_justify="left", caption_justify="left")
+    class Folding(Table):
+        """A table that is printed in several ones below each other where its columns have no room in one."""
+
+        def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+            groups = _groups([_width(column) for column in self.columns], options.max_width)
+            for number, group in enumerate(groups):
+                last = number == len(groups) - 1
+                part = Table(title=None if number else self.title, caption=self.caption if last else None)
+                part.title_style, part.title_justify, part.caption_justify = "bold", "left", "left"
+                for index in group:
+                    column = self.columns[index]
+                    part.add_column(column.header, justify=column.justify, min_width=_width(column))
+                cells = [list(self.columns[index].cells) for index in group]
+                for row, values in zip(self.rows, zip(*cells, strict=True), strict=True):
+                    part.add_row(*values, end_section=row.end_section)
+                yield part
+
+    table = Folding(title=_text(title))
     for index, column in enumerate(columns):
-        words = max(map(len, column.split()), default=0)
-        table.add_column(_text(column), justify="right" if index else "left", min_width=max(words, 10 if index else 8))
+        table.add_column(_text(column), justify="right" if index else "left")
     return table
+
+
+def _width(column: Column) -> int:
+    """Characters that a column needs: of its heading the longest word, of its cells everything."""
+    heading = max((len(word) for word in str(column.header).split()), default=0)
+    return max([heading, *(len(str(cell)) for cell in column.cells)])
+
+
+def _groups(widths: list[int], most: int) -> list[list[int]]:
+    """The columns of each of the tables, in order: the first one, and as many of the others as have room."""
+    border, between = 1, 3
+    groups: list[list[int]] = []
+    left = 0
+    for index, width in enumerate(widths[1:], start=1):
+        left -= width + between
+        if left < 0 or not groups:
+            groups.append([0])
+            left = most - border - (widths[0] + between) - (width + between)
+        groups[-1].append(index)
+    return groups
 
 
 def _text(content: str) -> Text:

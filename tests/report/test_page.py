@@ -7,11 +7,17 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+import torch
 from builders.suite_document import document
 
+import lit_merge.report
 from lit_merge.commands.main import main, run
 from lit_merge.errors import ConfigurationError, FileFormatError
+from lit_merge.models.network import ClipNetwork
 from lit_merge.report import Results, report, results_page, summary
+from lit_merge.vectors import TaskVector
+
+ASSETS = Path(lit_merge.report.__file__).parent / "assets"
 
 
 class Page(HTMLParser):
@@ -166,3 +172,117 @@ def test_refusals_name_what_is_wrong_and_write_nothing(tmp_path: Path):
     with pytest.raises(ConfigurationError, match=r"got .*gone\.png, which is no file"):
         report(str(source), figures=[str(tmp_path / "gone.png")])
     assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
+
+
+def rules(width: int) -> dict[str, dict[str, str]]:
+    """Selector -> what the style sheet says of it in a window of so many pixels, at 16 pixels per rem."""
+    text = re.sub(r"/\*.*?\*/", "", (ASSETS / "page.css").read_text(encoding="utf-8"), flags=re.DOTALL)
+    found: dict[str, dict[str, str]] = {}
+    for condition, inside in re.findall(r"@media ([^{]+)\{((?:[^{}]*\{[^{}]*\})*)\s*\}", text):
+        most = re.search(r"max-width: ([\d.]+)rem", condition)
+        text = text.replace(f"@media {condition}{{{inside}}}", "")
+        if most and width <= 16 * float(most[1]):
+            text += inside
+    for selectors, declarations in re.findall(r"([^{}]+)\{([^{}]*)\}", text):
+        said = dict(re.findall(r"([\w-]+):\s*([^;]+);?", declarations))
+        for selector in selectors.split(","):
+            found.setdefault(" ".join(selector.split()), {}).update(said)
+    return found
+
+
+def test_what_is_wider_than_a_narrow_window_scrolls_in_its_own_box():
+    """Figures, tables and files are the only things that cannot be made as narrow as a telephone."""
+    style = rules(420)
+    text = results_page(Results.from_dict(document()), {}, "name: embedded\n", [("more", "data:image/png;base64,")])
+    for box in (".picture", ".table", "pre"):
+        assert (style[box]["overflow-x"], style[box]["max-width"]) == ("auto", "100%")
+    body = text[text.index("<main>") : text.index("</main>")]
+    assert body.count("<table") == body.count('<div class="table" tabindex="0"') > 0
+    assert body.count("<img") == body.count('<div class="picture" tabindex="0"') == 2
+    for selector, said in style.items():
+        inside = any(box in selector for box in (".picture", "td", "th", "button", ".scrolls"))
+        assert inside or "nowrap" not in said.get("white-space", "")
+        assert inside or said.get("min-width", "0") == "0"
+        assert "max-content" not in said.get("grid-template-columns", "")
+    for name in ("h1", "h2", "dt", "dd", "code", "figcaption"):  # long names break
+        assert style[name]["overflow-wrap"] == "anywhere"
+    assert 'classList.toggle("scrolls"' in text
+    assert "sideways" in style[".scrolls::before"]["content"]
+
+
+ANALYSES = ["cosine", "norms", "signs", "accuracy", "paths", "tau_jp", "advantage", "disentanglement"]
+
+
+@pytest.fixture(scope="module")
+def analysis(tmp_path_factory, clip_config, clip_weights, few_images) -> Path:
+    """The folder of a small analysis of two vectors, with every analysis that needs no coefficients."""
+    folder = tmp_path_factory.mktemp("analysis")
+    network = ClipNetwork(clip_config, clip_weights)
+    names = []
+    for seed, task in enumerate(("digits", "land")):
+        torch.manual_seed(seed)
+        noise = {name: 0.02 * torch.randn_like(value) for name, value in network.parameters.items()}
+        known = {"base_model": network.name, "base_fingerprint": network.fingerprint}
+        TaskVector(noise, task, metadata=known).save(folder / f"{task}.safetensors")
+        names.append(str(folder / f"{task}.safetensors"))
+    settings = {
+        "vectors": names,
+        "output": str(folder / "A"),
+        "analyses": ANALYSES,
+        "model": clip_config,
+        "pretrained": clip_weights,
+        "images": None,
+        "grid": {"steps": 2},
+        "paths": {"points": 2},
+    }
+    (folder / "analysis.yaml").write_text(json.dumps(settings), encoding="utf-8")
+    assert main(["analyze", "--config", str(folder / "analysis.yaml")]) == 0
+    return folder / "A"
+
+
+def test_an_analysis_has_a_page_too(analysis: Path, tmp_path: Path, capsys):
+    assert main(["report", "--results", str(analysis)]) == 0
+    assert capsys.readouterr().out == f"{analysis / 'report.html'}\n"
+    text = (analysis / "report.html").read_text(encoding="utf-8")
+    report(str(analysis / "analysis.json"), str(tmp_path / "other.html"))
+    assert (tmp_path / "other.html").read_text(encoding="utf-8") == text
+    found, read = json.loads((analysis / "analysis.json").read_text(encoding="utf-8")), Page(text)
+    assert not read.open
+    assert all(address.startswith(("#", "data:")) for address in read.addresses)
+    drawn = [address for address in read.addresses if address.startswith("data:")]
+    assert len(drawn) == len(list(analysis.glob("figures/*.svg"))) >= len(ANALYSES)
+    values = {
+        (rows[0][0][0], row[0][0], head): cell[1]["data-value"]
+        for rows in read.tables.values()
+        for row in rows[1:]
+        for (head, _), cell in zip(rows[0][1:], row[1:], strict=True)
+    }
+    cosine = found["analyses"]["cosine"]
+    assert float(values["name", "digits, land", "whole"]) == pytest.approx(cosine["cosine"][0][0][1])
+    accuracy = found["analyses"]["accuracy"]
+    assert float(values["name", "zero-shot", "mean"]) == pytest.approx(100 * accuracy["mean"]["zero-shot"])
+    assert float(values["name", "digits", "advantage"]) == pytest.approx(
+        100 * found["analyses"]["advantage"]["digits"]["advantage"]
+    )
+    assert len(read.tables) == 1 + 2 + 2 + len(accuracy["measured"]["zero-shot"]["digits"]) + 2 + 1 + 1
+    assert found["model"]["fingerprint"] in text
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("[1]", "TypeError"),
+        ("{", "expected an analysis of lit-merge analyze, got"),
+        ('{"kind": "suite"}', "kind 'suite'"),
+        ('{"kind": "analysis", "analyses": {"cosine": {}}, "tasks": ["a", "b"]}', "KeyError"),
+        (None, "No such file"),
+    ],
+)
+def test_what_is_no_analysis_is_refused_in_one_line(tmp_path: Path, content, said, capsys):
+    if content is not None:
+        (tmp_path / "analysis.json").write_text(content, encoding="utf-8")
+    assert main(["report", "--results", str(tmp_path / "analysis.json")]) == 1
+    message = capsys.readouterr().err
+    assert said in message
+    assert message.count("\n") == 1
+    assert not (tmp_path / "report.html").exists()

@@ -273,6 +273,31 @@ def test_vector_table():
     assert cells_of(vector_table(Results.from_dict(data)))["signs"][-1] == "110–130"
 
 
+@pytest.mark.parametrize("width", [40, 60, 80, 132, 400])
+@pytest.mark.parametrize("methods", [2, 14])
+def test_tables_fit_the_terminal_and_break_no_word(width, methods):
+    data = document()
+    for seed in data["seeds"].values():
+        one = seed["merged"].pop("task_arithmetic")
+        seed["merged"] |= {f"adamerging_plus_plus_{number}": one for number in range(methods)}
+    read = Results.from_dict(data)
+    for table in (accuracy_table(read), accuracy_table(read, normalised=True), vector_table(read)):
+        console = Console(width=width, file=io.StringIO(), color_system=None)
+        console.print(table)
+        printed = console.file.getvalue()
+        assert max(map(len, printed.splitlines())) <= width
+        body = " ".join(printed.split())
+        cells = cells_of(table)
+        for row, values in cells.items():
+            assert all(value in body for value in values if row != "task" or " " not in value)
+            assert all(word in body for value in values for word in value.split())
+        assert printed.count(str(table.title)[:20]) == 1
+        words = re.findall(r"[\w+]+", str(table.caption or ""))
+        assert all(body.count(word) >= 1 for word in words)
+        if width == 400:
+            assert printed.count("┏") == 1  # one table, where there is room
+
+
 def test_names_are_shown_as_they_are():
     data = json.loads(json.dumps(document()).replace("digits", "[bold]$1|2"))
     read = Results.from_dict(data)

@@ -61,3 +61,7 @@ for (const button of document.querySelectorAll("button.copy")) {
     setTimeout(() => { button.textContent = said; }, 2000);
   });
 }
+const boxes = [...document.querySelectorAll(".picture, .table, pre")];
+const mark = () => boxes.forEach((box) => box.classList.toggle("scrolls", box.scrollWidth > box.clientWidth));
+addEventListener("load", mark);
+addEventListener("resize", mark);
