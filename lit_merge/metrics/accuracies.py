@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
 
 from lit_merge.errors import ConfigurationError, first_few
-from lit_merge.metrics.plotting import figure_and_axes
+from lit_merge.metrics.plotting import DrawnMetric
 from lit_merge.metrics.scores import pareto_front
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 __all__ = ["NonlinearAdvantage", "NormalisedAccuracy", "TargetControlTradeOff", "nonlinear_advantage", "right_answers"]
 
@@ -56,7 +54,7 @@ def nonlinear_advantage(linear_error: Tensor | float, nonlinear_error: Tensor | 
     return difference * classes / (classes - 1)
 
 
-class NormalisedAccuracy(Metric):
+class NormalisedAccuracy(DrawnMetric):
     """``1/T Σ_t accuracy_t / individual_t`` of a merged model (Ilharco et al. 2023).
 
     Args:
@@ -75,9 +73,7 @@ class NormalisedAccuracy(Metric):
         {'mean': 1.0, 'tasks': [1.0, 1.0]}
     """
 
-    is_differentiable = False
     higher_is_better = True
-    full_state_update = False
     counts: Tensor
 
     def __init__(self, individual: Mapping[str, float], **settings: Any) -> None:
@@ -110,24 +106,16 @@ class NormalisedAccuracy(Metric):
         tasks = self.counts[:, 0].double() / self.counts[:, 1] / reference
         return {"mean": tasks.mean(), "tasks": tasks}
 
-    def plot(self, val: Mapping[str, Tensor] | None = None, ax: Axes | None = None) -> tuple[Figure, Axes]:
-        """Draw a bar per task, and a line at the mean.
-
-        Args:
-            val: what ``compute`` gave; computed by default.
-            ax: axes to draw into; new ones by default.
-        """
+    def _draw(self, axes: Axes, found: Any) -> None:
+        """Draw a bar per task, and a line at the mean."""
         from lit_merge.report.bars import draw_bars
 
-        figure, axes = figure_and_axes(ax)
-        found = self.compute() if val is None else val
         draw_bars(axes, list(self.individual), {"normalised accuracy": found["tasks"].reshape(-1).tolist()})
         axes.axhline(100 * float(found["mean"]), color="#59636e", linewidth=1.2, linestyle=(0, (4, 3)))
         axes.set_ylabel("normalised accuracy (%)")
-        return figure, axes
 
 
-class NonlinearAdvantage(Metric):
+class NonlinearAdvantage(DrawnMetric):
     """:func:`nonlinear_advantage` over images that both the linearised and the direct model have seen.
 
     Args:
@@ -145,9 +133,6 @@ class NonlinearAdvantage(Metric):
         1.0
     """
 
-    is_differentiable = False
-    higher_is_better = None
-    full_state_update = False
     counts: Tensor
 
     def __init__(self, classes: int, **settings: Any) -> None:
@@ -172,17 +157,8 @@ class NonlinearAdvantage(Metric):
         linear, nonlinear = 1 - self.counts[:, 0].double() / self.counts[:, 1]
         return nonlinear_advantage(linear, nonlinear, self.classes)
 
-    def plot(self, val: Any = None, ax: Axes | None = None) -> tuple[Figure, Axes]:
-        """Draw the value, or several ones that ``compute`` gave.
 
-        Args:
-            val: a value, or a list of them; computed by default.
-            ax: axes to draw into; new ones by default.
-        """
-        return cast("tuple[Figure, Axes]", self._plot(val, ax))
-
-
-class TargetControlTradeOff(Metric):
+class TargetControlTradeOff(DrawnMetric):
     """Accuracy on target tasks against accuracy on control tasks of several models, with the Pareto front.
 
     Each model is a point ``(mean accuracy of the target tasks, mean accuracy of the control tasks)``: of a path
@@ -207,9 +183,6 @@ class TargetControlTradeOff(Metric):
         {'points': [[0.5, 1.0], [1.0, 1.0]], 'front': [False, True]}
     """
 
-    is_differentiable = False
-    higher_is_better = None
-    full_state_update = False
     counts: Tensor
 
     def __init__(self, models: Sequence[str], target: Sequence[str], control: Sequence[str], **settings: Any) -> None:
@@ -226,17 +199,7 @@ class TargetControlTradeOff(Metric):
         self.add_state("counts", torch.zeros(shape, dtype=torch.long), dist_reduce_fx="sum")
 
     def update(self, model: str, task: str, logits: Tensor, labels: Tensor) -> None:
-        """Take in a model's answers on some images of a task.
-
-        Args:
-            model: one of the models.
-            task: one of the target or control tasks.
-            logits: ``[N, C]``.
-            labels: ``[N]``, in [0, C), or -1 for what does not count.
-
-        Raises:
-            ConfigurationError: the model or the task is none of them.
-        """
+        """See :meth:`NormalisedAccuracy.update`; of one of the models on one of the target or control tasks."""
         column = _position(task, [*self.target, *self.control])
         self.counts[_position(model, self.models, "model"), column] += right_answers(logits, labels).to(self.counts)
 
@@ -250,24 +213,16 @@ class TargetControlTradeOff(Metric):
         front[known[pareto_front(points[known].tolist())]] = True
         return {"points": points, "front": front}
 
-    def plot(self, val: Mapping[str, Tensor] | None = None, ax: Axes | None = None) -> tuple[Figure, Axes]:
-        """Draw the points, and the front as a line.
-
-        Args:
-            val: what ``compute`` gave; computed by default.
-            ax: axes to draw into; new ones by default.
-        """
+    def _draw(self, axes: Axes, found: Any) -> None:
+        """Draw the points, and the front as a line."""
         from lit_merge.report.curves import draw_trade_off
 
-        figure, axes = figure_and_axes(ax)
-        found = self.compute() if val is None else val
         points = found["points"].tolist()
         front = [point for point, best in zip(points, found["front"].reshape(-1).tolist(), strict=True) if best]
         draw_trade_off(axes, {"models": points}, front)
         for name, point in zip(self.models, points, strict=True):
             at = (100 * point[0], 100 * point[1])
             axes.annotate(name, at, (4, 4), textcoords="offset points", fontsize=8)
-        return figure, axes
 
 
 def _position(name: str, known: Sequence[str], what: str = "task") -> int:

@@ -8,13 +8,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lit_merge.metrics.depth import DepthMetric
-from lit_merge.metrics.plotting import figure_and_axes
+from lit_merge.metrics.depth import DepthMetric, with_whole
 from lit_merge.vectors import TaskVectors
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 __all__ = ["CosineMatrix", "NormByDepth", "cosines", "pairwise_products"]
 
@@ -74,9 +72,8 @@ class CosineMatrix(DepthMetric):
 
     def __init__(self, tasks: Sequence[str], blocks: int = 0, **settings: Any) -> None:
         super().__init__(tasks, blocks, **settings)
-        count, places = len(self.tasks), len(self.places) - 1
-        self.add_state("products", torch.zeros(places, count, count, dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("elements", torch.zeros(places, dtype=torch.long), dist_reduce_fx="sum")
+        self._add_sum("products", len(self.tasks), len(self.tasks), dtype=torch.float64)
+        self._add_sum("elements")
 
     def update(self, vectors: TaskVectors, names: Sequence[str] | None = None) -> None:
         """Take in some parameters, each of them once over all updates and processes; they are read chunk by chunk.
@@ -96,23 +93,15 @@ class CosineMatrix(DepthMetric):
 
     def compute(self) -> Tensor:
         """``[1 + P, T, T]`` in float64: of the whole vectors, then of every place; NaN without parameters there."""
-        products = torch.cat([self.products.sum(0, keepdim=True), self.products])
-        elements = torch.cat([self.elements.sum(0, keepdim=True), self.elements])
-        return cosines(products).masked_fill((elements == 0).view(-1, 1, 1), torch.nan)
+        empty = (with_whole(self.elements) == 0).view(-1, 1, 1)
+        return cosines(with_whole(self.products)).masked_fill(empty, torch.nan)
 
-    def plot(self, val: Tensor | None = None, ax: Axes | None = None) -> tuple[Figure, Axes]:
-        """Draw the matrix of the whole vectors.
-
-        Args:
-            val: what ``compute`` gave; computed by default.
-            ax: axes to draw into; new ones by default.
-        """
+    def _draw(self, axes: Axes, found: Any) -> None:
+        """Draw the matrix of the whole vectors."""
         from lit_merge.report.matrices import draw_matrix
 
-        figure, axes = figure_and_axes(ax)
-        values = (self.compute() if val is None else val)[0].tolist()
+        values = found[0].tolist()
         draw_matrix(axes, values, self.tasks, self.tasks, diagonal=False)
-        return figure, axes
 
 
 class NormByDepth(DepthMetric):
@@ -140,20 +129,14 @@ class NormByDepth(DepthMetric):
     def __init__(self, tasks: Sequence[str], blocks: int = 0, relative: bool = False, **settings: Any) -> None:
         super().__init__(tasks, blocks, **settings)
         self.relative = relative
-        places = len(self.places) - 1
-        self.add_state("squares", torch.zeros(places, len(self.tasks), dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("base_squares", torch.zeros(places, dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("elements", torch.zeros(places, dtype=torch.long), dist_reduce_fx="sum")
+        self._add_sum("squares", len(self.tasks), dtype=torch.float64)
+        self._add_sum("base_squares", dtype=torch.float64)
+        self._add_sum("elements")
 
     def update(self, vectors: TaskVectors, names: Sequence[str] | None = None) -> None:
-        """Take in some parameters, each of them once over all updates and processes; they are read chunk by chunk.
-
-        Args:
-            vectors: the T task vectors, or a view of them.
-            names: the parameters; all by default.
+        """See :meth:`CosineMatrix.update`.
 
         Raises:
-            StructureMismatchError: there are not T vectors, or more blocks than were announced.
             ConfigurationError: the norms are to be relative, and the vectors have no base.
         """
         row = self._rows(vectors)
@@ -167,27 +150,20 @@ class NormByDepth(DepthMetric):
 
     def compute(self) -> Tensor:
         """``[1 + P, T]`` in float64: of the whole vectors, then of every place; NaN without parameters there."""
-        norms = torch.cat([self.squares.sum(0, keepdim=True), self.squares]).sqrt()
-        elements = torch.cat([self.elements.sum(0, keepdim=True), self.elements])
+        norms = with_whole(self.squares).sqrt()
+        elements = with_whole(self.elements)
         if self.relative:
-            norms = norms / torch.cat([self.base_squares.sum(0, keepdim=True), self.base_squares]).sqrt().unsqueeze(-1)
+            norms = norms / with_whole(self.base_squares).sqrt().unsqueeze(-1)
         return norms.masked_fill((elements == 0).unsqueeze(-1), torch.nan)
 
-    def plot(self, val: Tensor | None = None, ax: Axes | None = None) -> tuple[Figure, Axes]:
-        """Draw the norms in every place, a line per task.
-
-        Args:
-            val: what ``compute`` gave; computed by default.
-            ax: axes to draw into; new ones by default.
-        """
+    def _draw(self, axes: Axes, found: Any) -> None:
+        """Draw the norms in every place, a line per task."""
         from lit_merge.report.curves import draw_by_depth
 
-        figure, axes = figure_and_axes(ax)
-        values = (self.compute() if val is None else val)[1:].T.tolist()
+        values = found[1:].T.tolist()
         draw_by_depth(axes, values, self.tasks, self.places[1:])
         axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False)
         axes.set_title("‖τ‖ / ‖θ₀‖ by depth" if self.relative else "‖τ‖ by depth", loc="left", weight="bold")
-        return figure, axes
 
 
 def _products(name: str, start: int, chunk: Tensor) -> tuple[str, int, Tensor]:

@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from torchmetrics import Metric
+import torch
+from torch import Tensor
 
 from lit_merge.errors import ConfigurationError, StructureMismatchError
+from lit_merge.metrics.plotting import DrawnMetric
 from lit_merge.naming import Depth, depth_labels
 from lit_merge.vectors import TaskVectors
 
-__all__ = ["DepthMetric"]
+__all__ = ["DepthMetric", "with_whole"]
 
 
-class DepthMetric(Metric):
+class DepthMetric(DrawnMetric):
     """A measure of T task vectors that adds up over their parameters: of all of them, and of every block.
 
     Its states have a row for each of the P positions in the network's depth, so that parameters may come in any order,
@@ -32,10 +34,6 @@ class DepthMetric(Metric):
         ConfigurationError: there is no task, or the number of blocks is negative.
     """
 
-    is_differentiable = False
-    higher_is_better = None
-    full_state_update = False
-
     def __init__(self, tasks: Sequence[str], blocks: int = 0, **settings: Any) -> None:
         super().__init__(**settings)
         if isinstance(tasks, str) or not tasks or blocks < 0:
@@ -45,6 +43,10 @@ class DepthMetric(Metric):
             )
         self.tasks, self.blocks = tuple(tasks), blocks
         self.places = ("whole", *(depth_labels(blocks) if blocks else ("parameters",)))
+
+    def _add_sum(self, name: str, *shape: int, dtype: torch.dtype = torch.long) -> None:
+        """Add a state ``[P, *shape]`` of sums."""
+        self.add_state(name, torch.zeros(len(self.places) - 1, *shape, dtype=dtype), dist_reduce_fx="sum")
 
     def _rows(self, vectors: TaskVectors) -> Callable[[str], int]:
         """Where a parameter counts: 0 before the blocks, 1 … L in block 0 … L − 1, L + 1 after them; 0 without blocks.
@@ -70,3 +72,8 @@ class DepthMetric(Metric):
             return 0 if not self.blocks else self.blocks + 1 if after else position + 1
 
         return row
+
+
+def with_whole(sums: Tensor) -> Tensor:
+    """``[P, …]`` sums of the places, after their sum, that of the whole vectors: ``[1 + P, …]``."""
+    return torch.cat([sums.sum(0, keepdim=True), sums])

@@ -8,14 +8,12 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torchmetrics import Metric
 
 from lit_merge.errors import ConfigurationError
-from lit_merge.metrics.plotting import figure_and_axes
+from lit_merge.metrics.plotting import DrawnMetric
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 __all__ = ["DisentanglementError", "Form", "disagreement", "representation_divergence"]
 
@@ -56,7 +54,7 @@ def representation_divergence(single: Tensor, joint: Tensor) -> Tensor:
 _DISTANCES = {"prediction": disagreement, "representation": representation_divergence}
 
 
-class DisentanglementError(Metric):
+class DisentanglementError(DrawnMetric):
     """``ξ(α1, α2) = Σ_{t=1,2} E_{x∼t} dist(f(x; θ0 + α_t τ_t), f(x; θ0 + α1 τ1 + α2 τ2))`` on a grid.
 
     Ortiz-Jimenez et al. 2023, section 3. The distance is :func:`disagreement` of predictions or
@@ -82,9 +80,7 @@ class DisentanglementError(Metric):
         tensor([[0.0000, 0.5000]], dtype=torch.float64)
     """
 
-    is_differentiable = False
     higher_is_better = False
-    full_state_update = False
     total: Tensor
     count: Tensor
 
@@ -128,19 +124,12 @@ class DisentanglementError(Metric):
         """``ξ``, ``[A, B]`` in float64; NaN where a task has no images."""
         return (self.total / self.count).sum(0)
 
-    def plot(self, val: Tensor | None = None, ax: Axes | None = None) -> tuple[Figure, Axes]:
-        """Draw ξ over the plane of α1 and α2.
-
-        Args:
-            val: what ``compute`` gave; computed by default.
-            ax: axes to draw into; new ones by default.
-        """
+    def _draw(self, axes: Axes, found: Any) -> None:
+        """Draw ξ over the plane of α1 and α2."""
         from lit_merge.report.matrices import draw_plane
 
-        figure, axes = figure_and_axes(ax)
-        values = (self.compute() if val is None else val).reshape(len(self.first), len(self.second))
+        values = found.reshape(len(self.first), len(self.second))
         mesh = draw_plane(axes, values.tolist(), self.first, self.second)
         axes.set_xlabel("α1")
         axes.set_ylabel("α2")
-        figure.colorbar(mesh, ax=axes, label="ξ")
-        return figure, axes
+        axes.figure.colorbar(mesh, ax=axes, label="ξ")

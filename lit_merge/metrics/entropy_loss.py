@@ -6,21 +6,19 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 from torch.nn import functional as F
-from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
 from lit_merge.functional import shannon_entropy
-from lit_merge.metrics.plotting import figure_and_axes
+from lit_merge.metrics.plotting import DrawnMetric
 from lit_merge.metrics.spearman import spearman
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 __all__ = ["EntropyLossSpearman"]
 
 
-class EntropyLossSpearman(Metric):
+class EntropyLossSpearman(DrawnMetric):
     """Spearman's rank correlation of single images' entropy and cross-entropy (Yang et al. 2024, figure 3).
 
     Args:
@@ -34,9 +32,7 @@ class EntropyLossSpearman(Metric):
         1.0
     """
 
-    is_differentiable = False
     higher_is_better = True
-    full_state_update = False
     entropies: list[Tensor]
     losses: list[Tensor]
 
@@ -62,21 +58,14 @@ class EntropyLossSpearman(Metric):
         """A float64 scalar in [-1, 1]; NaN where all images have the same entropy or the same loss."""
         return spearman(dim_zero_cat(self.entropies), dim_zero_cat(self.losses))
 
-    def plot(self, val: Any = None, ax: Axes | None = None) -> tuple[Figure, Axes]:
-        """Draw a point per image of this process, its entropy against its loss.
-
-        Args:
-            val: what ``compute`` gave, for the title; computed by default.
-            ax: axes to draw into; new ones by default.
-        """
+    def _draw(self, axes: Axes, found: Any) -> None:
+        """Draw a point per image of this process, its entropy against its loss."""
         from lit_merge.report.panels import quieten
 
-        figure, axes = figure_and_axes(ax)
-        value = float(self.compute() if val is None else val)
+        value = float(found)
         entropies, losses = (dim_zero_cat(one).cpu().numpy() for one in (self.entropies, self.losses))
         axes.plot(entropies, losses, "o", color="#0072b2", markersize=3, alpha=0.4, markeredgewidth=0)
         axes.set_xlabel("entropy (nats)")
         axes.set_ylabel("cross-entropy (nats)")
         axes.set_title(f"Spearman {value:.3f}", loc="left", weight="bold")
         quieten(axes, "bottom", "left")
-        return figure, axes

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from lit_merge.metrics.depth import DepthMetric
-from lit_merge.metrics.plotting import figure_and_axes
+from lit_merge.metrics.depth import DepthMetric, with_whole
 from lit_merge.vectors import TaskVectors
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 __all__ = ["SignConflict", "sign_counts"]
 
@@ -86,21 +84,12 @@ class SignConflict(DepthMetric):
 
     def __init__(self, tasks: Sequence[str], blocks: int = 0, **settings: Any) -> None:
         super().__init__(tasks, blocks, **settings)
-        count, places = len(self.tasks), len(self.places) - 1
-        for name in ("both", "differing"):
-            self.add_state(name, torch.zeros(places, count, count, dtype=torch.long), dist_reduce_fx="sum")
-        self.add_state("elements", torch.zeros(places, 3, dtype=torch.long), dist_reduce_fx="sum")
+        self._add_sum("both", len(self.tasks), len(self.tasks))
+        self._add_sum("differing", len(self.tasks), len(self.tasks))
+        self._add_sum("elements", 3)
 
     def update(self, vectors: TaskVectors, names: Sequence[str] | None = None) -> None:
-        """Take in some parameters, each of them once over all updates and processes; they are read chunk by chunk.
-
-        Args:
-            vectors: the T trimmed task vectors, e.g. ``Trim(0.2)(vectors)``.
-            names: the parameters; all by default.
-
-        Raises:
-            StructureMismatchError: there are not T vectors, or more blocks than were announced.
-        """
+        """See :meth:`lit_merge.metrics.CosineMatrix.update`; of trimmed vectors, e.g. ``Trim(0.2)(vectors)``."""
         row = self._rows(vectors)
         for name, counts in vectors.over_chunks(_counts, names):
             index = row(name)
@@ -113,10 +102,7 @@ class SignConflict(DepthMetric):
         Returns:
             ``overlap`` and ``conflict`` ``[1 + P]``, ``pair_overlap`` and ``pair_conflict`` ``[1 + P, T, T]``.
         """
-        both, differing, elements = (
-            torch.cat([state.sum(0, keepdim=True), state]).double()
-            for state in (self.both, self.differing, self.elements)
-        )
+        both, differing, elements = (with_whole(one).double() for one in (self.both, self.differing, self.elements))
         own = both.diagonal(dim1=-2, dim2=-1)
         return {
             "overlap": elements[:, 1] / elements[:, 0],
@@ -125,23 +111,15 @@ class SignConflict(DepthMetric):
             "pair_conflict": differing / both,
         }
 
-    def plot(self, val: Mapping[str, Tensor] | None = None, ax: Axes | None = None) -> tuple[Figure, Axes]:
-        """Draw overlap and conflict in every place, as bars.
-
-        Args:
-            val: what ``compute`` gave; computed by default.
-            ax: axes to draw into; new ones by default.
-        """
+    def _draw(self, axes: Axes, found: Any) -> None:
+        """Draw overlap and conflict in every place, as bars."""
         from lit_merge.report.bars import draw_bars
         from lit_merge.report.curves import name_places
 
-        figure, axes = figure_and_axes(ax)
-        found = self.compute() if val is None else val
         draw_bars(axes, self.places, {name: found[name].tolist() for name in ("overlap", "conflict")})
         name_places(axes, self.places)
         axes.set_ylabel("fraction of elements (%)")
         axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False)
-        return figure, axes
 
 
 def _counts(name: str, start: int, chunk: Tensor) -> tuple[str, tuple[Tensor, Tensor, Tensor]]:

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
 
 from lit_merge.errors import LitMergeError
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+from lit_merge.metrics.plotting import DrawnMetric
 
 __all__ = ["TauJp", "tau_jp_norms"]
 
@@ -36,7 +32,7 @@ def tau_jp_norms(tangents: Tensor, squared: bool = False) -> Tensor:
     return tangents.square().sum(-1) if squared else torch.linalg.vector_norm(tangents, dim=-1)
 
 
-class TauJp(Metric):
+class TauJp(DrawnMetric):
     """Mean over images of ``‖τJp(x)‖``; the smaller on other tasks' images, the less τ disturbs these tasks.
 
     Args:
@@ -51,9 +47,7 @@ class TauJp(Metric):
         tensor(2.5000)
     """
 
-    is_differentiable = False
     higher_is_better = False
-    full_state_update = False
     total: Tensor
     count: Tensor
 
@@ -80,12 +74,3 @@ class TauJp(Metric):
     def compute(self) -> Tensor:
         """The mean, a float32 scalar; NaN without any image."""
         return (self.total / self.count).float()
-
-    def plot(self, val: Any = None, ax: Axes | None = None) -> tuple[Figure, Axes]:
-        """Draw the value, or several ones that ``compute`` gave.
-
-        Args:
-            val: a value, or a list of them; computed by default.
-            ax: axes to draw into; new ones by default.
-        """
-        return cast("tuple[Figure, Axes]", self._plot(val, ax))
