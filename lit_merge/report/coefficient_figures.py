@@ -14,6 +14,7 @@ from lit_merge.naming import number_of_blocks
 from lit_merge.report.coefficient_depth import DepthMeans, depth_means, group_places, lines_fit
 from lit_merge.report.drawing import colours, place, signed
 from lit_merge.report.figures import save_figure
+from lit_merge.report.layout import colour_bar
 from lit_merge.report.panels import FAINT, INK, QUIET, quieten, readable_on, shortened, text_width
 from lit_merge.vectors.coefficients import Coefficients
 
@@ -134,10 +135,7 @@ def _arrange_map(figure: Figure, coefficients: Coefficients) -> None:
         for line, numbers in enumerate(values):
             text = signed(sum(numbers) / len(numbers))
             means.text(1, line + 0.5, text, ha="right", va="center_baseline", fontsize=12)
-    beside = place(figure, bar, bar + 0.14, _HEADER, max(bottom, _HEADER + 0.84))
-    figure.colorbar(mesh, cax=beside)
-    beside.locator_params(axis="y", nbins=5)
-    quieten(beside)
+    colour_bar(figure, mesh, bar, _HEADER, bottom)
 
 
 def _mark_blocks(axes: Axes, places: Sequence[int], blocks: int, cell: float) -> None:

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
 import os
-import secrets
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lit_merge.errors import ConfigurationError
+from lit_merge.files.writing import new_file, writing
 from lit_merge.report import panels
+from lit_merge.report.drawing import place
 from lit_merge.report.results import Results, display_name
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 __all__ = ["results_figure", "results_svg", "save_figure"]
@@ -86,15 +85,10 @@ def save_figure(path: str | os.PathLike[str], arrange: Callable[[Figure], None])
             f"{target}: expected a path that ends in {' or '.join(_METADATA)}, got {target.suffix!r}. Rename it."
         )
     content = _drawn(arrange, target.suffix)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{secrets.token_hex(8)}.temporary")
-    try:
-        temporary.write_bytes(content)
-        temporary.replace(target)
-    except BaseException:  # an interrupt included
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise
+    with writing(target, len(content)):
+        target.parent.mkdir(parents=True, exist_ok=True)
+    with new_file(target, len(content)) as file:
+        file.write(content)
     return target
 
 
@@ -123,19 +117,15 @@ def _arrange(figure: Figure, results: Results) -> None:
     rows = max(min(methods * _TALLEST_ROW, space), methods * _FLATTEST_ROW)
     height = max(_HEIGHT, header + rows + _GAP + least + _BOTTOM)
     figure.set_size_inches(_WIDTH, height)
-
-    def place(left: float, right: float, top: float, bottom: float) -> Axes:
-        """Axes between two distances from the left and two from the top."""
-        return figure.add_axes((left / _WIDTH, 1 - bottom / height, (right - left) / _WIDTH, (bottom - top) / height))
-
+    axes = partial(place, figure)
     figure.text(_MARGIN / _WIDTH, 1 - 0.48 / height, results.model_and_scope(), fontsize=17, weight="bold")
     figure.text(_MARGIN / _WIDTH, 1 - 0.75 / height, results.protocol(), fontsize=12, color=panels.QUIET)
     labels = max(panels.text_width(panels.shortened(display_name(method)), 12) / 72 for method in results.methods())
     left = _MARGIN + labels + 0.16
     upper, lower = (header, header + rows), (header + rows + _GAP, height - _BOTTOM)
-    panels.draw_means(place(left, _LEFT, *upper), results)
-    panels.draw_numbers(place(_NUMBERS, _SECOND_NUMBERS - 0.1, *upper), results, "accuracy")
-    panels.draw_numbers(place(_SECOND_NUMBERS, _RIGHT - 0.15, *upper), results, "normalised", normalised=True)
-    panels.draw_tasks(place(_RIGHT, _WIDTH - _MARGIN, *upper), results, rotated)
-    panels.draw_search(place(_MARGIN + 0.4, _LEFT, *lower), results)
-    panels.draw_vector_sizes(place(_RIGHT, _WIDTH - _MARGIN, *lower), results, names=not rotated)
+    panels.draw_means(axes(left, _LEFT, *upper), results)
+    panels.draw_numbers(axes(_NUMBERS, _SECOND_NUMBERS - 0.1, *upper), results, "accuracy")
+    panels.draw_numbers(axes(_SECOND_NUMBERS, _RIGHT - 0.15, *upper), results, "normalised", normalised=True)
+    panels.draw_tasks(axes(_RIGHT, _WIDTH - _MARGIN, *upper), results, rotated)
+    panels.draw_search(axes(_MARGIN + 0.4, _LEFT, *lower), results)
+    panels.draw_vector_sizes(axes(_RIGHT, _WIDTH - _MARGIN, *lower), results, names=not rotated)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from lit_merge.report.drawing import COLOURS, colours
 from lit_merge.report.results import ZERO_SHOT, MergedResult, Results, display_name, summary
 from lit_merge.report.tables import mean_cell
 
@@ -28,8 +29,7 @@ __all__ = [
 ]
 
 INK, QUIET, FAINT = "#1f2328", "#59636e", "#d5dae0"
-_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # Okabe and Ito: safe for colour-blind
-_COLOUR_MAP, _PALEST, _DARKEST = "YlGnBu", 0.06, 0.86  # without the ends: no cell vanishes on white or is near black
+_COLOURS = COLOURS[:6]  # those of Okabe and Ito alone
 
 
 def draw_means(axes: Axes, results: Results) -> None:
@@ -77,16 +77,10 @@ def draw_numbers(axes: Axes, results: Results, heading: str, normalised: bool = 
 
 def draw_tasks(axes: Axes, results: Results, rotated: bool) -> None:
     """A heat map of the accuracy of every method on every task, with the percentages in the cells."""
-    from matplotlib import colormaps
-    from matplotlib.colors import LinearSegmentedColormap, Normalize
-    from numpy import linspace
-
     cells = [
         [100 * summary(results.accuracy(method, task))[0] for task in results.tasks] for method in results.methods()
     ]
-    whole = colormaps[_COLOUR_MAP]
-    shades = LinearSegmentedColormap.from_list("shades", whole(linspace(_PALEST, _DARKEST, 256)))
-    scale = Normalize(min(90, 10 * (min(min(row) for row in cells) // 10)), 100)
+    shades, scale = colours(cells, (min(90, 10 * (min(min(row) for row in cells) // 10)), 100))
     axes.pcolormesh(cells, cmap=shades, norm=scale, edgecolors="white", linewidth=2)
     axes.set_ylim(len(cells), 0)
     size, decimals = _cell_text(axes, len(results.tasks))
