@@ -25,22 +25,6 @@ Settings that are changed most:
   --data CLASS                other data: MergeDataModule, MultiTaskDataModule, your.own.DataModule
 """
 
-from __future__ import annotations
-
-from typing import Any
+from lit_merge.commands.training import fit
 
 __all__ = ["fit"]
-
-
-def fit(*arguments: str) -> Any:
-    """Run Lightning's ``fit``.
-
-    Args:
-        arguments: the command line.
-
-    Returns:
-        The CLI with its trainer, model and data.
-    """
-    from lit_merge.commands.training.lightning_cli import LitMergeCLI
-
-    return LitMergeCLI("fit", arguments)

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from lit_merge._version import __version__
-from lit_merge.commands.first_screen import overview
 from lit_merge.commands.running import run_command
+from lit_merge.commands.table import overview
 from lit_merge.errors import ConfigurationError, LitMergeError, one_line
 
 __all__ = ["main", "run"]

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from lit_merge.commands.configuration import RESOLVED
+from lit_merge.commands.running import RESOLVED
 from lit_merge.errors import ConfigurationError
 from lit_merge.models.merging.merge import Merge
 from lit_merge.models.merging.output import beside
@@ -139,9 +139,7 @@ def merge(
     if search is not None:  # the refusals come before, as this may take long
         from lit_merge.evaluation.search import search_coefficient
 
-        found = search_coefficient(
-            job.vectors, chosen, search, data=data, linearized=linearized, network=job.network()
-        )
+        found = search_coefficient(job.vectors, chosen, search, data=data, linearized=linearized, network=job.network())
         planned = job.plan(found.transform, found=found)
     settings_file = {beside(job.target.path, "merge.yaml").name: RESOLVED.get()} if RESOLVED.get() else {}
     job.write(planned, overwrite, progress, settings_file)

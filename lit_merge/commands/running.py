@@ -6,17 +6,19 @@ import ast
 import inspect
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
 from importlib import import_module
 from pathlib import Path
 from types import FunctionType
 from typing import Any
 
-from lit_merge.commands.configuration import RESOLVED
-from lit_merge.commands.first_screen import command_screen, group_screen
-from lit_merge.commands.table import Command, commands, groups
+from lit_merge.commands.table import Command, command_screen, commands, group_screen, groups
 from lit_merge.errors import ConfigurationError, did_you_mean
 
-__all__ = ["run_command"]
+__all__ = ["RESOLVED", "run_command"]
+
+RESOLVED: ContextVar[str] = ContextVar("resolved configuration", default="")
+"""The configuration of a merge, as YAML with all defaults; empty where its function is called from Python."""
 
 _HELP = ("-h", "--help")
 _PERMISSIONS = ("overwrite", "dry_run", "progress")  # of one command line, not of the configuration that it saves

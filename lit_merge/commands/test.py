@@ -22,22 +22,6 @@ Settings that are changed most:
   --data CLASS                other data: MultiTaskDataModule, your.own.DataModule
 """
 
-from __future__ import annotations
-
-from typing import Any
+from lit_merge.commands.training import test
 
 __all__ = ["test"]
-
-
-def test(*arguments: str) -> Any:
-    """Run Lightning's ``test``.
-
-    Args:
-        arguments: the command line.
-
-    Returns:
-        The CLI with its trainer, model and data.
-    """
-    from lit_merge.commands.training.lightning_cli import LitMergeCLI
-
-    return LitMergeCLI("test", arguments)
