@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import json
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
@@ -41,6 +42,11 @@ _SHIPPED = "lit-tiny"
 _PATH_SUFFIXES = (".json", ".pt", ".pth", ".bin", ".safetensors")
 _INTERPOLATIONS = ("bicubic", "bilinear", "random")
 _RESIZE_MODES = ("shortest", "longest", "squash")
+# What open_clip raises of a config that it cannot build, files that it does not get, and packages that are missing.
+_REFUSALS = (
+    *(ImportError, OSError, TypeError, ValueError, KeyError, AttributeError, AssertionError, RuntimeError),
+    ZeroDivisionError,
+)
 # CLIP's own normalisation (Radford et al. 2021).
 _MEAN = (0.48145466, 0.4578275, 0.40821073)
 _STD = (0.26862954, 0.26130258, 0.27577711)
@@ -73,18 +79,14 @@ class Preprocessing:
 
     def __post_init__(self) -> None:
         if self.image_size < 1:
-            raise ConfigurationError(f"image_size: expected a positive integer, got {self.image_size}. Use e.g. 224.")
+            raise ConfigurationError(f"image_size: expected a positive integer, got {self.image_size}.")
         if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
             raise ConfigurationError(
-                f"mean and std: expected three numbers each, std positive, got {self.mean} and {self.std}. "
-                "Use the values that the model was trained with."
+                f"mean and std: expected three numbers each, std positive, got {self.mean} and {self.std}."
             )
-        for name, value, valid in (
-            ("interpolation", self.interpolation, _INTERPOLATIONS),
-            ("resize_mode", self.resize_mode, _RESIZE_MODES),
-        ):
-            if value not in valid:
-                raise ConfigurationError(f"{name}: expected one of {', '.join(valid)}, got {value!r}. Use one of them.")
+        for name, valid in (("interpolation", _INTERPOLATIONS), ("resize_mode", _RESIZE_MODES)):
+            if (value := getattr(self, name)) not in valid:
+                raise ConfigurationError(f"{name}: expected one of {', '.join(valid)}, got {value!r}.")
 
     def transform(self, training: bool = False) -> Callable[[Any], Tensor]:
         """open_clip's own transform, PIL image -> float tensor ``[3, S, S]``.
@@ -96,12 +98,7 @@ class Preprocessing:
         import open_clip
 
         return open_clip.image_transform(
-            self.image_size,
-            is_train=training,
-            mean=self.mean,
-            std=self.std,
-            interpolation=self.interpolation,
-            resize_mode=self.resize_mode,
+            self.image_size, training, self.mean, self.std, self.resize_mode, self.interpolation
         )
 
     def normalise(self, images: Tensor) -> Tensor:
@@ -130,7 +127,7 @@ class Preprocessing:
 
 
 @dataclass(frozen=True)
-class _Architecture:
+class Architecture:
     """A model config in open_clip's layout, by name."""
 
     name: str
@@ -139,7 +136,7 @@ class _Architecture:
     built_in: bool = True
     shipped: bool = False
 
-    def with_tag(self, settings: dict[str, Any]) -> _Architecture:
+    def with_tag(self, settings: dict[str, Any]) -> Architecture:
         """Take over what weights published under a tag ask for: their preprocessing, and QuickGELU if they need it."""
         config = {**self.config, "quick_gelu": True} if settings.get("quick_gelu") else self.config
         return replace(self, config=config, preprocessing={**self.preprocessing, **settings})
@@ -266,18 +263,14 @@ def load_clip(model: str = _SHIPPED, pretrained: str | None = None) -> ClipModel
 
 
 def full_clip_model(model: str = _SHIPPED) -> tuple[nn.Module, Callable[[Sequence[str]], Tensor]]:
-    """Build a whole CLIP with random weights, for contrastive pre-training.
-
-    Args:
-        model: as for :func:`load_clip`.
+    """Build a whole CLIP with random weights, for contrastive pre-training; named as for :func:`load_clip`.
 
     Returns:
         The open_clip model (``encode_image``, ``encode_text``, ``logit_scale``), float32, and its tokenizer,
         texts -> token indices ``[N, context length]``.
 
     Raises:
-        ConfigurationError: the architecture is unknown or cannot be built.
-        FileFormatError: the config file is damaged.
+        LitMergeError: the architecture is unknown, damaged or cannot be built.
     """
     architecture = _architecture(model)
     return _build(architecture, "both"), architecture.tokenizer()
@@ -286,12 +279,8 @@ def full_clip_model(model: str = _SHIPPED) -> tuple[nn.Module, Callable[[Sequenc
 def empty_image_tower(model: str) -> Params:
     """An architecture's image tower without values: name -> tensor on the meta device, in the order of its modules.
 
-    Args:
-        model: as for :func:`load_clip`.
-
     Raises:
-        ConfigurationError: the architecture is unknown or cannot be built.
-        FileFormatError: the config file is damaged.
+        LitMergeError: the architecture, named as for :func:`load_clip`, is unknown, damaged or cannot be built.
     """
     architecture = _architecture(model)
     with torch.device("meta"), torch.random.fork_rng(devices=[]):
@@ -310,10 +299,6 @@ def weights_path(model: str = _SHIPPED, pretrained: str | None = None) -> Path |
 
 def stored_tower(model: str, pretrained: str | None) -> tuple[str, LazyMapping] | None:
     """The architecture's name and the image tower's parameters, from the file of its weights, without building it.
-
-    Args:
-        model: as for :func:`load_clip`.
-        pretrained: as for :func:`load_clip`.
 
     Returns:
         float32 tensors under the tower's own names, read when they are asked for; None where only the tower itself
@@ -339,12 +324,7 @@ def stored_tower(model: str, pretrained: str | None) -> tuple[str, LazyMapping] 
 
 
 def text_tensors(model: str, pretrained: str | None) -> LazyMapping:
-    """The tensors of a CLIP's text side as they are stored, under their names in the whole model.
-
-    Args:
-        model: as for :func:`load_clip`.
-        pretrained: as for :func:`load_clip`; weights that are stored.
-    """
+    """The tensors of a CLIP's text side as they are stored, under their names in the whole model."""
     source, _ = _weights_source(_architecture(model), pretrained)
     assert source is not None
     return open_weights(source, is_text)
@@ -360,14 +340,17 @@ def hub_repository(model: str, pretrained: str | None) -> str | None:
     return "/".join(str(settings.get("hf_hub") or "").split("/")[:2]) or None
 
 
-def _architecture(model: str) -> _Architecture:
+def _architecture(model: str) -> Architecture:
     model = str(model)
     if model == _SHIPPED:
         return replace(_read_config(_ASSETS / f"{_SHIPPED}.json"), shipped=True)
     known = _open_clip_configs()
     name = model.replace("/", "-")
     if name in known:
-        return _Architecture(name, json.loads(known[name].read_text(encoding="utf-8")))
+        return Architecture(name, json.loads(known[name].read_text(encoding="utf-8")))
+    imported: Any = sys.modules.get("open_clip")
+    if imported is not None and name in imported.list_models():  # which a program has added
+        return Architecture(name, imported.get_model_config(name))
     if _looks_like_path(model):
         return _read_config(Path(model))
     raise ConfigurationError(
@@ -383,42 +366,34 @@ def _open_clip_configs() -> dict[str, Path]:
     return {path.stem: path for folder in folders for path in sorted(Path(folder, "model_configs").glob("*.json"))}
 
 
-def _read_config(path: Path) -> _Architecture:
+def _read_config(path: Path) -> Architecture:
     if not path.is_file():
-        raise ConfigurationError(f"model: expected the path of a JSON config, got {path}, which is no file. Check it.")
+        raise ConfigurationError(f"model: expected the path of a JSON config, got {path}, which is no file.")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise FileFormatError(
-            f"{path}: expected a model config as JSON, got {one_line(error, 200)}. Use open_clip's layout."
-        ) from error
-    config = content.get("model_cfg", content) if isinstance(content, dict) else {}
-    preprocessing = content.get("preprocess_cfg", {}) if isinstance(content, dict) else {}
+        raise FileFormatError(f"{path}: expected a model config as JSON, got {one_line(error, 200)}.") from error
+    content = content if isinstance(content, dict) else {}
+    config, preprocessing = content.get("model_cfg", content), content.get("preprocess_cfg", {})
     kinds = {"embed_dim": int, "vision_cfg": dict, "text_cfg": dict}
     config = config if isinstance(config, dict) else {}
     wrong = [name for name, kind in kinds.items() if not isinstance(config.get(name), kind)]
     if wrong or not isinstance(preprocessing, dict):
         raise FileFormatError(
             f"{path}: expected a model config with embed_dim (a number), vision_cfg and text_cfg (objects), got one "
-            f"without {', '.join(wrong) or 'a proper preprocess_cfg'}. Use open_clip's layout."
+            f"without {', '.join(wrong) or 'a proper preprocess_cfg'}."
         )
     config = {name: value for name, value in config.items() if name != "preprocess_cfg"}
-    return _Architecture(path.stem, config, preprocessing, built_in=False)
+    return Architecture(path.stem, config, preprocessing, built_in=False)
 
 
-def _weights_source(architecture: _Architecture, pretrained: str | None) -> tuple[Path | None, _Architecture]:
+def _weights_source(architecture: Architecture, pretrained: str | None) -> tuple[Path | None, Architecture]:
     """Where the weights are, None for random ones, and the architecture as these weights want it."""
     name = architecture.name
     if pretrained == "random":
         return None, architecture
     if architecture.shipped and pretrained in (None, "shipped"):
-        path = _ASSETS / f"{_SHIPPED}.safetensors"
-        if not path.is_file():
-            raise ConfigurationError(
-                f"{name}: expected its weights beside the package at {path}, got no such file. "
-                "Install the package again, or set pretrained to a path or to 'random'."
-            )
-        return path, architecture
+        return _existing(str(_ASSETS / f"{_SHIPPED}.safetensors")), architecture
     if pretrained is not None and _looks_like_path(pretrained):
         return _existing(pretrained), architecture
     tags = _tags(name) if architecture.built_in else []
@@ -429,27 +404,21 @@ def _weights_source(architecture: _Architecture, pretrained: str | None) -> tupl
             f"weights, the path of a checkpoint{published}."
         )
     if pretrained.replace("-", "_").lower() in tags:
-        settings = _tag_settings(name, pretrained)
-        return _download(name, pretrained, settings), architecture.with_tag(settings)
+        path, settings = _download(name, pretrained)
+        return path, architecture.with_tag(settings)
     if Path(pretrained).exists():
         return _existing(pretrained), architecture
-    raise ConfigurationError(
-        f"{name}: expected pretrained to be {'a tag, ' if tags else ''}a path or 'random', got {pretrained!r}. "
-        + (
-            did_you_mean(pretrained, tags, f"Use one of {first_few(tags, 8)}.")
-            if tags
-            else "It has no published tags: use a path or random."
-        )
-    )
+    hint = did_you_mean(pretrained, tags, f"Use one of {first_few(tags, 8)}." if tags else "It has no published tags.")
+    raise ConfigurationError(f"{name}: expected pretrained to be a tag, a path or 'random', got {pretrained!r}. {hint}")
 
 
 def _existing(pretrained: str) -> Path:
-    place = local_path(pretrained)
-    if not place.exists():
+    path = local_path(pretrained)
+    if not path.exists():
         raise ConfigurationError(
-            f"pretrained: expected the path of a checkpoint, got {pretrained}, which is no file. Check the path."
+            f"pretrained: expected the path of a checkpoint, or 'random', got {pretrained}, which is no file."
         )
-    return place
+    return path
 
 
 def _tags(name: str) -> list[str]:
@@ -458,18 +427,13 @@ def _tags(name: str) -> list[str]:
     return list(open_clip.list_pretrained_tags_by_model(name))
 
 
-def _tag_settings(name: str, tag: str) -> dict[str, Any]:
+def _download(name: str, tag: str) -> tuple[Path, dict[str, Any]]:
+    """The file of a tag's weights, and what they ask for."""
     import open_clip
 
     settings: dict[str, Any] = open_clip.get_pretrained_cfg(name, tag)
-    return settings
-
-
-def _download(name: str, tag: str, settings: dict[str, Any]) -> Path:
-    import open_clip
-
     try:
-        return Path(open_clip.download_pretrained(settings))
+        return Path(open_clip.download_pretrained(settings)), settings
     except Exception as error:  # network libraries raise whatever they like
         wanted = settings.get("hf_hub", "").strip("/") or settings.get("url", "")
         raise ConfigurationError(
@@ -478,20 +442,18 @@ def _download(name: str, tag: str, settings: dict[str, Any]) -> Path:
         ) from error
 
 
-def _preprocessing(architecture: _Architecture) -> Preprocessing:
+def _preprocessing(architecture: Architecture) -> Preprocessing:
     size = architecture.config["vision_cfg"].get("image_size", 224)
     sides = {size} if isinstance(size, int) else set(size)
     if len(sides) != 1:
-        raise ConfigurationError(f"{architecture.name}: expected square images, got {size}. Use a square image_size.")
+        raise ConfigurationError(f"{architecture.name}: expected square images, got image_size {size}.")
     settings = architecture.preprocessing
-    values = {name: settings[name] for name in ("interpolation", "resize_mode") if settings.get(name)}
-    for name in ("mean", "std"):
-        if settings.get(name):
-            values[name] = tuple(settings[name])
-    return Preprocessing(image_size=sides.pop(), **values)
+    given = {name: settings[name] for name in ("interpolation", "resize_mode", "mean", "std") if settings.get(name)}
+    given = {name: value if isinstance(value, str) else tuple(value) for name, value in given.items()}
+    return Preprocessing(image_size=sides.pop(), **given)
 
 
-def _build(architecture: _Architecture, towers: str) -> Any:
+def _build(architecture: Architecture, towers: str) -> Any:
     """Build the open_clip model with random weights; the tower that is not asked for is a stub, or missing."""
     import open_clip
 
@@ -527,20 +489,13 @@ def _guard(name: str, build: Callable[[], Any]) -> Any:
     """Run what open_clip builds from a config, and say in one line what it refuses."""
     try:
         return build()
-    except ImportError as error:
-        raise ConfigurationError(
-            f"{name}: expected the packages that this model needs, got {one_line(error, 200)}. Install the missing one."
-        ) from error
-    except OSError as error:
-        raise ConfigurationError(
-            f"{name}: expected to download a tokenizer or text config, got {one_line(error, 200)}. "
-            "Connect to the network, or use a model with CLIP's own text tower."
-        ) from error
-    except (TypeError, ValueError, KeyError, AttributeError, AssertionError, RuntimeError, ZeroDivisionError) as error:
-        raise ConfigurationError(
-            f"{name}: expected a model config that open_clip can build, got {one_line(error, 200)}. Use open_clip's "
-            "layout."
-        ) from error
+    except _REFUSALS as error:
+        expected = "a model config that open_clip can build"
+        if isinstance(error, ImportError):
+            expected = "the packages that this model needs"
+        elif isinstance(error, OSError):
+            expected = "to reach the network for a tokenizer or text config"
+        raise ConfigurationError(f"{name}: expected {expected}, got {one_line(error, 200)}.") from error
 
 
 def _load_visual(visual: nn.Module, path: Path, name: str) -> None:
@@ -548,8 +503,7 @@ def _load_visual(visual: nn.Module, path: Path, name: str) -> None:
     state = {key.removeprefix("visual."): stored[key] for key in stored if key.startswith("visual.")}
     if not state:
         raise FileFormatError(
-            f"{path}: expected the weights of a whole CLIP, names starting with 'visual.', got {first_few(stored)}. "
-            "Use the checkpoint of a whole CLIP."
+            f"{path}: expected the weights of a whole CLIP, names starting with 'visual.', got {first_few(stored)}."
         )
     check_same_structure(visual.state_dict(), state, f"image tower of {name} in {path}")
     check_finite(state, f"image tower in {path}")

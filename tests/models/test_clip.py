@@ -392,7 +392,7 @@ def test_towers_with_other_packages_say_what_is_missing(tmp_path, monkeypatch):
 @pytest.fixture
 def small_vit_b_32(tmp_path, monkeypatch):
     known = _open_clip_configs()
-    assert known.keys() == set(open_clip.list_models())
+    assert known.keys() <= set(open_clip.list_models())  # others may have been added in this process
     (tmp_path / "ViT-B-32.json").write_text(json.dumps(TINY))
     monkeypatch.setattr(
         "lit_merge.models.encoder._open_clip_configs", lambda: {**known, "ViT-B-32": tmp_path / "ViT-B-32.json"}
