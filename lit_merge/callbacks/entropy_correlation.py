@@ -14,11 +14,14 @@ from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch.nn import functional as F
 
+from lit_merge.callbacks.steps import MergeRecorder
+from lit_merge.data.multitask import task_names
 from lit_merge.errors import ConfigurationError, DataError, first_few
 from lit_merge.files.text import write_text
 from lit_merge.functional import shannon_entropy
 from lit_merge.functional.evaluation import evaluating
 from lit_merge.metrics import spearman
+from lit_merge.transforms.base import one_of, whole_number
 
 __all__ = ["EntropyLossCorrelation"]
 
@@ -26,7 +29,7 @@ _Rows = dict[int, list[float]]
 """Position of an image in its split -> its entropy and its loss."""
 
 
-class EntropyLossCorrelation(L.Callback):
+class EntropyLossCorrelation(MergeRecorder):
     """Measures how the entropy of single images correlates with their cross-entropy while a merge is learned.
 
     AdaMerging minimises the entropy of the merged model's predictions in place of the loss, for which it has no labels;
@@ -48,14 +51,13 @@ class EntropyLossCorrelation(L.Callback):
         limit_batches: batches per task and process; None for all.
         path: the file, relative to the run's directory.
 
-    Attributes:
-        measured: one record per measurement, as in the file.
-
     Raises:
         ConfigurationError: a setting is unknown, out of range, or contradicts another one; in fit, the module has no
             merged model, the data is none of several tasks, or the run ends before the last of ``steps``.
         DataError: a task has no labelled image in the split.
     """
+
+    records_name = "measured"
 
     def __init__(
         self,
@@ -65,61 +67,41 @@ class EntropyLossCorrelation(L.Callback):
         limit_batches: int | None = None,
         path: str = "spearman.json",
     ) -> None:
+        super().__init__()
         if (steps is None) == (every_n_steps is None):
             got = "neither" if steps is None else "both"
             raise ConfigurationError(
                 f"steps and every_n_steps: expected exactly one of them, got {got}. Use e.g. every_n_steps: 100."
             )
-        for name, value in (("every_n_steps", every_n_steps), ("limit_batches", limit_batches)):
-            if value is not None and (type(value) is not int or value < 1):
-                raise ConfigurationError(f"{name}: expected a positive number or null, got {value!r}. Change it.")
+        whole_number("every_n_steps", every_n_steps, minimum=1, optional=True)
+        whole_number("limit_batches", limit_batches, minimum=1, optional=True)
         if steps is not None and (
             isinstance(steps, str) or not steps or any(type(step) is not int or step < 0 for step in steps)
         ):
             raise ConfigurationError(
                 f"steps: expected a list of numbers of optimiser steps, 0 or more, got {steps!r}. Use e.g. [0, 100]."
             )
-        if split not in ("val", "test"):
-            raise ConfigurationError(f"split: expected val or test, got {split!r}. Use one of them.")
+        one_of("split", split, ("val", "test"))
         if Path(path).suffix != ".json":
-            raise ConfigurationError(f"path: expected a file ending in .json, got {path!r}. Rename it.")
+            raise ConfigurationError(f"path: expected a file ending in .json, got {path!r}.")
         self.steps, self.every_n_steps = None if steps is None else sorted(set(steps)), every_n_steps
         self.split, self.limit_batches, self.path = split, limit_batches, path
-        self.measured: list[dict[str, Any]] = []
         self._loaders: dict[str, Any] = {}
 
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Refuse a module without a merge; forget another run. A resumed run's records come afterwards."""
-        if stage == "fit":
-            if not hasattr(pl_module, "merged"):
-                raise ConfigurationError(
-                    "EntropyLossCorrelation: expected a module that learns merging coefficients, such as MergeModule, "
-                    f"got {type(pl_module).__name__} without merged. Remove the callback."
-                )
-            if trainer.global_step == 0:
-                self.measured = []
-
-    def state_dict(self) -> dict[str, Any]:
-        """What has been measured so far."""
-        return {"measured": self.measured}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from a checkpoint."""
-        self.measured = list(state_dict["measured"])
+    @property
+    def measured(self) -> list[dict[str, Any]]:
+        """One record per measurement, as in the file."""
+        return self.records
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Get hold of the images."""
         data: Any = getattr(trainer, "datamodule", None)
-        if not hasattr(data, "task_names"):
-            raise ConfigurationError(
-                "data: expected a data module of several tasks, got "
-                f"{type(data).__name__ if data is not None else 'none'}. Use MultiTaskDataModule."
-            )
+        names = task_names(data)
         with isolate_rng(include_cuda=pl_module.device.type == "cuda"):
             if self.split == "test":  # fit has set up the other one
                 data.setup("test")
             loaders = data.val_dataloader() if self.split == "val" else data.test_dataloader()
-            self._loaders = dict(zip(data.task_names, loaders, strict=True))
+            self._loaders = dict(zip(names, loaders, strict=True))
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Measure before the first step, or where a resumed run has not yet."""
@@ -129,25 +111,18 @@ class EntropyLossCorrelation(L.Callback):
                 f"steps: expected none behind the run's last optimiser step, {end}, got {self.steps[-1]}. Remove it, "
                 "or train longer."
             )
-        self._measure_if_due(trainer, pl_module)
-
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Measure when the step has come."""
-        for name, value in self._measure_if_due(trainer, pl_module).items():
-            # For monitors; the loggers have it, and not every log_every_n_steps.
-            pl_module.log(name, value, on_step=True, on_epoch=False, logger=False)
+        super().on_train_start(trainer, pl_module)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Let go of the images."""
         self._loaders = {}
 
-    def _measure_if_due(self, trainer: L.Trainer, pl_module: Any) -> dict[str, float]:
-        """Measure, log and write once per step, if the step was asked for; return what was logged."""
+    def _due(self, step: int) -> bool:
+        return step in self.steps if self.steps is not None else step % (self.every_n_steps or 1) == 0
+
+    def _record(self, trainer: L.Trainer, pl_module: Any) -> dict[str, float]:
         step = trainer.global_step
-        due = step in self.steps if self.steps is not None else step % (self.every_n_steps or 1) == 0
-        if not due or (self.measured and self.measured[-1]["step"] == step):  # while gradients accumulate
+        if self._recorded(step):
             return {}
         randomness = isolate_rng(include_cuda=pl_module.device.type == "cuda")
         # The merge need not have registered the network whose weights it stands in for.
@@ -163,10 +138,9 @@ class EntropyLossCorrelation(L.Callback):
             )
         tasks = {task: float(spearman(*numbers.T)) for task, numbers in rows.items()}
         together = float(spearman(*torch.cat(list(rows.values())).T))
-        self.measured.append({"step": step, "spearman": together, "tasks": tasks})
+        self.records.append({"step": step, "spearman": together, "tasks": tasks})
         logged = {**{f"spearman/{task}": value for task, value in tasks.items()}, "spearman": together}
-        for logger in trainer.loggers:  # as Lightning counts steps, from 0
-            logger.log_metrics(logged, step=max(step - 1, 0))
+        self._log(trainer, logged)
         if trainer.is_global_zero:
             self._write(trainer, {task: len(numbers) for task, numbers in rows.items()})
         return logged
@@ -197,7 +171,7 @@ class EntropyLossCorrelation(L.Callback):
                 "spearman": plain(record["spearman"]),
                 "tasks": {task: plain(value) for task, value in record["tasks"].items()},
             }
-            for record in self.measured
+            for record in self.records
         ]
         content = {"split": self.split, "images": images, "measured": measured}
         write_text(Path(trainer.default_root_dir) / self.path, json.dumps(content, indent=2) + "\n")

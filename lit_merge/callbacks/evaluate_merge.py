@@ -14,8 +14,9 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from lit_merge.callbacks.steps import EverySteps
 from lit_merge.data.embedded.tasks import EMBEDDED_TASKS
-from lit_merge.data.multitask import MultiTaskDataModule
+from lit_merge.data.multitask import MultiTaskDataModule, task_names
 from lit_merge.data.published.registry import REGISTRY
 from lit_merge.errors import ConfigurationError, DataError, first_few
 from lit_merge.functional import linearize
@@ -27,12 +28,13 @@ from lit_merge.modules.finetune import FineTuneModule
 from lit_merge.params import check_finite
 from lit_merge.transforms import Transform
 from lit_merge.transforms import recipe as chain_of
+from lit_merge.transforms.base import whole_number
 from lit_merge.vectors import TaskVector, TaskVectors, check_base, merged_parameters
 
 __all__ = ["EvaluateMerge"]
 
 
-class EvaluateMerge(L.Callback):
+class EvaluateMerge(EverySteps):
     """Merges the task vector in training with stored ones, and logs what the merged model gets right.
 
     τ as it is now and the stored vectors, in this order, go through a chain of transforms. The model θ0 + merged τ, of
@@ -91,9 +93,8 @@ class EvaluateMerge(L.Callback):
                 f"vectors: expected a list of at least one task vector file, got {vectors!r}. "
                 "List those of the other tasks."
             )
-        for name, value in (("every_n_steps", every_n_steps), ("limit_batches", limit_batches)):
-            if value is not None and (type(value) is not int or value < 1):
-                raise ConfigurationError(f"{name}: expected a positive number or null, got {value!r}. Change it.")
+        whole_number("every_n_steps", every_n_steps, minimum=1, optional=True)
+        whole_number("limit_batches", limit_batches, minimum=1, optional=True)
         if every_n_steps is None and not at_validation:
             raise ConfigurationError(
                 "every_n_steps and at_validation: expected at least one of them, got neither. Set one, or remove the "
@@ -110,7 +111,6 @@ class EvaluateMerge(L.Callback):
         self._stored: list[TaskVector] = []
         self._heads: dict[str, nn.Module] = {}
         self._loaders: dict[str, DataLoader[Any]] = {}
-        self._last_step = 0
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Open the vectors, read the images and build the other tasks' heads, once; refuse what cannot work."""
@@ -143,8 +143,8 @@ class EvaluateMerge(L.Callback):
                     self._heads[task] = head.requires_grad_(False).eval().to(next(pl_module.network.parameters()))
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Note the step, which is not 0 in a resumed run."""
-        self._last_step = trainer.global_step
+        """Refuse a run that never validates, where that is needed."""
+        super().on_train_start(trainer, pl_module)
         validates = trainer.enable_validation and trainer.val_dataloaders != []
         if self.every_n_steps is None and not validates:
             raise ConfigurationError(
@@ -152,20 +152,14 @@ class EvaluateMerge(L.Callback):
                 "the data a validation split."
             )
 
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Evaluate when the step has come."""
-        step = trainer.global_step
-        if self.every_n_steps and step != self._last_step and step % self.every_n_steps == 0:
-            values = self._evaluate(trainer, cast(FineTuneModule, pl_module))
-            for name, value in values.items():
-                pl_module.log(name, value, on_step=True, on_epoch=False, logger=False)
-            # Not through log: that would wait for log_every_n_steps, and then repeat the value at other steps.
-            numbers = {"epoch": trainer.current_epoch, **{name: float(value) for name, value in values.items()}}
-            for logger in trainer.loggers:
-                logger.log_metrics(numbers, step=step - 1)  # as Lightning counts, from 0
-        self._last_step = step  # while gradients accumulate, a step takes several batches
+    def _at_step(self, trainer: L.Trainer, pl_module: Any) -> None:
+        values = self._evaluate(trainer, pl_module)
+        for name, value in values.items():
+            pl_module.log(name, value, on_step=True, on_epoch=False, logger=False)
+        # Not through log: that would wait for log_every_n_steps, and then repeat the value at other steps.
+        numbers = {"epoch": trainer.current_epoch, **{name: float(value) for name, value in values.items()}}
+        for logger in trainer.loggers:
+            logger.log_metrics(numbers, step=trainer.global_step - 1)  # as Lightning counts, from 0
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Evaluate, before anyone acts on the validation's metrics."""
@@ -199,11 +193,7 @@ class EvaluateMerge(L.Callback):
                 )
             return MultiTaskDataModule(tasks=names)
         data: Any = self.data
-        if not hasattr(data, "task_names"):
-            raise ConfigurationError(
-                f"data: expected a data module of several tasks, got {type(data).__name__}. Use MultiTaskDataModule."
-            )
-        missing = [name for name in names if name not in data.task_names]
+        missing = [name for name in names if name not in task_names(data)]
         if missing:
             raise ConfigurationError(
                 f"data: expected every merged task, got none of {first_few(missing)} (data: "

@@ -11,15 +11,17 @@ import lightning as L
 import torch
 
 from lit_merge._version import __version__
+from lit_merge.callbacks.steps import EverySteps
 from lit_merge.errors import ConfigurationError, first_few
 from lit_merge.files.writing import writing
 from lit_merge.params import norm
+from lit_merge.transforms.base import one_of, whole_number
 from lit_merge.vectors.task_vector import TaskVector
 
 __all__ = ["ExtractTaskVector"]
 
 
-class ExtractTaskVector(L.Callback):
+class ExtractTaskVector(EverySteps):
     """Writes τ = θ − θ0 as safetensors when fit ends, and on the way if asked to.
 
     Rank zero writes, atomically; the others wait. The header holds the task, its classes, the regime, the fingerprint
@@ -49,19 +51,16 @@ class ExtractTaskVector(L.Callback):
         best: str | None = None,
         mode: Literal["max", "min"] = "max",
     ) -> None:
-        if every_n_steps is not None and every_n_steps < 1:
-            raise ConfigurationError(f"every_n_steps: expected a positive number or null, got {every_n_steps}.")
+        whole_number("every_n_steps", every_n_steps, minimum=1, optional=True)
         if Path(path).suffix != ".safetensors":
-            raise ConfigurationError(f"path: expected a file ending in .safetensors, got {path!r}. Rename it.")
-        for name, value, valid in (("dtype", dtype, ("float32", "bfloat16")), ("mode", mode, ("max", "min"))):
-            if value not in valid:
-                raise ConfigurationError(f"{name}: expected {' or '.join(valid)}, got {value!r}. Use one of them.")
+            raise ConfigurationError(f"path: expected a file ending in .safetensors, got {path!r}.")
+        one_of("dtype", dtype, ("float32", "bfloat16"))
+        one_of("mode", mode, ("max", "min"))
         self.path, self.dtype, self.every_n_steps = path, dtype, every_n_steps
         self.best, self.mode = best, mode
         self.best_value: float | None = None
         self.vector: TaskVector | None = None
         self.began = False  # with the final vector
-        self._last_step = 0
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Refuse a module that is no fine-tuning before it has been trained."""
@@ -73,10 +72,6 @@ class ExtractTaskVector(L.Callback):
                 f"{type(pl_module).__name__} without {first_few(missing)}. Remove the callback."
             )
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Note the step, which is not 0 in a resumed run."""
-        self._last_step = trainer.global_step
-
     def state_dict(self) -> dict[str, Any]:
         """The best value so far, so that a resumed run does not forget it."""
         return {"best_value": self.best_value}
@@ -85,14 +80,8 @@ class ExtractTaskVector(L.Callback):
         """Go on from a checkpoint."""
         self.best_value = state_dict["best_value"]
 
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Write an intermediate vector when its step has come."""
-        step = trainer.global_step
-        if self.every_n_steps and step != self._last_step and step % self.every_n_steps == 0:
-            self._write(trainer, pl_module, f"-step={step}")
-        self._last_step = step  # while gradients accumulate, a step takes several batches
+    def _at_step(self, trainer: L.Trainer, pl_module: Any) -> None:
+        self._write(trainer, pl_module, f"-step={trainer.global_step}")
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write the best vector so far if this one is."""
@@ -100,7 +89,7 @@ class ExtractTaskVector(L.Callback):
             return
         if self.best not in trainer.callback_metrics:
             known = ", ".join(sorted(trainer.callback_metrics))
-            raise ConfigurationError(f"best: expected a logged metric, one of {known}, got {self.best!r}. Change it.")
+            raise ConfigurationError(f"best: expected a logged metric, one of {known}, got {self.best!r}.")
         # Rank zero decides for all: a metric that is not synchronised differs, and a process would wait for ever.
         value = trainer.strategy.broadcast(float(trainer.callback_metrics[self.best]))
         sign = 1 if self.mode == "max" else -1
@@ -141,10 +130,8 @@ class ExtractTaskVector(L.Callback):
         tensors = pl_module.task_vector()
         self.vector = TaskVector(tensors, pl_module.task, metadata=self._describe(trainer, pl_module, tensors))
         error = self.vector.save(target, torch.bfloat16 if self.dtype == "bfloat16" else None)
-        L.pytorch.utilities.rank_zero_info(f"Task vector of {pl_module.task!r}: {target}" + self._rounding(error))
-
-    def _rounding(self, error: float) -> str:
-        return f" ({self.dtype}, relative rounding error {error:.2e})" if error else ""
+        rounding = f" ({self.dtype}, relative rounding error {error:.2e})" if error else ""
+        L.pytorch.utilities.rank_zero_info(f"Task vector of {pl_module.task!r}: {target}{rounding}")
 
     def _describe(self, trainer: L.Trainer, pl_module: Any, tensors: dict[str, torch.Tensor]) -> dict[str, str]:
         length = norm(tensors)

@@ -10,15 +10,16 @@ import lightning as L
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from lit_merge.errors import ConfigurationError
+from lit_merge.callbacks.steps import MergeRecorder
 from lit_merge.files.text import write_text
 from lit_merge.report.coefficient_depth import depth_means
 from lit_merge.report.coefficient_figures import coefficient_depth_figure, coefficient_heat_map
+from lit_merge.transforms.base import whole_number
 
 __all__ = ["LogCoefficients"]
 
 
-class LogCoefficients(L.Callback):
+class LogCoefficients(MergeRecorder):
     """Logs the coefficients of a merge that is being learned, and draws them when fit ends.
 
     Logged to every logger, at the start, every so many optimiser steps, and at the end:
@@ -41,7 +42,6 @@ class LogCoefficients(L.Callback):
         figures: whether to draw.
 
     Attributes:
-        history: one record per step, as in the file.
         depths: what the numbers of ``by_depth`` in a record belong to: ``embedding``, ``block 0``, …; empty if the
             coefficients have no depth.
 
@@ -49,44 +49,22 @@ class LogCoefficients(L.Callback):
         ConfigurationError: ``every_n_steps`` is not positive; in fit, the module learns no coefficients.
     """
 
+    records_name = "history"
+
     def __init__(self, every_n_steps: int = 50, figures: bool = True) -> None:
-        if type(every_n_steps) is not int or every_n_steps < 1:
-            raise ConfigurationError(f"every_n_steps: expected a positive number, got {every_n_steps!r}. Change it.")
+        super().__init__()
+        whole_number("every_n_steps", every_n_steps, minimum=1)
         self.every_n_steps, self.figures = every_n_steps, figures
-        self.history: list[dict[str, Any]] = []
         self.depths: tuple[str, ...] = ()
 
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Refuse a module without a merge; forget another run. A resumed run's records come afterwards."""
-        if stage == "fit":
-            if not hasattr(pl_module, "merged"):
-                raise ConfigurationError(
-                    "LogCoefficients: expected a module that learns merging coefficients, such as MergeModule, got "
-                    f"{type(pl_module).__name__} without merged. Remove the callback."
-                )
-            if trainer.global_step == 0:
-                self.history = []
-
-    def state_dict(self) -> dict[str, Any]:
-        """The records so far."""
-        return {"history": self.history}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from a checkpoint."""
-        self.history = list(state_dict["history"])
+    @property
+    def history(self) -> list[dict[str, Any]]:
+        """One record per step, as in the file."""
+        return self.records
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Record where the coefficients start."""
         self._record(trainer, pl_module)
-
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Record the coefficients when the step has come."""
-        if trainer.global_step % self.every_n_steps == 0:
-            for name, value in self._record(trainer, pl_module).items():
-                # For monitors; the loggers have it, and not every log_every_n_steps.
-                pl_module.log(name, value, on_step=True, on_epoch=False, logger=False)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Record the coefficients that were learned."""
@@ -96,7 +74,7 @@ class LogCoefficients(L.Callback):
         """Write the history and the figures; the process of rank zero does."""
         if trainer.is_global_zero:
             directory = Path(trainer.default_root_dir)
-            content = {"depths": self.depths, "history": self.history}
+            content = {"depths": self.depths, "history": self.records}
             write_text(directory / "coefficients_history.json", json.dumps(content, indent=1) + "\n")
             module: Any = pl_module
             if self.figures:
@@ -109,25 +87,24 @@ class LogCoefficients(L.Callback):
                 rank_zero_info(remark)
         trainer.strategy.barrier("coefficients drawn")
 
+    def _due(self, step: int) -> bool:
+        return step % self.every_n_steps == 0
+
     def _record(self, trainer: L.Trainer, pl_module: Any) -> dict[str, float]:
-        """Log the coefficients and keep them, once per step; return what was logged."""
         step = trainer.global_step
         coefficients = pl_module.merged.to_coefficients({})
         depth = depth_means(coefficients)
         self.depths = () if depth is None else depth.names
-        if self.history and self.history[-1]["step"] == step:  # the gradients accumulate, or the run was resumed here
+        if self._recorded(step):
             return {}
         means = dict(zip(coefficients.tasks, coefficients.values.mean(1).tolist(), strict=True))
         negative, saturated = (float(mask.double().mean()) for mask in _masks(pl_module.merged))
         record = {"step": step, "mean": means, "negative": negative, "saturated": saturated}
         if depth is not None:
             record["by_depth"] = dict(zip(depth.tasks, depth.values.tolist(), strict=True))
-        self.history.append(record)
+        self.records.append(record)
         logged = {f"coefficient/{task}": mean for task, mean in means.items()}
-        logged |= {"coefficient/negative": negative, "coefficient/saturated": saturated}
-        for logger in trainer.loggers:  # as Lightning counts steps, from 0
-            logger.log_metrics(logged, step=max(step - 1, 0))
-        return logged
+        return self._log(trainer, {**logged, "coefficient/negative": negative, "coefficient/saturated": saturated})
 
 
 def _masks(merged: Any) -> tuple[Tensor, Tensor]:

@@ -10,16 +10,18 @@ import lightning as L
 from lightning.pytorch.utilities import rank_zero_info
 
 from lit_merge._version import __version__
+from lit_merge.callbacks.steps import EverySteps
 from lit_merge.errors import ConfigurationError
 from lit_merge.files.store import write_tensors
 from lit_merge.models.merging.output import MergedWeights
 from lit_merge.models.network import Base
 from lit_merge.transforms import LearnedScale, Sum, chain
+from lit_merge.transforms.base import whole_number
 
 __all__ = ["WriteMerge"]
 
 
-class WriteMerge(L.Callback):
+class WriteMerge(EverySteps):
     """Writes the coefficients and the merged weights when fit ends, and coefficients on the way if asked to.
 
     ``coefficients.safetensors`` can be merged with again (``recipe: adamerging`` of ``lit-merge merge``) and started
@@ -36,11 +38,9 @@ class WriteMerge(L.Callback):
     """
 
     def __init__(self, weights: bool = True, every_n_steps: int | None = None) -> None:
-        if every_n_steps is not None and every_n_steps < 1:
-            raise ConfigurationError(f"every_n_steps: expected a positive number or null, got {every_n_steps}.")
+        whole_number("every_n_steps", every_n_steps, minimum=1, optional=True)
         self.weights, self.every_n_steps = weights, every_n_steps
         self.began = False  # with the final files
-        self._last_step = 0
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Refuse a module without coefficients before it has been trained."""
@@ -50,20 +50,11 @@ class WriteMerge(L.Callback):
                 f"{type(pl_module).__name__}. Remove the callback."
             )
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Note the step, which is not 0 in a resumed run."""
-        self._last_step = trainer.global_step
-
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Write intermediate coefficients when their step has come."""
-        step = trainer.global_step
-        if self.every_n_steps and step != self._last_step and step % self.every_n_steps == 0:
-            if trainer.is_global_zero:
-                self._write_coefficients(trainer, pl_module, Path(trainer.default_root_dir), f"-step={step}")
-            trainer.strategy.barrier("coefficients written")
-        self._last_step = step
+    def _at_step(self, trainer: L.Trainer, pl_module: Any) -> None:
+        if trainer.is_global_zero:
+            suffix = f"-step={trainer.global_step}"
+            self._write_coefficients(trainer, pl_module, Path(trainer.default_root_dir), suffix)
+        trainer.strategy.barrier("coefficients written")
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write everything."""

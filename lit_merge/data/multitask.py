@@ -17,7 +17,19 @@ from lit_merge.data.sources import Task
 from lit_merge.data.task import TaskDataModule
 from lit_merge.errors import ConfigurationError, first_few
 
-__all__ = ["MultiTaskDataModule"]
+__all__ = ["MultiTaskDataModule", "task_names"]
+
+
+def task_names(data: Any) -> tuple[str, ...]:
+    """The tasks of a data module.
+
+    Raises:
+        ConfigurationError: the data are not of several tasks.
+    """
+    if not hasattr(data, "task_names"):
+        got = "none" if data is None else type(data).__name__
+        raise ConfigurationError(f"data: expected a data module of several tasks, got {got}. Use MultiTaskDataModule.")
+    return tuple(data.task_names)
 
 
 class MultiTaskDataModule(L.LightningDataModule):

@@ -24,7 +24,7 @@ from __future__ import annotations
 import math
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from numbers import Real
 from typing import Any
@@ -32,7 +32,17 @@ from typing import Any
 from lit_merge.errors import ConfigurationError
 from lit_merge.vectors.task_vectors import TaskVectors
 
-__all__ = ["OWN", "PACKAGE", "Chain", "Transform", "chain", "check_transform", "finite_number", "whole_number"]
+__all__ = [
+    "OWN",
+    "PACKAGE",
+    "Chain",
+    "Transform",
+    "chain",
+    "check_transform",
+    "finite_number",
+    "one_of",
+    "whole_number",
+]
 
 PACKAGE = __name__.rpartition(".")[0]
 OWN: dict[str, type[Transform]] = {}
@@ -85,9 +95,7 @@ class Transform(ABC):
 
     def _choice(self, field: str, valid: Sequence[str]) -> None:
         """Check that a field is one of the given strings."""
-        value = getattr(self, field)
-        if value not in valid:
-            raise ConfigurationError(f"{type(self).__name__}.{field}: expected {' or '.join(valid)}, got {value!r}.")
+        one_of(f"{type(self).__name__}.{field}", getattr(self, field), valid)
 
 
 @dataclass(frozen=True, repr=False)
@@ -163,16 +171,29 @@ def finite_number(
     return number
 
 
-def whole_number(what: str, value: object, minimum: int | None = None) -> int:
-    """Check a whole number.
+def whole_number(what: str, value: Any, minimum: int | None = None, optional: bool = False) -> Any:
+    """Check a whole number, or None where it is optional.
 
     Raises:
         ConfigurationError: no whole number (a bool is none), or too small.
     """
+    if optional and value is None:
+        return None
     if not isinstance(value, int) or isinstance(value, bool) or (minimum is not None and value < minimum):
         bound = f" of at least {minimum}" if minimum is not None else ""
+        bound += " or null" if optional else ""
         raise ConfigurationError(f"{what}: expected a whole number{bound}, got {value!r}.")
     return value
+
+
+def one_of(what: str, value: Any, valid: Iterable[str]) -> None:
+    """Check that a setting is one of the given texts.
+
+    Raises:
+        ConfigurationError: it is none of them.
+    """
+    if value not in valid:
+        raise ConfigurationError(f"{what}: expected {' or '.join(valid)}, got {value!r}.")
 
 
 def check_transform(what: str, value: object) -> None:

@@ -367,15 +367,15 @@ def test_both_callbacks_with_the_module_itself(image_folder, silent_trainer, tmp
     [
         ({}, "steps and every_n_steps: expected exactly one of them, got neither. Use e.g. every_n_steps: 100."),
         ({"steps": [1], "every_n_steps": 2}, "steps and every_n_steps: expected exactly one of them, got both. Use"),
-        ({"every_n_steps": 0}, "every_n_steps: expected a positive number or null, got 0. Change it."),
-        ({"every_n_steps": True}, "every_n_steps: expected a positive number or null, got True. Change it."),
-        ({"steps": [0], "limit_batches": 0}, "limit_batches: expected a positive number or null, got 0. Change it."),
+        ({"every_n_steps": 0}, "every_n_steps: expected a whole number of at least 1 or null, got 0."),
+        ({"every_n_steps": True}, "every_n_steps: expected a whole number of at least 1 or null, got True."),
+        ({"steps": [0], "limit_batches": 0}, "limit_batches: expected a whole number of at least 1 or null, got 0."),
         ({"steps": []}, r"steps: expected a list of numbers of optimiser steps, 0 or more, got \[\]. Use e.g."),
         ({"steps": [3, -1]}, r"steps: expected a list of numbers of optimiser steps, 0 or more, got \[3, -1\]. Use"),
         ({"steps": [1.5]}, r"steps: expected a list of numbers of optimiser steps, 0 or more, got \[1.5\]. Use"),
         ({"steps": "10"}, "steps: expected a list of numbers of optimiser steps, 0 or more, got '10'. Use"),
-        ({"steps": [0], "split": "train"}, "split: expected val or test, got 'train'. Use one of them."),
-        ({"steps": [0], "path": "a.csv"}, "path: expected a file ending in .json, got 'a.csv'. Rename it."),
+        ({"steps": [0], "split": "train"}, "split: expected val or test, got 'train'."),
+        ({"steps": [0], "path": "a.csv"}, "path: expected a file ending in .json, got 'a.csv'."),
     ],
 )
 def test_settings_that_are_refused(settings, message):

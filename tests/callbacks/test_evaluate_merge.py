@@ -474,10 +474,10 @@ def test_two_processes_count_what_one_counts(clip_run, clip_vector, folders, tmp
     [
         ({"vectors": []}, r"vectors: expected a list of at least one task vector file, got \[\]\. List those of"),
         ({"vectors": "a.safetensors"}, "vectors: expected a list of at least one task vector file, got 'a.safet"),
-        ({"every_n_steps": 0}, "every_n_steps: expected a positive number or null, got 0. Change it."),
-        ({"every_n_steps": True}, "every_n_steps: expected a positive number or null, got True. Change it."),
-        ({"limit_batches": 0}, "limit_batches: expected a positive number or null, got 0. Change it."),
-        ({"limit_batches": 1.5}, "limit_batches: expected a positive number or null, got 1.5. Change it."),
+        ({"every_n_steps": 0}, "every_n_steps: expected a whole number of at least 1 or null, got 0."),
+        ({"every_n_steps": True}, "every_n_steps: expected a whole number of at least 1 or null, got True."),
+        ({"limit_batches": 0}, "limit_batches: expected a whole number of at least 1 or null, got 0."),
+        ({"limit_batches": 1.5}, "limit_batches: expected a whole number of at least 1 or null, got 1.5."),
         ({"at_validation": False}, "every_n_steps and at_validation: expected at least one of them, got neither. Set"),
         ({"prefix": ""}, "prefix: expected a name that no other metric begins with, got ''. Use e.g. merge."),
         ({"prefix": "val"}, "prefix: expected a name that no other metric begins with, got 'val'. Use e.g. merge."),
@@ -603,7 +603,11 @@ def test_vectors_and_transforms_that_are_refused(module, merging, fit, stored, t
     )
     again = "vectors: expected other tasks than shapes, which is in training, each once, got {} again. Remove it."
     refuse(merging(vectors=[stored("shapes")]), ConfigurationError, again.format("shapes"))
-    refuse(merging(vectors=[stored("land"), stored("land+shapes", tasks='["land", "shapes"]')]), ConfigurationError, again.format("land, shapes"))
+    refuse(
+        merging(vectors=[stored("land"), stored("land+shapes", tasks='["land", "shapes"]')]),
+        ConfigurationError,
+        again.format("land, shapes"),
+    )
     refuse(
         merging(vectors=[stored("land"), stored("")]),
         ConfigurationError,

@@ -181,7 +181,7 @@ def test_joint_fine_tuning_gives_a_vector_too(tiny_encoder, tiny_head, tiny_data
 def test_settings_that_make_no_sense_are_refused():
     for settings, part in (
         ({"path": "vector.pt"}, "path: expected a file ending in .safetensors, got 'vector.pt'"),
-        ({"every_n_steps": 0}, "every_n_steps: expected a positive number or null, got 0"),
+        ({"every_n_steps": 0}, "every_n_steps: expected a whole number of at least 1 or null, got 0"),
         ({"dtype": "float16"}, "dtype: expected float32 or bfloat16, got 'float16'"),
         ({"mode": "maximum"}, "mode: expected max or min, got 'maximum'"),
     ):

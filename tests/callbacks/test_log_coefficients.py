@@ -187,7 +187,7 @@ def test_training_does_not_notice(fit):
 
 @pytest.mark.parametrize("value", [0, -1, 2.5, True, None])
 def test_a_distance_that_is_refused(value):
-    with pytest.raises(ConfigurationError, match=r"^every_n_steps: expected a positive number, got .*\. Change it\.$"):
+    with pytest.raises(ConfigurationError, match=r"^every_n_steps: expected a whole number of at least 1, got .*\.$"):
         LogCoefficients(value)
 
 
