@@ -452,7 +452,7 @@ def test_a_dry_run_reads_no_tensor_and_writes_nothing(files, tmp_path, monkeypat
     ]
     assert [what.split(":")[0] for what, _, _ in plan.statistics] == ["Trim", "ElectSign", "LiNeS"]
     assert plan.largest_stack == 2 * 54 * 4
-    assert plan.by_pieces
+    assert plan.by_chunks
     assert plan.passes == plan.walks + sum(reads for _, reads, _ in plan.statistics)
     parameters = 6 * 36 + 54 + 6
     assert plan.written == (parameters + 1) * 4
@@ -481,9 +481,26 @@ def test_the_plan_of_several_files_counts_each(files, tmp_path):
     assert plan.walks == 2 * single.walks
     assert [Path(name).name for name, _ in plan.files] == ["code.safetensors", "maths.safetensors"]
     stacks = merge(**files, output=str(tmp_path / "m"), parts=["TSVMerge"], dry_run=True).plan
-    assert not stacks.by_pieces
+    assert not stacks.by_chunks
     assert "as a whole" in str(stacks)
     assert "none" in str(stacks)
+
+
+def test_the_plan_counts_what_matrices_take(tmp_path):
+    for name in ("base", "one", "two"):
+        save_file({"wide": torch.rand(16, 9000), "bias": torch.rand(16)}, tmp_path / f"{name}.safetensors")
+    models = {
+        "base": str(tmp_path / "base.safetensors"),
+        "vectors": [str(tmp_path / f"{name}.safetensors") for name in ("one", "two")],
+    }
+    plan = merge(**models, output=str(tmp_path / "m.safetensors"), recipe="wudi", dry_run=True).plan
+    assert plan.matrices is not None
+    assert plan.matrices[0] == (16, 9000)
+    assert plan.matrices[1] > 300 * 2 * 2 * 16 * 9000
+    assert plan.largest_stack < plan.memory < 64 << 20  # not the 324 MB of a matrix of 9,000 x 9,000
+    assert "matrices       the largest 16 x 9000; " in str(plan)
+    sums = merge(**models, output=str(tmp_path / "m.safetensors"), recipe="task_arithmetic", dry_run=True).plan
+    assert sums.matrices is None
 
 
 class Terminal(io.StringIO):

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import shutil
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+import torch
 
 from lit_merge.errors import ConfigurationError, first_few
 from lit_merge.files.lazy import LazyMapping
@@ -18,7 +21,7 @@ from lit_merge.vectors import TaskVectors
 
 __all__ = ["MergePlan", "check_space", "plan_merge"]
 
-_PIECES = 48 << 20  # the pieces of a few stacks, what is computed from them, and what waits to be written
+_CHUNKS = 48 << 20  # the chunks of a few stacks, what is computed from them, and what waits to be written
 _STACKS = 6  # a stack, and what the singular value decompositions of its matrices keep beside it
 
 
@@ -32,8 +35,10 @@ class MergePlan:
         steps: the transforms in order.
         statistics: what has to be known beforehand, and how often finding it out reads every input; at most, if so.
         walks: how often writing reads every input.
-        by_pieces: whether stacks are computed piece by piece instead of as a whole.
+        by_chunks: whether stacks are computed chunk by chunk instead of as a whole.
         largest_stack: bytes of the largest parameter of all inputs together.
+        matrices: shape of the one that takes the most operations, operations of all of them, and about how many
+            seconds those take; None without any.
         memory: bytes of memory that are needed beside the program itself, about.
         device: where stacks are computed.
         read: bytes that are read in all, at most.
@@ -45,8 +50,9 @@ class MergePlan:
     steps: tuple[str, ...]
     statistics: tuple[tuple[str, int, bool], ...]
     walks: int
-    by_pieces: bool
+    by_chunks: bool
     largest_stack: int
+    matrices: tuple[tuple[int, ...], float, float] | None
     memory: int
     device: str
     read: int
@@ -67,7 +73,7 @@ class MergePlan:
             return f"{'at most ' if at_most else ''}{count} {'pass' if count == 1 else 'passes'}"
 
         at_most = any(bound for _, _, bound in self.statistics)
-        stacks = "piece by piece" if self.by_pieces else "as a whole"
+        stacks = "chunk by chunk" if self.by_chunks else "as a whole"
         inputs = _columns([[task, path, kind, dtype, _mib(size)] for task, path, kind, dtype, size in self.inputs])
         statistics = _columns([[what, times(reads, bound)] for what, reads, bound in self.statistics])
         rows = [
@@ -77,6 +83,7 @@ class MergePlan:
             ("statistics", statistics or ["none"]),
             ("passes", [f"{times(self.passes, at_most)} over the inputs, {self.walks} of them to write"]),
             ("largest stack", [f"{_mib(self.largest_stack)}, computed {stacks} on {self.device}"]),
+            *([("matrices", [_operations(*self.matrices)])] if self.matrices else []),
             ("memory", [f"about {_mib(self.memory)} beside the program itself"]),
             ("to read", [f"{'at most ' if at_most else ''}{_mib(self.read)}"]),
             ("to write", [_mib(self.written)]),
@@ -120,7 +127,13 @@ def plan_merge(
     walks = merged.walk * len(outputs)
     whole = _total(base.parameters, base.parameters) if base.files else 0
     base_reads = (1 if fingerprinted else 0) + (len(outputs) if writes_weights else 0)
-    computing = _PIECES if merged.by_chunks else _STACKS * largest
+    works = {name: merged.work(name) for name in names}
+    heaviest = max(names, key=lambda name: works[name].operations)
+    operations = sum(work.operations for work in works.values())
+    total = operations * len(outputs)
+    matrices = (tuple(merged.inputs.shape(heaviest)[1:]), total, _seconds(total)) if total else None
+    temporary = max(work.memory for work in works.values())
+    computing = _CHUNKS if merged.by_chunks else max(_STACKS * largest, 3 * largest + temporary)
     return MergePlan(
         inputs=tuple(
             (one.vector.task, one.path, "weights" if one.weights else "task vector", _dtypes(one.source), one.size)
@@ -130,8 +143,9 @@ def plan_merge(
         steps=tuple(_steps(transform)),
         statistics=statistics,
         walks=walks,
-        by_pieces=merged.by_chunks,
+        by_chunks=merged.by_chunks,
         largest_stack=largest,
+        matrices=matrices,
         memory=base.memory + computing + (1 if merged.by_chunks else 3) * parameter,
         device=device,
         read=one_pass * (walks + sum(reads for _, reads, _ in statistics)) + whole * base_reads,
@@ -152,6 +166,21 @@ def check_space(plan: MergePlan, folder: Path) -> None:
             f"output: expected {_mib(plan.written)} of free space in {existing}, got {_mib(free)}. "
             "Free some, choose another folder, or a smaller dtype."
         )
+
+
+def _operations(shape: tuple[int, ...], operations: float, seconds: float) -> str:
+    sizes = " x ".join(map(str, shape))
+    return f"the largest {sizes}; {operations / 1e9:,.1f} billion operations, about {seconds:,.1f} s on this processor"
+
+
+def _seconds(operations: float) -> float:
+    """How long operations take at the speed of a product of matrices on this machine."""
+    example = torch.ones(512, 512)
+    example @ example  # starts the threads
+    start = time.perf_counter()
+    for _ in range(4):
+        example @ example
+    return operations * (time.perf_counter() - start) / (4 * 2 * 512**3)
 
 
 def _steps(transform: Transform) -> list[str]:
