@@ -84,8 +84,8 @@ def soup(
         LitMergeError: inputs are missing, damaged or do not fit each other, the data have no validation images, or the
             output exists.
     """
-    from lit_merge.data.multitask import MultiTaskDataModule
-    from lit_merge.evaluation.accuracies import Evaluation, in_memory, task_names, validation_loaders
+    from lit_merge.data.multitask import MultiTaskDataModule, task_names
+    from lit_merge.evaluation.accuracies import Evaluation, in_memory, validation_loaders
     from lit_merge.modules.multitask import MultiTaskModule
 
     job = Merge(vectors, output, model, pretrained, network, None, kind, dtype, tasks, linearized=linearized)

@@ -76,7 +76,6 @@ class TaskDataModule(L.LightningDataModule):
 
     Attributes:
         source: the task.
-        served: without a trainer, the module that the data are for, which knows the preprocessing.
         whole: whether every process gets all images instead of its share.
         other_sources: name -> other task with its ``classes`` and ``templates``, of those that the penalty is about;
             after ``setup("fit")``.
@@ -86,7 +85,6 @@ class TaskDataModule(L.LightningDataModule):
     """
 
     trainer: L.Trainer | None
-    served: Any = None
 
     def __init__(
         self,
@@ -208,10 +206,7 @@ class TaskDataModule(L.LightningDataModule):
         if stage == "fit":
             penalty = self._penalty()
             self.other_sources = {} if penalty is None else sources_in_use(penalty, self._known_others, self.trainer)
-            train = self.source.split("train", preprocessing, self.seed if self.augment else None)
-            if not self.labelled:
-                train.labels = torch.full_like(train.labels, PADDING)
-            self.datasets["train"] = train
+            self.datasets["train"] = self._split("train", preprocessing, self.seed if self.augment else None)
             self._other_images = None if penalty is None else self._read_others(penalty, preprocessing)
         if stage in ("fit", "validate"):
             self.datasets["val"] = self.source.split("val", preprocessing)
@@ -286,15 +281,28 @@ class TaskDataModule(L.LightningDataModule):
         dataset = self._dataset(split)
         return self._loader(dataset, EvaluationSampler(dataset), self.evaluation_batch_size)
 
-    def known_preprocessing(self) -> Any:
-        """What the network needs of its data: as it was given, or as the trainer's module has it.
+    def examples(self, split: str, module: Any) -> Examples:
+        """The examples of ``"train"``, ``"val"`` or ``"test"`` as a module wants them, not augmented; sets up nothing.
+
+        Raises:
+            ConfigurationError: the preprocessing is not known.
+            DataError: the images are missing or unreadable, or there are none.
+        """
+        found = self._split(split, self.known_preprocessing(module))
+        if not len(found):
+            raise DataError(f"{self.name}: expected {split} images, got none. Choose another split.")
+        return found
+
+    def known_preprocessing(self, module: Any = None) -> Any:
+        """What the network needs of its data: as it was given, or as this module, or the trainer's, has it.
 
         Raises:
             ConfigurationError: neither is there.
         """
         if self.preprocessing is not None:
             return self.preprocessing
-        module: Any = self.trainer.lightning_module if self.trainer is not None else self.served
+        if module is None and self.trainer is not None:
+            module = self.trainer.lightning_module
         if not hasattr(module, "preprocessing"):
             source = "no trainer" if module is None else f"{type(module).__name__}, which has none"
             raise ConfigurationError(
@@ -302,6 +310,12 @@ class TaskDataModule(L.LightningDataModule):
                 "Set preprocessing, e.g. that of lit_merge.models.load_clip()."
             )
         return module.preprocessing
+
+    def _split(self, split: str, preprocessing: Any, augmentation_seed: int | None = None) -> Examples:
+        found = self.source.split(split, preprocessing, augmentation_seed)
+        if split == "train" and not self.labelled:
+            found.labels = torch.full_like(found.labels, PADDING)
+        return found
 
     def _penalty(self) -> ImagePenalty | None:
         """That of the trainer's module; in a data module of several tasks all of them are own ones."""

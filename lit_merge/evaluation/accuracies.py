@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lit_merge.errors import ConfigurationError, DataError
-from lit_merge.evaluation.accuracy_record import AccuracyRecord
+from lit_merge._version import __version__
+from lit_merge.errors import DataError
 from lit_merge.evaluation.placed_model import PlacedModel
+from lit_merge.files.cache import Cache
 from lit_merge.metrics.example_mean import ExampleMean
 from lit_merge.metrics.hits import hits, hits_of
+from lit_merge.params import fingerprint
 from lit_merge.vectors import TaskVector
 
 if TYPE_CHECKING:
@@ -30,13 +32,20 @@ __all__ = [
     "in_memory",
     "quiet",
     "silent_trainer",
-    "task_names",
     "validation_loaders",
 ]
+
+# Part of every key: raise it when the evaluation changes.
+_VERSION = 1
 
 
 class Evaluation:
     """Accuracies of θ0 + α τ on the validation images of every task; what was measured before is taken from disk.
+
+    They are recorded as soon as they are known, unless the images have no ``digest()``. A key is made of the values of
+    the vector, not what it was made by, and its coefficient; the pre-trained model, the heads, and whether the model is
+    linearised; the images, with labels and preprocessing; device type, precision and versions. So a transform whose
+    code has changed is measured anew.
 
     Args:
         module: evaluates, as it is set: the encoder, or its tangent at θ0.
@@ -46,7 +55,15 @@ class Evaluation:
     def __init__(self, module: MultiTaskModule, loaders: Mapping[str, Any]) -> None:
         self.loaders = dict(loaders)
         self.model = PlacedModel(module)
-        self._record = AccuracyRecord(module, loaders)
+        self._cache: Cache | None = None
+        if all(hasattr(getattr(loader, "dataset", None), "digest") for loader in loaders.values()):
+            self._cache = Cache("accuracies")
+            self._images = {task: loader.dataset.digest() for task, loader in loaders.items()}
+            self._identity = [
+                *(_VERSION, __version__, torch.__version__, module.device.type, torch.get_float32_matmul_precision()),
+                *(module.base_name, module.base_fingerprint, str(module.network), module.linearized),
+                *(fingerprint(dict(module.network.named_buffers())), fingerprint(module.heads.state_dict())),
+            ]
 
     @property
     def module(self) -> MultiTaskModule:
@@ -68,12 +85,18 @@ class Evaluation:
         """
         chosen = list(self.loaders) if tasks is None else list(tasks)
         self.model.check(vector)
-        key = self._record.key(vector, coefficient, chosen)
-        found = self._record.read(key, chosen)
-        if found is None:
-            with self.model.at(vector, coefficient):
-                found = {task: self._measure(task) for task in chosen}
-            self._record.write(key, found)
+        key, found = "", None
+        if self._cache is not None:
+            values = None if vector is None else fingerprint(vector)
+            images = [[task, self._images[task]] for task in chosen]
+            key = self._cache.key([self._identity, values, coefficient, images])
+            found = self._cache.value(key)
+        if isinstance(found, dict) and list(found) == chosen and all(_is_fraction(one) for one in found.values()):
+            return found
+        with self.model.at(vector, coefficient):
+            found = {task: self._measure(task) for task in chosen}
+        if self._cache is not None:
+            self._cache.write_value(key, found)
         return found
 
     def _measure(self, task: str) -> float:
@@ -149,6 +172,10 @@ def _accuracy(counts: Iterable[tuple[Tensor, Tensor]]) -> float:
     return float("nan") if metric is None else float(metric.compute())
 
 
+def _is_fraction(value: object) -> bool:
+    return isinstance(value, float | int) and 0 <= value <= 1
+
+
 def validation_loaders(module: MultiTaskModule, data: Any, tasks: Sequence[str]) -> dict[str, Any]:
     """Task -> loader of its validation images; builds the module's heads, and sets up no other split.
 
@@ -162,6 +189,8 @@ def validation_loaders(module: MultiTaskModule, data: Any, tasks: Sequence[str])
         DataError: a task has no validation images.
     """
     from lightning.pytorch.utilities.model_helpers import is_overridden
+
+    from lit_merge.data.multitask import task_names
 
     names = task_names(data)
     if not is_overridden("val_dataloader", data):
@@ -182,19 +211,6 @@ def validation_loaders(module: MultiTaskModule, data: Any, tasks: Sequence[str])
             "Add a validation split; test images are for the final evaluation only."
         )
     return {task: loaders[task] for task in loaders if task in tasks}
-
-
-def task_names(data: Any) -> tuple[str, ...]:
-    """The tasks of a data module.
-
-    Raises:
-        ConfigurationError: the data are not of several tasks.
-    """
-    if not hasattr(data, "task_names"):
-        raise ConfigurationError(
-            f"data: expected a data module of several tasks, got {type(data).__name__}. Use MultiTaskDataModule."
-        )
-    return tuple(data.task_names)
 
 
 def silent_trainer(**settings: Any) -> L.Trainer:

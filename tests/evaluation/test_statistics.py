@@ -631,7 +631,7 @@ def test_statistics_merge_the_vectors_that_they_were_made_for(vector, model, tmp
         ({"task_vector": "V", "kind": "hessian"}, ["kind: expected fisher or gram, got 'hessian'"]),
         ({"task_vector": "V", "split": "dev"}, ["split: expected train or val or test, got 'dev'"]),
         ({"task_vector": "V", "labels": "all"}, ["labels: expected expected or sampled or true, got 'all'"]),
-        ({"task_vector": "V", "images": 0}, ["images: expected a positive number or null, got 0"]),
+        ({"task_vector": "V", "images": 0}, ["images: expected a whole number of at least 1 or null, got 0"]),
         ({"task_vector": "V", "convolutions": True}, ["convolutions: expected only with kind: gram"]),
         ({"task_vector": "V", "kind": "gram", "labels": "true"}, ["labels: expected only with kind: fisher, got true"]),
         ({"task_vector": "V", "kind": "gram", "linearized": True}, ["linearized: expected only with kind: fisher"]),

@@ -13,8 +13,6 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from lit_merge._version import __version__
-from lit_merge.errors import ConfigurationError
-from lit_merge.evaluation.accuracies import task_names
 from lit_merge.evaluation.analysis.checks import (
     check_images,
     check_tasks,
@@ -33,7 +31,7 @@ from lit_merge.models.merging.inputs import open_base, open_inputs
 from lit_merge.models.network import Base, Network
 from lit_merge.params import fingerprint
 from lit_merge.report.environment import hardware, versions
-from lit_merge.transforms.base import finite_number
+from lit_merge.transforms.base import finite_number, whole_number
 from lit_merge.vectors import Coefficients, TaskVectors
 
 if TYPE_CHECKING:
@@ -113,8 +111,7 @@ def analyze(
         origin = open_base(model, pretrained, base, network=network)
         wanted = wanted_analyses(analyses, origin, coefficients)
         finite_number("density", density, minimum=0.0, maximum=1.0)
-        if batch_size < 1:
-            raise ConfigurationError(f"batch_size: expected a positive number, got {batch_size}. Change it.")
+        whole_number("batch_size", batch_size, minimum=1)
         inputs = open_inputs(vectors, origin, tasks, False)
         stacked = stacked_vectors([one.vector for one in inputs], origin)
         grid, paths = grid or Grid(), paths or Paths()
@@ -183,7 +180,7 @@ def _evaluator(
     shared: Processes,
 ) -> Evaluator:
     """The model on its device, with the images and heads of the data's tasks."""
-    from lit_merge.data.multitask import MultiTaskDataModule
+    from lit_merge.data.multitask import MultiTaskDataModule, task_names
     from lit_merge.evaluation.analysis.models import Evaluator
     from lit_merge.evaluation.placed_model import PlacedModel
     from lit_merge.modules.multitask import MultiTaskModule

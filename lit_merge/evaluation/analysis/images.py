@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -13,10 +12,10 @@ from torch.utils.data import DataLoader
 from lit_merge.data.batch import Batch
 from lit_merge.errors import ConfigurationError, DataError
 from lit_merge.evaluation.analysis.processes import Processes
+from lit_merge.transforms.base import one_of, whole_number
 
 __all__ = ["TaskImages", "task_images"]
 
-_STAGES = {"val": "validate", "test": "test"}
 _KEPT = 2 << 30  # bytes of one task's images that are kept in the host's memory
 
 
@@ -131,31 +130,17 @@ def task_images(
         ConfigurationError: the split or the number is another one than there can be.
         DataError: the images are missing or unreadable, or there are none.
     """
-    if split not in _STAGES:
-        raise ConfigurationError(f"split: expected {' or '.join(_STAGES)}, got {split!r}. Use one of them.")
-    if images is not None and images < 1:
-        raise ConfigurationError(f"images: expected a positive number or null, got {images}. Change it.")
+    one_of("split", split, ("val", "test"))
+    whole_number("images", images, minimum=1, optional=True)
     found: dict[str, TaskImages] = {}
     for task in tasks:
-        own: Any = copy.copy(data.tasks[task])
-        own.trainer, own.augment, own.datasets = None, False, {}
-        own.served = module
+        own = data.tasks[task]
         if processes.is_first:  # one at a time, as what is drawn or downloaded is kept
-            own.prepare_data()
+            own.source.prepare()
         processes.from_first(None)
-        own.setup(_STAGES[split])
-        if not len(own.datasets[split]):
-            raise DataError(f"{task}: expected {split} images, got none. Choose another split.")
+        examples = own.examples(split, module)
         found[task] = TaskImages(
-            own.datasets[split],
-            task,
-            own.classes,
-            own.templates,
-            images,
-            seed,
-            batch_size,
-            own.workers,
-            processes,
+            examples, task, own.classes, own.templates, images, seed, batch_size, own.workers, processes
         )
     return found
 

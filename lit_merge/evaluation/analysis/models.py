@@ -158,11 +158,14 @@ def disentanglement(evaluator: Evaluator, grid: Grid, records: Callable[[str], R
     for one, other in grid.pairs or [list(evaluator.vectors.tasks[:2])]:
         vectors = (evaluator.vectors.vector(one), evaluator.vectors.vector(other))
         images = (evaluator.images[one], evaluator.images[other])
-        pair = (
-            _tangents(evaluator, vectors, images)
-            if evaluator.module.linearized
-            else _network(evaluator, vectors, images)
-        )
+        pair: ModelPair
+        if evaluator.module.linearized:
+            cache = evaluator.features({str(index): vector for index, vector in enumerate(vectors)})
+            first, second = (cache.of(own.loader()).to(evaluator.module.device) for own in images)
+            pair = LinearPair((first, second))
+        else:
+            weights = PlacedWeights(evaluator.network, vectors)
+            pair = DirectPair(evaluator.encode, weights, images, evaluator.module.device)
         heads = (evaluator.heads[one], evaluator.heads[other])
         found = disentanglement_errors(
             pair, heads, grid.values, grid.values, grid.forms, records(f"{one}, {other}"), ended
@@ -215,16 +218,6 @@ def advantage(evaluator: Evaluator, ended: Ended) -> dict[str, Any]:
         result[task] = {"linear_error": errors[0], "nonlinear_error": errors[1], "advantage": found}
         ended()
     return result
-
-
-def _network(evaluator: Evaluator, vectors: Sequence[TaskVector], images: tuple[TaskImages, TaskImages]) -> ModelPair:
-    return DirectPair(evaluator.encode, PlacedWeights(evaluator.network, vectors), images, evaluator.module.device)
-
-
-def _tangents(evaluator: Evaluator, vectors: Sequence[TaskVector], images: tuple[TaskImages, TaskImages]) -> ModelPair:
-    cache = evaluator.features({str(index): vector for index, vector in enumerate(vectors)})
-    one, other = (cache.of(own.loader()).to(evaluator.module.device) for own in images)
-    return LinearPair((one, other))
 
 
 def _column(rows: Mapping[str, Mapping[str, float]]) -> dict[str, float]:

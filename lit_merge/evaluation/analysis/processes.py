@@ -10,7 +10,8 @@ from typing import Any, TypeVar
 import torch
 from torch import distributed
 
-from lit_merge.errors import ConfigurationError
+from lit_merge.errors import ConfigurationError, one_line
+from lit_merge.transforms.base import whole_number
 
 __all__ = ["Processes", "processes"]
 
@@ -72,16 +73,14 @@ def processes(devices: int) -> Iterator[Processes]:
 
     from lit_merge.evaluation.accuracies import quiet
 
-    if isinstance(devices, bool) or devices < 1:
-        raise ConfigurationError(f"devices: expected a positive number, got {devices}. Use 1.")
+    whole_number("devices", devices, minimum=1)
     present = distributed.is_available() and distributed.is_initialized()
     try:
         with quiet():
             fabric = Fabric(accelerator="auto", devices=devices, strategy="auto" if devices == 1 else "ddp")
             fabric.launch()
     except (MisconfigurationException, ValueError) as error:
-        reason = " ".join(str(error).split()).rstrip(".")
-        raise ConfigurationError(f"devices: {reason}. Use another number of devices.") from error
+        raise ConfigurationError(f"devices: {one_line(error)}. Use another number of devices.") from error
     try:
         yield Processes(fabric.global_rank, fabric.world_size, fabric.device)
     finally:

@@ -52,7 +52,7 @@ class Grid:
             )
         if not self.forms or any(one not in get_args(Form) for one in self.forms) or _repeats(self.forms):
             raise ConfigurationError(
-                f"grid.forms: expected some of {', '.join(get_args(Form))}, each once, got {self.forms}. Change them."
+                f"grid.forms: expected some of {', '.join(get_args(Form))}, each once, got {self.forms}."
             )
         wrong = [pair for pair in self.pairs or [] if isinstance(pair, str) or len(pair) != 2 or pair[0] == pair[1]]
         if wrong or self.pairs == []:
@@ -133,9 +133,7 @@ def check_analyses(analyses: list[Any]) -> None:
     unknown = [name for name in analyses if name not in get_args(Analysis)]
     if unknown or not analyses or _repeats(analyses):
         got = unknown[0] if unknown else "one of them twice" if analyses else "none"
-        raise ConfigurationError(
-            f"analyses: expected some of {', '.join(get_args(Analysis))}, got {got}. Change the list."
-        )
+        raise ConfigurationError(f"analyses: expected some of {', '.join(get_args(Analysis))}, got {got}.")
 
 
 def _repeats(items: list[Any]) -> bool:

@@ -13,7 +13,6 @@ from lit_merge.evaluation.accuracies import (
     Evaluation,
     LinearEvaluation,
     in_memory,
-    task_names,
     validation_loaders,
 )
 from lit_merge.evaluation.search.result import SearchPoint, SearchResult
@@ -53,9 +52,8 @@ def search_coefficient(
     """Evaluate ``θ0 + transform(vectors)`` at every point of a search, on the validation split of every task.
 
     Where a field is only a factor (:func:`direction_of`) the vectors are merged once for all its values, otherwise once
-    per point. Accuracies are kept on disk as soon as they are known, in an
-    :class:`~lit_merge.evaluation.accuracy_record.AccuracyRecord`:
-    an interrupted search goes on where it was, and points that another search has evaluated cost a merge only.
+    per point. Accuracies are kept on disk as soon as they are known: an interrupted search goes on where it was, and
+    points that another search has evaluated cost a merge only.
 
     Linearised, and where a field is only a factor, the features at every value are ``f0(x) + α J τ(x)``: the network
     sees each image once, and in a search with the same vectors and images not at all, as ``f0`` and the tangents are
@@ -257,6 +255,8 @@ def _embedded(vectors: TaskVectors, search: CoefficientSearch) -> Any:
 
 def _roles(vectors: TaskVectors, search: CoefficientSearch, data: Any) -> tuple[list[str], list[str]]:
     """The target and the control tasks."""
+    from lit_merge.data.multitask import task_names
+
     names = task_names(data)
     target = list(dict.fromkeys(search.target or vectors.tasks))
     given = list(dict.fromkeys(search.control or []))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -18,16 +17,14 @@ from lit_merge.evaluation.statistics.fisher import LABELS, collect_fisher
 from lit_merge.evaluation.statistics.gram import collect_gram
 from lit_merge.files.hub import address_entry, parse_address, pinned
 from lit_merge.models.network import Network
+from lit_merge.transforms.base import one_of, whole_number
 from lit_merge.vectors import LazyTensors, TaskVector, file_digest
 from lit_merge.vectors.statistics import FORMATS, write_statistics
 
 if TYPE_CHECKING:
     from lit_merge.data import TaskDataModule
-    from lit_merge.modules import FineTuneModule
 
 __all__ = ["statistics"]
-
-_STAGES = {"train": "fit", "val": "validate", "test": "test"}
 
 
 def statistics(
@@ -91,8 +88,8 @@ def statistics(
 
     files: dict[str, Any] = {"task_vector": task_vector, "weights": weights}
     module = FineTuneModule(model, pretrained, network=network, linearized=linearized, **files)
-    own = _data_of(task, data, module)
-    loader = _loader(own, split, images, seed)
+    own = _data_of(task, data)
+    loader = _loader(own, module, split, images, seed)
     with quiet():
         device = silent_trainer().strategy.root_device
     encoder = module.encoder.to(device)
@@ -123,11 +120,10 @@ def statistics(
 def _check_settings(
     kind: str, split: str, images: int | None, labels: str, convolutions: bool, linearized: bool
 ) -> None:
-    for name, value, valid in (("kind", kind, FORMATS), ("split", split, _STAGES), ("labels", labels, LABELS)):
-        if value not in valid:
-            raise ConfigurationError(f"{name}: expected {' or '.join(valid)}, got {value!r}. Use one of them.")
-    if images is not None and images < 1:
-        raise ConfigurationError(f"images: expected a positive number or null, got {images}. Change it.")
+    one_of("kind", kind, FORMATS)
+    one_of("split", split, ("train", "val", "test"))
+    one_of("labels", labels, LABELS)
+    whole_number("images", images, minimum=1, optional=True)
     if kind == "fisher" and convolutions:
         raise ConfigurationError("convolutions: expected only with kind: gram, got it with fisher. Remove it.")
     if kind == "gram" and labels != "expected":
@@ -153,7 +149,7 @@ def _check_output(given: str, output: str | None, kind: str, overwrite: bool) ->
     else:
         target = Path(output)
     if target.suffix != ".safetensors":
-        raise ConfigurationError(f"output: expected a file ending in .safetensors, got {target}. Rename it.")
+        raise ConfigurationError(f"output: expected a file ending in .safetensors, got {target}.")
     if target.resolve() == source.resolve():
         raise ConfigurationError(f"output: expected another file than the input, got {target}. Choose another name.")
     if target.exists() and not overwrite:
@@ -163,34 +159,36 @@ def _check_output(given: str, output: str | None, kind: str, overwrite: bool) ->
     return target
 
 
-def _data_of(task: str, data: TaskDataModule | None, module: FineTuneModule) -> Any:
-    """The task's data module, ready for the module and without augmentation; the given one is not changed."""
+def _data_of(task: str, data: TaskDataModule | None) -> TaskDataModule:
+    """The task's data module."""
     from lit_merge.data import TaskDataModule
 
     if data is None and not task:
         raise ConfigurationError(
             "data: expected the task's images, as the file does not name an embedded task, got none. Set data."
         )
-    own: Any = TaskDataModule(task=task) if data is None else copy.copy(data)
+    own = TaskDataModule(task=task) if data is None else data
     if task and own.name != task:
         raise ConfigurationError(
             f"data: expected images of the vector's task {task!r}, got {own.name!r}. "
             "Give that task's data, or name it so (data.name)."
         )
-    own.augment, own.served, own.datasets = False, module, {}
     return own
 
 
-def _loader(data: Any, split: str, images: int | None, seed: int) -> DataLoader[Any]:
+def _loader(data: TaskDataModule, module: Any, split: str, images: int | None, seed: int) -> DataLoader[Any]:
     """Batches of images drawn from a split, each at most once."""
-    data.prepare_data()
-    data.setup(_STAGES[split])
-    whole = data.evaluation_loader(split)
-    order = torch.randperm(len(whole.dataset), generator=torch.Generator().manual_seed(seed)).tolist()
+    data.source.prepare()
+    examples = data.examples(split, module)
+    order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed)).tolist()
     return DataLoader(
-        whole.dataset,
-        batch_size=min(whole.batch_size, len(order)) or 1,
-        sampler=order if images is None else order[:images],
-        num_workers=whole.num_workers,
-        collate_fn=whole.collate_fn,
+        examples,
+        batch_size=min(data.evaluation_batch_size, len(order)),
+        sampler=order[:images],
+        num_workers=data.workers,
+        collate_fn=_as_it_is,
     )
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch

@@ -13,6 +13,7 @@ from lit_merge.errors import ConfigurationError, DataError
 from lit_merge.evaluation.statistics.examples import examples
 from lit_merge.functional.evaluation import evaluating
 from lit_merge.params import Params, check_finite, working_dtype
+from lit_merge.transforms.base import one_of
 
 __all__ = ["LABELS", "collect_fisher"]
 
@@ -55,8 +56,7 @@ def collect_fisher(
         DataError: there is no image, or one without a label where labels are asked for.
         NonFiniteError: a value is NaN or infinite.
     """
-    if labels not in LABELS:
-        raise ConfigurationError(f"labels: expected {' or '.join(LABELS)}, got {labels!r}. Use one of them.")
+    one_of("labels", labels, LABELS)
     parameters = {name: value for name, value in module.named_parameters() if value.is_floating_point()}
     totals = {
         name: torch.zeros_like(value, dtype=working_dtype(value.dtype), requires_grad=False)
