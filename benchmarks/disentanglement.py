@@ -188,7 +188,7 @@ def main() -> None:
         vectors = {kind: [fit(task, kind == "linearised") for task in PAIR] for kind in options.kinds}
     module = MultiTaskModule().eval()
     data = MultiTaskDataModule(tasks=list(PAIR))
-    known = task_images(data, PAIR, "test", module.preprocessing, options.images, 0, 256, Processes())
+    known = task_images(data, PAIR, "test", module, options.images, 0, 256, Processes())
     images = (known[PAIR[0]], known[PAIR[1]])
     heads = [module.make_head(own) for own in images]
     for own in images:
