@@ -108,9 +108,14 @@ def _publish(results: dict[str, Any], directory: Path) -> dict[str, Any]:
     if any(not math.isfinite(value) for value in results["zero_shot"].values()):
         raise LitMergeError("results: expected finite accuracies, got NaN for the zero-shot model.")
     loaded = Results.from_dict(results)
-    write_text(directory / "results.json", json.dumps(results, indent=2) + "\n")
-    results_figure(loaded, directory / "results.png")
-    report(str(directory))
+    path, text = directory / "results.json", json.dumps(results, indent=2) + "\n"
+    drawn = [directory / name for name in _OUTCOME if name != path.name]
+    if not all(one.is_file() for one in (path, *drawn)) or path.read_text(encoding="utf-8") != text:
+        for one in drawn:  # which would be taken for those of these results if this is interrupted
+            one.unlink(missing_ok=True)
+        write_text(path, text)
+        results_figure(loaded, directory / "results.png")
+        report(str(directory))
     console = Console()
     console.print(accuracy_table(loaded))
     console.print(accuracy_table(loaded, normalised=True))
