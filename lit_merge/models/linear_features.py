@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import IO, Any
@@ -61,8 +62,7 @@ class LinearFeatures:
         unknown = [name for name in coefficients if name not in self.tangents]
         if unknown:
             raise ConfigurationError(
-                f"coefficients: expected names among {', '.join(self.tangents) or 'none'}, got {first_few(unknown)}. "
-                "Ask the cache for these directions."
+                f"coefficients: expected names among {', '.join(self.tangents) or 'none'}, got {first_few(unknown)}."
             )
         return self.value + sum(factor * self.tangents[name] for name, factor in coefficients.items())
 
@@ -111,7 +111,7 @@ class LinearFeatureCache:
         self._inputs = inputs or (lambda batch: batch.inputs)
         self._cache = Cache("linear_features", folder)
         self._identity = [_layout(network), fingerprint({**parameters, **dict(network.named_buffers())})]
-        self._digests: dict[str, str] = {}
+        self._digest = cache(lambda name: fingerprint(self._directions[name]))
 
     def of(self, loader: Any, names: Iterable[str] | None = None) -> LinearFeatures:
         """Features of all images of a loader; the network runs only for what is not in the cache.
@@ -134,8 +134,7 @@ class LinearFeatureCache:
         unknown = [name for name in chosen if name not in self._directions]
         if unknown:
             raise ConfigurationError(
-                f"directions: expected names among {', '.join(self._directions) or 'none'}, got {first_few(unknown)}. "
-                "Give them to the cache when it is made."
+                f"directions: expected names among {', '.join(self._directions) or 'none'}, got {first_few(unknown)}."
             )
         _check_images(loader.dataset)
         device = next(self._network.parameters()).device
@@ -153,11 +152,6 @@ class LinearFeatureCache:
                 self._cache.write_tensors(key, found[key])
         tangents = {name: found[key]["tangent"] for name, key in keys.items()}
         return LinearFeatures(found[base]["value"], tangents, found[base]["labels"])
-
-    def _digest(self, name: str) -> str:
-        if name not in self._digests:
-            self._digests[name] = fingerprint(self._directions[name])
-        return self._digests[name]
 
     @torch.no_grad()
     def _compute(

@@ -1,14 +1,9 @@
 """LoRA: training low-rank updates whose task vector is dense, under the encoder's own names (Hu et al. 2022).
 
-The updates are those of the ``peft`` library (shapes, initialisation, scale), but they act through torch's
-parametrisations: whoever reads an adapted weight reads W0 + α/r · B A, be it the layer itself, another module or a
-fused kernel. peft wraps layers instead. Its wrapper of ``nn.MultiheadAttention``, which open_clip's transformers are
-made of, counts the update of the output projection twice (0.21.2; its pull request 3774), replaces and rounds the
-frozen weights in every forward pass, cannot adapt one projection without the other and ignores dropout; and a linear
-layer whose weight is read from outside (timm's BEiT and EVA, torchvision's Swin) it leaves untrained without a word.
-
-The price: an adapted weight is computed in every forward pass and gets a dense gradient in the backward pass, one layer
-after the other. The optimiser holds the factors alone.
+The updates are those of the ``peft`` library (shapes, initialisation, scale), but act through torch's parametrisations:
+whoever reads an adapted weight reads W0 + α/r · B A, be it the layer, another module or a fused kernel. peft wraps
+layers: of ``nn.MultiheadAttention`` it counts the output projection's update twice (0.21.2; its pull request 3774), and
+a layer whose weight is read from outside (timm's BEiT and EVA, torchvision's Swin) it leaves untrained without a word.
 """
 
 from __future__ import annotations
@@ -55,17 +50,11 @@ class LoRA:
 
     def __post_init__(self) -> None:
         if type(self.rank) is not int or self.rank < 1:
-            raise ConfigurationError(
-                f"LoRA.rank: expected an integer of at least 1, got {self.rank!r}. Change this setting."
-            )
+            raise ConfigurationError(f"LoRA.rank: expected an integer of at least 1, got {self.rank!r}.")
         if type(self.alpha) not in (int, float) or not 0 < self.alpha < math.inf:
-            raise ConfigurationError(
-                f"LoRA.alpha: expected a positive number, got {self.alpha!r}. Change this setting."
-            )
+            raise ConfigurationError(f"LoRA.alpha: expected a positive number, got {self.alpha!r}.")
         if type(self.dropout) not in (int, float) or not 0 <= self.dropout < 1:
-            raise ConfigurationError(
-                f"LoRA.dropout: expected a number in [0, 1), got {self.dropout!r}. Change this setting."
-            )
+            raise ConfigurationError(f"LoRA.dropout: expected a number in [0, 1), got {self.dropout!r}.")
 
     def inject(self, encoder: nn.Module) -> tuple[str, ...]:
         """Freeze an encoder and give its selected weights updates, which are zero; in place.
@@ -85,9 +74,7 @@ class LoRA:
                 is as it was.
         """
         if next(_adapted(encoder), None) is not None:
-            raise ConfigurationError(
-                "LoRA: expected an encoder without LoRA, got one that has it already. Inject it once."
-            )
+            raise ConfigurationError("LoRA: expected an encoder without LoRA, got one that has it already.")
         weights = dict(encoder.named_parameters())
         names = (self.on or Attention(1))(weights)
         _check_adaptable(names, weights, encoder)

@@ -37,13 +37,7 @@ __all__ = ["Base", "ClipNetwork", "FileBase", "ModuleNetwork", "Network", "TaskW
 
 
 class TaskWords(Protocol):
-    """What a head is made from: the part of a task that has nothing to do with its examples.
-
-    Attributes:
-        name: the task's name.
-        classes: class names, in the order of the targets; empty for a task without classes.
-        templates: texts with one ``{}`` for a class name.
-    """
+    """What a head is made from: the part of a task that has nothing to do with its examples."""
 
     @property
     def name(self) -> str:
@@ -51,11 +45,11 @@ class TaskWords(Protocol):
 
     @property
     def classes(self) -> Sequence[str]:
-        """Class names, in the order of the targets."""
+        """Class names, in the order of the targets; empty for a task without classes."""
 
     @property
     def templates(self) -> Sequence[str]:
-        """Texts with one ``{}``."""
+        """Texts with one ``{}`` for a class name."""
 
 
 class Base(ABC):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from functools import partial
 from typing import Any
 
 import torch
@@ -67,7 +66,7 @@ class Parametrisation(ABC):
         """τ = θ − θ0 as it is now, on the CPU, in θ0's dtype, under the network's own names.
 
         By default θ is what the modules read under these names, through torch's parametrisations where they have some;
-        computed tensor by tensor when it is read.
+        computed tensor by tensor when it is read: take a ``dict`` of it to keep it.
         """
         initial = self.initial_parameters
         structure = {name: (value.shape, value.dtype) for name, value in initial.items()}
@@ -150,13 +149,9 @@ class Direct(Parametrisation):
         self._elsewhere: frozenset[str] | None = frozenset()
         return module
 
-    def task_vector(self) -> Mapping[str, Tensor]:
-        """See :class:`Parametrisation`; computed tensor by tensor when it is read: take a ``dict`` of it to keep it."""
-        return _departure(self._initial, self.encoder)
-
     def load_parameters(self, parameters: Mapping[str, Tensor]) -> None:
         """See :class:`Parametrisation`."""
-        _copy(self.encoder, parameters)
+        super().load_parameters(parameters)
         self._elsewhere = None
 
     def restored(self) -> None:
@@ -274,15 +269,19 @@ class LowRank(Parametrisation):
         self.lora.inject(module)
         return module
 
-    def task_vector(self) -> Mapping[str, Tensor]:
-        """See :class:`Parametrisation`; computed tensor by tensor when it is read."""
-        return _departure(self._initial, self.encoder)
+    @torch.no_grad()
+    def _departed(self, name: str) -> Tensor:
+        start, update = self._initial[name], update_of(self.encoder, name)
+        departure = own_parameters(self.encoder)[name].cpu().to(start.dtype) - start
+        return departure if update is None else departure + update.cpu()
 
+    @torch.no_grad()
     def load_parameters(self, parameters: Mapping[str, Tensor]) -> None:
         """See :class:`Parametrisation`; the updates begin again at zero."""
         check_same_structure(self._initial, parameters, "weights")
         clear_updates(self.encoder)
-        _copy(self.encoder, parameters)
+        for name, value in own_parameters(self.encoder).items():
+            value.copy_(parameters[name])
 
     def __repr__(self) -> str:
         return f"LowRank({self.lora!r})"
@@ -322,23 +321,3 @@ def parametrisation_of(
             raise ConfigurationError(f"lora and {given[0]}: expected one of them, got both: {reason}")
         return LowRank(lora)
     return Linearised(trainable) if linearized else Direct(trainable)
-
-
-def _copy(encoder: nn.Module, parameters: Mapping[str, Tensor]) -> None:
-    own = own_parameters(encoder)
-    check_same_structure(own, parameters, "weights")
-    with torch.no_grad():
-        for name, value in own.items():
-            value.copy_(parameters[name])
-
-
-def _departure(initial: Params, encoder: nn.Module) -> Computed:
-    """τ of an encoder whose parameters are its own, perhaps with updates."""
-    structure = {name: (value.shape, value.dtype) for name, value in initial.items()}
-    return Computed(structure, partial(_departed, initial, encoder, own_parameters(encoder)))
-
-
-def _departed(initial: Params, encoder: nn.Module, own: Mapping[str, Tensor], name: str) -> Tensor:
-    departure = own[name].detach().cpu().to(initial[name].dtype) - initial[name]
-    update = update_of(encoder, name)
-    return departure if update is None else departure + update.cpu()

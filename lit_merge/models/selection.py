@@ -44,8 +44,7 @@ class Selection(ABC):
         selected = tuple(filter(self.selects(names), names))
         if not selected:
             raise ConfigurationError(
-                f"{self!r}: expected to select some parameters, got none of {_count(names)}. "
-                "Choose another selection."
+                f"{self!r}: expected to select some parameters, got none of {_count(names)}. Choose another selection."
             )
         return selected
 
@@ -123,9 +122,7 @@ class LastBlocks(Selection):
     def __post_init__(self) -> None:
         if (self.count is None) == (self.fraction is None):
             got = "neither" if self.count is None else f"count={self.count!r} and fraction={self.fraction!r}"
-            raise ConfigurationError(
-                f"LastBlocks: expected either count or fraction, got {got}. Set exactly one of them."
-            )
+            raise ConfigurationError(f"LastBlocks: expected either count or fraction, got {got}.")
         if self.count is not None and (not _is_a(int, self.count) or self.count < 1):
             raise ConfigurationError(f"LastBlocks.count: expected an integer of at least 1, got {self.count!r}.")
         if self.fraction is not None and (not _is_a(Real, self.fraction) or not 0 < self.fraction <= 1):

@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,10 @@ from lit_merge.errors import ConfigurationError, FileFormatError
 from lit_merge.models.weights import open_weights
 from lit_merge.params import fingerprint
 
-__all__ = ["NOT_TEXT", "TextArchitecture", "TextTower", "is_text"]
+if TYPE_CHECKING:
+    from lit_merge.models.encoder import Architecture
+
+__all__ = ["NOT_TEXT", "TextTower", "is_text"]
 
 NOT_TEXT = ("visual", "text_decoder")
 """The parts of a whole model, by the first component of their names, that encoding texts does not need."""
@@ -24,24 +27,6 @@ NOT_TEXT = ("visual", "text_decoder")
 def is_text(name: str) -> bool:
     """Whether a tensor of a whole CLIP belongs to its text side."""
     return name.split(".")[0] not in NOT_TEXT
-
-
-class TextArchitecture(Protocol):
-    """What a text tower is built from."""
-
-    @property
-    def name(self) -> str:
-        """The architecture's name."""
-
-    @property
-    def config(self) -> dict[str, Any]:
-        """The model config in open_clip's layout."""
-
-    def tokenizer(self) -> Callable[[Sequence[str]], Tensor]:
-        """Build the tokenizer, texts -> token indices ``[N, context length]``."""
-
-    def load_text(self, state: dict[str, Tensor], what: str) -> nn.Module:
-        """Build the tower with the weights of ``state``."""
 
 
 class TextTower:
@@ -53,7 +38,7 @@ class TextTower:
         module: the text tower, already built.
     """
 
-    def __init__(self, architecture: TextArchitecture, path: Path | None, module: nn.Module | None = None) -> None:
+    def __init__(self, architecture: Architecture, path: Path | None, module: nn.Module | None = None) -> None:
         self._architecture = architecture
         self._path = path
         self._module = module
@@ -70,7 +55,7 @@ class TextTower:
     def logit_scale(self) -> float:
         """The learned factor of the cosine similarities, ``exp`` of the stored parameter."""
         if self._logit_scale is None:
-            scale = self.state("logit_scale").get("logit_scale")
+            scale = self.tensors().get("logit_scale")
             if scale is None:
                 raise FileFormatError(
                     f"{self._path}: expected a whole CLIP with logit_scale, got none. Use a file with the text side."
@@ -82,7 +67,7 @@ class TextTower:
     def fingerprint(self) -> str:
         """16 hexadecimal digits of the text weights (float32) and of the config that decides what they compute."""
         if self._fingerprint is None:
-            state = {name: tensor.float() for name, tensor in self.state().items() if tensor.is_floating_point()}
+            state = {name: one.float() for name, one in self.tensors().items() if one.is_floating_point()}
             config = {name: value for name, value in self._architecture.config.items() if name != "vision_cfg"}
             digest = hashlib.sha256(fingerprint(state).encode())
             digest.update(json.dumps(config, sort_keys=True).encode())
@@ -127,20 +112,12 @@ class TextTower:
             _ = self.logit_scale, self.fingerprint
         self._module = None
 
-    def state(self, only: str | None = None) -> dict[str, Tensor]:
-        """The tensors of the text side under their names in a whole CLIP, from the file if there is one.
-
-        Args:
-            only: read just this entry.
+    def tensors(self) -> Mapping[str, Tensor]:
+        """The text side under its names in a whole CLIP; from the file, each when it is asked for, if there is one.
 
         Raises:
             ConfigurationError: the tower was random and has been dropped.
         """
-        tensors = self.tensors()
-        return {name: tensors[name] for name in tensors if only is None or name == only}
-
-    def tensors(self) -> Mapping[str, Tensor]:
-        """As :meth:`state`, but from a file each tensor is read when it is asked for."""
         # The file comes first, so that the fingerprint does not depend on whether the tower is loaded.
         if self._path is not None:
             return open_weights(self._path, is_text)
@@ -152,7 +129,7 @@ class TextTower:
         return self._module.state_dict()
 
     def _load(self) -> nn.Module:
-        state = self.state()
+        state = dict(self.tensors())
         if not any(name.startswith(("transformer.", "text.")) for name in state):
             raise FileFormatError(
                 f"{self._path}: expected a whole CLIP, whose text tower makes the heads, got one without text "

@@ -202,7 +202,7 @@ def test_fractions_that_floating_point_does_not_have(layers):
 )
 def test_either_count_or_fraction(settings, got):
     assert refusal(LastBlocks, **settings) == (
-        f"LastBlocks: expected either count or fraction, got {got}. Set exactly one of them."
+        f"LastBlocks: expected either count or fraction, got {got}."
     )
 
 

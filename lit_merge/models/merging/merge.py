@@ -56,20 +56,7 @@ class Planned:
 class Merge:
     """An opened base and opened inputs, from which any chain can be planned and written; no tensor is read before.
 
-    Args:
-        vectors: task vector files or fine-tuned weights.
-        output: file to write, ending in .safetensors, or a folder.
-        model: the CLIP that the vectors start from.
-        pretrained: its weights.
-        network: instead of both, any network.
-        base: instead of all of these, the weights of any base model.
-        kind: whether whole weights or the merged task vector are written.
-        dtype: of the stored tensors; by default float32, for weights made with ``base`` each tensor's own.
-        tasks: names of the vectors, in order; by default their own.
-        shard_size: of an output folder, e.g. ``2GB``.
-        device: where stacks are computed.
-        linearized: whether the vectors are merged for the encoder's tangent at θ0.
-        verify: read all inputs once, and compare them with the digests in their headers.
+    The arguments are the settings of ``lit-merge merge``, which ``lit-merge merge --help_all`` explains.
 
     Attributes:
         base: the base model, opened once.
