@@ -590,6 +590,24 @@ def test_the_card_is_not_replaced_unasked(files, tmp_path):
     assert (tmp_path / "m.md").read_text() != "mine"
 
 
+def test_whoever_sees_the_merge_sees_its_settings(files, tmp_path, monkeypatch, capsys):
+    """An interrupt right after the tensors have their name leaves everything that goes with them."""
+    real = Path.replace
+
+    def replace(self, target):
+        moved = real(self, target)
+        if Path(target) == tmp_path / "m.safetensors":
+            raise KeyboardInterrupt
+        return moved
+
+    monkeypatch.setattr(Path, "replace", replace)
+    vectors = "[" + ", ".join(files["vectors"]) + "]"
+    arguments = ["--base", files["base"], "--vectors", vectors, "--recipe", "weight_average"]
+    assert main(["merge", *arguments, "--output", str(tmp_path / "m.safetensors")]) == 130
+    assert "interrupted" in capsys.readouterr().err
+    assert {"m.safetensors", "m.md", "m-merge.yaml"} <= set(left(tmp_path))
+
+
 def test_indices_are_moved_last_and_the_card_first(files, tmp_path, monkeypatch):
     moved = []
     real = Path.replace
