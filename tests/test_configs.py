@@ -40,8 +40,10 @@ def named(path: Path) -> str:
 
 
 def missing(part: Any, whole: Any, place: str = "") -> list[str]:
-    """Where ``whole`` lacks what ``part`` says; classes may be named by another of their paths."""
+    """Where ``whole`` lacks what ``part`` says; classes may be named by another of their paths, or not at all."""
     if isinstance(part, dict) and isinstance(whole, dict):
+        if "class_path" in whole and "class_path" not in part:
+            whole = whole["init_args"]
         return [found for key in part for found in missing(part[key], whole.get(key), f"{place}.{key}")]
     if isinstance(part, list) and isinstance(whole, list) and len(part) == len(whole):
         return [found for index, item in enumerate(part) for found in missing(item, whole[index], f"{place}.{index}")]
