@@ -201,9 +201,7 @@ def test_fractions_that_floating_point_does_not_have(layers):
     [({}, "neither"), ({"count": 1, "fraction": 0.5}, "count=1 and fraction=0.5"), ({"behind": False}, "neither")],
 )
 def test_either_count_or_fraction(settings, got):
-    assert refusal(LastBlocks, **settings) == (
-        f"LastBlocks: expected either count or fraction, got {got}."
-    )
+    assert refusal(LastBlocks, **settings) == (f"LastBlocks: expected either count or fraction, got {got}.")
 
 
 @pytest.mark.parametrize("count", [0, -1, 1.0, True, "2"])

@@ -543,9 +543,7 @@ def test_merged_parameters_refuse_at_once():
         merged_parameters(base, TaskVectors([vector, vector]))
     with pytest.raises(StructureMismatchError, match=r"parameters of the base model, got 2 unexpected \(bias, scale\)"):
         merged_parameters({"weight": base["weight"]}, vector)
-    with pytest.raises(
-        StructureMismatchError, match=r"got 1 of another shape \(bias \(3,\) instead of \(1,\)\)"
-    ):
+    with pytest.raises(StructureMismatchError, match=r"got 1 of another shape \(bias \(3,\) instead of \(1,\)\)"):
         merged_parameters({**base, "bias": torch.zeros(1)}, vector)
     with pytest.raises(StructureMismatchError, match=r"expected a floating-point base, got bias \(torch\.int8\)"):
         merged_parameters({**base, "bias": torch.zeros(3, dtype=torch.int8)}, vector)
