@@ -12,8 +12,8 @@ from collections.abc import Iterable
 from lit_merge.errors import StructureMismatchError
 
 __all__ = [
-    *("Depth", "block_of", "depth_labels", "is_after_blocks", "is_attention", "is_bias", "is_mlp"),
-    "number_of_blocks",
+    *("Depth", "block_of", "depth_labels", "is_after_blocks", "is_attention", "is_bias", "is_buffer", "is_head"),
+    *("is_mlp", "is_running_statistic", "is_vocabulary", "number_of_blocks"),
 ]
 
 # `blocks.3`: a list of blocks or stages, then the index.
@@ -47,6 +47,37 @@ _MLP_OF_BLOCK = frozenset({"fc1", "fc2"})  # BART's, without a component of thei
 # Normalisations and tables of positions within an attention or a feed-forward part.
 _NO_PROJECTION = re.compile(r"(\A|_)((ln|norm|layernorm)(\d|_|\Z)|(relative|position|distance)_)")
 _WEIGHT_OR_BIAS = re.compile(r"(\A|_)(weight|bias)\Z")
+_RUNNING = frozenset({"running_mean", "running_var"})
+# What networks compute when they are built, whether or not a version of a library stores it.
+_BUFFERS = frozenset(
+    {
+        *("position_ids", "token_type_ids", "bbox_position_ids", "inv_freq", "original_inv_freq", "masked_bias"),
+        *("attn_mask", "relative_position_index", "relative_coords_table", "rel_pos_index", "cos_cached", "sin_cached"),
+        *("num_batches_tracked", "input_resolution", "context_length", "vocab_size"),
+    }
+)
+_CAUSAL_MASK = re.compile(r"(\A|\.)h\.\d+\.(attn|attention|attn\.attention)\.bias\Z")  # GPT-2's, GPT-Neo's, GPT-J's
+_TASK_HEAD = frozenset(
+    {
+        *("classifier", "pre_classifier", "classification_head", "score", "qa_outputs", "cls", "lm_head", "v_head"),
+        *("head", "heads", "head_dist", "fc", "final_layer", "sequence_summary", "summary", "span_classifier"),
+        *(
+            "vocab_transform",
+            "vocab_layer_norm",
+            "vocab_projector",
+            "multi_modal_predictor",
+            "discriminator_predictions",
+        ),
+        *("generator_predictions", "generator_lm_head", "multiple_choice_head", "regression_head", "reward_head"),
+    }
+)
+_VOCABULARY = frozenset(
+    {
+        *("embed_tokens", "word_embeddings", "wte", "shared", "token_embedding", "tok_embeddings", "lm_head"),
+        *("embed_in", "embed_out", "token_embd", "output_embeddings"),
+    }
+)
+_VOCABULARY_BIAS = re.compile(r"(\A|\.)(cls\.predictions\.(decoder\.)?(weight|bias)|final_logits_bias)\Z")
 
 
 class Depth:
@@ -203,6 +234,50 @@ def is_bias(name: str) -> bool:
     """Whether a parameter is a bias: ``out_proj.bias`` and ``in_proj_bias`` alike."""
     leaf = name.rpartition(".")[2]
     return leaf == "bias" or leaf.endswith("_bias")
+
+
+def is_running_statistic(name: str) -> bool:
+    """Whether a tensor is a batch normalisation's running mean or variance: a measurement, no parameter.
+
+    Examples:
+        >>> is_running_statistic("layer1.0.bn1.running_var"), is_running_statistic("layer1.0.bn1.weight")
+        (True, False)
+    """
+    return name.rpartition(".")[2] in _RUNNING
+
+
+def is_buffer(name: str) -> bool:
+    """Whether a tensor is one that networks compute when they are built, and libraries store or not.
+
+    Examples:
+        >>> is_buffer("embeddings.position_ids"), is_buffer("h.0.attn.bias"), is_buffer("h.0.attn.c_attn.bias")
+        (True, True, False)
+    """
+    return name.rpartition(".")[2] in _BUFFERS or _CAUSAL_MASK.search(name) is not None
+
+
+def is_head(name: str) -> bool:
+    """Whether a parameter outside the blocks belongs to a head that tasks have of their own.
+
+    Examples:
+        >>> is_head("classifier.weight"), is_head("fc.bias"), is_head("cls.predictions.bias")
+        (True, True, True)
+        >>> is_head("encoder.layer.0.output.dense.weight"), is_head("embeddings.word_embeddings.weight")
+        (False, False)
+    """
+    return block_of(name) is None and any(part in _TASK_HEAD for part in name.split(".")[:-1])
+
+
+def is_vocabulary(name: str) -> bool:
+    """Whether the rows of a parameter are those of a vocabulary: a table of tokens, or the head that predicts them.
+
+    Examples:
+        >>> is_vocabulary("model.embed_tokens.weight"), is_vocabulary("lm_head.weight"), is_vocabulary("wpe.weight")
+        (True, True, False)
+    """
+    parts = name.split(".")
+    of_table = len(parts) > 1 and parts[-2] in _VOCABULARY
+    return block_of(name) is None and (of_table or _VOCABULARY_BIAS.search(name) is not None)
 
 
 def _find_block(parts: list[str]) -> tuple[int, int] | None:
