@@ -228,7 +228,8 @@ def _plain(value: Any) -> Any:
 
 
 def _import_path(item: Any) -> str:
-    """The shortest public import path of a class or function: its package's if that exposes it, else its module's."""
-    package = item.__module__.rpartition(".")[0]
-    public = getattr(sys.modules.get(package), item.__qualname__, None) is item
-    return f"{package if public else item.__module__}.{item.__qualname__}"
+    """The shortest public import path of a class or function: that of the first package above it that exposes it."""
+    names = item.__module__.split(".")
+    packages = (".".join(names[:depth]) for depth in range(1, len(names)))
+    public = (one for one in packages if getattr(sys.modules.get(one), item.__qualname__, None) is item)
+    return f"{next(public, item.__module__)}.{item.__qualname__}"
