@@ -12,7 +12,7 @@ import json
 import os
 import posixpath
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -173,12 +173,13 @@ def address_entry(path: str | None) -> dict[str, str]:
     return {} if path is None or parse_address(path) is None else {"address": path}
 
 
-def fetch(address: Address, everything: bool = False) -> Snapshot:
+def fetch(address: Address, everything: bool = False, also: Callable[[str], bool] | None = None) -> Snapshot:
     """Bring what an address stands for into the cache.
 
     Args:
         address: what to bring.
         everything: of a folder or repository all files, rather than those of the one model in it.
+        also: which files of the folder or repository, by their paths in it, besides those of the one model.
 
     Raises:
         HubError: it cannot be reached or read, or (without ``everything``) there is not one model in the folder.
@@ -195,6 +196,10 @@ def fetch(address: Address, everything: bool = False) -> Snapshot:
                 raise
             offline, listing = error, _cached_listing(address, error)
         names = _choose(address, listing, everything)
+        if also is not None and address.path not in listing:
+            start = f"{address.path}/" if address.path else ""
+            inside = [name for name in listing if name.startswith(start) and also(name.removeprefix(start))]
+            names = list(dict.fromkeys([*names, *inside]))
         folder = _download(address, names, offline)
         if not everything and (shards := _shards(folder, names, listing)):
             names += shards

@@ -18,6 +18,7 @@ __all__ = ["remove_abandoned", "staged"]
 
 _STAGING = re.compile(r"\.[0-9a-f]{16}\.temporary")
 _OWNER = ".owner"  # locked for as long as the process that stages is alive
+_INDEX = ".safetensors.index.json"
 _LONG = 24 * 3600.0  # seconds after which what nobody can be asked about is abandoned
 
 
@@ -29,6 +30,8 @@ def staged(
     size: int | None = None,
 ) -> Iterator[Path]:
     """A temporary folder whose files are moved into ``folder`` at the end, or of which nothing is left.
+
+    Files in folders inside it are moved into folders of the same names.
 
     Folders that killed commands have left in the same place are removed first.
 
@@ -56,14 +59,19 @@ def staged(
             remove_abandoned(folder)
             with writing(folder, size):
                 yield temporary
-            files = sorted((path for path in temporary.iterdir() if path.name != _OWNER), key=last)  # type: ignore[arg-type]
+            files = sorted((path for path in temporary.rglob("*") if _is_staged(path)), key=last)  # type: ignore[arg-type]
             with writing(folder):
-                names = {file.name for file in files}
+                targets = {path: folder / path.relative_to(temporary) for path in files}
+                replaced = set(targets.values())
+                for target in replaced:
+                    created[:0] = [place for place in target.parents if not place.exists()]
+                    target.parent.mkdir(parents=True, exist_ok=True)
                 for path in stale:
-                    if path.name not in names or path.name.endswith(".json"):  # an index first: it names the others
+                    if path not in replaced or path.name.endswith(_INDEX):  # which names the others
                         path.unlink()
-                for path in files:
-                    path.replace(folder / path.name)
+                        _remove_empty(path.parent, folder)
+                for path, target in targets.items():
+                    path.replace(target)
         shutil.rmtree(temporary)
     except BaseException as error:  # an interrupt included
         shutil.rmtree(temporary, ignore_errors=True)
@@ -73,6 +81,17 @@ def staged(
             with contextlib.suppress(OSError):
                 place.rmdir()
         raise
+
+
+def _is_staged(path: Path) -> bool:
+    return path.is_file() and path.name != _OWNER
+
+
+def _remove_empty(place: Path, folder: Path) -> None:
+    """Remove a folder inside ``folder`` from which the last file has gone."""
+    with contextlib.suppress(OSError):
+        if place != folder:
+            place.rmdir()
 
 
 def remove_abandoned(folder: Path) -> None:
