@@ -1,0 +1,286 @@
+"""What is legal in a merge and known to ruin it, said with numbers before the work is done.
+
+The numbers are those of a sample: a few thousand elements of a number of tensors, the same ones of every vector.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass
+from itertools import combinations
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lit_merge.checkpoints.vocabulary import differing_tokens, vocabulary_of
+from lit_merge.errors import FileFormatError, StructureMismatchError, first_few
+from lit_merge.files.lazy import LazyMapping
+from lit_merge.files.store import LazyTensors
+from lit_merge.models.merging.inputs import Input
+from lit_merge.models.merging.rounding_loss import RoundingLoss, is_narrow
+from lit_merge.models.network import Base
+from lit_merge.transforms import Transform
+from lit_merge.vectors import TaskVector
+from lit_merge.vectors.statistics import StatisticsFiles
+
+__all__ = ["Cautions", "cautions_of", "rounding_caution", "written_cautions"]
+
+_TENSORS = 128  # that are sampled; those of a model with more are chosen by a hash of their names
+_PLACES = 4  # in a tensor, evenly spread
+_ELEMENTS = 512  # at each of them
+_LOST = 0.05  # of ‖τ‖, from which on rounding is warned of
+_RATIO = 3.0  # of norms
+
+
+@dataclass(frozen=True)
+class Cautions:
+    """What a merge is warned of before it is done, one line each.
+
+    Attributes:
+        lasting: what stays true of the outcome, and goes into its header and card.
+        estimates: what is known exactly as soon as it is written, and then said by :func:`written_cautions`.
+    """
+
+    lasting: tuple[str, ...] = ()
+    estimates: tuple[str, ...] = ()
+
+    @property
+    def lines(self) -> tuple[str, ...]:
+        """All of them."""
+        return (*self.lasting, *self.estimates)
+
+
+@dataclass(frozen=True)
+class _Sample:
+    """Some elements of a vector: per tensor its number of elements, and the values, in float32 or better."""
+
+    label: str
+    sizes: Mapping[str, int]
+    values: Mapping[str, Tensor]
+    every: int  # elements of all tensors, sampled or not
+
+    @property
+    def norm(self) -> float:
+        """An estimate of ‖τ‖; exact if all elements were read."""
+        squares = {name: float(one.double().square().mean()) * self.sizes[name] for name, one in self.values.items()}
+        seen = sum(self.sizes.values())
+        return math.sqrt(math.fsum(squares.values()) * self.every / seen) if seen else 0.0
+
+    @property
+    def count(self) -> int:
+        """Elements that were read."""
+        return sum(one.numel() for one in self.values.values())
+
+    def equals(self, other: _Sample) -> bool:
+        """Whether all elements are the same, and not all of them zero."""
+        same = self.values.keys() == other.values.keys() and all(
+            torch.equal(one, other.values[name]) for name, one in self.values.items()
+        )
+        return same and any(bool(one.any()) for one in self.values.values())
+
+
+def cautions_of(inputs: Sequence[Input], base: Base, stored: Callable[[str], torch.dtype] | None = None) -> Cautions:
+    """Look at a sample of the inputs, and at the tokenizers beside them.
+
+    Args:
+        inputs: what is merged.
+        base: θ0.
+        stored: parameter -> dtype that θ0 + τ is to be stored in; None where τ itself is written.
+    """
+    names = _chosen([one.vector for one in inputs])
+    samples = [_sample(one.vector, names, _label(one)) for one in inputs]
+    lasting = [*_repeated(inputs, samples), *_norms(samples), *_tokenizers(inputs, base)]
+    estimates = [] if stored is None else _estimated_losses(inputs, samples, base, stored)
+    return Cautions(tuple(lasting), tuple(estimates))
+
+
+def statistics_cautions(transform: Transform, vectors_fingerprint: str, base_fingerprint: str) -> list[str]:
+    """Refuse statistics of another base, and say of which it is not known.
+
+    Args:
+        transform: the chain, whose parts may read files of statistics.
+        vectors_fingerprint: of the base that the vectors name, which the parts compare themselves; "" if unknown.
+        base_fingerprint: of the base that is merged into; "" if it is not known.
+
+    Raises:
+        StructureMismatchError: statistics were collected from models of another base.
+    """
+    found: list[str] = []
+    for files in _statistics_in(transform):
+        for task, path in files.items():
+            known = LazyTensors(path).metadata.get("base_fingerprint", "")
+            expected = vectors_fingerprint or base_fingerprint
+            if known and expected and known != expected:
+                raise StructureMismatchError(
+                    f"{path}: expected statistics for the base model of this merge (fingerprint {expected}), got "
+                    f"fingerprint {known}. Collect them from a model of this base."
+                )
+            if not known or not expected:
+                whose = "the statistics do" if not known else "the vectors do"
+                found.append(
+                    f"{path}: whether these statistics of {task} are of the same base model is not known, as {whose} "
+                    "not say; those of another one ruin the merge."
+                )
+    return found
+
+
+def rounding_caution(what: str, dtypes: Sequence[torch.dtype], loss: RoundingLoss, estimated_on: int = 0) -> str:
+    """A line about what rounding takes; empty if it is little.
+
+    Args:
+        what: is written, or would be.
+        dtypes: that it is stored in.
+        loss: in numbers.
+        estimated_on: how many elements they are from; 0 for all.
+    """
+    if loss.lost <= _LOST:
+        return ""
+    named = " and ".join(sorted({str(one).removeprefix("torch.") for one in dtypes}))
+    return _loss_line(what, named, loss.lost, loss.share_unchanged, estimated_on)
+
+
+def written_cautions(header: Mapping[str, str], what: str) -> list[str]:
+    """The warnings that a written file's header holds, with the exact loss by rounding among them."""
+    try:
+        listed = json.loads(header.get("warnings", "[]"))
+    except (ValueError, RecursionError):
+        listed = []
+    found = [one for one in listed if isinstance(one, str)] if isinstance(listed, list) else []
+    lost, unchanged = RoundingLoss.read(header.get("rounding", ""))
+    return [*found, *([_loss_line(what, "", lost, unchanged, 0)] if lost > _LOST else [])]
+
+
+def _loss_line(what: str, dtype: str, lost: float, unchanged: float, estimated_on: int) -> str:
+    about, how = ("about ", f" (estimated on {estimated_on:,} elements)") if estimated_on else ("", "")
+    takes = f"takes {about}{100 * lost:.1f} % of ‖τ‖" if lost < 1 else f"adds noise of {about}{lost:.1f} times ‖τ‖"
+    return (
+        f"{what}: rounding {f'to {dtype} ' if dtype else ''}{takes}, and "
+        f"{about}{100 * unchanged:.1f} % of the elements with τ ≠ 0 stay as they are without it{how}. "
+        "Set dtype to float32 to keep all of it."
+    )
+
+
+def _chosen(vectors: Sequence[TaskVector]) -> list[str]:
+    """The tensors that are sampled, of every vector that has them."""
+    known = dict.fromkeys(name for one in vectors for name in one)
+    if len(known) <= _TENSORS:
+        return sorted(known)
+    return sorted(sorted(known, key=lambda name: hashlib.sha256(name.encode()).digest())[:_TENSORS])
+
+
+def _sample(tensors: LazyMapping, names: Sequence[str], label: str) -> _Sample:
+    present = [name for name in names if name in tensors and tensors.shape(name).numel()]
+    sizes = {name: tensors.shape(name).numel() for name in present}
+    every = sum(tensors.shape(name).numel() for name in tensors)
+    return _Sample(label, sizes, {name: _elements(tensors, name) for name in present}, every)
+
+
+def _elements(tensors: LazyMapping, name: str) -> Tensor:
+    """Elements at a few places of a flattened tensor; all of them if they are few."""
+    count, read = tensors.shape(name).numel(), tensors.slicer(name)
+    dtype = torch.float64 if tensors.dtype(name) == torch.float64 else torch.float32
+    out = torch.empty(min(count, _PLACES * _ELEMENTS), dtype=dtype)
+    for begin, start, stop in _places(count):
+        read(start, stop, out[begin : begin + stop - start])
+    return out
+
+
+def _places(count: int) -> Iterator[tuple[int, int, int]]:
+    """Where a place is in the sample, and its first and last element in the tensor."""
+    if count <= _PLACES * _ELEMENTS:
+        yield 0, 0, count
+        return
+    for number in range(_PLACES):
+        start = number * (count - _ELEMENTS) // (_PLACES - 1)
+        yield number * _ELEMENTS, start, start + _ELEMENTS
+
+
+def _label(one: Input) -> str:
+    return one.vector.task or one.path
+
+
+def _repeated(inputs: Sequence[Input], samples: Sequence[_Sample]) -> Iterator[str]:
+    for (first, own), (second, other) in combinations(zip(inputs, samples, strict=True), 2):
+        digests = [dict(one.digests).get("content_sha256") for one in (first, second)]
+        if digests[0] and digests[0] == digests[1]:
+            how = f"their content has the digest {digests[0][:16]}"
+        elif own.equals(other):
+            how = f"all of {own.count:,} elements that were compared are equal"
+        else:
+            continue
+        names = [f"{_label(one)} ({one.path})" if one.path else _label(one) for one in (first, second)]
+        yield f"{names[0]} and {names[1]} are the same vector, {how}: it counts twice. Remove one, unless "
+            "that is meant."
+
+
+def _norms(samples: Sequence[_Sample]) -> Iterator[str]:
+    """One line if the longest vector is much longer than the shortest that is not zero."""
+    sizes = [(one.norm, one.label) for one in samples if one.norm]
+    if len(sizes) < 2:
+        return
+    (longest, first), (shortest, second) = max(sizes), min(sizes)
+    if longest > _RATIO * shortest:
+        yield (
+            f"‖τ‖ of {first} is {longest:.3g}, {longest / shortest:.1f} times that of {second}, {shortest:.3g} "
+            f"(estimated on {samples[0].count:,} elements each): what is merged is mostly {first}. Scale the vectors, "
+            "e.g. by a coefficient per task, or learn coefficients."
+        )
+
+
+def _tokenizers(inputs: Sequence[Input], base: Base) -> Iterator[str]:
+    """Where tokenizers lie beside the base and an input. They only describe: damaged ones refuse nothing."""
+    try:
+        own = vocabulary_of(base.files[0].parent) if base.files else None
+    except FileFormatError as error:
+        yield f"the base's tokenizer cannot be compared: {error}"
+        return
+    for one in inputs if own is not None else ():
+        try:
+            other = vocabulary_of(one.files[0].parent) if one.files else None
+        except FileFormatError as error:
+            yield f"the tokenizer of {_label(one)} cannot be compared: {error}"
+            continue
+        tokens = differing_tokens(own, other) if own is not None and other is not None else []
+        if tokens:
+            yield (
+                f"the tokenizer of {_label(one)} differs from that of the base in {len(tokens):,} tokens "
+                f"({first_few(map(repr, tokens))}) of {len(own or ()):,}: their embeddings are merged with those of "
+                "other tokens. Merge models of one tokenizer."
+            )
+
+
+def _estimated_losses(
+    inputs: Sequence[Input], samples: Sequence[_Sample], base: Base, stored: Callable[[str], torch.dtype]
+) -> Iterator[str]:
+    origin = base.parameters
+    theta: dict[str, Tensor] = {}
+    for one, sample in zip(inputs, samples, strict=True):
+        loss, dtypes = RoundingLoss(), set[torch.dtype]()
+        for name, update in sample.values.items():
+            dtype = stored(name)
+            if not is_narrow(dtype):
+                continue
+            if name not in theta:
+                theta[name] = _elements(origin, name)
+            part = RoundingLoss.of(theta[name], update, (theta[name] + update).to(dtype))
+            loss += part.scaled(sample.sizes[name] / update.numel())
+            dtypes.add(dtype)
+        if line := rounding_caution(_label(one), list(dtypes), loss, sample.count):
+            yield line
+
+
+def _statistics_in(part: Any) -> Iterator[StatisticsFiles]:
+    if isinstance(part, StatisticsFiles):
+        yield part
+    elif isinstance(part, list | tuple):
+        for one in part:
+            yield from _statistics_in(one)
+    elif is_dataclass(part) and not isinstance(part, type):
+        for field in fields(part):
+            yield from _statistics_in(getattr(part, field.name))
+    elif isinstance(part, Transform):
+        yield from _statistics_in(list(vars(part).values()))

@@ -1,0 +1,93 @@
+"""What rounding takes from a task vector when θ0 + τ is stored in a narrow dtype, in numbers."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = ["RoundingLoss", "is_narrow"]
+
+
+def is_narrow(dtype: torch.dtype) -> bool:
+    """Whether a floating-point dtype is narrower than float32."""
+    return dtype.is_floating_point and dtype.itemsize < torch.float32.itemsize
+
+
+@dataclass(frozen=True)
+class RoundingLoss:
+    """Sums over elements; those of several tensors are added by ``+``.
+
+    What is left of τ is what distinguishes the stored model from the base in the same dtype:
+    ``round(θ0 + τ) − round(θ0)``. For θ0 ~ N(0, 1) in bfloat16 and τ of size 1e-3, 80 % of ‖τ‖ is lost.
+
+    Attributes:
+        squared_error: of what is left against τ, summed up.
+        squared_norm: of τ.
+        unchanged: elements with τ ≠ 0 that are stored as if τ were 0.
+        moved: elements with τ ≠ 0.
+    """
+
+    squared_error: float = 0.0
+    squared_norm: float = 0.0
+    unchanged: float = 0
+    moved: float = 0
+
+    @classmethod
+    def of(cls, base: Tensor, update: Tensor, stored: Tensor) -> RoundingLoss:
+        """The sums of one tensor or chunk.
+
+        Args:
+            base: θ0, in any floating-point dtype.
+            update: τ, of the same shape.
+            stored: θ0 + τ as it is stored.
+        """
+        wide = torch.promote_types(update.dtype, torch.float32)
+        update = update.to(stored.device, wide)
+        left = stored.to(wide).sub_(base.to(stored.device, stored.dtype).to(wide))
+        moved = update != 0
+        unchanged = int(torch.count_nonzero(moved & (left == 0)))
+        error = torch.linalg.vector_norm(left.sub_(update), dtype=torch.float64)
+        norm = torch.linalg.vector_norm(update, dtype=torch.float64)
+        return cls(float(error) ** 2, float(norm) ** 2, unchanged, int(torch.count_nonzero(moved)))
+
+    def __add__(self, other: RoundingLoss) -> RoundingLoss:
+        return RoundingLoss(
+            self.squared_error + other.squared_error,
+            self.squared_norm + other.squared_norm,
+            self.unchanged + other.unchanged,
+            self.moved + other.moved,
+        )
+
+    def scaled(self, factor: float) -> RoundingLoss:
+        """The sums of ``factor`` times as many elements of the same kind, for estimates from a sample."""
+        return RoundingLoss(
+            self.squared_error * factor, self.squared_norm * factor, self.unchanged * factor, self.moved * factor
+        )
+
+    @property
+    def lost(self) -> float:
+        """‖round(θ0 + τ) − round(θ0) − τ‖ / ‖τ‖; more than 1 if rounding adds more than τ is. 0 for τ = 0."""
+        return math.sqrt(self.squared_error / self.squared_norm) if self.squared_norm else 0.0
+
+    @property
+    def share_unchanged(self) -> float:
+        """Of the elements with τ ≠ 0, the fraction that is stored as if τ were 0."""
+        return self.unchanged / self.moved if self.moved else 0.0
+
+    def entry(self) -> str:
+        """The entry ``rounding`` of a header: JSON, of fixed length."""
+        lost = min(self.lost, 9.999999e99)  # of two digits in the exponent
+        return f'{{"lost": {lost:.6e}, "unchanged": {self.share_unchanged:.6e}}}'
+
+    @classmethod
+    def read(cls, entry: str) -> tuple[float, float]:
+        """Both numbers of a header's entry; ``(0, 0)`` if it is none."""
+        try:
+            content = json.loads(entry)
+            return float(content["lost"]), float(content["unchanged"])
+        except (ValueError, TypeError, KeyError, RecursionError):
+            return 0.0, 0.0
