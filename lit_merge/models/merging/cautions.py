@@ -213,8 +213,9 @@ def _repeated(inputs: Sequence[Input], samples: Sequence[_Sample]) -> Iterator[s
         else:
             continue
         names = [f"{_label(one)} ({one.path})" if one.path else _label(one) for one in (first, second)]
-        yield f"{names[0]} and {names[1]} are the same vector, {how}: it counts twice. Remove one, unless "
-            "that is meant."
+        yield (
+            f"{names[0]} and {names[1]} are the same vector, {how}: it counts twice. Remove one, unless that is meant."
+        )
 
 
 def _norms(samples: Sequence[_Sample]) -> Iterator[str]:
