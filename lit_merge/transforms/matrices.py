@@ -1,4 +1,8 @@
-"""Reducers that treat every weight as a matrix, and average what is none."""
+"""Reducers that treat every weight as a matrix, and average what is none; singular vectors and values.
+
+What a float cannot tell from zero has no direction: singular values below ``eps · max(m, n)`` times the largest are
+left out, with their vectors, which would be arbitrary.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +14,25 @@ import torch
 from torch import Tensor
 
 from lit_merge.errors import ConfigurationError
+from lit_merge.params import is_finite
 from lit_merge.transforms.base import Transform
 from lit_merge.vectors import TaskVectors
 from lit_merge.vectors.sources import Work
 
-__all__ = ["check_pattern", "decomposition", "reduce_matrices"]
+__all__ = [
+    "Triplets",
+    "check_pattern",
+    "decomposed",
+    "decomposition",
+    "is_matrix",
+    "nearest_orthogonal",
+    "reduce_matrices",
+    "triplets",
+    "work_of_matrices",
+]
+
+Triplets = tuple[Tensor, Tensor, Tensor]
+"""Left singular vectors ``(m, k)``, singular values ``(k,)``, right singular vectors ``(k, n)``."""
 
 
 def check_pattern(transform: Transform, pattern: str | None) -> None:
@@ -47,7 +65,8 @@ def reduce_matrices(
         Stacks ``(1, *shape)``.
     """
     function = partial(_matrices_merged, type(transform).__name__, exclude, merge)
-    return vectors.map(function, tasks=[vectors.merged_tasks], note=transform, work=partial(_work_of, exclude, work))
+    works = partial(work_of_matrices, exclude, work)
+    return vectors.map(function, tasks=[vectors.merged_tasks], note=transform, work=works)
 
 
 def decomposition(rows: int, columns: int, itemsize: int) -> Work:
@@ -58,25 +77,61 @@ def decomposition(rows: int, columns: int, itemsize: int) -> Work:
     return Work(memory * itemsize, 6.0 * large * small**2 + 20.0 * small**3)
 
 
-def _work_of(
+def work_of_matrices(
     exclude: str | None, work: Callable[[int, int, int, int], Work], name: str, shape: torch.Size, itemsize: int
 ) -> Work:
-    return work(shape[0], shape[1], shape[2], itemsize) if _is_matrix(exclude, name, shape) else Work()
+    """``work`` of T, m, n and the itemsize for a matrix; none for other parameters."""
+    return work(shape[0], shape[1], shape[2], itemsize) if is_matrix(exclude, name, shape) else Work()
 
 
-def _is_matrix(exclude: str | None, name: str, shape: torch.Size) -> bool:
+def is_matrix(exclude: str | None, name: str, shape: torch.Size) -> bool:
+    """Whether a stack ``(T, *shape)`` is one of matrices that are not excluded by name."""
     return len(shape) == 3 and shape.numel() > 0 and (exclude is None or re.search(exclude, name) is None)
 
 
-def _matrices_merged(
-    who: str, exclude: str | None, merge: Callable[[Tensor], Tensor], name: str, stack: Tensor
-) -> Tensor:
-    if not _is_matrix(exclude, name, stack.shape):
-        return stack.mean(0, keepdim=True)
+def decomposed(who: str, name: str, function: Callable[..., Tensor], *given: Tensor) -> Tensor:
+    """``function(*given)``, whose decomposition may fail.
+
+    Raises:
+        ConfigurationError: it fails.
+    """
     try:
-        return merge(stack).unsqueeze(0)
+        return function(*given)
     except torch.linalg.LinAlgError as error:
         raise ConfigurationError(
             f"{who}: expected a singular value decomposition of {name}, got none (it fails). "
             "Look for huge values in it, use float64 vectors, or name it in exclude."
         ) from error
+
+
+def triplets(matrix: Tensor, most: int, largest: Tensor | None = None) -> Triplets:
+    """The first singular triplets of a matrix ``(m, n)``.
+
+    Args:
+        matrix: in float32 or float64.
+        most: at most so many.
+        largest: to what zero is compared, by default the largest singular value.
+
+    Returns:
+        The triplets whose singular values are not zero.
+    """
+    left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+    if not is_finite(values):  # of a sum that overflowed; some libraries do not refuse it
+        raise torch.linalg.LinAlgError
+    floor = torch.finfo(values.dtype).eps * max(matrix.shape) * (values[:1] if largest is None else largest)
+    kept = min(most, int((values > floor).sum()))
+    return left[:, :kept], values[:kept], right[:kept]
+
+
+def nearest_orthogonal(matrix: Tensor) -> Tensor:
+    """P Qᵀ of ``matrix = P S Qᵀ``, over the singular values that are not zero (Procrustes)."""
+    left, _, right = triplets(matrix, min(matrix.shape))
+    return left @ right
+
+
+def _matrices_merged(
+    who: str, exclude: str | None, merge: Callable[[Tensor], Tensor], name: str, stack: Tensor
+) -> Tensor:
+    if not is_matrix(exclude, name, stack.shape):
+        return stack.mean(0, keepdim=True)
+    return decomposed(who, name, merge, stack).unsqueeze(0)

@@ -13,17 +13,20 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from lit_merge.params import is_finite
 from lit_merge.transforms.base import Transform
 from lit_merge.transforms.magnitudes import count_of
-from lit_merge.transforms.matrices import check_pattern, decomposition, reduce_matrices
+from lit_merge.transforms.matrices import (
+    Triplets,
+    check_pattern,
+    decomposition,
+    nearest_orthogonal,
+    reduce_matrices,
+    triplets,
+)
 from lit_merge.vectors import TaskVectors
 from lit_merge.vectors.sources import Work
 
 __all__ = ["IsoC", "IsoCTS", "TSVMerge"]
-
-_Triplets = tuple[Tensor, Tensor, Tensor]
-"""Left singular vectors ``(m, k)``, singular values ``(k,)``, right singular vectors ``(k, n)``."""
 
 
 @dataclass(frozen=True)
@@ -118,47 +121,32 @@ class IsoCTS(Transform):
         return reduce_matrices(self, self.exclude, vectors, partial(_iso_cts, self.common_fraction), _joining_work)
 
 
-def _triplets(matrix: Tensor, most: int, largest: Tensor | None = None) -> _Triplets:
-    """The first singular triplets, without those that are zero next to ``largest``, by default the largest of them."""
-    left, values, right = torch.linalg.svd(matrix, full_matrices=False)
-    if not is_finite(values):  # of a sum that overflowed; some libraries do not refuse it
-        raise torch.linalg.LinAlgError
-    floor = torch.finfo(values.dtype).eps * max(matrix.shape) * (values[:1] if largest is None else largest)
-    kept = min(most, int((values > floor).sum()))
-    return left[:, :kept], values[:kept], right[:kept]
-
-
-def _nearest_orthogonal(matrix: Tensor) -> Tensor:
-    left, _, right = _triplets(matrix, min(matrix.shape))
-    return left @ right
-
-
-def _joined(parts: list[_Triplets]) -> _Triplets:
+def _joined(parts: list[Triplets]) -> Triplets:
     """The triplets of all parts, concatenated, their vectors made orthogonal."""
     left, values, right = zip(*parts, strict=True)
-    return _nearest_orthogonal(torch.cat(left, 1)), torch.cat(values), _nearest_orthogonal(torch.cat(right, 0))
+    return nearest_orthogonal(torch.cat(left, 1)), torch.cat(values), nearest_orthogonal(torch.cat(right, 0))
 
 
 def _tsv_merged(rank_fraction: float | None, stack: Tensor) -> Tensor:
     rank = min(stack.shape[1:])
     count = rank // len(stack) if rank_fraction is None else count_of(rank_fraction, rank)
-    left, values, right = _joined([_triplets(matrix, max(count, 1)) for matrix in stack])
+    left, values, right = _joined([triplets(matrix, max(count, 1)) for matrix in stack])
     return (left * values) @ right
 
 
 def _iso_c(stack: Tensor) -> Tensor:
-    left, values, right = _triplets(stack.sum(0), min(stack.shape[1:]))
+    left, values, right = triplets(stack.sum(0), min(stack.shape[1:]))
     return (left * values.mean()) @ right
 
 
 def _iso_cts(common_fraction: float, stack: Tensor) -> Tensor:
     rank, tasks = min(stack.shape[1:]), len(stack)
     count = min(round((rank - count_of(common_fraction, rank)) / tasks), rank // tasks)
-    common = _triplets(stack.sum(0), rank - tasks * count)
+    common = triplets(stack.sum(0), rank - tasks * count)
     parts = [common]
     for matrix in stack if count else ():
         rest = matrix - common[0] @ (common[0].T @ matrix)
-        parts.append(_triplets(rest, count, torch.linalg.matrix_norm(matrix, 2)))  # rounding leaves a rest of nothing
+        parts.append(triplets(rest, count, torch.linalg.matrix_norm(matrix, 2)))  # rounding leaves a rest of nothing
     left, values, right = _joined(parts)
     return (left * values.mean()) @ right
 
