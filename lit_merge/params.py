@@ -17,6 +17,7 @@ __all__ = [
     "add_scaled",
     "check_finite",
     "check_same_structure",
+    "check_variance",
     "compare",
     "dot",
     "dtype_of",
@@ -132,6 +133,27 @@ def check_finite(params: Mapping[str, Tensor], what: str = "parameters") -> None
             f"{what}: expected finite values, got NaN or infinity in {first_few(offenders)}. "
             "Train again with a lower learning rate, or remove this input."
         )
+
+
+def check_variance(name: str, value: Tensor) -> Tensor:
+    """Refuse a running variance below zero, which networks take the root of: a sum of vectors is no measurement.
+
+    Args:
+        name: of the tensor.
+        value: what it would be.
+
+    Returns:
+        The same tensor.
+
+    Raises:
+        NonFiniteError: it is a running variance with a value below zero.
+    """
+    if name.rpartition(".")[2] == "running_var" and value.numel() and float(value.min()) < 0:
+        raise NonFiniteError(
+            f"{name}: expected a running variance of at least 0, got {float(value.min()):.3g} from a sum of task "
+            "vectors. Leave running statistics out of them, as TaskVector.from_checkpoints does, and measure them."
+        )
+    return value
 
 
 def add(first: Mapping[str, Tensor], second: Mapping[str, Tensor], coefficient: float = 1.0) -> Params:

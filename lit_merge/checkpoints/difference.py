@@ -11,50 +11,71 @@ import torch
 from torch import Tensor
 
 from lit_merge.checkpoints.layouts.views import as_lazy
-from lit_merge.checkpoints.pairs import Checkpoint, Names, Pair, differing, pair_of
-from lit_merge.errors import NonFiniteError, StructureMismatchError, first_few
+from lit_merge.checkpoints.pairing.differences import Rules
+from lit_merge.checkpoints.pairing.ties import differing
+from lit_merge.checkpoints.pairs import Checkpoint, Names, Pair, pair_of
+from lit_merge.errors import ConfigurationError, NonFiniteError, StructureMismatchError, first_few
 from lit_merge.files.lazy import Computed, LazyMapping, Slicer, Structure
-from lit_merge.params import check_same_structure, dtype_of, fingerprint, is_finite, shape_of, working_dtype
+from lit_merge.params import dtype_of, fingerprint, is_finite, shape_of, working_dtype
 
-__all__ = ["Checkpoint", "DifferenceSlicer", "checkpoint_difference"]
+__all__ = ["Checkpoint", "DifferenceSlicer", "checkpoint_difference", "difference_of"]
 
 _ENTRIES = 1 << 20  # differenced at a time when a whole vector is read
 
 
 def checkpoint_difference(
-    pretrained: Checkpoint, finetuned: Checkpoint, base_fingerprint: str | None = None, names: Names = "auto"
-) -> tuple[Mapping[str, Tensor], str]:
-    """τ = θ − θ0 over the floating-point entries; see :meth:`TaskVector.from_checkpoints`.
+    pretrained: Checkpoint,
+    finetuned: Checkpoint,
+    base_fingerprint: str | None = None,
+    names: Names = "auto",
+    rules: Rules | None = None,
+) -> tuple[Mapping[str, Tensor], str, Pair]:
+    """τ = θ − θ0 over the parameters; see :meth:`TaskVector.from_checkpoints`.
 
     Returns:
-        The difference, lazy if both checkpoints are files or lazy mappings, and the fingerprint of the floating-point
-        entries of θ0, unless it was given: of an image tower in float32, as encoders are loaded.
+        The difference, lazy if both checkpoints are files or lazy mappings; the fingerprint of the floating-point
+        tensors of θ0, unless it was given: of an image tower in float32, as encoders are loaded; and the pair.
 
     Raises:
-        ConfigurationError: a checkpoint is neither a mapping of tensors nor a path.
-        StructureMismatchError: names, shapes or kinds of dtype differ, or the fine-tuned file says that it started from
+        ConfigurationError: a checkpoint is neither a mapping of tensors, a module nor a path, or a pattern of
+            ``leave_out`` fits no name.
+        StructureMismatchError: the two differ in what no rule covers, or the fine-tuned file says that it started from
             another θ0.
         FileFormatError: a path does not lead to a checkpoint.
         NonFiniteError: the difference is NaN or infinite (for files: when that tensor is read).
     """
-    pair = pair_of(pretrained, finetuned, names)
+    pair = pair_of(pretrained, finetuned, names, rules)
+    if unused := sorted(set(rules.leave_out if rules else ()) - pair.used):
+        raise ConfigurationError(
+            f"leave_out: expected patterns that fit a name of one of the checkpoints, got {first_few(unused)}. "
+            "Use names as they are in the file, e.g. 'classifier.*'."
+        )
     if pair.own_base is not None and (others := differing(as_lazy(pair.base), pair.own_base)):
         raise StructureMismatchError(
             f"fine-tuned checkpoint: expected the θ0 of pretrained inside it, got another one: {len(others)} tensors "
             f"differ ({first_few(others)}). Give the model that it was linearised at."
         )
-    difference = pair.tuned if pair.is_difference else _difference_of(pair.own_base or pair.base, pair.tuned)
+    difference = difference_of(pair)
     identity = _identity(pair) if base_fingerprint is None else base_fingerprint
     if pair.image_tower and identity and pair.started_from not in ("", identity):
         raise StructureMismatchError(
             f"fine-tuned checkpoint: expected one that started from pretrained (fingerprint {identity}), got one that "
             f"says it started from fingerprint {pair.started_from}. Give the model that it started from."
         )
-    return difference, identity
+    return difference, identity, pair
+
+
+def difference_of(pair: Pair) -> Mapping[str, Tensor]:
+    """τ of two checkpoints that have been brought under the same names; zero for the parameters that θ has not.
+
+    Raises:
+        NonFiniteError: it is NaN or infinite (for files: when that tensor is read).
+    """
+    return pair.tuned if pair.is_difference else _difference_of(pair.own_base or pair.base, pair.tuned, pair.absent)
 
 
 def _identity(pair: Pair) -> str:
-    """Of an image tower as :func:`lit_merge.models.load_clip` has it, otherwise of the entries as they are stored."""
+    """Of an image tower as :func:`lit_merge.models.load_clip` has it, otherwise of the tensors as they are stored."""
     dtypes = {name: dtype_of(pair.base, name) for name in pair.base}
     structure = {name: (shape_of(pair.base, name), dtype) for name, dtype in dtypes.items() if dtype.is_floating_point}
     read = partial(_in_float32, pair.base) if pair.image_tower else pair.base.__getitem__
@@ -65,32 +86,26 @@ def _in_float32(tensors: Mapping[str, Tensor], name: str) -> Tensor:
     return tensors[name].float()
 
 
-def _difference_of(base: Mapping[str, Tensor], tuned: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    check_same_structure(base, tuned, what="fine-tuned checkpoint")
-    kinds = {name: (dtype_of(base, name), dtype_of(tuned, name)) for name in base}
-    offenders = [
-        f"{name} ({first} and {second})"
-        for name, (first, second) in kinds.items()
-        if first.is_floating_point != second.is_floating_point or first.is_complex or second.is_complex
-    ]
-    if offenders:
-        raise StructureMismatchError(
-            f"fine-tuned checkpoint: expected real floating-point values in both, got {first_few(offenders)}. "
-            "Convert both checkpoints to the same kind of dtype."
-        )
+def _difference_of(
+    base: Mapping[str, Tensor], tuned: Mapping[str, Tensor], absent: tuple[str, ...]
+) -> Mapping[str, Tensor]:
+    unchanged = frozenset(absent)
     structure = {
-        name: (shape_of(base, name), working_dtype(*dtypes))
-        for name, dtypes in kinds.items()
-        if dtypes[0].is_floating_point
+        name: (
+            shape_of(base, name),
+            working_dtype(dtype_of(base, name), *([dtype_of(tuned, name)] if name in tuned else [])),
+        )
+        for name in base
+        if name in tuned or name in unchanged
     }
-    compute = partial(_difference, base, tuned)
+    compute = partial(_difference, base, tuned, structure)
     if isinstance(base, LazyMapping) and isinstance(tuned, LazyMapping):
         return _Difference(structure, compute, base, tuned)
     return dict(Computed(structure, compute))
 
 
 class _Difference(Computed):
-    """A computed difference that can also be read in parts."""
+    """A computed difference that can also be read in parts; zero where θ has nothing."""
 
     def __init__(self, structure: Structure, compute: Any, base: LazyMapping, tuned: LazyMapping) -> None:
         super().__init__(structure, compute)
@@ -98,6 +113,8 @@ class _Difference(Computed):
 
     def slicer(self, name: str) -> Slicer:
         """Differences part by part; whoever reads them checks that they are finite."""
+        if name not in self._tuned:
+            return _zeros
         return DifferenceSlicer(self._tuned.slicer(name), self._base.slicer(name), self._base, self._base.dtype(name))
 
     def stream(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
@@ -138,10 +155,16 @@ class DifferenceSlicer:
         return part
 
 
-def _difference(base: Mapping[str, Tensor], tuned: Mapping[str, Tensor], name: str) -> Tensor:
+def _difference(base: Mapping[str, Tensor], tuned: Mapping[str, Tensor], structure: Structure, name: str) -> Tensor:
+    shape, dtype = structure[name]
+    if name not in tuned:
+        return torch.zeros(shape, dtype=dtype, device=base[name].device)
     first, second = base[name].detach(), tuned[name].detach()
-    dtype = working_dtype(first.dtype, second.dtype)
     return _finite(second.to(dtype) - first.to(second.device, dtype), name)
+
+
+def _zeros(start: int, stop: int, out: Tensor) -> None:
+    out.zero_()
 
 
 def _finite(difference: Tensor, name: str) -> Tensor:

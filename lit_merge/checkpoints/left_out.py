@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lit_merge.checkpoints.opening import OpenedCheckpoint
-from lit_merge.checkpoints.pairs import differing
+from lit_merge.checkpoints.pairing.ties import differing
 from lit_merge.errors import StructureMismatchError, first_few
 from lit_merge.files.lazy import LazyMapping, Selected
 

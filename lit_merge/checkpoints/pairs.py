@@ -4,31 +4,31 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lit_merge.checkpoints.layouts.linearised_towers import linearised_towers
 from lit_merge.checkpoints.layouts.towers import image_tower, recognise, written_as
 from lit_merge.checkpoints.layouts.views import as_lazy
 from lit_merge.checkpoints.opening import OpenedCheckpoint, open_checkpoint
+from lit_merge.checkpoints.pairing.differences import Rules, fit_to_base
 from lit_merge.errors import ConfigurationError, StructureMismatchError, first_few
 from lit_merge.files.lazy import Computed, LazyMapping, Selected, Slicer, Structure
 from lit_merge.naming import number_of_blocks
 from lit_merge.params import check_same_structure
 
-__all__ = ["Checkpoint", "Names", "Pair", "differing", "pair_of"]
+__all__ = ["Checkpoint", "Names", "Pair", "pair_of"]
 
-Checkpoint = Mapping[str, Tensor] | str | os.PathLike[str]
-"""Name -> tensor, or the path of whatever :func:`lit_merge.checkpoints.opening.open_checkpoint` opens."""
+Checkpoint = Mapping[str, Tensor] | nn.Module | str | os.PathLike[str]
+"""Name -> tensor, a module, or the path of whatever :func:`lit_merge.checkpoints.opening.open_checkpoint` opens."""
 
 Names = Literal["auto", "own", "image_tower"]
 """Under which names a difference is taken, see :meth:`lit_merge.vectors.TaskVector.from_checkpoints`."""
 
-_ENTRIES = 1 << 20  # compared at a time
 _PROJECTION = "visual_projection.weight"  # which a CLIPVisionModel of transformers does without
 _ENCODER = "encoder."  # what names of the network begin with in checkpoints of our own modules
 
@@ -38,13 +38,17 @@ class Pair:
     """What a task vector is made of.
 
     Attributes:
-        base: θ0.
-        tuned: θ under the same names; τ itself where the file holds that.
+        base: θ0 and what belongs to it.
+        tuned: θ under the same names, of the parameters that it has; τ itself where the file holds that.
         is_difference: whether ``tuned`` is τ.
         image_tower: whether the names are those of an image tower.
         own_base: θ0 as the fine-tuned file itself has it, if it does; τ is the difference from that.
         started_from: fingerprint of the θ0 that the fine-tuned file says it started from; empty if it says nothing.
-        notes: what was done about a part that one of them lacks, in words.
+        notes: what was done about the differences that are normal, in words.
+        absent: parameters that the fine-tune has not, or that are left out; nothing changed there.
+        statistics: running means and variances of the fine-tune, under the base's names.
+        heads: what only the fine-tune has of a head, under its own names.
+        used: the patterns of ``leave_out`` that fitted a name.
     """
 
     base: Mapping[str, Tensor]
@@ -54,10 +58,14 @@ class Pair:
     own_base: LazyMapping | None = None
     started_from: str = ""
     notes: tuple[str, ...] = ()
+    absent: tuple[str, ...] = ()
+    statistics: LazyMapping | None = None
+    heads: LazyMapping | None = None
+    used: frozenset[str] = frozenset()
 
 
-def pair_of(pretrained: Checkpoint, finetuned: Checkpoint, names: Names = "auto") -> Pair:
-    """Bring two checkpoints under the same names; nothing but headers is read.
+def pair_of(pretrained: Checkpoint, finetuned: Checkpoint, names: Names = "auto", rules: Rules | None = None) -> Pair:
+    """Bring two checkpoints under the same names; nothing but headers is read, and small buffers and tied tables.
 
     Raises:
         ConfigurationError: a checkpoint is neither a mapping of tensors nor a path, or ``names`` is unknown.
@@ -77,37 +85,30 @@ def pair_of(pretrained: Checkpoint, finetuned: Checkpoint, names: Names = "auto"
         if tuned.holds_difference:
             return _of_linearised_run(base, tuned, names, started_from)
     if not _by_towers(base, tuned, names):
-        base, tuned = _own_names(base, tuned)
-        return Pair(base, tuned)
+        return _fitted(_own_names(base, tuned), tuned, rules)
     tower = _tower(base)
     finetuned_tower, notes = _tower_like(tuned, tower)
     _check_size(tower, finetuned_tower, _named(base, "pretrained"), _named(tuned, "finetuned"))
-    return Pair(tower, finetuned_tower, image_tower=True, started_from=started_from, notes=notes)
+    pair = _fitted(tower, finetuned_tower, rules)
+    return replace(pair, image_tower=True, started_from=started_from, notes=(*notes, *pair.notes))
 
 
-def differing(first: LazyMapping, second: LazyMapping) -> list[str]:
-    """Names that both have, and whose shapes or values differ; both are read in chunks."""
-    return [
-        name
-        for name in first
-        if name in second and (first.shape(name) != second.shape(name) or not _equal(first, second, name))
-    ]
-
-
-def _equal(first: LazyMapping, second: LazyMapping, name: str) -> bool:
-    count, dtype = first.shape(name).numel(), torch.promote_types(first.dtype(name), second.dtype(name))
-    readers = first.slicer(name), second.slicer(name)
-    for start in range(0, count, _ENTRIES):
-        stop = min(start + _ENTRIES, count)
-        chunks = [torch.empty(stop - start, dtype=dtype) for _ in readers]
-        for read, chunk in zip(readers, chunks, strict=True):
-            read(start, stop, chunk)
-        if not torch.equal(*chunks):
-            return False
-    return True
+def _fitted(base: Mapping[str, Tensor], tuned: Mapping[str, Tensor], rules: Rules | None) -> Pair:
+    fitted = fit_to_base(base, tuned, rules)
+    return Pair(
+        base,
+        fitted.tuned if isinstance(tuned, LazyMapping) else {name: fitted.tuned[name] for name in fitted.tuned},
+        notes=fitted.notes,
+        absent=fitted.absent,
+        statistics=fitted.statistics,
+        heads=fitted.heads,
+        used=fitted.used,
+    )
 
 
 def _opened(checkpoint: Checkpoint, what: str) -> Mapping[str, Tensor]:
+    if isinstance(checkpoint, nn.Module):
+        return {name: value.detach() for name, value in checkpoint.state_dict().items()}
     if isinstance(checkpoint, (str, os.PathLike)):
         checkpoint = open_checkpoint(checkpoint)
     if isinstance(checkpoint, OpenedCheckpoint):
@@ -115,7 +116,7 @@ def _opened(checkpoint: Checkpoint, what: str) -> Mapping[str, Tensor]:
         return checkpoint
     if not isinstance(checkpoint, Mapping):
         raise ConfigurationError(
-            f"{what}: expected a mapping name -> tensor or the path of a checkpoint, got "
+            f"{what}: expected a mapping name -> tensor, a module or the path of a checkpoint, got "
             f"{type(checkpoint).__name__}. Use dict(model.named_parameters())."
         )
     if not isinstance(checkpoint, LazyMapping):
@@ -153,11 +154,11 @@ def _by_towers(base: Mapping[str, Tensor], tuned: Mapping[str, Tensor], names: N
     return all(clips) if same else any(clips)
 
 
-def _own_names(base: Mapping[str, Tensor], tuned: Mapping[str, Tensor]) -> tuple[Mapping[str, Tensor], ...]:
-    """Both as they are where they agree, otherwise without prefixes, which many programs put before all names."""
-    if set(base) == set(tuned):
-        return base, tuned
-    return tuple(one.without_prefix() if isinstance(one, OpenedCheckpoint) else one for one in (base, tuned))
+def _own_names(base: Mapping[str, Tensor], tuned: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """The base as it is, or without the prefix that a program has put before all of its names, and not the other's."""
+    if isinstance(base, OpenedCheckpoint) and set(base) != set(tuned):
+        return base.without_prefix()
+    return base
 
 
 def _tower(tensors: Mapping[str, Tensor]) -> LazyMapping:

@@ -8,9 +8,11 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from lit_merge.checkpoints.pairing.differences import parameter_names
+from lit_merge.checkpoints.pairing.ties import tied_names
 from lit_merge.errors import ConfigurationError, StructureMismatchError, first_few
 from lit_merge.files.lazy import LazyMapping
-from lit_merge.params import Params, add_scaled, check_same_structure
+from lit_merge.params import Params, add_scaled, check_same_structure, check_variance
 
 __all__ = ["apply_vector"]
 
@@ -35,12 +37,16 @@ def apply_vector(
             f"target: expected a mapping name -> tensor or a module, got {type(target).__name__}. "
             "Use dict(model.named_parameters())."
         )
-    required = [name for name in target if target[name].is_floating_point()]
+    ties = tied_names(target)
+    copies = {name: first for name, first in ties.items() if name not in vector}
+    required = [name for name in parameter_names(target, ties) if name not in ties]
     check_same_structure(target, vector, "task vector", "the target's parameters", _ADVICE, required)
-    return {
-        name: add_scaled(tensor.detach(), vector[name], float(coefficient)) if name in vector else tensor
-        for name, tensor in target.items()
+    changed = {
+        name: check_variance(name, add_scaled(target[name].detach(), vector[name], float(coefficient)))
+        for name in vector
     }
+    # A tied tensor changes once, under all of its names.
+    return {name: changed.get(copies.get(name, name), tensor) for name, tensor in target.items()}
 
 
 def _applied_in_place(vector: LazyMapping, module: nn.Module, coefficient: float) -> nn.Module:
@@ -57,5 +63,5 @@ def _applied_in_place(vector: LazyMapping, module: nn.Module, coefficient: float
         )
     with torch.no_grad():
         for name in changed.values():
-            targets[name].copy_(add_scaled(targets[name], vector[name], coefficient))
+            targets[name].copy_(check_variance(name, add_scaled(targets[name], vector[name], coefficient)))
     return module

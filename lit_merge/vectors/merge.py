@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from torch import Tensor
 
 from lit_merge.errors import NonFiniteError, StructureMismatchError, first_few
-from lit_merge.params import add_scaled, check_same_structure, dtype_of, is_finite
+from lit_merge.params import add_scaled, check_same_structure, check_variance, dtype_of, is_finite
 from lit_merge.vectors.task_vector import TaskVector
 from lit_merge.vectors.task_vectors import TaskVectors
 
@@ -69,7 +69,7 @@ def _merged(base: Mapping[str, Tensor], vector: TaskVector) -> Iterator[tuple[st
         if name not in vector:
             yield name, base[name]
             continue
-        merged = add_scaled(base[name].detach(), vector[name])
+        merged = check_variance(name, add_scaled(base[name].detach(), vector[name]))
         if not is_finite(merged):
             raise NonFiniteError(
                 f"merged parameters: expected finite values, got NaN or infinity in {name}. "

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from lit_merge import params
 from lit_merge.checkpoints.difference import checkpoint_difference
+from lit_merge.checkpoints.pairing.differences import Rules
 from lit_merge.checkpoints.pairs import Checkpoint, Names
 from lit_merge.errors import ConfigurationError, FileFormatError, StructureMismatchError, first_few
-from lit_merge.files.lazy import LazyMapping, Slicer, stream
+from lit_merge.files.lazy import Computed, LazyMapping, Slicer, Structure, stream
 from lit_merge.files.rounding import Rounded
 from lit_merge.files.shards import ShardedTensors, open_tensors
 from lit_merge.files.store import LazyTensors, write_tensors
@@ -94,16 +95,19 @@ class TaskVector(LazyMapping):
         *,
         base_fingerprint: str | None = None,
         names: Names = "auto",
+        rules: Rules | None = None,
     ) -> TaskVector:
         """The difference τ = θ − θ0 of two checkpoints of one architecture (Ilharco et al. 2023).
 
-        Integer and boolean entries (counters, position indices) are left out. Two files are differenced tensor by
-        tensor whenever one is asked for; if a mapping that is not lazy is given, all is differenced now, so that later
-        changes to a live model do not reach the vector.
+        Only parameters have a difference: integer tensors, buffers and running statistics have none, a tied tensor has
+        one, and it is zero where the fine-tuned checkpoint lacks a parameter. What was done about such differences is
+        in the header entry ``differences``, see docs/checkpoints.md. Two files are differenced tensor by tensor
+        whenever one is asked for; if a mapping that is not lazy is given, all is differenced now, so that later changes
+        to a live model do not reach the vector.
 
         Args:
-            pretrained: θ0, name -> tensor, or the path of a checkpoint: safetensors, sharded or not, a PyTorch file of
-                a state dict, of a whole module, of TorchScript or of Lightning, or the folder of a model.
+            pretrained: θ0, name -> tensor, a module, or the path of a checkpoint: safetensors, sharded or not, a
+                PyTorch file of a state dict, of a whole module, of TorchScript or of Lightning, or a model's folder.
             finetuned: θ, in the same way; or the folder of a PEFT adapter, or the file of a linearised encoder, which
                 holds θ0 as well, or of a linearised run of our own, which holds τ.
             task: name of the task.
@@ -111,21 +115,24 @@ class TaskVector(LazyMapping):
             names: ``image_tower`` for open_clip's names of a CLIP's image tower, without ``visual.``, which other
                 layouts are brought to, so that the vector fits those of our own runs; what else a CLIP has, such as its
                 text tower, is left out. ``own`` for the checkpoints' own names. ``auto``: the image tower's if they are
-                CLIPs, otherwise their own, without a prefix such as ``module.`` if they agree without; of two mappings
-                with the same names always their own.
+                CLIPs, otherwise the base's own, without a prefix such as ``module.`` if the fine-tuned one has
+                another; of two mappings with the same names always their own.
+            rules: what to leave out of the difference, and what to do about heads and vocabularies.
 
         Returns:
             The task vector, in float32, or float64 where a checkpoint is float64.
 
         Raises:
-            StructureMismatchError: names, shapes or kinds of dtype differ, one has no image tower, or the fine-tuned
+            StructureMismatchError: the two differ in what no rule covers, one has no image tower, or the fine-tuned
                 file says that it started from another θ0.
             FileFormatError: a path does not lead to a checkpoint.
-            ConfigurationError: ``names`` is unknown, or does not go with a linearised encoder's file.
+            ConfigurationError: ``names`` is unknown, or does not go with a linearised encoder's file, or a pattern of
+                ``rules.leave_out`` fits no name.
             NonFiniteError: the difference is NaN or infinite (for files: when that tensor is read).
         """
-        difference, fingerprint = checkpoint_difference(pretrained, finetuned, base_fingerprint, names)
-        return cls(difference, task, metadata={"base_fingerprint": fingerprint})
+        difference, fingerprint, pair = checkpoint_difference(pretrained, finetuned, base_fingerprint, names, rules)
+        differences = {"differences": json.dumps(pair.notes, ensure_ascii=False)} if pair.notes else {}
+        return cls(difference, task, metadata={"base_fingerprint": fingerprint, **differences})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], verify: bool = False) -> TaskVector:
@@ -269,6 +276,20 @@ class TaskVector(LazyMapping):
     def __neg__(self) -> TaskVector:
         return self._mapped(torch.neg, f"-{self.task}" if self.task else "")
 
+    def completed(self, structure: Structure) -> TaskVector:
+        """The same vector with more parameters, zero there; of a lazy one they cost nothing.
+
+        Args:
+            structure: name -> shape and dtype of the parameters to add.
+        """
+        if isinstance(self._tensors, LazyMapping):
+            tensors: Mapping[str, Tensor] = _Completed(self._tensors, structure)
+        else:
+            device = next(iter(self._tensors.values())).device
+            zeros = {name: torch.zeros(shape, dtype=dtype, device=device) for name, (shape, dtype) in structure.items()}
+            tensors = {**self._tensors, **zeros}
+        return TaskVector(tensors, self.tasks, metadata=self.metadata)
+
     def dot(self, other: Mapping[str, Tensor]) -> float:
         """Inner product ⟨τ, τ'⟩ over all elements, accumulated in float64.
 
@@ -329,6 +350,27 @@ class TaskVector(LazyMapping):
     def _mapped(self, function: Callable[[Tensor], Tensor], task: str | Sequence[str]) -> TaskVector:
         tensors = {name: function(self[name].to(working_dtype(self.dtype(name)))) for name in self}
         return TaskVector(tensors, task, metadata=same_base([self]))
+
+
+class _Completed(Computed):
+    """Another mapping's tensors, and zeros."""
+
+    def __init__(self, tensors: LazyMapping, structure: Structure) -> None:
+        own = {name: (tensors.shape(name), tensors.dtype(name)) for name in tensors}
+        super().__init__({**own, **structure}, self._value)
+        self._tensors = tensors
+
+    def _value(self, name: str) -> Tensor:
+        shape, dtype = self._structure[name]
+        return self._tensors[name] if name in self._tensors else torch.zeros(shape, dtype=dtype)
+
+    def slicer(self, name: str) -> Slicer:
+        """Zeros are not made first."""
+        return self._tensors.slicer(name) if name in self._tensors else _zeros
+
+
+def _zeros(start: int, stop: int, out: Tensor) -> None:
+    out.zero_()
 
 
 def joined_task(tasks: Iterable[str]) -> str:

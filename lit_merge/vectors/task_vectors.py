@@ -39,15 +39,19 @@ class TaskVectors(LazyMapping):
     brought to float32. Every access gives a new stack, so writing into one changes nothing else.
 
     Args:
-        vectors: at least one :class:`TaskVector`, all of one architecture and one base model.
+        vectors: at least one :class:`TaskVector`, all of one architecture and one base model. A vector may lack
+            parameters that others have, as that of a partial fine-tune does: it is zero there, see :attr:`notes`.
         base: θ0, name -> tensor, for the few transforms that need it; it has at least the vectors' names.
         device: where stacks are computed; by default where the vectors are. Inputs are moved one stack at a time.
 
     Raises:
         ConfigurationError: ``vectors`` is empty or holds something else than task vectors.
-        StructureMismatchError: names, shapes or known base fingerprints differ, or the base lacks a parameter or has it
-            in another shape.
+        StructureMismatchError: shapes or known base fingerprints differ, two vectors each have names that the other
+            lacks without being known to start from one base, or the base lacks a parameter or has it in another shape.
         NonFiniteError: on reading, a vector holds NaN or infinity; the vector and the parameter are named.
+
+    Attributes:
+        notes: which vectors lack which parameters, in words.
     """
 
     def __init__(
@@ -67,6 +71,9 @@ class TaskVectors(LazyMapping):
                 f"task vectors: expected at least one TaskVector, got {first_few(others) or 'an empty sequence'}. "
                 "Wrap parameters as TaskVector(tensors, task)."
             )
+        self.notes: tuple[str, ...] = ()
+        if any(set(row) != set(rows[0]) for row in rows):
+            self.notes, rows = _completed(rows)
         for index, row in enumerate(rows[1:], start=1):
             _check_same_structure(rows[0], row, index)
         if base is not None:
@@ -403,6 +410,7 @@ class TaskVectors(LazyMapping):
         self, source: Source, row_tasks: tuple[tuple[str, ...], ...], note: str, statistics: Sequence[Statistic[Any]]
     ) -> TaskVectors:
         view = object.__new__(TaskVectors)
+        view.notes = self.notes
         view._rows = None
         view._source = source
         view._structure = self._structure
@@ -428,6 +436,28 @@ class TaskVectors(LazyMapping):
             raise ConfigurationError(f"task: expected a unique name, got {task!r} at {found}. Use a position instead.")
         hint = did_you_mean(str(task), self.tasks)
         raise ConfigurationError(f"task: expected one of {', '.join(self.tasks)}, got {task!r}. {hint}".rstrip())
+
+
+def _completed(rows: tuple[TaskVector, ...]) -> tuple[tuple[str, ...], tuple[TaskVector, ...]]:
+    """The same vectors with all names that one of them has, zero where a vector lacks one; and what that was."""
+    structure: Structure = {}
+    for row in rows:
+        structure.update({name: (row.shape(name), row.dtype(name)) for name in row if name not in structure})
+    widest = max(rows, key=len)
+    for index, row in enumerate(rows):
+        known = row.base_fingerprint and row.base_fingerprint == widest.base_fingerprint
+        if not known and not set(row) <= set(widest):
+            _check_same_structure(widest, row, index)
+    notes, completed = [], []
+    for index, row in enumerate(rows):
+        missing = [name for name in structure if name not in row]
+        if missing:
+            notes.append(
+                f"{row.task or f'number {index}'}: no {len(missing)} of {len(structure)} parameters "
+                f"({first_few(missing, 3)}): zero there"
+            )
+        completed.append(row if not missing else row.completed({name: structure[name] for name in missing}))
+    return tuple(notes), tuple(completed)
 
 
 def _check_same_structure(first: TaskVector, other: TaskVector, index: int) -> None:

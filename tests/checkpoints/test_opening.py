@@ -16,7 +16,8 @@ from torch import nn
 
 from lit_merge.checkpoints import difference
 from lit_merge.checkpoints.opening import named_after, open_checkpoint
-from lit_merge.checkpoints.pairs import differing, pair_of
+from lit_merge.checkpoints.pairing.ties import differing
+from lit_merge.checkpoints.pairs import pair_of
 from lit_merge.errors import ConfigurationError, FileFormatError, LitMergeError, NonFiniteError, StructureMismatchError
 from lit_merge.files.lazy import stream
 from lit_merge.models import load_clip
@@ -447,7 +448,7 @@ def test_values_that_are_not_finite_are_refused_when_they_are_read(written, tune
 
 
 def test_differing_reads_pieces(monkeypatch, tmp_path):
-    monkeypatch.setattr("lit_merge.checkpoints.pairs._ENTRIES", 4)
+    monkeypatch.setattr("lit_merge.checkpoints.pairing.ties._ELEMENTS", 4)
     first = {"same": torch.arange(10.0), "last": torch.arange(10.0), "long": torch.ones(3), "only": torch.ones(1)}
     second = {**first, "last": torch.cat([torch.arange(9.0), torch.zeros(1)]), "long": torch.ones(4)}
     second["same"] = first["same"].half()

@@ -47,8 +47,8 @@ _SAVE_STATE_DICT = "Save the tensors as a state dict, with torch.save(model.stat
 class TorchFile(LazyMapping):
     """The tensors of a PyTorch file, read one at a time; nothing that the file names is imported or called.
 
-    Every read gives a contiguous tensor of its own. Tensors that share a storage are each read for themselves. Pickling
-    takes path and section only.
+    Every read gives a contiguous tensor of its own; :meth:`storage` tells which names are one tensor. Pickling takes
+    path and section only.
 
     Args:
         path: a file of ``torch.save`` or ``torch.jit.save``.
@@ -88,6 +88,11 @@ class TorchFile(LazyMapping):
             return self._parts.tensor(name, tensor.dtype, tensor.shape, start)
         span = self._parts.tensor(name, tensor.dtype, torch.Size([tensor.span]), start)
         return span.as_strided(tensor.shape, tensor.stride).contiguous()
+
+    def storage(self, name: str) -> tuple[object, ...]:
+        """What the names of one tensor have in common: its elements in the file, and how they are laid out."""
+        tensor, start = self._tensors[name]
+        return start, tensor.dtype, tensor.shape, tensor.stride
 
     def slicer(self, name: str) -> Slicer:
         """A function that reads parts of one flattened tensor from the file.
