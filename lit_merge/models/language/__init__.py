@@ -3,6 +3,16 @@
 Importing this does not import transformers.
 """
 
+from lit_merge.models.language.heads import LanguageHead, TaskClassifier
+from lit_merge.models.language.networks import CausalNetwork, Seq2SeqNetwork, TextEncoderNetwork
 from lit_merge.models.language.tokenization import Encoded, Tokenization
 
-__all__ = ["Encoded", "Tokenization"]
+__all__ = [
+    "CausalNetwork",
+    "Encoded",
+    "LanguageHead",
+    "Seq2SeqNetwork",
+    "TaskClassifier",
+    "TextEncoderNetwork",
+    "Tokenization",
+]
