@@ -29,7 +29,7 @@ from lit_merge.params import check_finite
 from lit_merge.transforms import Transform
 from lit_merge.transforms import recipe as chain_of
 from lit_merge.transforms.base import whole_number
-from lit_merge.vectors import TaskVector, TaskVectors, check_base, merged_parameters
+from lit_merge.vectors import TaskVector, TaskVectors, merged_parameters
 
 __all__ = ["EvaluateMerge"]
 
@@ -127,7 +127,7 @@ class EvaluateMerge(EverySteps):
         with isolate_rng(include_cuda=pl_module.device.type == "cuda"):
             self._stored = [TaskVector.load(path, verify=True) for path in self.vectors]
             for vector in self._stored:
-                check_base(vector, pl_module.base_fingerprint, pl_module.base_name)
+                pl_module.check_vector(vector)
             self._merged(pl_module)
             data: Any = self._tasks(pl_module)
             data.trainer = trainer

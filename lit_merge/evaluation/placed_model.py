@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from lit_merge.models.merged import swapped
-from lit_merge.vectors import TaskVector, check_base
+from lit_merge.vectors import TaskVector
 
 if TYPE_CHECKING:
     from lit_merge.modules.multitask import MultiTaskModule
@@ -34,7 +34,7 @@ class PlacedModel:
             StructureMismatchError: it is one.
         """
         if vector is not None:
-            check_base(vector, self.module.base_fingerprint, self.module.base_name)
+            self.module.check_vector(vector)
 
     @contextmanager
     def at(self, vector: TaskVector | None, coefficient: float = 1.0) -> Iterator[None]:

@@ -28,6 +28,7 @@ from lit_merge.params import Params, check_finite, check_same_structure, fingerp
 __all__ = [
     "ClipModel",
     "Preprocessing",
+    "clip_activation",
     "empty_image_tower",
     "full_clip_model",
     "hub_repository",
@@ -135,11 +136,28 @@ class Architecture:
     preprocessing: dict[str, Any] = field(default_factory=dict)
     built_in: bool = True
     shipped: bool = False
+    tagged: bool = False
 
     def with_tag(self, settings: dict[str, Any]) -> Architecture:
         """Take over what weights published under a tag ask for: their preprocessing, and QuickGELU if they need it."""
         config = {**self.config, "quick_gelu": True} if settings.get("quick_gelu") else self.config
-        return replace(self, config=config, preprocessing={**self.preprocessing, **settings})
+        return replace(self, config=config, preprocessing={**self.preprocessing, **settings}, tagged=True)
+
+    @property
+    def activation(self) -> str:
+        """What the image tower's blocks compute, ``gelu`` or ``quick_gelu``; empty for towers without the choice."""
+        vision = self.config["vision_cfg"]
+        if "timm_model_name" in vision or not isinstance(vision.get("layers", 12), int):
+            return ""
+        return "quick_gelu" if self.config.get("quick_gelu") else "gelu"
+
+    def open_weights(self, path: Path) -> LazyMapping:
+        """The weights of a file that a user names, or of a tag, see :func:`lit_merge.models.weights.open_weights`.
+
+        Raises:
+            StructureMismatchError: the file says that it was trained with another activation function.
+        """
+        return open_weights(path, activation="" if self.tagged else self.activation, name=self.name)
 
     def tokenizer(self) -> Callable[[Sequence[str]], Tensor]:
         """Texts -> token indices ``[N, context length]``."""
@@ -188,6 +206,8 @@ class ClipModel:
         preprocessing: what the image tower expects of images.
         fingerprint: of the image tower's parameters as loaded, see :func:`lit_merge.params.fingerprint`.
         text: the text side.
+        activation: of the image tower's blocks, ``gelu`` or ``quick_gelu``, which no weight shows; empty for towers
+            without the choice.
     """
 
     name: str
@@ -196,6 +216,7 @@ class ClipModel:
     preprocessing: Preprocessing
     fingerprint: str
     text: TextTower = field(repr=False)
+    activation: str = ""
 
     def encode_text(self, texts: Sequence[str]) -> Tensor:
         """Encode N texts as ``[N, d]``, L2-normalised, without gradient; loads the text tower if it is not."""
@@ -239,7 +260,8 @@ def load_clip(model: str = _SHIPPED, pretrained: str | None = None) -> ClipModel
     Raises:
         ConfigurationError: an unknown architecture or tag, a missing file, or weights that cannot be downloaded.
         FileFormatError: a damaged config or weights file, or one of another kind.
-        StructureMismatchError: names or shapes in the file differ from the image tower's.
+        StructureMismatchError: names or shapes in the file differ from the image tower's, or it says that it was
+            trained with another activation function.
         NonFiniteError: the image tower's weights hold NaN or infinity.
     """
     architecture = _architecture(model)
@@ -250,7 +272,7 @@ def load_clip(model: str = _SHIPPED, pretrained: str | None = None) -> ClipModel
     else:
         with torch.random.fork_rng(devices=[]):
             visual = _build(architecture, "image").visual
-        _load_visual(visual, source, architecture.name)
+        _load_visual(visual, source, architecture)
         tower = TextTower(architecture, source)
     return ClipModel(
         name=architecture.name,
@@ -259,6 +281,7 @@ def load_clip(model: str = _SHIPPED, pretrained: str | None = None) -> ClipModel
         preprocessing=_preprocessing(architecture),
         fingerprint=fingerprint(dict(visual.named_parameters())),
         text=tower,
+        activation=architecture.activation,
     )
 
 
@@ -312,7 +335,7 @@ def stored_tower(model: str, pretrained: str | None) -> tuple[str, LazyMapping] 
     vision = architecture.config["vision_cfg"]
     if source is None or "timm_model_name" in vision or not isinstance(vision.get("layers", 12), int):
         return None
-    stored = open_weights(source)
+    stored = architecture.open_weights(source)
     names = {name.removeprefix("visual."): name for name in stored if name.startswith("visual.")}
     width, patch = vision.get("width", 768), vision.get("patch_size", 16)
     shapes = {"conv1.weight": (width, 3, patch, patch), "proj": (width, architecture.config["embed_dim"])}
@@ -328,6 +351,11 @@ def text_tensors(model: str, pretrained: str | None) -> LazyMapping:
     source, _ = _weights_source(_architecture(model), pretrained)
     assert source is not None
     return open_weights(source, is_text)
+
+
+def clip_activation(model: str = _SHIPPED, pretrained: str | None = None) -> str:
+    """The activation function of :func:`load_clip`'s image tower, see :class:`ClipModel`; nothing is built."""
+    return _weights_source(_architecture(model), pretrained)[1].activation
 
 
 def hub_repository(model: str, pretrained: str | None) -> str | None:
@@ -498,14 +526,14 @@ def _guard(name: str, build: Callable[[], Any]) -> Any:
         raise ConfigurationError(f"{name}: expected {expected}, got {one_line(error, 200)}.") from error
 
 
-def _load_visual(visual: nn.Module, path: Path, name: str) -> None:
-    stored = open_weights(path)
+def _load_visual(visual: nn.Module, path: Path, architecture: Architecture) -> None:
+    stored = architecture.open_weights(path)
     state = {key.removeprefix("visual."): stored[key] for key in stored if key.startswith("visual.")}
     if not state:
         raise FileFormatError(
             f"{path}: expected the weights of a whole CLIP, names starting with 'visual.', got {first_few(stored)}."
         )
-    check_same_structure(visual.state_dict(), state, f"image tower of {name} in {path}")
+    check_same_structure(visual.state_dict(), state, f"image tower of {architecture.name} in {path}")
     check_finite(state, f"image tower in {path}")
     visual.load_state_dict(state)
 

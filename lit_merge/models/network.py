@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor, nn
 
+from lit_merge.checkpoints.activation import IMAGE_TOWER, Activations, activations_of, check_activations
 from lit_merge.checkpoints.opening import OpenedCheckpoint, named_after, open_model
 from lit_merge.checkpoints.pairs import Names
 from lit_merge.errors import ConfigurationError, StructureMismatchError, first_few
@@ -22,6 +23,7 @@ from lit_merge.files.shards import bytes_of
 from lit_merge.models.encoder import (
     ClipModel,
     Preprocessing,
+    clip_activation,
     hub_repository,
     load_clip,
     stored_tower,
@@ -63,6 +65,7 @@ class Base(ABC):
         memory: bytes that it holds in memory.
         names: under which weights are differenced from it.
         repository: ``owner/name`` on the Hugging Face Hub, if it came from there.
+        activations: the activation functions of its parts, as far as they are known; they are part of what it is.
     """
 
     name: str
@@ -72,6 +75,12 @@ class Base(ABC):
     memory = 0
     names: Names = "own"
     repository: str | None = None
+    activations: Mapping[str, str] = {}
+
+    @property
+    def activation(self) -> str:
+        """That of an image tower, which task vectors carry; empty if it is not known."""
+        return self.activations.get(IMAGE_TOWER, "")
 
     @property
     @abstractmethod
@@ -88,7 +97,12 @@ class Base(ABC):
         """Every tensor of the model, read when it is asked for."""
 
     def of_weights(self, opened: OpenedCheckpoint) -> LazyMapping:
-        """What corresponds to θ0 in the weights of a fine-tuned model; whole, where the difference has to find it."""
+        """What corresponds to θ0 in the weights of a fine-tuned model; whole, where the difference has to find it.
+
+        Raises:
+            StructureMismatchError: the weights were trained with another activation function.
+        """
+        check_activations(self.activations, activations_of(opened), str(opened.path), self.name)
         return opened
 
 
@@ -186,6 +200,12 @@ class ClipNetwork(Network):
         return hub_repository(*self._arguments)
 
     @cached_property
+    def activations(self) -> Activations:  # type: ignore[override]
+        """That of the image tower's blocks, if its architecture leaves a choice."""
+        known = clip_activation(*self._arguments)
+        return {IMAGE_TOWER: known} if known else {}
+
+    @cached_property
     def parameters(self) -> LazyMapping:
         """The image tower's parameters under its own names; from the file unless the tower has been built."""
         if self._stored is None or "clip" in vars(self):
@@ -222,8 +242,10 @@ class ClipNetwork(Network):
         """The image tower's parameters, which begin with ``visual.`` in the weights of a whole CLIP.
 
         Raises:
-            StructureMismatchError: some are missing, and these are not the weights of a CLIP in another layout.
+            StructureMismatchError: some are missing, and these are not the weights of a CLIP in another layout; or they
+                were trained with another activation function.
         """
+        super().of_weights(opened)
         stored = opened.without_prefix()
         missing = [name for name in self.parameters if self.prefix + name not in stored]
         if not missing:
@@ -273,6 +295,11 @@ class FileBase(Base):
         self.name = named_after(path)
         self.opened = open_model(path)
         self.files = self.opened.files
+
+    @cached_property
+    def activations(self) -> Activations:  # type: ignore[override]
+        """As the files beside the weights say it."""
+        return activations_of(self.opened)
 
     @property
     def parameters(self) -> LazyMapping:

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lit_merge.checkpoints.activation import IMAGE_TOWER, activations_of, check_activation
 from lit_merge.checkpoints.layouts.recognition import NO_PARAMETERS
 from lit_merge.checkpoints.opening import open_model
 from lit_merge.errors import ConfigurationError, first_few
@@ -66,12 +67,16 @@ def save_clip(
     return path
 
 
-def open_weights(path: str | Path, keep: Callable[[str], bool] | None = None) -> LazyMapping:
+def open_weights(
+    path: str | Path, keep: Callable[[str], bool] | None = None, activation: str = "", name: str = ""
+) -> LazyMapping:
     """Open a CLIP's weights under open_clip's names, never executing what the file contains.
 
     Args:
         path: any checkpoint of a CLIP that :func:`~lit_merge.checkpoints.opening.open_checkpoint` opens.
         keep: which names to have; all by default.
+        activation: what the image tower that they are loaded into computes; empty if anything will do.
+        name: how a message calls that tower.
 
     Returns:
         Name -> tensor, read when it is asked for, in the file's own dtypes; the image tower's begin with ``visual.``.
@@ -79,9 +84,12 @@ def open_weights(path: str | Path, keep: Callable[[str], bool] | None = None) ->
 
     Raises:
         FileFormatError: there is no such file, or it is damaged, or something else than weights.
-        StructureMismatchError: the names are those of another library, and do not make up a CLIP of open_clip's kind.
+        StructureMismatchError: the names are those of another library, and do not make up a CLIP of open_clip's kind;
+            or the weights were trained with another activation function.
     """
     opened = open_model(path)
+    if activation:
+        check_activation(activation, activations_of(opened).get(IMAGE_TOWER, ""), str(path), name)
     found = opened.recognised
     if found.layout in ("open_clip", "own"):
         tensors = opened.without_prefix()

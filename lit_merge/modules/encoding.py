@@ -10,6 +10,7 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
+from lit_merge.checkpoints.activation import IMAGE_TOWER, activations_of, check_activation
 from lit_merge.checkpoints.opening import open_checkpoint
 from lit_merge.errors import ConfigurationError, NonFiniteError, StructureMismatchError
 from lit_merge.functional.attention import fast_attention
@@ -122,8 +123,21 @@ class EncoderModule(L.LightningModule):
         Raises:
             StructureMismatchError: the vector belongs to another base, or its names or shapes differ.
         """
-        check_base(vector, self.base_fingerprint, self.base_name)
+        self.check_vector(vector)
         self.parametrisation.load_task_vector(vector, coefficient)
+
+    def check_vector(self, vector: TaskVector) -> None:
+        """Refuse a vector of another base model, which the activation function is part of.
+
+        Raises:
+            StructureMismatchError: the vector says that it is one.
+        """
+        check_base(vector, self.base_fingerprint, self.base_name)
+        known = vector.metadata
+        what = f"task vector ({vector.task})"
+        check_activation(
+            self.base.activation, known.get("activation", ""), what, self.base_name, known.get("base_model", "")
+        )
 
     def load_weights(self, path: str | Path) -> None:
         """Put whole weights into the encoder: those of the tower alone, or of a CLIP, in any form that can be opened.
@@ -132,7 +146,7 @@ class EncoderModule(L.LightningModule):
 
         Raises:
             FileFormatError: the file is missing or damaged, or holds no whole weights.
-            StructureMismatchError: names or shapes differ, or the file says that it has another base.
+            StructureMismatchError: names or shapes differ, or the file says that it has another base or activation.
             NonFiniteError: a value is NaN or infinite.
         """
         opened = open_checkpoint(path)
@@ -143,6 +157,8 @@ class EncoderModule(L.LightningModule):
                 f"got fingerprint {known}. Give the model that these weights were made from."
             )
         opened.require_weights()
+        activation = activations_of(opened).get(IMAGE_TOWER, "")
+        check_activation(self.base.activation, activation, str(path), self.base_name)
         opened.verify()
         stored = opened.without_prefix()
         if opened.recognised.layout in ("transformers", "timm"):
@@ -209,6 +225,8 @@ class EncoderModule(L.LightningModule):
         """Note where the encoder started from, and whether its parameters are θ or τ."""
         checkpoint["base_fingerprint"] = self.base_fingerprint
         checkpoint["linearized"] = self.linearized
+        if self.base.activation:
+            checkpoint["activation"] = self.base.activation
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of another base, or one that has τ where this module has θ, under the same names.
@@ -222,6 +240,8 @@ class EncoderModule(L.LightningModule):
                 f"checkpoint: expected one that started from {self.base_name} (fingerprint {self.base_fingerprint}), "
                 f"got fingerprint {known}. Use the model, weights and seed that the run started from."
             )
+        activation = str(checkpoint.get("activation") or "")
+        check_activation(self.base.activation, activation, "checkpoint", self.base_name)
         if checkpoint.get("linearized", False) != self.linearized:
             raise StructureMismatchError(
                 f"checkpoint: expected one of a run with linearized={self.linearized}, got one with "
@@ -230,5 +250,6 @@ class EncoderModule(L.LightningModule):
         self.parametrisation.restored()
 
     def base_description(self) -> dict[str, str]:
-        """What describes the base in files: fingerprint and name."""
-        return {"base_fingerprint": self.base_fingerprint, "base_model": self.base_name}
+        """What describes the base in files: fingerprint, name and, if it is known, activation function."""
+        known = {"activation": self.base.activation} if self.base.activation else {}
+        return {"base_fingerprint": self.base_fingerprint, "base_model": self.base_name, **known}

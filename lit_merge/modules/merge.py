@@ -25,7 +25,7 @@ from lit_merge.modules.task_heads import TaskHeads
 from lit_merge.params import Params
 from lit_merge.transforms import Transform
 from lit_merge.transforms.parts import from_parts
-from lit_merge.vectors import TaskVector, TaskVectors, check_base
+from lit_merge.vectors import TaskVector, TaskVectors
 from lit_merge.vectors.coefficients import Coefficients
 from lit_merge.vectors.groups import Granularity
 from lit_merge.vectors.storage import Storage
@@ -134,7 +134,7 @@ class MergeModule(TaskHeads):
         self.save_hyperparameters(ignore=objects if isinstance(objective, str) else [*objects, "objective"])
         rows = [TaskVector.load(path) for path in vectors]
         for row in rows:
-            check_base(row, self.base_fingerprint, self.base_name)
+            self.check_vector(row)
         self.transform = from_parts(parts) if parts is not None else transform
         self._inputs = TaskVectors(rows, base=self.initial_parameters)
         changed = self.transform(self._inputs) if self.transform else self._inputs

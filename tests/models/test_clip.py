@@ -15,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
+from lit_merge import FineTuneModule, TaskVector
 from lit_merge.errors import (
     ConfigurationError,
     DataError,
@@ -24,7 +25,7 @@ from lit_merge.errors import (
     StructureMismatchError,
 )
 from lit_merge.models import Preprocessing, full_clip_model, load_clip, save_clip
-from lit_merge.models.encoder import _open_clip_configs
+from lit_merge.models.encoder import _open_clip_configs, clip_activation
 from lit_merge.params import fingerprint
 
 TINY = {
@@ -544,3 +545,61 @@ def test_refused_preprocessing(fields, expected):
     with pytest.raises(ConfigurationError) as error:
         Preprocessing(**fields)
     assert expected in one_line(error)
+
+
+# The activation function, which no weight shows
+
+
+@pytest.fixture(scope="module")
+def towers(config, weights, tmp_path_factory):
+    """The same weights under GELU and under QuickGELU: name -> the module that trains or evaluates them."""
+    folder = tmp_path_factory.mktemp("activations")
+    quick = folder / "tiny-quickgelu.json"
+    quick.write_text(json.dumps({**TINY, "quick_gelu": True}))
+    return {"gelu": FineTuneModule(config, weights), "quick_gelu": FineTuneModule(str(quick), weights)}
+
+
+def test_the_activation_is_part_of_the_base(towers, config, weights, tmp_path):
+    for name, module in towers.items():
+        assert module.clip.activation == module.base.activation == module.base_description()["activation"] == name
+        assert module.base.activations == {"vision_config": name}
+    assert towers["gelu"].base_fingerprint == towers["quick_gelu"].base_fingerprint
+    for other in (
+        {"timm_model_name": "resnet18"},
+        {"layers": [1, 1, 1, 1], "width": 8},
+    ):
+        path = write_json(tmp_path, {**TINY, "vision_cfg": {**TINY["vision_cfg"], **other}})
+        assert clip_activation(path, "random") == ""
+
+
+def test_what_was_trained_under_one_activation_is_refused_under_the_other(towers, config, weights, tmp_path):
+    gelu, quick = towers["gelu"], towers["quick_gelu"]
+    metadata = {**quick.base_description(), "base_model": "ViT-B-32-quickgelu"}
+    zero = {name: torch.zeros_like(one) for name, one in quick.encoder.named_parameters()}
+    vector = TaskVector(zero, "digits", metadata=metadata)
+    quick.load_task_vector(vector)
+    line = "expected weights for the activation gelu, which tiny computes, got ones trained with quick_gelu. Use model "
+    with pytest.raises(StructureMismatchError) as refused:
+        gelu.load_task_vector(vector)
+    assert one_line(refused).startswith(f"task vector (digits): {line}ViT-B-32-quickgelu, or a configuration with")
+    gelu.load_task_vector(TaskVector(zero, "digits", metadata={"base_fingerprint": gelu.base_fingerprint}))
+    state = load_clip(config, weights).visual.state_dict()
+    whole = {
+        **{f"visual.{name}": one for name, one in state.items()},
+        "logit_scale": torch.ones(()),
+        "text": state["proj"],
+    }
+    path = save_clip(tmp_path / "tuned.safetensors", whole, {"activation": "quick_gelu"}, torch.float32)
+    quick.load_weights(path)
+    for attempt in (lambda: gelu.load_weights(path), lambda: load_clip(config, str(path))):
+        with pytest.raises(StructureMismatchError) as refused:
+            attempt()
+        assert one_line(refused).startswith(f"{path}: {line}tiny-quickgelu, or a configuration with quick_gelu: true")
+    checkpoint = {}
+    quick.on_save_checkpoint(checkpoint)
+    assert checkpoint["activation"] == "quick_gelu"
+    with pytest.raises(StructureMismatchError) as refused:
+        gelu.on_load_checkpoint(checkpoint)
+    assert one_line(refused).startswith(f"checkpoint: {line}")
+    del checkpoint["activation"]
+    gelu.on_load_checkpoint(checkpoint)
