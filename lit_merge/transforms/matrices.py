@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -30,6 +31,8 @@ __all__ = [
     "triplets",
     "work_of_matrices",
 ]
+
+_Result = TypeVar("_Result")
 
 Triplets = tuple[Tensor, Tensor, Tensor]
 """Left singular vectors ``(m, k)``, singular values ``(k,)``, right singular vectors ``(k, n)``."""
@@ -89,7 +92,7 @@ def is_matrix(exclude: str | None, name: str, shape: torch.Size) -> bool:
     return len(shape) == 3 and shape.numel() > 0 and (exclude is None or re.search(exclude, name) is None)
 
 
-def decomposed(who: str, name: str, function: Callable[..., Tensor], *given: Tensor) -> Tensor:
+def decomposed(who: str, name: str, function: Callable[..., _Result], *given: Any) -> _Result:
     """``function(*given)``, whose decomposition may fail.
 
     Raises:

@@ -19,7 +19,7 @@ from lit_merge.vectors import LazyTensors, TaskVector, TaskVectors
 from lit_merge.vectors.global_value import Statistic
 from lit_merge.vectors.statistics import StatisticsFiles, open_statistics
 
-__all__ = ["FisherMean", "RegMean"]
+__all__ = ["FisherMean", "RegMean", "check_grams", "gram_key", "per_parameter"]
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class FisherMean(Transform):
         given = 1.0 if self.coefficients is None else self.coefficients
         coefficients = per_task_values("FisherMean.coefficients", given, vectors.tasks)
         files = open_statistics("fisher", self.statistics, vectors, "FisherMean.statistics")
-        fishers = TaskVectors([_fisher_of(file, vectors) for file in files])
+        fishers = TaskVectors([per_parameter("Fisher information", file, vectors) for file in files])
         scales = Statistic("FisherMean: scale of each task", 1, partial(_scales, self.normalise, fishers))
         function = partial(_fisher_mean, coefficients, self.floor, scales)
         return vectors.reduce_elements(function, note=self, others=[fishers], statistics=[scales])
@@ -117,24 +117,28 @@ class RegMean(Transform):
         """Reduce stacks ``(T, *shape)`` to ``(1, *shape)``."""
         files = open_statistics("gram", self.statistics, vectors, "RegMean.statistics")
         for file in files:
-            _check_grams(file, files[0], vectors)
+            check_grams(file, files[0], vectors)
         function = partial(_regression_mean, files, self.off_diagonal)
         return vectors.map(function, [vectors.merged_tasks], note=self)
 
 
-def _fisher_of(file: LazyTensors, vectors: TaskVectors) -> TaskVector:
-    """A task's Fisher information of the vectors' parameters, in the form in which stacks are read side by side."""
+def per_parameter(what: str, file: LazyTensors, vectors: TaskVectors) -> TaskVector:
+    """A task's statistics of the vectors' parameters, such as its Fisher information, to be read beside the stacks.
+
+    Raises:
+        StructureMismatchError: the file lacks a parameter, or has one in another shape.
+    """
     missing = [name for name in vectors if name not in file]
     if missing:
         raise StructureMismatchError(
-            f"{file.path}: expected the Fisher information of every parameter, got nothing for {len(missing)} "
+            f"{file.path}: expected the {what} of every parameter, got nothing for {len(missing)} "
             f"({first_few(missing)}). Collect it from the model that was fine-tuned."
         )
     for name in vectors:
         if file.shape(name) != vectors.shape(name)[1:]:
             raise _other_shape(file, name, vectors.shape(name)[1:])
     structure = {name: (file.shape(name), file.dtype(name)) for name in vectors}
-    return TaskVector(Computed(structure, file.__getitem__), f"Fisher information of {file.metadata['task']}")
+    return TaskVector(Computed(structure, file.__getitem__), f"{what} of {file.metadata['task']}")
 
 
 def _scales(normalise: str | None, fishers: TaskVectors) -> Tensor:
@@ -168,12 +172,17 @@ def _fisher_mean(
     return sum_rows(chunk.mul_(fractions))
 
 
-def _key(name: str, file: LazyTensors) -> str | None:
+def gram_key(name: str, file: LazyTensors) -> str | None:
     """Under what name a parameter's Gram matrix is in a file."""
     return next((key for key in (name, f"{name}.T") if key in file), None)
 
 
-def _check_grams(file: LazyTensors, first: LazyTensors, vectors: TaskVectors) -> None:
+def check_grams(file: LazyTensors, first: LazyTensors, vectors: TaskVectors) -> None:
+    """Check that a file holds Gram matrices of the vectors' parameters, for the same ones as the first task's file.
+
+    Raises:
+        StructureMismatchError: it does not.
+    """
     known = {key for name in vectors.model_names for key in (name, f"{name}.T")}
     unknown = [key for key in file if key not in known]
     other = sorted(set(file) ^ set(first))
@@ -184,7 +193,7 @@ def _check_grams(file: LazyTensors, first: LazyTensors, vectors: TaskVectors) ->
             "Collect them in the same way from models of one architecture."
         )
     for name in vectors:
-        key = _key(name, file)
+        key = gram_key(name, file)
         shape = vectors.shape(name)[1:]
         if key is None:
             continue
@@ -207,7 +216,7 @@ def _other_shape(file: LazyTensors, name: str, expected: Sequence[int]) -> Struc
 
 
 def _regression_mean(files: Sequence[LazyTensors], off_diagonal: float, name: str, stack: Tensor) -> Tensor:
-    key = _key(name, files[0])
+    key = gram_key(name, files[0])
     mean = sum_rows(stack.clone()).div_(len(stack))
     if key is None:
         return mean

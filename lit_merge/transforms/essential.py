@@ -1,0 +1,159 @@
+"""Merging in the subspace in which a task changes the outputs of a layer, not in that of its largest weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from lit_merge.errors import ConfigurationError
+from lit_merge.params import is_finite
+from lit_merge.transforms.base import Transform
+from lit_merge.transforms.calibration import relative_sizes
+from lit_merge.transforms.magnitudes import count_of
+from lit_merge.transforms.matrices import (
+    check_pattern,
+    decomposed,
+    decomposition,
+    is_matrix,
+    triplets,
+    work_of_matrices,
+)
+from lit_merge.transforms.weighted import check_grams, gram_key
+from lit_merge.vectors import LazyTensors, TaskVectors
+from lit_merge.vectors.sources import Work
+from lit_merge.vectors.statistics import StatisticsFiles, open_statistics
+
+__all__ = ["ESM"]
+
+
+@dataclass(frozen=True)
+class ESM(Transform):
+    r"""Gives every task a fraction of the output dimensions: those in which it moves the layer's outputs most.
+
+    Essential subspace merging (Li et al. 2026, 2602.20208). On inputs X of a layer a task shifts its outputs by
+    ``ΔO = X τ_tᵀ``. Their principal directions ``P_t`` are the eigenvectors of ``ΔOᵀ ΔO / n = τ_t G_t τ_tᵀ``, for which
+    the Gram matrix ``G_t = XᵀX / n`` of the inputs is all that is needed: that of 32 images of any kind, from
+    ``lit-merge statistics --kind gram``. The first ⌊out/T⌋ of them stay, with coordinates ``A_t = P_tᵀ τ_t``. Then,
+    with ν the norm over the mean of the norms that it is compared with (polarised scaling),
+
+    .. math:: A_t \leftarrow \nu(A_t)^2 A_t, \qquad A = [A_1; \dots; A_T], \qquad A_{\cdot j} \leftarrow
+        \nu(A_{\cdot j})^2 A_{\cdot j}, \qquad \tau = \bar s_P \bar s_A\, U_P V_P^\top U_A V_A^\top
+
+    for ``[P_1 … P_T] = U_P S_P V_Pᵀ`` and ``A = U_A S_A V_Aᵀ``. The mean singular values s̄ are the authors' program's:
+    without them all layers would have the same length, and the third level of polarised scaling, ``Polarise("layers")``
+    after this, nothing to compare. The program doubles the result, which belongs to the coefficient here, and scales
+    by the norm of τ_t rather than of the A_t that stay.
+
+    Matrices without a Gram matrix are merged in the same way as if their inputs were white, that is, with the left
+    singular vectors of τ_t; without ``statistics`` all of them, which needs no data and is the paper's comparison with
+    singular vectors. The program takes TSV-M there. Parameters that are no matrices are averaged. Computed in float64.
+
+    Args:
+        statistics: task -> file of Gram matrices; None for white inputs.
+        polarised: whether tasks and input dimensions are scaled.
+        weighting: exponent with which relative eigenvalues weigh the directions within a task, at least 0; the
+            authors' program takes 0.15, the paper none.
+        rank_fraction: fraction of the output dimensions that every task keeps, in (0, 1], at least one; by default 1/T.
+        exclude: a regular expression; matrices in whose names it is found are averaged.
+
+    Raises:
+        ConfigurationError: a field is out of range, or ``exclude`` is no regular expression; on application, a task has
+            no file; on access, a decomposition fails.
+        FileFormatError: on application, a file is missing, damaged, or holds no Gram matrices.
+        StructureMismatchError: on application, a file is of another task, base model or architecture.
+    """
+
+    statistics: Mapping[str, str] | None = None
+    polarised: bool = True
+    weighting: float = 0.0
+    rank_fraction: float | None = None
+    exclude: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.statistics is not None:
+            object.__setattr__(self, "statistics", StatisticsFiles(self.statistics, "ESM.statistics"))
+        if not isinstance(self.polarised, bool):
+            raise ConfigurationError(f"ESM.polarised: expected true or false, got {self.polarised!r}.")
+        self._number("weighting", minimum=0.0)
+        if self.rank_fraction is not None:
+            self._fraction("rank_fraction")
+        check_pattern(self, self.exclude)
+
+    def __call__(self, vectors: TaskVectors) -> TaskVectors:
+        """Reduce stacks ``(T, *shape)`` to ``(1, *shape)``."""
+        files = []
+        if self.statistics is not None:
+            files = open_statistics("gram", self.statistics, vectors, "ESM.statistics")
+            for file in files:
+                check_grams(file, files[0], vectors)
+        work = partial(work_of_matrices, self.exclude, _essential_work)
+        return vectors.map(partial(_merged, self, files), [vectors.merged_tasks], note=self, work=work)
+
+
+def _merged(transform: ESM, files: Sequence[LazyTensors], name: str, stack: Tensor) -> Tensor:
+    if not is_matrix(transform.exclude, name, stack.shape):
+        return stack.mean(0, keepdim=True)
+    key = gram_key(name, files[0]) if files else None
+    turned = key not in (None, name)  # of a weight that is used as x @ W
+    grams = [None] * len(stack) if key is None else [file[key].to(stack.device, torch.float64) for file in files]
+    merge = partial(_essential, transform, grams)
+    merged = decomposed("ESM", name, merge, stack.mT if turned else stack)
+    return (merged.mT if turned else merged).unsqueeze(0)
+
+
+def _essential(transform: ESM, grams: Sequence[Tensor | None], stack: Tensor) -> Tensor:
+    outputs = stack.shape[1]
+    share = outputs // len(stack) if transform.rank_fraction is None else count_of(transform.rank_fraction, outputs)
+    bases, coordinates = [], []
+    for matrix, gram in zip(stack, grams, strict=True):
+        vector = matrix.double()
+        values, basis = _principal_directions(vector, gram, max(share, 1))
+        weights = relative_sizes(values, transform.weighting)
+        weights = weights / weights.mean() if len(weights) else weights
+        bases.append(basis * weights)
+        coordinates.append((basis.mT @ vector) * weights.unsqueeze(1))
+    if transform.polarised:
+        norms = torch.stack([torch.linalg.vector_norm(one) for one in coordinates])
+        sizes = relative_sizes(norms, 2.0)
+        coordinates = [one * size for one, size in zip(coordinates, sizes, strict=True)]
+    joined = torch.cat(coordinates)
+    if transform.polarised and joined.numel():
+        joined = joined * relative_sizes(torch.linalg.vector_norm(joined, dim=0), 2.0)
+    return (_whitened(torch.cat(bases, 1)) @ _whitened(joined)).to(stack.dtype)
+
+
+def _principal_directions(vector: Tensor, gram: Tensor | None, most: int) -> tuple[Tensor, Tensor]:
+    """The largest eigenvalues of ``τ G τᵀ``, ``(k,)``, none of them zero, and their eigenvectors ``(out, k)``."""
+    if gram is None:
+        left, values, _ = triplets(vector, most)
+        return values**2, left
+    values, vectors = torch.linalg.eigh(vector @ gram @ vector.mT)
+    if not is_finite(values):
+        raise torch.linalg.LinAlgError
+    kept = min(most, int((values > torch.finfo(values.dtype).eps * len(values) * values[-1]).sum()))
+    return values.flip(0)[:kept], vectors.flip(1)[:, :kept]
+
+
+def _whitened(matrix: Tensor) -> Tensor:
+    """The nearest orthogonal matrix times the mean of the singular values that are not zero."""
+    left, values, right = triplets(matrix, min(matrix.shape))
+    return (left @ right) * values.mean() if len(values) else torch.zeros_like(matrix)
+
+
+def _essential_work(tasks: int, rows: int, columns: int, itemsize: int) -> Work:
+    """Per task a product with G and the decomposition of the shift; then of all directions and coordinates together."""
+    matrix = rows * columns
+    shift = Work(8 * (2 * columns**2 + 2 * matrix + 4 * rows**2), 2.0 * matrix * columns + 2.0 * matrix * rows)
+    shift = Work(shift.memory, shift.operations + 9.0 * rows**3)
+    parts = [shift] * tasks + [
+        decomposition(rows, rows, 8),
+        decomposition(rows, columns, 8),
+        Work(0, 4.0 * matrix * rows),
+    ]
+    work = Work.together(parts)
+    grams = 8 * tasks * columns**2
+    return Work(work.memory + grams + 8 * 3 * (rows**2 + matrix), work.operations)
