@@ -64,6 +64,14 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     return forward_ad.make_dual(y.view(shape), dy.view(shape))
 
 
+def _addmm(input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1, **out: Any) -> Tensor:
+    """A bias and a product, as the layers of a GPT-2 are written, is a linear layer."""
+    linear = input.ndim == 1 and beta == 1 and alpha == 1 and not out
+    if linear:
+        return _linear(mat1, mat2.t(), input)
+    return torch.addmm(input, mat1, mat2, beta=beta, alpha=alpha, **out)
+
+
 def _matmul(input: Tensor, other: Tensor, **out: Any) -> Tensor:
     """A product with one matrix is a linear layer."""
     linear = input.ndim >= 2 and other.ndim == 2 and not out
@@ -139,24 +147,29 @@ def _layer_norm(
 
 
 class _AttentionTangent(torch.autograd.Function):
-    """Tangent of ``softmax(s q kᵀ) v`` where P, the softmax, is known.
+    """Tangent of ``softmax(s q kᵀ + m) v`` where P, the softmax, is known.
 
-    ``Ṡ = s (q̇ kᵀ + q k̇ᵀ)``, ``Ṗ = P ⊙ (Ṡ - rowsum(P ⊙ Ṡ))``, ``ẏ = Ṗ v + P v̇``; the softmax's Jacobian is symmetric, so
-    torch's backward kernel serves both ways.
+    ``Ṡ = s (q̇ kᵀ + q k̇ᵀ) + ṁ``, ``Ṗ = P ⊙ (Ṡ - rowsum(P ⊙ Ṡ))``, ``ẏ = Ṗ v + P v̇``; the softmax's Jacobian is
+    symmetric, so torch's backward kernel serves both ways. Keys, values and the mask may be the same for several
+    queries, of which the gradients are added up.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, scale: float, p: Tensor, q: Tensor, k: Tensor, v: Tensor, dq: Any, dk: Any, dv: Any
+        ctx: Any, scale: float, p: Tensor, q: Tensor, k: Tensor, v: Tensor, dq: Any, dk: Any, dv: Any, dm: Any
     ) -> Tensor:
         ctx.save_for_backward(p, q, k, v)
-        ctx.scale = scale
+        ctx.scale, ctx.of_mask = scale, None if dm is None else dm.shape
         terms = []
-        if dq is not None or dk is not None:
+        if dq is not None or dk is not None or dm is not None:
             scores = [] if dq is None else [dq @ k.mT]
             scores += [] if dk is None else [q @ dk.mT]
-            score = scores[0] if len(scores) == 1 else scores[0].add_(scores[1])
-            terms.append(_softmax_backward(score.mul_(scale), p) @ v)
+            score = None if not scores else scores[0] if len(scores) == 1 else scores[0].add_(scores[1])
+            if score is not None:
+                score = score.mul_(scale) if dm is None else score.mul_(scale).add_(dm)
+            else:
+                score = dm.expand_as(p).contiguous()
+            terms.append(_softmax_backward(score, p) @ v)
         if dv is not None:
             terms.append(p @ dv)
         return terms[0] if len(terms) == 1 else terms[0].add_(terms[1])
@@ -165,14 +178,20 @@ class _AttentionTangent(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> Any:
         p, q, k, v = ctx.saved_tensors
-        _, _, _, _, _, wants_q, wants_k, wants_v = ctx.needs_input_grad
-        score = _softmax_backward(gradient @ v.mT, p).mul_(ctx.scale) if wants_q or wants_k else None
+        wants_q, wants_k, wants_v, wants_m = ctx.needs_input_grad[5:]
+        score = _softmax_backward(gradient @ v.mT, p) if wants_q or wants_k or wants_m else None
+        dm = None
+        if wants_m and score is not None:
+            dm, score = score.sum_to_size(ctx.of_mask), score * ctx.scale
+        elif score is not None:
+            score = score.mul_(ctx.scale)
         dq = score @ k if wants_q and score is not None else None
-        dk = score.mT @ q if wants_k and score is not None else None
-        return None, None, None, None, None, dq, dk, p.mT @ gradient if wants_v else None
+        dk = (score.mT @ q).sum_to_size(k.shape) if wants_k and score is not None else None
+        dv = (p.mT @ gradient).sum_to_size(v.shape) if wants_v else None
+        return None, None, None, None, None, dq, dk, dv, dm
 
 
-def _softmax_backward(gradient: Tensor, p: Tensor) -> Tensor:
+def _softmax_backward(gradient: Any, p: Tensor) -> Tensor:
     return torch.ops.aten._softmax_backward_data(gradient, p, -1, p.dtype)
 
 
@@ -186,28 +205,41 @@ def _attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    (q, dq), (k, dk), (v, dv) = _dual(query), _dual(key), _dual(value)
-    mask = None if attn_mask is None else forward_ad.unpack_dual(attn_mask)
-    learned_mask = mask is not None and mask.tangent is not None
-    alone = dq is None and dk is None and dv is None and not learned_mask
-    if alone or learned_mask or dropout_p or enable_gqa or not q.shape[:-2] == k.shape[:-2] == v.shape[:-2]:
+    (q, dq), (k, dk), (v, dv), (mask, dm) = _dual(query), _dual(key), _dual(value), _dual(attn_mask)
+    alone = dq is None and dk is None and dv is None and dm is None
+    groups = q.shape[-3] // k.shape[-3] if enable_gqa else 1  # queries that have a key in common
+    usual = q.ndim == k.ndim == v.ndim >= 3 and q.shape[:-3] == k.shape[:-3] == v.shape[:-3]
+    usual = usual and k.shape[-3] == v.shape[-3] and q.shape[-3] == groups * k.shape[-3]
+    if alone or dropout_p or not usual:
         with nullcontext() if alone else sdpa_kernel(SDPBackend.MATH):  # the only one with a forward-mode formula
             gqa = {"enable_gqa": True} if enable_gqa else {}  # not known to torch 2.4
             return F.scaled_dot_product_attention(
                 query, key, value, attn_mask, dropout_p, is_causal, scale=scale, **gqa
             )
     q, k, v, dq, dk, dv = _as_autocast_does(q.device.type, q, k, v, dq, dk, dv)
+    dm = dm if dm is None else dm.to(q.dtype)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if groups > 1:  # [heads, length, width] -> [keys' heads, queries of one, length, width]
+        q, dq = (one if one is None else one.unflatten(-3, (-1, groups)) for one in (q, dq))
+        k, dk, v, dv = (one if one is None else one.unsqueeze(-3) for one in (k, dk, v, dv))
+        mask, dm = (one if one is None else _grouped(one, groups) for one in (mask, dm))
     scores = (q @ k.mT).mul_(scale)
     if is_causal:
         scores.masked_fill_(~torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril(), -torch.inf)
     if mask is not None:
-        added = mask.primal
-        scores = scores.masked_fill(~added, -torch.inf) if added.dtype == torch.bool else scores + added
+        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
     p = scores.softmax(-1, dtype=q.dtype)
     if mask is not None:
         p.masked_fill_(scores == -torch.inf, 0)  # torch, too, has zeros where a query may see no key
-    return forward_ad.make_dual(p @ v, _AttentionTangent.apply(scale, p, q, k, v, dq, dk, dv))
+    y, dy = p @ v, _AttentionTangent.apply(scale, p, q, k, v, dq, dk, dv, dm)
+    return forward_ad.make_dual(y, dy) if groups == 1 else forward_ad.make_dual(y.flatten(-4, -3), dy.flatten(-4, -3))
+
+
+def _grouped(mask: Tensor, groups: int) -> Tensor:
+    """A mask that fits queries in groups: ``[…, heads or 1, queries, keys]`` with one more axis."""
+    if mask.ndim < 3:
+        return mask
+    return mask.unsqueeze(-3) if mask.shape[-3] == 1 else mask.unflatten(-3, (-1, groups))
 
 
 def _multi_head_attention(
@@ -290,6 +322,7 @@ def _multi_head_attention(
 
 _RULES: dict[Any, Callable[..., Any]] = {
     F.linear: _linear,
+    torch.addmm: _addmm,
     torch.matmul: _matmul,
     Tensor.matmul: _matmul,
     Tensor.__matmul__: _matmul,

@@ -190,6 +190,22 @@ RULES = {
     "attention learned mask": (attention(), {**HEADS, "v": (2, 2, 4, 5), "m": (2, 2, 3, 4)}),
     "attention shared keys": (attention(), {"q": (2, 2, 3, 5), "k": (1, 2, 4, 5), "v": (2, 2, 4, 6)}),
     "attention shared scores": (attention(), {"q": (1, 2, 3, 5), "k": (1, 2, 4, 5), "v": (2, 2, 4, 6)}),
+    "attention learned bias": (attention(), {**HEADS, "m": (1, 2, 3, 4)}),
+    "attention learned bias of a head": (attention(), {**HEADS, "m": (3, 4)}),
+    "attention groups, causal": (
+        attention(enable_gqa=True, is_causal=True, scale=0.7),
+        {"q": (2, 4, 3, 5), "k": (2, 2, 3, 5), "v": (2, 2, 3, 6)},
+    ),
+    "attention groups, a mask per head": (
+        attention(enable_gqa=True),
+        {"q": (2, 4, 3, 5), "k": (2, 2, 4, 5), "v": (2, 2, 4, 5), "m": (2, 4, 3, 4)},
+    ),
+    "attention groups, one mask": (
+        attention(torch.stack([HIDING] * 2).unsqueeze(1), enable_gqa=True),
+        {"q": (2, 4, 3, 5), "k": (2, 2, 4, 5), "v": (2, 2, 4, 5)},
+    ),
+    "addmm": (lambda x, w, b: torch.addmm(b, x, w), {"x": (3, 4), "w": (4, 5), "b": (5,)}),
+    "addmm scaled": (lambda x, w, b: torch.addmm(b, x, w, beta=0.5, alpha=2), {"x": (3, 4), "w": (4, 5), "b": (5,)}),
     "attention groups": (attention(enable_gqa=True), {"q": (2, 4, 3, 5), "k": (2, 2, 3, 5), "v": (2, 2, 3, 5)}),
 }
 
