@@ -48,11 +48,11 @@ class MergeResult:
     written: bool = True
 
     def describe(self) -> str:
-        """The merge in a line; of a dry run, its plan."""
+        """The merge in a line, after what was done about differences; of a dry run, its plan."""
         if not self.written:
             return str(self.plan)
         found = f", {self.search.describe()}" if self.search else ""
-        return f"{self.transform!r}{found} -> {self.output}"
+        return "\n".join([*self.plan.notes, f"{self.transform!r}{found} -> {self.output}"])
 
 
 def merge(
@@ -77,6 +77,10 @@ def merge(
     overwrite: bool = False,
     linearized: bool = False,
     verify: bool = False,
+    leave_out: list[str] | None = None,
+    heads: Literal["refuse", "keep"] = "refuse",
+    rows: Literal["base", "common", "union"] | None = None,
+    running_statistics: Literal["average", "base"] = "average",
     dry_run: bool = False,
     progress: bool = True,
 ) -> MergeResult:
@@ -113,6 +117,11 @@ def merge(
             evaluates that instead of the encoder, and the output's header says so.
         verify: read all inputs once before merging, compare them with the digests in their headers, and hash those that
             have none. Truncated files are noticed without.
+        leave_out: patterns of names whose change is left out, e.g. [classifier.*]; there the base is written.
+        heads: what to do about heads that only a fine-tune has: refuse, or keep each in <task>-head.safetensors.
+        rows: for tables of different vocabularies: base for the base's rows, common for those that all have, union for
+            all tokens. Without it they are refused.
+        running_statistics: of batch normalisation: average for the mean of the inputs that bring their own, or base.
         dry_run: print what would be done, its passes over the inputs and the memory it takes, and write nothing; no
             tensor of the vectors is read, nor of a base that is given as weights. A search is not counted.
         progress: show a progress bar if the standard error is a terminal.
@@ -129,6 +138,10 @@ def merge(
     job = Merge(
         *(vectors, output, model, pretrained, network, base, kind, dtype, tasks, shard_size, device, linearized),
         verify=verify and not dry_run,
+        leave_out=leave_out,
+        heads=heads,
+        rows=rows,
+        running_statistics=running_statistics,
     )
     planned = job.plan(chosen, dry=dry_run)
     job.check(planned, overwrite)

@@ -35,6 +35,7 @@ def model_card(
     config: Mapping[str, Any],
     found: str,
     weights: bool,
+    notes: Sequence[str] = (),
     repository: str | None = None,
 ) -> str:
     """Say what was merged, how, and how to load it.
@@ -49,6 +50,7 @@ def model_card(
         config: the settings of ``lit-merge merge`` that write the same tensors.
         found: how settings were chosen on data; empty if none were.
         weights: whether the outputs are whole models.
+        notes: differences between the base and the inputs, and what was done about them.
         repository: ``owner/name`` of the base model on the Hub, if it is known.
 
     Returns:
@@ -72,6 +74,7 @@ def model_card(
         "| task | file | kind | SHA-256 |\n| :-- | :-- | :-- | :-- |",
         *rows,
         "\nThe digest of a lit-merge file is that of its content, as its header states it (`content_sha256`).\n",
+        *(["## Differences\n", *(f"- {_cell(note)}" for note in notes), ""] if notes else []),
         "## The chain\n",
         f"```python\n{python_of(transform)}\n```\n",
         *([f"{found}\n"] if found else []),

@@ -4,13 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
+from lit_merge.checkpoints.difference import difference_of
 from lit_merge.checkpoints.opening import OpenedCheckpoint, named_after, open_checkpoint
-from lit_merge.errors import ConfigurationError, StructureMismatchError
-from lit_merge.files.lazy import LazyMapping
+from lit_merge.checkpoints.pairing.alignment import align
+from lit_merge.checkpoints.pairing.differences import Rules
+from lit_merge.checkpoints.pairs import pair_of
+from lit_merge.errors import ConfigurationError, StructureMismatchError, first_few
+from lit_merge.files.lazy import Computed, LazyMapping, Selected
 from lit_merge.models.network import Base, FileBase, Network, network_of
+from lit_merge.naming import is_running_statistic
 from lit_merge.vectors import TaskVector, file_digest
 from lit_merge.vectors.task_vector import FORMAT
 
@@ -28,6 +37,10 @@ class Input:
         weights: whether it was differenced against the base.
         files: what it is read from.
         digests: what is known of the files' content, for the provenance.
+        notes: what was done about differences from the base that are normal, in words.
+        statistics: its running means and variances, under the base's names; None if it says nothing of any.
+        heads: what only it has of a head, under its own names, if that is to be written.
+        used: the patterns of names to leave out that fitted one of its names.
     """
 
     path: str
@@ -36,6 +49,10 @@ class Input:
     weights: bool
     files: tuple[Path, ...]
     digests: Mapping[str, Any]
+    notes: tuple[str, ...] = ()
+    statistics: LazyMapping | None = None
+    heads: LazyMapping | None = None
+    used: frozenset[str] = frozenset()
 
     @property
     def size(self) -> int:
@@ -65,8 +82,10 @@ def open_base(
     return base
 
 
-def open_inputs(paths: Sequence[str], base: Base, tasks: Sequence[str] | None, verify: bool) -> list[Input]:
-    """Open task vectors, and fine-tuned weights as their difference from the base; no tensor is read.
+def open_inputs(
+    paths: Sequence[str], base: Base, tasks: Sequence[str] | None, verify: bool, rules: Rules | None = None
+) -> list[Input]:
+    """Open task vectors, and fine-tuned weights as their difference from the base; no parameter is read.
 
     Args:
         paths: task vector files, or whatever else :func:`~lit_merge.checkpoints.opening.open_checkpoint` opens.
@@ -74,9 +93,10 @@ def open_inputs(paths: Sequence[str], base: Base, tasks: Sequence[str] | None, v
         tasks: names of the tasks in the same order; by default a task vector's own, and of weights the name of the
             file, or of its folder if the file's tells nothing.
         verify: read everything once, compare it with the content digests, and hash files that have none.
+        rules: what to leave out, and what to do about heads and vocabularies.
 
     Raises:
-        ConfigurationError: there is no path, or not one task for each.
+        ConfigurationError: there is no path, not one task for each, or a pattern fits no name of any of them.
         LitMergeError: something is missing or damaged, or does not fit the base.
     """
     if not paths:
@@ -86,26 +106,69 @@ def open_inputs(paths: Sequence[str], base: Base, tasks: Sequence[str] | None, v
             f"tasks: expected a name for each of the {len(paths)} vectors, got {len(tasks)}. Name all, or none."
         )
     named: Sequence[str | None] = tasks or [None] * len(paths)
-    return [_open_input(path, base, task, verify) for path, task in zip(paths, named, strict=True)]
+    rules = rules or Rules()
+    inputs = [_open_input(path, base, task, verify, rules) for path, task in zip(paths, named, strict=True)]
+    used = frozenset[str]().union(*(one.used for one in inputs))
+    if unused := sorted(set(rules.leave_out) - used):
+        raise ConfigurationError(
+            f"leave_out: expected patterns that fit a name of one of the vectors, got {first_few(unused)}. Use names "
+            "as they are in the file, e.g. 'classifier.*'."
+        )
+    return inputs
 
 
-def _open_input(path: str, base: Base, task: str | None, verify: bool) -> Input:
+def _open_input(path: str, base: Base, task: str | None, verify: bool, rules: Rules) -> Input:
     opened = open_checkpoint(path)
     digests = known_digests(opened, verify)
     if opened.metadata.get("format", "").rpartition("/")[0] == FORMAT.rpartition("/")[0]:
-        vector = TaskVector.load(path)
-        vector.task = task or vector.task
-        return Input(path, vector, vector, False, opened.files, digests)
+        return _vector_input(path, opened, base, task, digests, rules)
     try:
         weights = base.of_weights(opened)
-        # The fingerprint is left open: this vector starts from the base because it is made with it.
-        vector = TaskVector.from_checkpoints(
-            base.parameters, weights, task or named_after(path), base_fingerprint="", names=base.names
-        )
+        pair = pair_of(base.parameters, weights, base.names, rules)
     except StructureMismatchError as error:
         raise StructureMismatchError(str(error) if str(error).startswith(path) else f"{path}: {error}") from error
+    # The fingerprint is left open: this vector starts from the base because it is made with it.
+    vector = TaskVector(difference_of(pair), task or named_after(path))
     source = weights if all(name in weights for name in vector) else vector
-    return Input(path, vector, source, True, opened.files, digests)
+    return Input(
+        *(path, vector, source, True, opened.files, digests, pair.notes, pair.statistics),
+        heads=pair.heads if rules.keep_heads and pair.heads else None,
+        used=pair.used,
+    )
+
+
+def _vector_input(
+    path: str, opened: OpenedCheckpoint, base: Base, task: str | None, digests: Mapping[str, Any], rules: Rules
+) -> Input:
+    """A task vector under the base's names; what it says of running statistics is a difference, too."""
+    vector = TaskVector.load(path)
+    parameters, notes = base.parameters, list[str]()
+    names = {name: name for name in vector}
+    if not all(name in parameters for name in vector):
+        found = align(parameters, vector)
+        if len(found.names) == len(vector):
+            names = dict(found.names)
+            notes.append(found.describe())
+    fitting = {name: {one for one in rules.leave_out if fnmatchcase(name, one)} for name in names}
+    left, used = [name for name, patterns in fitting.items() if patterns], frozenset[str]().union(*fitting.values())
+    measured = {name: own for name, own in names.items() if is_running_statistic(name)}
+    names = {name: own for name, own in names.items() if name not in measured and name not in left}
+    if not names:
+        raise ConfigurationError(f"{path}: expected a task vector with parameters to merge, got none that is left.")
+    if left:
+        notes.append(f"left out as asked: {len(left)} tensors ({first_few(left, 3)})")
+    whole = all(name == own for name, own in names.items()) and len(names) == len(vector)
+    tensors = vector if whole else TaskVector(Selected(vector, names), vector.tasks, metadata=vector.metadata)
+    tensors.task = task or vector.task
+    statistics = None
+    if measured:
+        structure = {name: (parameters.shape(name), parameters.dtype(name)) for name in measured}
+        statistics = Computed(structure, partial(_shifted, parameters, vector, measured))
+    return Input(path, tensors, tensors, False, opened.files, digests, tuple(notes), statistics, used=used)
+
+
+def _shifted(base: LazyMapping, vector: TaskVector, names: Mapping[str, str], name: str) -> Tensor:
+    return base[name] + vector[names[name]].to(base.dtype(name))
 
 
 def known_digests(opened: OpenedCheckpoint, verify: bool) -> dict[str, Any]:

@@ -7,13 +7,15 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 
 from lit_merge._version import __version__
+from lit_merge.checkpoints.pairing.differences import RowRule, Rules
 from lit_merge.errors import ConfigurationError, one_line
 from lit_merge.files.hub import address_entry, parse_address, pinned
+from lit_merge.files.lazy import LazyMapping
 from lit_merge.files.shards import INDEX_ENDING, parse_size, write_shards
 from lit_merge.files.staging import staged
 from lit_merge.files.store import write_tensors
@@ -22,6 +24,7 @@ from lit_merge.models.merging.inputs import Input, open_base, open_inputs
 from lit_merge.models.merging.output import MergedWeights, Output, RoundedVector, Target, beside, card_of
 from lit_merge.models.merging.plan import MergePlan, check_space, plan_merge
 from lit_merge.models.merging.progress import merge_progress
+from lit_merge.models.merging.running_statistics import RunningStatistics
 from lit_merge.models.network import Base, Network
 from lit_merge.transforms import Transform
 from lit_merge.vectors import TaskVector, TaskVectors, check_base
@@ -29,6 +32,8 @@ from lit_merge.vectors import TaskVector, TaskVectors, check_base
 __all__ = ["DTYPES", "Kind", "Merge", "Planned"]
 
 Kind = Literal["weights", "task_vector"]
+Heads = Literal["refuse", "keep"]
+Averaged = Literal["average", "base"]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "as_base": None}
 """What tensors can be stored as; ``as_base`` keeps every tensor's own."""
@@ -82,6 +87,10 @@ class Merge:
         device: str = "cpu",
         linearized: bool = False,
         verify: bool = False,
+        leave_out: Sequence[str] | None = None,
+        heads: Heads = "refuse",
+        rows: RowRule | None = None,
+        running_statistics: Averaged = "average",
     ) -> None:
         self.target, self.kind, self.linearized, self.device = Target(Path(output)), kind, linearized, device
         self._shard_size = _shard_size(shard_size, self.target)
@@ -97,16 +106,33 @@ class Merge:
         self._settings = {
             **{"kind": kind, "dtype": dtype, **origin},
             **{"tasks": tasks, "shard_size": shard_size, "linearized": linearized or None, "output": output},
+            **{"leave_out": list(leave_out or []) or None, "rows": rows},
+            **{"heads": heads if heads != "refuse" else None},
+            **{"running_statistics": running_statistics if running_statistics != "average" else None},
         }
+        _check_choice("heads", heads, Heads)
+        _check_choice("running_statistics", running_statistics, Averaged)
+        self._average = running_statistics == "average"
+        rules = Rules(tuple(leave_out or ()), heads == "keep", rows)
         self._dtype = DTYPES[dtype or ("as_base" if base is not None and kind == "weights" else "float32")]
-        self._set_inputs(open_inputs(vectors, self.base, tasks, verify))
+        self._set_inputs(open_inputs(vectors, self.base, tasks, verify, rules))
 
     def _set_inputs(self, inputs: list[Input]) -> None:
         self.inputs = inputs
+        self.statistics = RunningStatistics(self.base, inputs, self._average)
         known = TaskVectors([one.vector for one in inputs])  # that they fit each other, and then the base
         self._hashed = self.kind == "task_vector" or bool(known.base_fingerprint)
         self._known = known
         self.vectors = TaskVectors([one.vector for one in inputs], base=self.base.parameters, device=self.device)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Differences between the base and the inputs that are normal, and what is done about each, in words."""
+        said = [f"{one.vector.task or one.path}: {note}" for one in self.inputs for note in one.notes]
+        copies = [
+            f"{name} is {first} again: merged once, written under both names" for name, first in self.base.ties.items()
+        ]
+        return (*copies, *said, *self.vectors.notes, *self.statistics.notes)
 
     def network(self) -> Network:
         """The base as what can be evaluated.
@@ -151,6 +177,7 @@ class Merge:
             *(self.inputs, self.base, transform, merged, outputs, self.target.folder, self.device),
             writes_weights=self.kind == "weights",
             fingerprinted=self._hashed,
+            notes=self.notes,
         )
         return Planned(transform, merged, outputs, plan, found)
 
@@ -187,6 +214,8 @@ class Merge:
             (folder / card_of(self.target.path).name).write_text(card, encoding="utf-8")
             for name, text in (more or {}).items():
                 (folder / name).write_text(text, encoding="utf-8")
+            for name, head in self._heads().items():
+                write_tensors(folder / name, head, {"format": "pt"})
             if planned.found is not None:
                 planned.found.save(folder / beside(self.target.path, "search.json").name)
 
@@ -196,6 +225,7 @@ class Merge:
         stale = [path for one in outputs for path in one.in_the_way(target.folder)]
         others = [beside(target.path, "merge.yaml"), beside(target.path, "search.json"), card_of(target.path)]
         written = [*(target.folder / name for one in outputs for name in one.files), *others]
+        written += [target.folder / name for name in self._heads()]
         replaced = list(dict.fromkeys([*stale, *(path for path in written if path.exists() or path.is_symlink())]))
         read = [*self.base.files, *(path for one in self.inputs for path in one.files)]
         taken = {path.resolve() for path in read}
@@ -209,6 +239,11 @@ class Merge:
                 f"output: expected a new file, got {replaced[0]}, which exists. Set overwrite to replace it."
             )
         return stale
+
+    def _heads(self) -> dict[str, LazyMapping]:
+        """File name -> the head that only one of the inputs has."""
+        stem = f"{self.target.path.stem}-" if self.target.is_file else ""
+        return {f"{stem}{one.vector.task}-head.safetensors": one.heads for one in self.inputs if one.heads}
 
     def _provenance(self, transform: Transform, found: Any, fingerprinted: bool) -> dict[str, str]:
         """The header's entries that say where the tensors come from."""
@@ -228,6 +263,8 @@ class Merge:
             entries["linearized"] = "true"
         if found is not None:
             entries["search"] = json.dumps(found.plain())
+        if self.notes:
+            entries["differences"] = json.dumps(self.notes, ensure_ascii=False)
         return entries
 
     def _tensors(
@@ -235,7 +272,11 @@ class Merge:
     ) -> tuple[MergedWeights | RoundedVector, dict[str, str]]:
         """What is written of one merged vector, lazily, and its header."""
         if self.kind == "weights":
-            return MergedWeights(self.base, merged, self._dtype), {"format": "lit-merge/weights/1", **metadata}
+            replaced = self.statistics.values()
+            return MergedWeights(self.base, merged, self._dtype, replaced), {
+                "format": "lit-merge/weights/1",
+                **metadata,
+            }
         vector = merged.single()
         vector = TaskVector(vector, vector.task, metadata={**vector.metadata, **metadata})
         return RoundedVector(vector, self._dtype, self.base.parameters), vector.metadata
@@ -254,7 +295,8 @@ class Merge:
             {key: value for key, value in {**vectors, **self._settings}.items() if value is not None},
             f"A search has {planned.found.describe()}." if planned.found else "",
             self.kind == "weights",
-            address.repository if address is not None else self.base.repository,
+            notes=self.notes,
+            repository=address.repository if address is not None else self.base.repository,
         )
 
 
@@ -271,6 +313,12 @@ def _shard_size(shard_size: str | None, target: Target) -> int | None:
             f"shard_size: expected a folder as output, got the file {target.path}. Name a folder, or remove shard_size."
         )
     return parse_size(shard_size)
+
+
+def _check_choice(name: str, value: str, choices: object) -> None:
+    known = get_args(choices)
+    if value not in known:
+        raise ConfigurationError(f"{name}: expected {' or '.join(known)}, got {value!r}. Use one of them.")
 
 
 def _check_device(device: str) -> None:

@@ -97,20 +97,30 @@ class MergedWeights(LazyMapping):
         base: the whole model; what τ does not have passes through.
         merged: τ, T = 1.
         dtype: of floating-point tensors other than scalars; None keeps those of the base.
+        replaced: what is written instead of tensors of the base that are no parameters, under the whole model's names.
 
     Raises:
         StructureMismatchError: τ has other names, shapes or kinds of dtype than the base.
         NonFiniteError: on reading, a value is NaN or infinite, or does not fit into ``dtype``.
     """
 
-    def __init__(self, base: Base, merged: TaskVectors, dtype: torch.dtype | None) -> None:
+    def __init__(
+        self,
+        base: Base,
+        merged: TaskVectors,
+        dtype: torch.dtype | None,
+        replaced: Mapping[str, Tensor] | None = None,
+    ) -> None:
         merged_parameters(base.parameters, merged)  # checks, and computes nothing yet
         self._whole, self._prefix, self._merged, self._dtype = base.whole(), base.prefix, merged, dtype
-        self._base = base.parameters
+        self._base, self._ties, self._replaced = base.parameters, base.ties, replaced or {}
 
     def __getitem__(self, name: str) -> Tensor:
         if not self._is_merged(name):
-            return self._stored(name, self._whole[name].detach())
+            if name in self._ties:  # one tensor, written under both of its names
+                return self[self._ties[name]].to(self.dtype(name))
+            unchanged = self._replaced if name in self._replaced else self._whole
+            return self._stored(name, unchanged[name].detach())
         parameter = self._parameter(name)
         value = self._sum(parameter, self._base[parameter].detach(), self._merged[parameter][0])
         return self._stored(name, value)

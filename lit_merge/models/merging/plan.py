@@ -43,6 +43,7 @@ class MergePlan:
         device: where stacks are computed.
         read: bytes that are read in all, at most.
         files: what is written, with bytes of tensors.
+        notes: differences between the base and the inputs, and what is done about them.
     """
 
     inputs: tuple[tuple[str, str, str, str, int], ...]
@@ -57,6 +58,7 @@ class MergePlan:
     device: str
     read: int
     files: tuple[tuple[str, int], ...]
+    notes: tuple[str, ...] = ()
 
     @property
     def passes(self) -> int:
@@ -79,6 +81,7 @@ class MergePlan:
         rows = [
             ("inputs", inputs),
             ("base", ["  ".join(self.base)]),
+            *([("differences", list(self.notes))] if self.notes else []),
             ("chain", [f"{number}. {step}" for number, step in enumerate(self.steps, start=1)]),
             ("statistics", statistics or ["none"]),
             ("passes", [f"{times(self.passes, at_most)} over the inputs, {self.walks} of them to write"]),
@@ -104,6 +107,7 @@ def plan_merge(
     device: str,
     writes_weights: bool,
     fingerprinted: bool,
+    notes: tuple[str, ...] = (),
 ) -> MergePlan:
     """Count what a merge costs; reads nothing.
 
@@ -117,6 +121,7 @@ def plan_merge(
         device: where stacks are computed.
         writes_weights: whether the outputs hold whole models.
         fingerprinted: whether the fingerprint of the base is needed.
+        notes: differences that are normal.
     """
     names = merged.names
     stacks = {name: bytes_of(merged.inputs, name) for name in names}
@@ -150,6 +155,7 @@ def plan_merge(
         device=device,
         read=one_pass * (walks + sum(reads for _, reads, _ in statistics)) + whole * base_reads,
         files=tuple((str(folder / name), size) for output in outputs for name, size in output.files.items()),
+        notes=notes,
     )
 
 
