@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lit_merge._version import __version__
 from lit_merge.checkpoints.layouts.linearised_towers import linearised_towers
-from lit_merge.checkpoints.layouts.towers import written_as
+from lit_merge.checkpoints.layouts.towers import check_layout, rewritten
 from lit_merge.checkpoints.layouts.views import as_lazy
 from lit_merge.checkpoints.left_out import changes_left_out, text_side
 from lit_merge.checkpoints.opening import OpenedCheckpoint, named_after, open_checkpoint
@@ -37,7 +37,6 @@ from lit_merge.vectors import TaskVector, write_tensors
 __all__ = ["ImportResult", "import_checkpoints"]
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_LAYOUTS = {"open_clip": "open_clip", "image_tower": "image tower", "transformers": "transformers", "timm": "timm"}
 _VECTOR, _WEIGHTS = "task_vector.safetensors", "model.safetensors"  # files that are written if none is named
 _ADVICE = "Give the pre-trained model and what was fine-tuned from it, or one checkpoint and write_as."
 
@@ -283,8 +282,7 @@ def _convert(
     dry_run: bool,
 ) -> ImportResult:
     """Write one checkpoint under the names of another library."""
-    if layout not in _LAYOUTS:
-        raise ConfigurationError(f"write_as: expected {', '.join(_LAYOUTS)}, got {layout!r}. Use one of them.")
+    check_layout(layout)
     if len(paths) != 1:
         raise ConfigurationError(
             f"write_as: expected one checkpoint as pretrained or finetuned, got {len(paths)}. Convert them one by one."
@@ -294,9 +292,12 @@ def _convert(
     opened.require_weights()
     _check_targets([target], list(opened.files), overwrite)
     result = ImportResult([target], [f"{opened.path}: {opened.describe()}"], not dry_run)
-    tensors, note = _whole_or_tower(opened, layout)
+    try:
+        tensors, _, note = rewritten(opened.tensors, layout)
+    except StructureMismatchError as error:
+        raise StructureMismatchError(f"{opened.path}: {error}") from error
     result.lines += [f"{opened.path}: {note}"] if note else []
-    stored = Rounded(written_as(tensors, _LAYOUTS[layout]), _DTYPES[dtype] if dtype else None, str(opened.path))
+    stored = Rounded(tensors, _DTYPES[dtype] if dtype else None, str(opened.path))
     if dry_run:
         result.lines.append(f"{layout}: {_size(stored, None)} would be written to {target}")
         return result
@@ -304,17 +305,3 @@ def _convert(
     write_tensors(target, stored, {"format": "pt"})
     result.lines.append(f"{layout}: {_size(stored, None)} -> {target}")
     return result
-
-
-def _whole_or_tower(opened: OpenedCheckpoint, layout: str) -> tuple[LazyMapping, str]:
-    """The whole CLIP if there is one and the layout has its names, otherwise its image tower, and what is lost."""
-    text = opened.recognised.left_out.get("text tower", ())
-    if not text:
-        return opened.image_tower(), ""
-    if layout in ("image_tower", "timm"):
-        return opened.image_tower(), f"the text side ({first_few(text)}) has no place in this layout"
-    try:
-        return opened.whole_clip(), ""
-    except StructureMismatchError:
-        tower = opened.image_tower()
-        return tower, f"the text side ({first_few(text)}) is not whole, and is not written"

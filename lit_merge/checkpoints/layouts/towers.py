@@ -17,10 +17,31 @@ from lit_merge.checkpoints.layouts.linearised import linearised_pair
 from lit_merge.checkpoints.layouts.names import BLOCK_LISTS, Row, check_shapes, count_blocks, rows
 from lit_merge.checkpoints.layouts.recognition import NO_PARAMETERS, OPEN_CLIP_TEXT, Recognised, recognise
 from lit_merge.checkpoints.layouts.views import Part, Rearranged, Span, as_lazy
-from lit_merge.errors import ConfigurationError, StructureMismatchError, first_few
+from lit_merge.errors import ConfigurationError, StructureMismatchError, did_you_mean, first_few
 from lit_merge.files.lazy import LazyMapping, Selected
 
-__all__ = ["Recognised", "image_tower", "linearised_pair", "recognise", "whole_clip", "written_as"]
+__all__ = [
+    "LAYOUTS",
+    "Recognised",
+    "check_layout",
+    "image_tower",
+    "linearised_pair",
+    "recognise",
+    "rewritten",
+    "whole_clip",
+    "written_as",
+]
+
+LAYOUTS = {"open_clip": "open_clip", "image_tower": "image tower", "transformers": "transformers", "timm": "timm"}
+"""What ``write_as`` can be, and the layout that it is."""
+
+_NO_LAYOUTS = {
+    "own": "which is what is written without it. Remove it",
+    "linearised": "a form that holds θ0 beside θ under numbers, which no library opens. Choose another",
+    "pytorch": "a container, not a layout: weights are written as safetensors, which all of them open. Remove it",
+    "safetensors": "the container that weights are written in anyway. Remove it",
+    "peft": "the layout of adapters, which hold no whole model. Choose another",
+}
 
 # What other vision transformers of open_clip have besides: CoCa's pooling, layer scale. Some have no ln_pre.
 _VARIANT = re.compile(r"attn_pool(_contrastive)?\..*|.*\.ls_[12]\.gamma")
@@ -149,6 +170,47 @@ def written_as(tensors: Mapping[str, Tensor], layout: str) -> LazyMapping:
     if layout == "timm":
         parts["head.bias"] = Part(parts["head.weight"].shape[:1], parts["head.weight"].dtype, ())
     return Rearranged(clip, parts)
+
+
+def check_layout(write_as: str) -> str:
+    """The layout that a setting ``write_as`` stands for.
+
+    Raises:
+        ConfigurationError: there is none of this name, with the reason where a checkpoint can be read in that form.
+    """
+    if write_as not in LAYOUTS:
+        reason = f", {_NO_LAYOUTS[write_as]}." if write_as in _NO_LAYOUTS else ". "
+        hint = "" if write_as in _NO_LAYOUTS else did_you_mean(write_as, LAYOUTS, "Use one of them.")
+        raise ConfigurationError(f"write_as: expected {', '.join(LAYOUTS)}, got {write_as!r}{reason}{hint}")
+    return LAYOUTS[write_as]
+
+
+def rewritten(tensors: Mapping[str, Tensor], write_as: str) -> tuple[LazyMapping, bool, str]:
+    """A CLIP of any layout under the names of another: all of it if there is a place for it, else its image tower.
+
+    Args:
+        tensors: a checkpoint.
+        write_as: one of :data:`LAYOUTS`.
+
+    Returns:
+        The tensors, lazy; whether the text tower is among them; and what is lost, in words.
+
+    Raises:
+        ConfigurationError: there is no such layout.
+        StructureMismatchError: it is no CLIP, or of a kind that the other library has not.
+    """
+    layout, recognised = check_layout(write_as), recognise(tensors)
+    clip, note = None, ""
+    if text := recognised.left_out.get("text tower", ()):
+        if layout in ("image tower", "timm"):
+            note = f"the text side ({first_few(text)}) has no place in this layout"
+        else:
+            try:
+                clip = whole_clip(tensors, recognised)
+            except StructureMismatchError:
+                note = f"the text side ({first_few(text)}) is not whole, and is not written"
+    whole = clip is not None
+    return written_as(image_tower(tensors, recognised) if clip is None else clip, layout), whole, note
 
 
 def _inside(tensors: Mapping[str, Tensor], recognised: Recognised, leave_out: Iterable[str]) -> dict[str, str]:
