@@ -8,6 +8,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
 from lit_merge.errors import ConfigurationError, NonFiniteError, StructureMismatchError, first_few
@@ -19,11 +20,13 @@ from lit_merge.models.encoder import Preprocessing
 from lit_merge.models.linear_features import LinearFeatureCache, LinearFeatures
 from lit_merge.models.merged import MergedModel, swapped
 from lit_merge.models.network import Network
+from lit_merge.modules.chance import chance_warnings
 from lit_merge.modules.objectives import Objective, objective_of
 from lit_merge.modules.protocol import check_range
 from lit_merge.modules.task_heads import TaskHeads
 from lit_merge.params import Params
 from lit_merge.transforms import Transform
+from lit_merge.transforms.base import whole_number
 from lit_merge.transforms.parts import from_parts
 from lit_merge.vectors import TaskVector, TaskVectors
 from lit_merge.vectors.coefficients import Coefficients
@@ -71,6 +74,8 @@ class MergeModule(TaskHeads):
         encoder: any module as the network; then ``heads`` are needed.
         heads: task -> module, features ``[B, d]`` -> logits ``[B, C]``; they are frozen.
         preprocessing: how images become the encoder's input.
+        chance_examples: validation examples of every task on which the accuracy at the start is compared with chance,
+            before an objective without labels is minimised; a warning says where it is hardly better. 0 for none.
 
     Attributes:
         merged: the :class:`~lit_merge.models.merged.MergedModel` with the coefficients.
@@ -107,8 +112,10 @@ class MergeModule(TaskHeads):
         encoder: nn.Module | None = None,
         heads: Mapping[str, nn.Module] | None = None,
         preprocessing: Preprocessing | None = None,
+        chance_examples: int = 256,
     ) -> None:
         check_range("learning_rate", learning_rate)
+        whole_number("chance_examples", chance_examples, minimum=0)
         chosen = objective_of(objective)
         if isinstance(vectors, str) or len(vectors) < 2:
             raise ConfigurationError(
@@ -145,7 +152,7 @@ class MergeModule(TaskHeads):
         self.objective, self.learning_rate = chosen, learning_rate
         self._objective_name = objective if isinstance(objective, str) else repr(objective)
         self._optimizer, self._scheduler = optimizer, scheduler
-        self.images_per_pass = images_per_pass
+        self.images_per_pass, self.chance_examples = images_per_pass, chance_examples
         self._checkpointed = activation_checkpointing
         if activation_checkpointing:
             self._checkpoint_activations()
@@ -339,7 +346,10 @@ class MergeModule(TaskHeads):
         return self.compute_loss(self.classify(features, task), part, task)
 
     def on_fit_start(self) -> None:
-        """Of a linearised model with task-wise coefficients, compute what its images need, or read what is known."""
+        """Warn of heads at chance; of a linearised model with task-wise coefficients, compute what its images need."""
+        if not self.objective.needs_targets:
+            for line in chance_warnings(self, self.trainer.datamodule, self.chance_examples):  # type: ignore[attr-defined]
+                rank_zero_warn(line)
         self._linear = {}
         if not (self.linearized and self.merged.granularity == "task"):
             return
