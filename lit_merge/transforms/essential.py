@@ -108,17 +108,20 @@ def _merged(transform: ESM, files: Sequence[LazyTensors], name: str, stack: Tens
 def _essential(transform: ESM, grams: Sequence[Tensor | None], stack: Tensor) -> Tensor:
     outputs = stack.shape[1]
     share = outputs // len(stack) if transform.rank_fraction is None else count_of(transform.rank_fraction, outputs)
-    bases, coordinates = [], []
+    bases, coordinates, norms = [], [], []
     for matrix, gram in zip(stack, grams, strict=True):
         vector = matrix.double()
         values, basis = _principal_directions(vector, gram, max(share, 1))
-        weights = relative_sizes(values, transform.weighting)
-        weights = weights / weights.mean() if len(weights) else weights
+        weights = values
+        if len(values):
+            weights = relative_sizes(values, transform.weighting)
+            weights = weights / weights.mean()
+        own = basis.mT @ vector
         bases.append(basis * weights)
-        coordinates.append((basis.mT @ vector) * weights.unsqueeze(1))
+        coordinates.append(own * weights.unsqueeze(1))
+        norms.append(torch.linalg.vector_norm(own))
     if transform.polarised:
-        norms = torch.stack([torch.linalg.vector_norm(one) for one in coordinates])
-        sizes = relative_sizes(norms, 2.0)
+        sizes = relative_sizes(torch.stack(norms), 2.0)
         coordinates = [one * size for one, size in zip(coordinates, sizes, strict=True)]
     joined = torch.cat(coordinates)
     if transform.polarised and joined.numel():
