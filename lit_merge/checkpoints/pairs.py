@@ -11,6 +11,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from lit_merge.checkpoints.adapters.additions import model_settings
 from lit_merge.checkpoints.layouts.linearised_towers import linearised_towers
 from lit_merge.checkpoints.layouts.towers import image_tower, recognise, written_as
 from lit_merge.checkpoints.layouts.views import as_lazy
@@ -193,14 +194,12 @@ def _check_size(base: LazyMapping, tuned: LazyMapping, base_name: str, tuned_nam
 
 def _adapted(base: Mapping[str, Tensor], tuned: OpenedCheckpoint, names: Names) -> Pair:
     assert tuned.adapter is not None
-    try:
-        difference = tuned.adapter.difference(as_lazy(base))
-    except StructureMismatchError as error:
-        raise StructureMismatchError(f"{tuned.path}: {error}") from error
+    config = model_settings(base.files) if isinstance(base, OpenedCheckpoint) else {}
+    difference, notes = tuned.adapter.difference(as_lazy(base), config), tuned.adapter.notes
     if not _goes_by_tower(base, names):
-        return Pair(base, difference, is_difference=True)
+        return Pair(base, difference, is_difference=True, notes=notes)
     recognised = base.recognised if isinstance(base, OpenedCheckpoint) else recognise(base)
-    return Pair(_tower(base), image_tower(difference, recognised), is_difference=True, image_tower=True)
+    return Pair(_tower(base), image_tower(difference, recognised), is_difference=True, image_tower=True, notes=notes)
 
 
 def _linearised(base: Mapping[str, Tensor], tuned: OpenedCheckpoint, names: Names) -> Pair:

@@ -2,59 +2,61 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from lit_merge.checkpoints.adapters.updates import LowRank, Update
 from lit_merge.errors import NonFiniteError, StructureMismatchError, first_few
 from lit_merge.files.lazy import Computed, LazyMapping, Slicer, Structure
 from lit_merge.params import is_finite, working_dtype
 
-__all__ = ["AdapterParts", "Change", "Update", "adapter_difference"]
+__all__ = ["AdapterParts", "Change", "adapter_difference"]
 
-
-@dataclass(frozen=True)
-class Update:
-    """The factors of one module, by their names in the file.
-
-    Attributes:
-        scale: s.
-        a: A ``[r, k, …]``.
-        b: B ``[d, r, …]``, its further lengths one.
-        bias: added to the module's bias, times s; "" if none.
-        embedding: whether the module is a table ``[k, d]``.
-    """
-
-    scale: float
-    a: str
-    b: str
-    bias: str = ""
-    embedding: bool = False
+_What = TypeVar("_What")
 
 
 @dataclass(frozen=True)
 class Change:
-    """What happens to one tensor of the base; names are those in the adapter's file.
+    """What happens to one tensor of the base, in this order; names are those in the adapter's file.
 
     Attributes:
         saved: replaces it.
-        a: A, with ``b``: their product is added.
-        b: B.
-        bias: is added.
-        scale: of what is added.
-        transposed: the product is transposed.
+        tokens: replaces some of its rows.
+        rows: their indices.
+        factor: it is multiplied with it, along its rows or columns (IA3).
+        update: is added, and its magnitude scales the sum's rows (DoRA).
+        transposed: the tensor is ``[k, d]`` where the update is ``[d, k]``.
+        bias: is added, times ``scale``.
+        scale: of the bias.
     """
 
     saved: str = ""
-    a: str = ""
-    b: str = ""
+    tokens: str = ""
+    rows: tuple[int, ...] = ()
+    factor: str = ""
+    update: Update | None = None
+    transposed: bool = False
     bias: str = ""
     scale: float = 1.0
-    transposed: bool = False
+
+    def parts(self) -> list[str]:
+        """Names of all tensors that it takes."""
+        update = [] if self.update is None else [*self.update.parts(), self.update.magnitude]
+        return [one for one in (self.saved, self.tokens, self.factor, *update, self.bias) if one]
+
+    @property
+    def factored(self) -> LowRank | None:
+        """The update, if the change is a low-rank product and nothing else."""
+        alone = not (self.saved or self.tokens or self.factor or self.bias)
+        found = self.update
+        plain = isinstance(found, LowRank) and not found.magnitude and not found.truncated
+        return found if alone and plain and isinstance(found, LowRank) else None
 
 
 @dataclass(frozen=True)
@@ -64,8 +66,10 @@ class AdapterParts:
     Attributes:
         path: how messages call the adapter.
         tensors: the file's tensors.
-        updates: module -> its factors.
+        updates: module -> what is added to its weight.
         saved: parameter -> name in the file, for what was saved as a whole.
+        factors: module -> name of what its weight is multiplied with.
+        tokens: module -> name of the rows of its table that were trained, and their indices.
         fan_in_fan_out: the configuration's flag, see :meth:`_square_is_transposed`.
     """
 
@@ -73,47 +77,95 @@ class AdapterParts:
     tensors: LazyMapping
     updates: Mapping[str, Update]
     saved: Mapping[str, str]
+    factors: Mapping[str, str]
+    tokens: Mapping[str, tuple[str, tuple[int, ...]]]
     fan_in_fan_out: bool
 
     def names(self) -> list[str]:
-        """The parameters that are changed."""
-        biases = [f"{module}.bias" for module, update in self.updates.items() if update.bias]
-        return [*(f"{module}.weight" for module in self.updates), *self.saved, *biases]
+        """The parameters that are changed, those apart that the base may do without: biases that LoRA adds."""
+        weights = [f"{module}.weight" for kind in (self.updates, self.factors, self.tokens) for module in kind]
+        return list(dict.fromkeys([*weights, *self.saved]))
+
+    def biases(self) -> list[str]:
+        """The biases that LoRA of biases changes."""
+        return [f"{module}.bias" for module, update in self.updates.items() if update.bias]
+
+    def without(self, names: Iterable[str]) -> AdapterParts:
+        """The same without what changes some parameters."""
+        left = set(names)
+        return replace(
+            self,
+            saved={name: saved for name, saved in self.saved.items() if name not in left},
+            updates=_without(self.updates, left),
+            factors=_without(self.factors, left),
+            tokens=_without(self.tokens, left),
+        )
 
     def changes(self, base: LazyMapping, removed: str, added: str) -> dict[str, Change]:
         """Name in the base -> what happens to it.
 
         Raises:
-            StructureMismatchError: shapes differ, or it cannot be told whether a square weight is transposed.
+            StructureMismatchError: shapes differ, a bias is missing, or it cannot be told whether a square weight is
+                transposed.
         """
         changes: dict[str, Change] = {}
+
+        def change(name: str, **what: object) -> None:
+            changes[name] = replace(changes.get(name, Change()), **what)  # type: ignore[arg-type]
+
         for name, saved in self.saved.items():
             target = added + name.removeprefix(removed)
             self._check_shape(name, self.tensors.shape(saved), base.shape(target))
-            changes[target] = Change(saved=saved)
-        shapes = {module: self._product_shape(update) for module, update in self.updates.items()}
-        weights = {module: f"{added}{module.removeprefix(removed)}.weight" for module in self.updates}
-        for module, update in self.updates.items():
-            weight, product = weights[module], shapes[module]
-            matrix = len(product) == 2 and not update.embedding
-            if matrix and product != base.shape(weight) and product[::-1] == tuple(base.shape(weight)):
-                transposed = True
-            else:
-                self._check_shape(f"{module}.weight", product, base.shape(weight))
-                square = matrix and product[0] == product[1]
-                transposed = update.embedding or (square and self._square_is_transposed(base, module, weights, shapes))
-            saved = changes.get(weight, Change()).saved
-            changes[weight] = Change(saved, update.a, update.b, scale=update.scale, transposed=transposed)
+            change(target, saved=saved)
+        for module, (name, rows) in self.tokens.items():
+            target = f"{added}{module.removeprefix(removed)}.weight"
+            shape = base.shape(target)
+            self._check_shape(f"{module}.weight, rows {len(rows)}", self.tensors.shape(name), (len(rows), *shape[1:]))
+            outside = [row for row in rows if not 0 <= row < shape[0]]
+            if outside:
+                raise StructureMismatchError(
+                    f"{self.path}: expected tokens below {shape[0]:,}, the rows of {target} in the base, got "
+                    f"{first_few(outside)}. Use the base model that the adapter was trained on."
+                )
+            change(target, tokens=name, rows=rows)
+        for module, name in self.factors.items():
+            target = f"{added}{module.removeprefix(removed)}.weight"
+            transposed = self._factor_is_transposed(module, self.tensors.shape(name), base.shape(target))
+            change(target, factor=name, transposed=transposed)
+            bias = target.removesuffix("weight") + "bias"
+            if bias in base and self.tensors.shape(name)[0] != 1:
+                self._check_shape(f"{module}.bias", self.tensors.shape(name)[:1], base.shape(bias))
+                change(bias, factor=name)
+        for module, target, transposed in self._placed_updates(base, removed, added):
+            update = self.updates[module]
+            change(target, update=update, transposed=transposed)
             if update.bias:
-                name = weight.removesuffix("weight") + "bias"
-                self._check_shape(f"{module}.bias", self.tensors.shape(update.bias), base.shape(name))
-                changes[name] = Change(changes.get(name, Change()).saved, bias=update.bias, scale=update.scale)
+                name = target.removesuffix("weight") + "bias"
+                self._check_bias(module, name, base)
+                change(name, bias=update.bias, scale=update.scale)
         return changes
 
-    def _product_shape(self, update: Update) -> torch.Size:
-        """Of B A: ``[d, k]``; of a convolution ``[d, k, …]``; of an embedding, where it is transposed, ``[k, d]``."""
-        a, b = self.tensors.shape(update.a), self.tensors.shape(update.b)
-        return torch.Size((*a[1:], *b[:1]) if update.embedding else (*b[:1], *a[1:]))
+    def _placed_updates(self, base: LazyMapping, removed: str, added: str) -> list[tuple[str, str, bool]]:
+        """Module, the weight's name in the base, and whether that is transposed."""
+        shapes = {module: update.shape(self.tensors) for module, update in self.updates.items()}
+        weights = {module: f"{added}{module.removeprefix(removed)}.weight" for module in self.updates}
+        placed = []
+        for module, update in self.updates.items():
+            weight, product = weights[module], shapes[module]
+            embedding = isinstance(update, LowRank) and update.embedding
+            matrix = len(product) == 2 and not embedding
+            expected = base.shape(weight)
+            if matrix and product != expected and product[::-1] == tuple(expected):
+                placed.append((module, weight, True))
+                continue
+            flat = matrix and len(expected) > 2 and not isinstance(update, LowRank)  # LoHa, LoKr of a convolution
+            wanted = torch.Size((expected[0], expected[1:].numel())) if flat else expected
+            self._check_shape(f"{module}.weight", product, wanted)
+            square = matrix and not flat and product[0] == product[1]
+            placed.append(
+                (module, weight, embedding or (square and self._square_is_transposed(base, module, weights, shapes)))
+            )
+        return placed
 
     def _square_is_transposed(
         self, base: LazyMapping, module: str, weights: Mapping[str, str], shapes: Mapping[str, torch.Size]
@@ -141,13 +193,40 @@ class AdapterParts:
         straight = all(base.shape(weight) == shapes[other] for other, weight in weights.items())
         if not seen and not self.fan_in_fan_out and straight:
             return False
-        raise StructureMismatchError(
+        raise self._both_ways(module)
+
+    def _factor_is_transposed(self, module: str, factor: torch.Size, weight: torch.Size) -> bool:
+        """Whether a weight ``[in, out]`` is multiplied with what peft keeps for ``[out, in]``."""
+        if len(factor) != 2 or len(weight) != 2 or 1 not in factor:
+            raise StructureMismatchError(
+                f"{self.path}: expected a factor [d, 1] or [1, k] of a matrix, got {tuple(factor)} for {module} of "
+                f"shape {tuple(weight)}. Merge this adapter with peft, and use the merged model."
+            )
+        size, axis = max(factor), int(factor[0] == 1)
+        if weight[0] != weight[1]:
+            self._check_shape(f"{module}.weight", factor, factor if size in weight else weight)
+            return weight[axis] != size
+        self._check_shape(f"{module}.weight", factor, factor if size == weight[0] else weight)
+        return self.fan_in_fan_out
+
+    def _both_ways(self, module: str) -> StructureMismatchError:
+        return StructureMismatchError(
             f"{self.path}: expected all adapted weights [out, in], or all [in, out], got both, and {module} is square. "
             "Merge this adapter with peft, and use the merged model."
         )
 
-    def _check_shape(self, name: str, got: torch.Size, expected: torch.Size) -> None:
-        if got != expected:
+    def _check_bias(self, module: str, name: str, base: LazyMapping) -> None:
+        update = self.updates[module]
+        if name not in base:
+            raise StructureMismatchError(
+                f"{self.path}: expected a base with {name}, to which this adapter (lora_bias) adds, got a base whose "
+                f"{module} has no bias. Give the base with these biases as zeros, where its network can have them "
+                "(attention_bias, mlp_bias in its config.json), or train without lora_bias."
+            )
+        self._check_shape(f"{module}.bias", self.tensors.shape(update.bias), base.shape(name))
+
+    def _check_shape(self, name: str, got: Iterable[int], expected: Iterable[int]) -> None:
+        if tuple(got) != tuple(expected):
             raise StructureMismatchError(
                 f"{self.path}: expected a change of {name} of shape {tuple(expected)}, as in the base, got "
                 f"{tuple(got)}. Use the base model that the adapter was trained on."
@@ -160,10 +239,7 @@ def adapter_difference(parts: AdapterParts, base: LazyMapping, changes: Mapping[
     Raises:
         StructureMismatchError: a parameter that is changed has no floating-point values in the base.
     """
-    used = {
-        name: [parts.tensors.dtype(part) for part in (change.saved, change.a, change.b, change.bias) if part]
-        for name, change in changes.items()
-    }
+    used = {name: [parts.tensors.dtype(part) for part in change.parts()] for name, change in changes.items()}
     others = [
         f"{name} ({base.dtype(name)})"
         for name, dtypes in used.items()
@@ -204,22 +280,63 @@ def _value(
     total = torch.zeros(shape, dtype=dtype)
     if change is None:
         return total
+
+    def initial() -> Tensor:
+        return base[name].detach().to("cpu", dtype)
+
+    def read(part: str) -> Tensor:
+        return tensors[part].detach().to(dtype)
+
     if change.saved:
-        total += tensors[change.saved].detach().to(dtype) - base[name].detach().to("cpu", dtype)
-    if change.a:
-        a, b = tensors[change.a].detach().to(dtype), tensors[change.b].detach().to(dtype)
-        product = b.flatten(1) @ a.flatten(1)
-        if change.transposed:
-            product = product.T
-        total += change.scale * product.reshape(shape)
+        total += read(change.saved) - initial()
+    if change.tokens:
+        rows = torch.tensor(change.rows)
+        total[rows] = read(change.tokens) - initial()[rows]
+    if change.factor:
+        factor = read(change.factor)
+        factor = factor.reshape(shape) if len(shape) == 1 else factor.T if change.transposed else factor
+        total += initial() * (factor - 1)
+    if change.update is not None:
+        total += _updated(change, tensors, lambda: initial() + total, base.dtype(name), shape, dtype)
     if change.bias:
-        total += change.scale * tensors[change.bias].detach().to(dtype)
+        total += change.scale * read(change.bias)
     if not is_finite(total):
         raise NonFiniteError(
             f"adapter: expected a finite difference, got NaN or infinity in {name}. "
             "Train again with a lower learning rate, or remove this adapter."
         )
     return total
+
+
+def _updated(
+    change: Change,
+    tensors: LazyMapping,
+    start: Callable[[], Tensor],
+    stored: torch.dtype,
+    shape: torch.Size,
+    dtype: torch.dtype,
+) -> Tensor:
+    """What an update adds to the weight W that ``start`` gives, in the weight's shape."""
+    update = change.update
+    assert update is not None
+    product = update.product(tensors, dtype)
+    truncated = update.truncated if isinstance(update, LowRank) else 0
+    if truncated or update.magnitude:
+        weight = start()
+        weight = weight.T if change.transposed else weight.flatten(1)
+        if truncated:  # KaSA: W without its smallest singular components is what is stored and adapted
+            left, values, right = torch.linalg.svd(weight, full_matrices=False)
+            kept = max(len(values) - truncated, 0)
+            product = product + (((left[:, :kept] * values[:kept]) @ right[:kept]).to(stored).to(dtype) - weight)
+        if update.magnitude:  # DoRA (Liu et al. 2024, equation 5): m (W + ΔW) / ‖W + ΔW‖, row by row
+            moved = weight + product
+            lengths = tensors[update.magnitude].detach().to(dtype).reshape(-1, 1)
+            product = lengths / torch.linalg.vector_norm(moved, dim=1, keepdim=True) * moved - weight
+    return (product.T if change.transposed else product).reshape(shape)
+
+
+def _without(modules: Mapping[str, _What], left: set[str]) -> dict[str, _What]:
+    return {module: what for module, what in modules.items() if f"{module}.weight" not in left}
 
 
 def _zeros(start: int, stop: int, out: Tensor) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from open_clip.model import CLIP
-from peft import IA3Config, LoHaConfig, LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, OFTConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPModel, CLIPVisionModel, CLIPVisionModelWithProjection
@@ -340,28 +340,24 @@ def test_a_square_weight_beside_transposed_ones_is_refused(tmp_path: Path) -> No
     ("settings", "message"),
     [
         (
-            LoraConfig(target_modules=["linear"], use_dora=True),
-            "expected plain LoRA, got use_dora = True. Merge the adapter",
-        ),
-        (
-            IA3Config(target_modules=["linear"], feedforward_modules=[]),
-            "expected an adapter with peft_type LORA, got 'IA3'.",
-        ),
-        (
-            LoHaConfig(target_modules=["linear"]),
-            "expected an adapter with peft_type LORA, got 'LOHA'. Merge it into its",
+            OFTConfig(target_modules=["linear"], oft_block_size=2),
+            "LOKR, IA3, TRAINABLE_TOKENS, got 'OFT'. Merge it into",
         ),
         (
             LoraConfig(target_modules=["linear"], init_lora_weights="pissa"),
-            "expected plain LoRA, got init_lora_weights = 'pi",
+            "expected factors beside the unchanged base, got init_lora_weights = 'pissa', which takes a part of the",
         ),
         (
             LoraConfig(target_modules=["linear"], init_lora_weights="olora"),
-            "plain LoRA, got init_lora_weights = 'olora'",
+            "got init_lora_weights = 'olora', which takes",
         ),
         (
             LoraConfig(target_parameters=["linear.weight"], target_modules=[]),
-            r"got target_parameters = \['linear.weight'\]",
+            r"plain LoRA, got target_parameters = \['linear.weight'\]. Merge the adapter into",
+        ),
+        (
+            LoraConfig(target_modules=["linear"], alora_invocation_tokens=[1]),
+            r"expected plain LoRA, got alora_invocation_tokens = \[1\]",
         ),
     ],
 )
@@ -374,7 +370,16 @@ def test_other_kinds_of_adapters_are_refused(settings: Any, message: str, tmp_pa
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"peft_type": None}, "expected an adapter with peft_type LORA, got None"),
+        (
+            {"peft_type": None},
+            "expected an adapter with peft_type LORA, ADALORA, LOHA, .*, got None. Merge it into its",
+        ),
+        (
+            {"peft_type": "PREFIX_TUNING"},
+            "got 'PREFIX_TUNING'. It adds to the input or chooses by it, and changes no wei",
+        ),
+        ({"peft_type": "LOHA", "r": 2}, "expected plain LOHA, got "),
+        ({"use_dora": True}, "expected lengths of rows for linear exactly with use_dora, got no lora_magnitude_vector"),
         ({"something_new": 3}, "expected plain LoRA, got something_new = 3"),
         ({"init_lora_weights": 1}, "expected plain LoRA, got init_lora_weights = 1"),
         ({"lora_alpha": "16"}, "expected lora_alpha to be a positive number, got '16'. Save it again."),
@@ -385,10 +390,6 @@ def test_other_kinds_of_adapters_are_refused(settings: Any, message: str, tmp_pa
         ({"rank_pattern": {"linear": 0}}, r"expected rank_pattern\['linear'\] to be a positive number, got 0"),
         ({"r": 3}, "expected factors of rank 3 for linear by the configuration, got rank 2. Use the configuration"),
         ({"rank_pattern": {"linear": 3}}, "expected factors of rank 3 for linear by the configuration, got rank 2"),
-        (
-            {"alpha_pattern": {"linear": 1, "lin.*": 2}},
-            "expected one entry of alpha_pattern for linear, got 2 with differ",
-        ),
         (
             {"alpha_pattern": {"(l*)*x": 1}},
             r"expected short regular expressions in alpha_pattern, got '\(l\*\)\*x'. Write",
@@ -425,7 +426,7 @@ def test_files_that_are_no_adapter_are_refused(tmp_path: Path) -> None:
         with pytest.raises(FileFormatError, match=r"expected JSON, got something else. Copy the adapter again."):
             open_adapter(tmp_path)
     config.write_text("[1]")
-    with pytest.raises(FileFormatError, match="expected an adapter with peft_type LORA, got None"):
+    with pytest.raises(FileFormatError, match=r"expected an adapter with peft_type LORA, ADALORA, .*, got None"):
         open_adapter(tmp_path)
     with config.open("wb") as file:
         file.truncate(17 << 20)
@@ -460,7 +461,12 @@ def test_tensors_that_are_no_factors_are_refused(tmp_path: Path) -> None:
         ({a: torch.ones(0, 6), b: torch.ones(8, 0)}, r"of linear, got a \(0, 6\), b \(8, 0\)"),
         (
             {b.replace("lora_B.weight", "lora_magnitude_vector"): torch.ones(8)},
-            "factors A and B of LoRA, got base_model",
+            r"factors A \[r, …\] and B \[d, r\] of linear, got magnitude \(8,\). Save",
+        ),
+        ({a: torch.ones(2, 6), b: torch.ones(8, 2), f"{a}.lora_gate": torch.ones(1)}, "A and B of LoRA, got base"),
+        (
+            {a: torch.ones(2, 6), b: torch.ones(8, 2), a.replace("lora_A.weight", "ia3_l"): torch.ones(8, 1)},
+            "expected tensors of an adapter with peft_type LORA, got base_model.model.linear.ia3_l",
         ),
     ):
         save_file(tensors, tmp_path / "adapter_model.safetensors")
