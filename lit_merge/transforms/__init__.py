@@ -4,36 +4,65 @@ Imports torch and safetensors only.
 """
 
 from lit_merge.transforms.base import Chain, Transform, chain
+from lit_merge.transforms.calibration import Calibrate, Polarise
+from lit_merge.transforms.clip import Clip
+from lit_merge.transforms.conflicts.competition import PCB
+from lit_merge.transforms.conflicts.largest import LargestMagnitude, SignMask
+from lit_merge.transforms.conflicts.overlap import RAM
+from lit_merge.transforms.conflicts.trust_region import TrustRegion
+from lit_merge.transforms.conflicts.variance import SCE
 from lit_merge.transforms.depth import LiNeS, ScaleBlocks
+from lit_merge.transforms.essential import ESM
 from lit_merge.transforms.fields import replace_field
 from lit_merge.transforms.geometry import KarcherMean, ModelStock, Slerp
-from lit_merge.transforms.interference import WUDI
+from lit_merge.transforms.interference import WUDI, OptMerge, SpectralWUDI
 from lit_merge.transforms.learned import LearnedScale
 from lit_merge.transforms.masks import ConsensusMask, TallMask
 from lit_merge.transforms.override import Override, WithOverrides
+from lit_merge.transforms.projective import DOGE
 from lit_merge.transforms.recipes import (
     RECIPES,
+    actmerge,
     adamerging,
     analogy,
+    aswudi,
     breadcrumbs,
+    cart,
     consensus_ta,
     consensus_ties,
+    core_space,
     dare_linear,
     dare_ties,
+    dc_merge,
     della,
+    doge,
+    emr,
+    esm,
     fisher,
     iso_c,
     iso_cts,
+    iwudi,
     karcher,
+    knots,
     lines,
+    magmax,
     model_stock,
+    nearswap,
     negation,
+    optmerge,
+    pcb,
+    ram,
+    ram_plus,
     recipe,
     regmean,
     rewarded_soup,
+    sce,
     slerp,
+    svc,
+    swudi,
     tall_masks,
     task_arithmetic,
+    tatr,
     ties,
     tsv_m,
     weight_average,
@@ -43,14 +72,25 @@ from lit_merge.transforms.reduce import Interpolate, Mean, Negate, Scale, Sum
 from lit_merge.transforms.rescale import Rescale
 from lit_merge.transforms.signs import DisjointMean, DisjointSum, ElectSign
 from lit_merge.transforms.sparsify import Drop, DropByRank, MagnitudeWindow, Trim
-from lit_merge.transforms.spectral import IsoC, IsoCTS, TSVMerge
+from lit_merge.transforms.spectral import CART, DCMerge, IsoC, IsoCTS, TSVMerge
+from lit_merge.transforms.subspaces import CoreSpace, KnOTS
 from lit_merge.transforms.weighted import FisherMean, RegMean
 
 __all__ = [
+    "CART",
+    "DOGE",
+    "ESM",
+    "PCB",
+    "RAM",
     "RECIPES",
+    "SCE",
     "WUDI",
+    "Calibrate",
     "Chain",
+    "Clip",
     "ConsensusMask",
+    "CoreSpace",
+    "DCMerge",
     "DisjointMean",
     "DisjointSum",
     "Drop",
@@ -61,47 +101,74 @@ __all__ = [
     "IsoC",
     "IsoCTS",
     "KarcherMean",
+    "KnOTS",
+    "LargestMagnitude",
     "LearnedScale",
     "LiNeS",
     "MagnitudeWindow",
     "Mean",
     "ModelStock",
     "Negate",
+    "OptMerge",
     "Override",
+    "Polarise",
     "RegMean",
     "Rescale",
     "Scale",
     "ScaleBlocks",
+    "SignMask",
     "Slerp",
+    "SpectralWUDI",
     "Sum",
     "TSVMerge",
     "TallMask",
     "Transform",
     "Trim",
+    "TrustRegion",
     "WithOverrides",
+    "actmerge",
     "adamerging",
     "analogy",
+    "aswudi",
     "breadcrumbs",
+    "cart",
     "chain",
     "consensus_ta",
     "consensus_ties",
+    "core_space",
     "dare_linear",
     "dare_ties",
+    "dc_merge",
     "della",
+    "doge",
+    "emr",
+    "esm",
     "fisher",
     "iso_c",
     "iso_cts",
+    "iwudi",
     "karcher",
+    "knots",
     "lines",
+    "magmax",
     "model_stock",
+    "nearswap",
     "negation",
+    "optmerge",
+    "pcb",
+    "ram",
+    "ram_plus",
     "recipe",
     "regmean",
     "replace_field",
     "rewarded_soup",
+    "sce",
     "slerp",
+    "svc",
+    "swudi",
     "tall_masks",
     "task_arithmetic",
+    "tatr",
     "ties",
     "tsv_m",
     "weight_average",

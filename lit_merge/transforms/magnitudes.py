@@ -13,12 +13,14 @@ import torch
 from torch import Tensor
 
 from lit_merge.vectors import TaskVectors
+from lit_merge.vectors.global_value import Statistic
 
 __all__ = [
     "Cut",
     "Walk",
     "common_dtype",
     "count_of",
+    "cuts_over_all",
     "find_cuts",
     "find_cuts_of_stack",
     "find_global_cuts",
@@ -174,6 +176,13 @@ def find_global_cuts(vectors: TaskVectors, kept: int) -> tuple[Cut, ...]:
         return find_cuts(partial(walk_all, vectors), kept, common_dtype(vectors))
     brackets = _brackets(vectors, kept)
     return _cuts_within(vectors, kept, brackets) or find_cuts(partial(walk_all, vectors), kept, common_dtype(vectors))
+
+
+def cuts_over_all(what: str, vectors: TaskVectors, kept: int) -> Statistic[tuple[Cut, ...]]:
+    """What :func:`find_global_cuts` finds, when it is first needed."""
+    digits = 5 if common_dtype(vectors) == torch.float64 else 3
+    reads = vectors.walk * (digits + 2 if sampled(vectors) else digits)
+    return Statistic(what, reads, partial(find_global_cuts, vectors, kept), at_most=True)
 
 
 def sampled(vectors: TaskVectors) -> bool:

@@ -14,7 +14,7 @@ from lit_merge.transforms.base import Transform, check_transform, whole_number
 from lit_merge.transforms.reduce import Sum, per_task, per_task_values
 from lit_merge.vectors import TaskVectors
 
-__all__ = ["ConsensusMask", "TallMask"]
+__all__ = ["ConsensusMask", "TallMask", "merged_by"]
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class TallMask(Transform):
 
     def __call__(self, vectors: TaskVectors) -> TaskVectors:
         """From stacks ``(T, *shape)`` to masked copies of the merged vector, ``(T, *shape)``."""
-        merged = _merged(self, self.merge, vectors)
+        merged = merged_by(self, self.merge, vectors)
         thresholds = per_task_values("TallMask.threshold", self.threshold, vectors.tasks)
         return vectors.map_elements(partial(_cut_out, thresholds), note=self, others=[merged])
 
@@ -79,12 +79,13 @@ class ConsensusMask(Transform):
                 f"ConsensusMask.k: expected at most the number of task vectors ({len(vectors.tasks)}), got {self.k}. "
                 "Lower k, or give more vectors."
             )
-        merged = _merged(self, self.merge, vectors)
+        merged = merged_by(self, self.merge, vectors)
         thresholds = per_task_values("ConsensusMask.threshold", self.threshold, vectors.tasks)
         return vectors.reduce_elements(partial(_agreed, self.k, thresholds), note=self, others=[merged])
 
 
-def _merged(transform: Transform, merge: Transform, vectors: TaskVectors) -> TaskVectors:
+def merged_by(transform: Transform, merge: Transform, vectors: TaskVectors) -> TaskVectors:
+    """What ``transform.merge`` makes of vectors, which has to be one."""
     merged = merge(vectors)
     if len(merged.tasks) != 1:
         raise ConfigurationError(

@@ -8,42 +8,73 @@ from typing import Any, Literal
 
 from lit_merge.errors import ConfigurationError, did_you_mean
 from lit_merge.transforms.base import Chain, Transform, chain
+from lit_merge.transforms.calibration import Calibrate, Polarise
+from lit_merge.transforms.clip import Clip
+from lit_merge.transforms.conflicts.competition import PCB
+from lit_merge.transforms.conflicts.largest import LargestMagnitude, SignMask
+from lit_merge.transforms.conflicts.overlap import RAM
+from lit_merge.transforms.conflicts.trust_region import TrustRegion
+from lit_merge.transforms.conflicts.variance import SCE
 from lit_merge.transforms.depth import LiNeS
+from lit_merge.transforms.essential import ESM
 from lit_merge.transforms.geometry import KarcherMean, ModelStock, Slerp, Space
-from lit_merge.transforms.interference import WUDI
+from lit_merge.transforms.interference import WUDI, OptMerge, SpectralWUDI
 from lit_merge.transforms.learned import LearnedScale, transform_before
 from lit_merge.transforms.masks import ConsensusMask, TallMask
+from lit_merge.transforms.projective import DOGE
 from lit_merge.transforms.reduce import Interpolate, Mean, Negate, Scale, Sum
+from lit_merge.transforms.rescale import Rescale
 from lit_merge.transforms.signs import DisjointMean, ElectSign
 from lit_merge.transforms.sparsify import Drop, DropByRank, MagnitudeWindow, Trim
-from lit_merge.transforms.spectral import IsoC, IsoCTS, TSVMerge
+from lit_merge.transforms.spectral import CART, DCMerge, IsoC, IsoCTS, TSVMerge
+from lit_merge.transforms.subspaces import CoreSpace, KnOTS
 from lit_merge.transforms.weighted import FisherMean, RegMean
 
 __all__ = [
     "RECIPES",
+    "actmerge",
     "adamerging",
     "analogy",
+    "aswudi",
     "breadcrumbs",
+    "cart",
     "check_call",
     "check_fields",
     "consensus_ta",
     "consensus_ties",
+    "core_space",
     "dare_linear",
     "dare_ties",
+    "dc_merge",
     "della",
+    "doge",
+    "emr",
+    "esm",
     "fisher",
     "iso_c",
     "iso_cts",
+    "iwudi",
     "karcher",
+    "knots",
     "lines",
+    "magmax",
     "model_stock",
+    "nearswap",
     "negation",
+    "optmerge",
+    "pcb",
+    "ram",
+    "ram_plus",
     "recipe",
     "regmean",
     "rewarded_soup",
+    "sce",
     "slerp",
+    "svc",
+    "swudi",
     "tall_masks",
     "task_arithmetic",
+    "tatr",
     "ties",
     "tsv_m",
     "weight_average",
@@ -241,6 +272,216 @@ def wudi(steps: int = 300, coefficient: float = 1.0) -> Chain:
     return chain(WUDI(steps), Scale(coefficient))
 
 
+def magmax(coefficient: float = 0.5) -> Chain:
+    """Of every element that of the task where it is largest (Marczak et al. 2024).
+
+    Args:
+        coefficient: α; the authors take 0.5 for vectors that were fine-tuned independently.
+    """
+    return chain(LargestMagnitude(), Scale(coefficient))
+
+
+def emr() -> Chain:
+    """A vector per task: the unified one, masked where its signs are the task's, and rescaled (Huang et al. 2024)."""
+    return chain(SignMask(), Rescale("l1"))
+
+
+def pcb(fraction: float = 0.05, coefficient: float = 1.2) -> Chain:
+    """Elements weighed by competition within and between tasks (Du et al. 2024).
+
+    Args:
+        fraction: of each task's elements that have a weight.
+        coefficient: α; the authors take 1.2, or search a coefficient for every task.
+    """
+    return chain(PCB(fraction), Scale(coefficient))
+
+
+def sce(density: float = 0.1, coefficient: float = 1.0) -> Chain:
+    """The elements on which tasks differ most, weighed by the tasks' energies (Wan et al. 2024).
+
+    Args:
+        density: fraction of the elements of each parameter that is selected.
+        coefficient: α; the paper needs none.
+    """
+    return chain(SCE(density), Scale(coefficient))
+
+
+def ram(threshold: float = 1e-5, coefficient: float = 1.0) -> Chain:
+    """The mean over the tasks that changed an element (Yuan et al. 2026).
+
+    Args:
+        threshold: magnitude above which an element has changed.
+        coefficient: α; the paper needs none.
+    """
+    return chain(RAM(threshold), Scale(coefficient))
+
+
+def ram_plus(threshold: float = 1e-5, boost: float = 0.2, limit: float = 1.0, coefficient: float = 1.0) -> Chain:
+    """RAM, with more of what only one task has changed (Yuan et al. 2026).
+
+    Args:
+        threshold: magnitude above which an element has changed.
+        boost: how much more, times the ratio of a task's shared elements to its own.
+        limit: of that ratio.
+        coefficient: α; the paper needs none.
+    """
+    return chain(RAM(threshold, boost, limit), Scale(coefficient))
+
+
+def tatr(fraction: float = 0.01, statistics: Mapping[str, str] | None = None, coefficient: Coefficient = 0.3) -> Chain:
+    """Task arithmetic without the elements in which tasks conflict most (Sun et al. 2025).
+
+    Args:
+        fraction: of the elements that is left out.
+        statistics: task -> file of its mean absolute gradients, from ``lit-merge statistics --kind gradients``; None
+            for the variant without data.
+        coefficient: α, or one number per task.
+    """
+    return chain(TrustRegion(fraction, statistics), *_scaled_sum(coefficient))
+
+
+def doge(steps: int = 400, strength: float = 0.07, density: float = 0.3, coefficient: float = 1.0) -> Chain:
+    """Task arithmetic after a common change that lowers what tasks cost each other (Wei et al. 2025).
+
+    Args:
+        steps: of Adam on every matrix.
+        strength: of every task in every matrix, times the inverse norm.
+        density: fraction of the elements of each vector that is kept.
+        coefficient: α; the paper needs none.
+    """
+    return chain(DOGE(steps, strength=strength, density=density), Scale(coefficient))
+
+
+def nearswap(limit: float = 1e-4) -> Chain:
+    """A step of at most so much towards another model, element by element (alchemonaut 2024); for one vector.
+
+    Args:
+        limit: how far an element moves.
+    """
+    return chain(Clip(limit))
+
+
+def knots(merge: Transform | None = None, coefficient: float = 1.0) -> Chain:
+    """Any merge, in the space of the outputs that the vectors span (Stoica et al. 2024).
+
+    Args:
+        merge: by default TIES with density 0.2.
+        coefficient: α, usually searched on validation data.
+    """
+    return chain(KnOTS(merge or ties()), Scale(coefficient))
+
+
+def core_space(merge: Transform | None = None, coefficient: float = 1.0) -> Chain:
+    """Any merge, in the spaces of outputs and inputs that the vectors span (Panariello et al. 2025).
+
+    Args:
+        merge: by default TSV-M.
+        coefficient: α, usually searched on validation data.
+    """
+    return chain(CoreSpace(merge or tsv_m()), Scale(coefficient))
+
+
+def iwudi(time: float = 300.0, coefficient: float = 1.0) -> Chain:
+    """WUDI as a gradient descent that is stopped, in closed form (Wei et al. 2026).
+
+    Args:
+        time: when it is stopped.
+        coefficient: α; the paper needs none.
+    """
+    return chain(SpectralWUDI(time), Scale(coefficient))
+
+
+def swudi(time: float = 1300.0, rank: float = 0.65, coefficient: float = 1.0) -> Chain:
+    """WUDI as a gradient descent in the strongest directions of the inputs alone (Wei et al. 2026).
+
+    Args:
+        time: when it is stopped; the authors take 1300 for ViT-B/32 and 1800 for ViT-B/16.
+        rank: fraction of the directions.
+        coefficient: α; the paper needs none.
+    """
+    return chain(SpectralWUDI(time, rank), Scale(coefficient))
+
+
+def aswudi(coefficient: float = 1.0) -> Chain:
+    """WUDI's minimum in as many directions as each matrix's spectrum says; nothing is chosen (Wei et al. 2026).
+
+    Args:
+        coefficient: α; the paper needs none.
+    """
+    return chain(SpectralWUDI(None, "participation"), Scale(coefficient))
+
+
+def actmerge(floor: float = 1e-8, coefficient: float = 1.0) -> Chain:
+    """RegMean with the vectors' own τᵀτ in place of Gram matrices (2026, 2604.01329); needs no data.
+
+    Args:
+        floor: of eigenvalues, relative to the largest.
+        coefficient: α; the paper needs none.
+    """
+    return chain(SpectralWUDI(None, normalise=False, floor=floor), Scale(coefficient))
+
+
+def optmerge(steps: int = 300, coefficient: float = 1.0) -> Chain:
+    """WUDI with vectors of low rank (Wei et al. 2025).
+
+    Args:
+        steps: of Adam on every matrix.
+        coefficient: α; the paper needs none.
+    """
+    return chain(OptMerge(steps), Scale(coefficient))
+
+
+def cart(rank_fraction: float = 0.16, coefficient: float = 2.3) -> Chain:
+    """The mean, plus what each task has beside it, cut to a low rank (Choi et al. 2024).
+
+    Args:
+        rank_fraction: fraction of the rank that a task keeps.
+        coefficient: λ of what a task has beside the mean, usually searched on validation data; both defaults are those
+            with which AdaRank's authors start on eight tasks of ViT-B/32.
+    """
+    return chain(CART(rank_fraction, coefficient))
+
+
+def esm(statistics: Mapping[str, str] | None = None, coefficient: float = 1.0) -> Chain:
+    """Each task in the output dimensions that it moves most, with polarised scaling (Li et al. 2026).
+
+    Args:
+        statistics: task -> file of its Gram matrices, from ``lit-merge statistics --kind gram``; None for the
+            variant without data.
+        coefficient: α, searched on validation data.
+    """
+    return chain(ESM(statistics), Polarise("layers"), Scale(coefficient))
+
+
+def dc_merge(keep: float = 1e-3, smoothing: Literal["mean", "linear"] | None = None, coefficient: float = 1.0) -> Chain:
+    """Sign-elected means of the few largest elements in a space that covers all tasks (2026, 2603.06242).
+
+    Args:
+        keep: fraction of the elements that stay there.
+        smoothing: of the singular values; the authors take ``mean`` for LoRA.
+        coefficient: α, usually searched on validation data.
+    """
+    return chain(DCMerge(keep, smoothing), Scale(coefficient))
+
+
+def svc(merge: Transform | None = None, alpha: float | None = None) -> Chain:
+    """Any merge, then singular value calibration (Li et al. 2026).
+
+    Args:
+        merge: its coefficient included; by default task arithmetic with 0.3.
+        alpha: smallest projection; by default the authors' for the merge: 1 if TSV-M or WUDI (here: any of its family)
+            is in it, 0.2 if Iso-CTS is, 0.1 otherwise.
+    """
+    before = chain(merge or task_arithmetic())
+    if alpha is None:
+        found = [_CALIBRATED[type(step)] for step in before.steps if type(step) in _CALIBRATED]
+        alpha = found[-1] if found else 0.1
+    return chain(before, Calibrate(alpha))
+
+
+_CALIBRATED: dict[type[Transform], float] = {TSVMerge: 1.0, WUDI: 1.0, OptMerge: 1.0, SpectralWUDI: 1.0, IsoCTS: 0.2}
+
+
 def slerp(fraction: float = 0.5, space: Space = "weights") -> Chain:
     """A point of the arc between two models (Shoemake 1985); for exactly two vectors.
 
@@ -314,7 +555,9 @@ RECIPES: dict[str, Callable[..., Chain]] = {
     for function in (
         *(weight_average, task_arithmetic, negation, analogy, rewarded_soup),
         *(ties, dare_linear, dare_ties, breadcrumbs, della, consensus_ta, consensus_ties, tall_masks, lines),
+        *(magmax, emr, pcb, sce, ram, ram_plus, tatr, doge, nearswap, knots, core_space),
         *(tsv_m, iso_c, iso_cts, wudi, slerp, karcher, model_stock),
+        *(iwudi, swudi, aswudi, actmerge, optmerge, cart, esm, dc_merge, svc),
         *(fisher, regmean, adamerging),
     )
 }

@@ -14,12 +14,10 @@ from lit_merge.errors import ConfigurationError
 from lit_merge.transforms.base import Transform, whole_number
 from lit_merge.transforms.magnitudes import (
     Cut,
-    common_dtype,
     count_of,
+    cuts_over_all,
     find_cuts_of_stack,
-    find_global_cuts,
     keep_largest,
-    sampled,
     size_of,
 )
 from lit_merge.transforms.random import Uniform, labels_of
@@ -173,15 +171,11 @@ def _window(transform: Transform, vectors: TaskVectors, density: float, outliers
     if scope == "tensor":
         return vectors.map(partial(_window_of_tensor, density, outliers), note=transform)
     size, name = size_of(vectors), type(transform).__name__
-    digits = 5 if common_dtype(vectors) == torch.float64 else 3
-    reads = vectors.walk * (digits + 2 if sampled(vectors) else digits)
     top = count_of(outliers, size)
     wanted = {f"{name}: threshold": min(top + _kept(density, size), size)}
     if top:
         wanted[f"{name}: threshold of outliers"] = top
-    found = [
-        Statistic(what, reads, partial(find_global_cuts, vectors, kept), at_most=True) for what, kept in wanted.items()
-    ]
+    found = [cuts_over_all(what, vectors, kept) for what, kept in wanted.items()]
     return vectors.map_elements(partial(_windowed, tuple(found)), note=transform, statistics=found)
 
 

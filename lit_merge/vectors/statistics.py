@@ -17,7 +17,7 @@ from lit_merge.vectors.task_vectors import TaskVectors
 
 __all__ = ["FORMATS", "StatisticsFiles", "open_statistics", "write_statistics"]
 
-FORMATS = {"fisher": "lit-merge/fisher/1", "gram": "lit-merge/gram/1"}
+FORMATS = {"fisher": "lit-merge/fisher/1", "gram": "lit-merge/gram/1", "gradients": "lit-merge/gradients/1"}
 """Kind -> the header's ``format``."""
 
 
@@ -57,7 +57,7 @@ class StatisticsFiles(dict[str, str]):
 
 def write_statistics(
     path: str | os.PathLike[str],
-    kind: Literal["fisher", "gram"],
+    kind: Literal["fisher", "gram", "gradients"],
     tensors: Mapping[str, Tensor],
     task: str,
     base_fingerprint: str = "",
@@ -84,7 +84,7 @@ def write_statistics(
 
 
 def open_statistics(
-    kind: Literal["fisher", "gram"], files: Mapping[str, str], vectors: TaskVectors, what: str
+    kind: Literal["fisher", "gram", "gradients"], files: Mapping[str, str], vectors: TaskVectors, what: str
 ) -> list[LazyTensors]:
     """Open the files of all tasks of some vectors; every byte is verified once, tensors are read when asked for.
 

@@ -16,9 +16,15 @@ import torch
 from lit_merge import transforms
 from lit_merge.errors import LitMergeError, NonFiniteError
 from lit_merge.transforms import (
+    DOGE,
+    PCB,
+    RAM,
+    SCE,
     WUDI,
     Chain,
+    Clip,
     ConsensusMask,
+    CoreSpace,
     DisjointMean,
     DisjointSum,
     Drop,
@@ -29,6 +35,8 @@ from lit_merge.transforms import (
     IsoC,
     IsoCTS,
     KarcherMean,
+    KnOTS,
+    LargestMagnitude,
     LearnedScale,
     LiNeS,
     MagnitudeWindow,
@@ -40,11 +48,13 @@ from lit_merge.transforms import (
     Rescale,
     Scale,
     ScaleBlocks,
+    SignMask,
     Slerp,
     Sum,
     TallMask,
     Transform,
     Trim,
+    TrustRegion,
     TSVMerge,
     WithOverrides,
     adamerging,
@@ -56,6 +66,7 @@ from lit_merge.transforms import (
     dare_linear,
     dare_ties,
     della,
+    emr,
     iso_c,
     iso_cts,
     karcher,
@@ -63,9 +74,11 @@ from lit_merge.transforms import (
     model_stock,
     negation,
     rewarded_soup,
+    sce,
     slerp,
     tall_masks,
     task_arithmetic,
+    tatr,
     ties,
     tsv_m,
     weight_average,
@@ -89,14 +102,14 @@ ENDS = [Override(Trim(0.5, "tensor"), names="^single|embed"), Override(Scale(2.0
 FOLDER = tempfile.TemporaryDirectory()  # of statistics, which the cases below name
 
 
-def files_of(kind: Literal["fisher", "gram"]) -> dict[str, str]:
+def files_of(kind: Literal["fisher", "gram", "gradients"]) -> dict[str, str]:
     """Random statistics of every task."""
     paths = {}
     for index, task in enumerate(TASKS):
         generator = torch.Generator().manual_seed(index)
-        shapes = SHAPES if kind == "fisher" else {"blocks.0.weight": (3, 3), "single": (1, 1)}
+        shapes = SHAPES if kind != "gram" else {"blocks.0.weight": (3, 3), "single": (1, 1)}
         roots = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
-        tensors = {name: root**2 if kind == "fisher" else root.T @ root for name, root in roots.items()}
+        tensors = {name: root.T @ root if kind == "gram" else root**2 for name, root in roots.items()}
         paths[task] = f"{FOLDER.name}/{task}-{kind}.safetensors"
         write_statistics(paths[task], kind, tensors, task)
     return paths
@@ -168,6 +181,28 @@ CASES = [
     Case(IsoCTS(0.5), reduces=True, tolerance=1e-5),
     Case(WUDI(5, 1e-6), reduces=True, tolerance=1e-5),
     Case(WUDI(5, 1e-6, exclude="^single"), reduces=True, tolerance=1e-5),
+    Case(Clip(0.3)),
+    Case(Clip(1e3), identity_at_one=True),
+    Case(LargestMagnitude(), reduces=True, identity_at_one=True),
+    Case(SignMask(), identity_at_one=True),
+    Case(SignMask(Mean()), identity_at_one=True),
+    Case(PCB(0.3, 0.1), reduces=True, tolerance=1e-6),
+    Case(PCB(0.2, 0.0, "plain"), reduces=True, tolerance=1e-6),
+    Case(SCE(0.5), reduces=True, single=False),
+    Case(SCE(1.0), reduces=True, single=False),
+    Case(RAM(0.5), reduces=True),
+    Case(RAM(0.5, 0.2), reduces=True),
+    Case(RAM(0.5, 0.1, 0.2, "tensor"), reduces=True),
+    Case(TrustRegion(0.2), identity_at_one=True),
+    Case(TrustRegion(0.2, files_of("gradients")), single=False),
+    Case(DOGE(3, 1e-6), reduces=True, tolerance=1e-5),
+    Case(DOGE(0, density=1.0, divisor=1, exclude="^single"), reduces=True),
+    Case(KnOTS(), reduces=True, tolerance=1e-5),
+    Case(KnOTS(ties(0.4), exclude="^single"), reduces=True, tolerance=1e-5),
+    Case(KnOTS(Trim(0.5, "tensor")), tolerance=1e-5),
+    Case(CoreSpace(), reduces=True, tolerance=1e-5),
+    Case(CoreSpace(TSVMerge()), reduces=True, tolerance=1e-5),
+    Case(CoreSpace(Negate(), exclude="^single"), tolerance=1e-5),
     Case(Slerp(0.25, "task_vectors"), TASKS[:2], reduces=True, order_free=False, single=False),
     Case(KarcherMean("task_vectors"), reduces=True, identity_at_one=True, tolerance=1e-5),
     Case(ModelStock(), reduces=True, single=False),
@@ -200,6 +235,9 @@ CASES = [
     Case(karcher("task_vectors"), reduces=True, identity_at_one=True, tolerance=1e-5),
     Case(model_stock(), reduces=True, single=False),
     Case(lines(), reduces=True, tolerance=1e-6),
+    Case(emr(), identity_at_one=True, tolerance=1e-6),
+    Case(sce(), reduces=True, single=False),
+    Case(tatr(0.3), reduces=True),
     Case(adamerging(learned("task")), reduces=True, single=False),
     Case(adamerging(learned("group", chain(Trim(0.4), ElectSign()))), reduces=True, single=False),
     Case(lines(ties(0.5), beta=0.5, schedule="quadratic"), reduces=True, tolerance=1e-6),
@@ -222,6 +260,8 @@ NEUTRAL = [
     LiNeS(1.0),
     LiNeS(1.0, 0.0, "quadratic"),
     WithOverrides(chain(), [Override(Scale(1), names="weight")]),
+    Clip(1e6),
+    TrustRegion(0.0),
 ]
 BY_ENTRY: list[tuple[Transform, Callable[[Transform], Transform]]] = [
     (transform, function)

@@ -14,9 +14,15 @@ import torch
 
 from lit_merge.errors import ConfigurationError
 from lit_merge.transforms import (
+    DOGE,
+    PCB,
+    RAM,
     RECIPES,
+    SCE,
     WUDI,
+    Clip,
     ConsensusMask,
+    CoreSpace,
     DisjointMean,
     Drop,
     DropByRank,
@@ -26,6 +32,8 @@ from lit_merge.transforms import (
     IsoC,
     IsoCTS,
     KarcherMean,
+    KnOTS,
+    LargestMagnitude,
     LearnedScale,
     LiNeS,
     MagnitudeWindow,
@@ -33,11 +41,14 @@ from lit_merge.transforms import (
     ModelStock,
     Negate,
     RegMean,
+    Rescale,
     Scale,
+    SignMask,
     Slerp,
     Sum,
     TallMask,
     Trim,
+    TrustRegion,
     TSVMerge,
     analogy,
     chain,
@@ -232,6 +243,53 @@ CHAINS = {  # name -> the chain by default, and with all fields
         ({"common_fraction": 0.6, "coefficient": 0.5}, chain(IsoCTS(0.6), Scale(0.5))),
     ],
     "wudi": [({}, chain(WUDI(300, 1e-5), Scale(1.0))), ({"steps": 7, "coefficient": 0.5}, chain(WUDI(7), Scale(0.5)))],
+    "magmax": [
+        ({}, chain(LargestMagnitude(), Scale(0.5))),
+        ({"coefficient": 1.0}, chain(LargestMagnitude(), Scale(1.0))),
+    ],
+    "emr": [({}, chain(SignMask(chain(ElectSign(), LargestMagnitude())), Rescale("l1", "global")))],
+    "pcb": [
+        ({}, chain(PCB(0.05, 0.01, "normalised"), Scale(1.2))),
+        ({"fraction": 0.1, "coefficient": 1.0}, chain(PCB(0.1), Scale(1.0))),
+    ],
+    "sce": [
+        ({}, chain(SCE(0.1), Scale(1.0))),
+        ({"density": 0.5, "coefficient": 0.8}, chain(SCE(0.5), Scale(0.8))),
+    ],
+    "ram": [
+        ({}, chain(RAM(1e-5, 0.0), Scale(1.0))),
+        ({"threshold": 0.1, "coefficient": 0.5}, chain(RAM(0.1), Scale(0.5))),
+    ],
+    "ram_plus": [
+        ({}, chain(RAM(1e-5, 0.2, 1.0, "global"), Scale(1.0))),
+        (
+            {"threshold": 0.1, "boost": 0.1, "limit": 0.2, "coefficient": 0.5},
+            chain(RAM(0.1, 0.1, 0.2), Scale(0.5)),
+        ),
+    ],
+    "tatr": [
+        ({}, chain(TrustRegion(0.01, None), Sum(), Scale(0.3))),
+        (
+            {"fraction": 0.02, "statistics": FILES, "coefficient": (0.1, 0.2)},
+            chain(TrustRegion(0.02, FILES), Scale((0.1, 0.2)), Sum()),
+        ),
+    ],
+    "doge": [
+        ({}, chain(DOGE(400, 1e-4, 0.07, 0.3, 6, None), Scale(1.0))),
+        (
+            {"steps": 5, "strength": 0.1, "density": 0.5, "coefficient": 0.5},
+            chain(DOGE(5, strength=0.1, density=0.5), Scale(0.5)),
+        ),
+    ],
+    "nearswap": [({}, chain(Clip(1e-4))), ({"limit": 0.01}, chain(Clip(0.01)))],
+    "knots": [
+        ({}, chain(KnOTS(chain(Trim(0.2), *ELECT, Scale(1.0))), Scale(1.0))),
+        ({"merge": Sum(), "coefficient": 0.3}, chain(KnOTS(Sum()), Scale(0.3))),
+    ],
+    "core_space": [
+        ({}, chain(CoreSpace(chain(TSVMerge(), Scale(1.0))), Scale(1.0))),
+        ({"merge": Sum(), "coefficient": 0.3}, chain(CoreSpace(Sum()), Scale(0.3))),
+    ],
     "slerp": [
         ({}, chain(Slerp(0.5, "weights", 0.9995))),
         ({"fraction": 0.2, "space": "task_vectors"}, chain(Slerp(0.2, "task_vectors", 0.9995))),
