@@ -181,13 +181,12 @@ def _layer_factors(power: float, exclude: str | None, vectors: TaskVectors) -> d
     """Name -> factor of every row, ``(T,)`` in float64, of matrices in blocks."""
     kinds: dict[object, dict[str, Tensor]] = {}
     for name in sorted(vectors):
-        block = block_of(name)
-        if block is None or not is_matrix(exclude, name, vectors.shape(name)):
+        if block_of(name) is None or not is_matrix(exclude, name, vectors.shape(name)):
             continue
         squares = torch.zeros(len(vectors.tasks), dtype=torch.float64)
         for _, chunk in vectors.chunks(name):
             squares += chunk.double().square_().sum(1).cpu()
-        kind = _without_block(name, block), vectors.shape(name)
+        kind = _without_block(name), vectors.shape(name)
         kinds.setdefault(kind, {})[name] = squares.sqrt()
     found: dict[str, Tensor] = {}
     for norms in kinds.values():
@@ -197,10 +196,13 @@ def _layer_factors(power: float, exclude: str | None, vectors: TaskVectors) -> d
     return found
 
 
-def _without_block(name: str, block: int) -> str:
-    """What a matrix is called in every block: its name without the block's number."""
-    found = re.sub(rf"(\A|\.){block}(?=\.)", r"\1*", name, count=1)
-    return found if found != name else re.sub(r"\d+", "*", name, count=1)  # layer4.0, encoder_layer_3
+def _without_block(name: str) -> str:
+    """What a matrix is called in every block: its name without the number that says which block it is in."""
+    for number in re.finditer(r"\d+", name):
+        before, after = name[: number.start()], name[number.end() :]
+        if block_of(f"{before}{int(number[0]) + 1}{after}") != block_of(name):
+            return f"{before}*{after}"
+    return name
 
 
 def _scaled_layer(factors: Statistic[dict[str, Tensor]], name: str, start: int, chunk: Tensor) -> Tensor:
