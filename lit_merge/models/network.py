@@ -6,6 +6,7 @@ Everything else talks to these objects: the modules train and evaluate a :class:
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from functools import cached_property, partial
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from lit_merge.checkpoints.activation import IMAGE_TOWER, Activations, activations_of, check_activations
 from lit_merge.checkpoints.opening import OpenedCheckpoint, named_after, open_model
+from lit_merge.checkpoints.pairing.ties import tied_names
 from lit_merge.checkpoints.pairs import Names
 from lit_merge.errors import ConfigurationError, StructureMismatchError, first_few
 from lit_merge.files.lazy import Computed, LazyMapping, Selected
@@ -24,6 +26,7 @@ from lit_merge.models.encoder import (
     ClipModel,
     Preprocessing,
     clip_activation,
+    clip_config,
     hub_repository,
     load_clip,
     stored_tower,
@@ -81,6 +84,11 @@ class Base(ABC):
     def activation(self) -> str:
         """That of an image tower, which task vectors carry; empty if it is not known."""
         return self.activations.get(IMAGE_TOWER, "")
+
+    @property
+    def ties(self) -> Mapping[str, str]:
+        """Names in the whole model that are other names' tensors again -> those names."""
+        return {}
 
     @property
     @abstractmethod
@@ -194,6 +202,11 @@ class ClipNetwork(Network):
         """How images become the tower's input."""
         return self._preprocessing or self.clip.preprocessing
 
+    @property
+    def config(self) -> dict[str, Any]:
+        """``model_cfg`` and ``preprocess_cfg``, as open_clip publishes them beside weights."""
+        return clip_config(*self._arguments)
+
     @cached_property
     def repository(self) -> str | None:  # type: ignore[override]
         """``owner/name`` on the Hub of the weights behind a tag."""
@@ -295,16 +308,33 @@ class FileBase(Base):
         self.name = named_after(path)
         self.opened = open_model(path)
         self.files = self.opened.files
+        self._tensors: LazyMapping = self.opened
 
     @cached_property
     def activations(self) -> Activations:  # type: ignore[override]
         """As the files beside the weights say it."""
         return activations_of(self.opened)
 
-    @property
+    @cached_property
     def parameters(self) -> LazyMapping:
         """All tensors of the file."""
-        return self.opened
+        return Selected(self._tensors, {name: name for name in self._tensors})
+
+    def with_tensors(self, tensors: LazyMapping) -> FileBase:
+        """The same model with other tensors, such as tables with more rows.
+
+        Args:
+            tensors: all of them, under the same names.
+        """
+        changed = copy.copy(self)
+        vars(changed).pop("parameters", None)
+        changed._tensors = tensors
+        return changed
+
+    @cached_property
+    def ties(self) -> Mapping[str, str]:  # type: ignore[override]
+        """Tables that the file stores twice; compared when it is first asked for."""
+        return tied_names(self.opened)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -316,7 +346,7 @@ class FileBase(Base):
 
     def whole(self) -> Mapping[str, Tensor]:
         """The same tensors."""
-        return self.opened
+        return self._tensors
 
 
 def network_of(

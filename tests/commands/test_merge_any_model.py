@@ -261,7 +261,7 @@ def test_models_that_do_not_fit(files, theta, tuned, tmp_path):
     for tensors, line in (
         (
             {**lacking, "more": torch.ones(1)},
-            r"odd.safetensors: .*the same 10 parameters, got 3 missing \(layers\.0\.attn\.weight, layers\.1",
+            r"odd.safetensors: .*the same 9 parameters, got 3 missing \(layers\.0\.attn\.weight, layers\.1",
         ),
         ({**theta, "extra": torch.ones(1)}, r"1 unexpected \(extra\)"),
         (wide, r"7 of another shape \(.*\(18, 6\) instead of \(9, 6\).* and 4 more\)\."),

@@ -18,6 +18,7 @@ from lit_merge.checkpoints.pairing.differences import Rules
 from lit_merge.checkpoints.pairs import pair_of
 from lit_merge.errors import ConfigurationError, StructureMismatchError, first_few
 from lit_merge.files.lazy import Computed, LazyMapping, Selected
+from lit_merge.models.merging.vocabularies import SameRows, same_rows
 from lit_merge.models.network import Base, FileBase, Network, network_of
 from lit_merge.naming import is_running_statistic
 from lit_merge.vectors import TaskVector, file_digest
@@ -84,7 +85,7 @@ def open_base(
 
 def open_inputs(
     paths: Sequence[str], base: Base, tasks: Sequence[str] | None, verify: bool, rules: Rules | None = None
-) -> list[Input]:
+) -> tuple[list[Input], SameRows]:
     """Open task vectors, and fine-tuned weights as their difference from the base; no parameter is read.
 
     Args:
@@ -94,6 +95,9 @@ def open_inputs(
             file, or of its folder if the file's tells nothing.
         verify: read everything once, compare it with the content digests, and hash files that have none.
         rules: what to leave out, and what to do about heads and vocabularies.
+
+    Returns:
+        The inputs, and the base that they are the difference from: with other rows if the rules say so.
 
     Raises:
         ConfigurationError: there is no path, not one task for each, or a pattern fits no name of any of them.
@@ -107,23 +111,36 @@ def open_inputs(
         )
     named: Sequence[str | None] = tasks or [None] * len(paths)
     rules = rules or Rules()
-    inputs = [_open_input(path, base, task, verify, rules) for path, task in zip(paths, named, strict=True)]
+    opened = [open_checkpoint(path) for path in paths]
+    rows = SameRows(base) if rules.rows is None else same_rows(base, opened, rules.rows)
+    inputs = [
+        _open_input(path, one, rows.tensors.get(position), rows.base, named[position], verify, rules)
+        for position, (path, one) in enumerate(zip(paths, opened, strict=True))
+    ]
     used = frozenset[str]().union(*(one.used for one in inputs))
     if unused := sorted(set(rules.leave_out) - used):
         raise ConfigurationError(
             f"leave_out: expected patterns that fit a name of one of the vectors, got {first_few(unused)}. Use names "
             "as they are in the file, e.g. 'classifier.*'."
         )
-    return inputs
+    return inputs, rows
 
 
-def _open_input(path: str, base: Base, task: str | None, verify: bool, rules: Rules) -> Input:
-    opened = open_checkpoint(path)
+def _open_input(
+    path: str,
+    opened: OpenedCheckpoint,
+    tensors: LazyMapping | None,
+    base: Base,
+    task: str | None,
+    verify: bool,
+    rules: Rules,
+) -> Input:
     digests = known_digests(opened, verify)
     if opened.metadata.get("format", "").rpartition("/")[0] == FORMAT.rpartition("/")[0]:
         return _vector_input(path, opened, base, task, digests, rules)
     try:
         weights = base.of_weights(opened)
+        weights = weights if tensors is None else tensors
         pair = pair_of(base.parameters, weights, base.names, rules)
     except StructureMismatchError as error:
         raise StructureMismatchError(str(error) if str(error).startswith(path) else f"{path}: {error}") from error

@@ -20,6 +20,7 @@ from lit_merge.files.shards import INDEX_ENDING, parse_size, write_shards
 from lit_merge.files.staging import staged
 from lit_merge.files.store import write_tensors
 from lit_merge.models.merging.card import model_card
+from lit_merge.models.merging.form import form_of
 from lit_merge.models.merging.inputs import Input, open_base, open_inputs
 from lit_merge.models.merging.output import MergedWeights, Output, RoundedVector, Target, beside, card_of
 from lit_merge.models.merging.plan import MergePlan, check_space, plan_merge
@@ -91,6 +92,7 @@ class Merge:
         heads: Heads = "refuse",
         rows: RowRule | None = None,
         running_statistics: Averaged = "average",
+        write_as: str | None = None,
     ) -> None:
         self.target, self.kind, self.linearized, self.device = Target(Path(output)), kind, linearized, device
         self._shard_size = _shard_size(shard_size, self.target)
@@ -109,13 +111,17 @@ class Merge:
             **{"leave_out": list(leave_out or []) or None, "rows": rows},
             **{"heads": heads if heads != "refuse" else None},
             **{"running_statistics": running_statistics if running_statistics != "average" else None},
+            **{"write_as": write_as},
         }
         _check_choice("heads", heads, Heads)
         _check_choice("running_statistics", running_statistics, Averaged)
         self._average = running_statistics == "average"
         rules = Rules(tuple(leave_out or ()), heads == "keep", rows)
         self._dtype = DTYPES[dtype or ("as_base" if base is not None and kind == "weights" else "float32")]
-        self._set_inputs(open_inputs(vectors, self.base, tasks, verify, rules))
+        self.form = form_of(self.base, base, self.target.is_file, kind == "weights", self._dtype, write_as)
+        inputs, self._rows = open_inputs(vectors, self.base, tasks, verify, rules)
+        self.base = self._rows.base
+        self._set_inputs(inputs)
 
     def _set_inputs(self, inputs: list[Input]) -> None:
         self.inputs = inputs
@@ -132,7 +138,7 @@ class Merge:
         copies = [
             f"{name} is {first} again: merged once, written under both names" for name, first in self.base.ties.items()
         ]
-        return (*copies, *said, *self.vectors.notes, *self.statistics.notes)
+        return (*copies, *self._rows.notes, *said, *self.vectors.notes, *self.statistics.notes)
 
     def network(self) -> Network:
         """The base as what can be evaluated.
@@ -171,13 +177,17 @@ class Merge:
             check_base(self._known, self.base.fingerprint, self.base.name)
         merged = transform(self.vectors)
         metadata = self._provenance(transform, found, fingerprinted)
-        pairs = zip(self.target.stems(self.kind, merged.tasks), _rows(merged), strict=True)
-        outputs = [Output.plan(stem, *self._tensors(row, metadata), self._shard_size) for stem, row in pairs]
+        places = self.form.places(self.target.stems(self.kind, merged.tasks))
+        outputs = [
+            Output.plan(stem, *self._tensors(row, metadata), self._shard_size, place, self.form.companions)
+            for (place, stem), row in zip(places, _rows(merged), strict=True)
+        ]
+        self.form.check_shards(max(len(one.shards) for one in outputs))
         plan = plan_merge(
             *(self.inputs, self.base, transform, merged, outputs, self.target.folder, self.device),
             writes_weights=self.kind == "weights",
             fingerprinted=self._hashed,
-            notes=self.notes,
+            notes=(*self.notes, *self.form.notes),
         )
         return Planned(transform, merged, outputs, plan, found)
 
@@ -227,7 +237,7 @@ class Merge:
         written = [*(target.folder / name for one in outputs for name in one.files), *others]
         written += [target.folder / name for name in self._heads()]
         replaced = list(dict.fromkeys([*stale, *(path for path in written if path.exists() or path.is_symlink())]))
-        read = [*self.base.files, *(path for one in self.inputs for path in one.files)]
+        read = [*self.base.files, *self.form.companions.sources, *(path for one in self.inputs for path in one.files)]
         taken = {path.resolve() for path in read}
         for path in [*replaced, *written]:
             if path.resolve() in taken or (path.exists() and any(path.samefile(one) for one in read)):
@@ -267,16 +277,12 @@ class Merge:
             entries["differences"] = json.dumps(self.notes, ensure_ascii=False)
         return entries
 
-    def _tensors(
-        self, merged: TaskVectors, metadata: dict[str, str]
-    ) -> tuple[MergedWeights | RoundedVector, dict[str, str]]:
+    def _tensors(self, merged: TaskVectors, metadata: dict[str, str]) -> tuple[LazyMapping, dict[str, str]]:
         """What is written of one merged vector, lazily, and its header."""
         if self.kind == "weights":
             replaced = self.statistics.values()
-            return MergedWeights(self.base, merged, self._dtype, replaced), {
-                "format": "lit-merge/weights/1",
-                **metadata,
-            }
+            weights = MergedWeights(self.base, merged, self._dtype, replaced)
+            return self.form.tensors(weights), {**self.form.header, **metadata}
         vector = merged.single()
         vector = TaskVector(vector, vector.task, metadata={**vector.metadata, **metadata})
         return RoundedVector(vector, self._dtype, self.base.parameters), vector.metadata
@@ -287,7 +293,7 @@ class Merge:
         address = parse_address(self._base_path or "")
         return model_card(
             path.stem if self.target.is_file else path.absolute().name,
-            [f"{one.stem}{'.safetensors' if len(one.shards) == 1 else INDEX_ENDING}" for one in outputs],
+            [one.model for one in outputs],
             planned.merged.tasks,
             self.base,
             self.inputs,
@@ -297,6 +303,7 @@ class Merge:
             self.kind == "weights",
             notes=self.notes,
             repository=address.repository if address is not None else self.base.repository,
+            form=self.form,
         )
 
 
@@ -337,6 +344,10 @@ def _rows(merged: TaskVectors) -> list[TaskVectors]:
 
 def _write(folder: Path, output: Output, tensors: Any) -> None:
     rounded, metadata = output.tensors, dict(output.metadata)
+    folder = folder / output.place
+    folder.mkdir(exist_ok=True)
+    if digests := output.companions.write(folder):
+        metadata["companions"] = json.dumps(digests, ensure_ascii=False)
     late: dict[str, Any] = {}
     if isinstance(rounded, RoundedVector):
         metadata["storage"] = rounded.storage()  # with the rounding error, which is known at the end
