@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 __all__ = ["chance_warnings"]
 
 _BETTER = 1.5  # times chance, below which a head is warned of
+_FEWEST = 10  # examples that say anything
 
 
 def chance_warnings(module: MergeModule, data: Any, examples: int) -> list[str]:
@@ -34,8 +35,8 @@ def chance_warnings(module: MergeModule, data: Any, examples: int) -> list[str]:
         examples: of each task at most, over all processes.
 
     Returns:
-        A line for each task whose accuracy is below 1.5/C. Tasks without labelled validation examples, and heads that
-        have an accuracy of their own, are passed over.
+        A line for each task whose accuracy is below 1.5/C. Tasks with fewer than ten labelled validation examples, and
+        heads that have an accuracy of their own, are passed over.
     """
     trainer = module.trainer
     if examples == 0 or trainer.limit_val_batches == 0 or not is_overridden("val_dataloader", data):
@@ -50,7 +51,7 @@ def chance_warnings(module: MergeModule, data: Any, examples: int) -> list[str]:
             if task not in learned or hasattr(module.head_of(task), "hits"):
                 continue
             right, counted, classes = _counts(module, task, loader, share)
-            if counted and right / counted < _BETTER / classes:
+            if counted >= _FEWEST and right / counted < _BETTER / classes:
                 found.append(
                     f"{task}: the merge starts with {right:.0f} of {counted:.0f} validation examples right "
                     f"({100 * right / counted:.1f} %), chance is {100 / classes:.1f} %: what is learned without labels "
