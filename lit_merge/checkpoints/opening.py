@@ -221,8 +221,9 @@ class OpenedCheckpoint(LazyMapping):
 def open_checkpoint(path: str | os.PathLike[str], section: str | None = None) -> OpenedCheckpoint:
     """Open a checkpoint: safetensors, sharded or not, a PyTorch file of any kind, or the folder of a model or adapter.
 
-    In a folder an adapter comes first, then ``model.safetensors.index.json``, ``model.safetensors``, the only other
-    safetensors model, ``pytorch_model.bin``, and the only other PyTorch file.
+    In a folder an adapter comes first, also the only one in a folder of its name, then
+    ``model.safetensors.index.json``, ``model.safetensors``, the only other safetensors model, ``pytorch_model.bin``,
+    and the only other PyTorch file.
 
     Args:
         path: the file, folder or index of shards; or ``hf://owner/name/file``.
@@ -240,13 +241,15 @@ def open_checkpoint(path: str | os.PathLike[str], section: str | None = None) ->
         raise FileFormatError(f"{found}: expected a checkpoint, got nothing (No such file or folder). Check the path.")
     if not found.is_dir():
         return OpenedCheckpoint(found, _tensors(found, section))
-    if (found / _ADAPTER).is_file():
-        _no_section(found, section)
-        from lit_merge.checkpoints.adapters.reading import open_adapter
-
-        adapter = open_adapter(found)
-        return OpenedCheckpoint(found, adapter.tensors, adapter)
     names = [one.name for one in found.iterdir() if one.is_file()]
+    weights = any(name.endswith((".safetensors", INDEX_ENDING, *_TORCH_SUFFIXES)) for name in names)
+    if _ADAPTER in names or not weights:
+        from lit_merge.checkpoints.adapters.reading import adapter_folder, open_adapter
+
+        if (folder := adapter_folder(found)) is not None:
+            _no_section(found, section)
+            adapter = open_adapter(folder)
+            return OpenedCheckpoint(folder, adapter.tensors, adapter)
     if any(name.endswith((".safetensors", INDEX_ENDING)) for name in names):
         _no_section(found, section)
         return OpenedCheckpoint(found, open_tensors(found))

@@ -233,13 +233,14 @@ class Adapter:
 def adapter_folder(folder: Path) -> Path | None:
     """The folder of an adapter: this one, or the only one in it that has a name, as peft saves all but the default.
 
+    Args:
+        folder: of an adapter, or without weights of its own.
+
     Raises:
         FileFormatError: there are several adapters with names.
     """
     if (folder / CONFIGURATION).is_file():
         return folder
-    if any(one.suffix in (".safetensors", ".bin", ".json", ".pt") for one in folder.iterdir()):
-        return None  # a model, which may have adapters in folders beside it
     named = sorted(one.parent for one in folder.glob(f"*/{CONFIGURATION}"))
     if len(named) > 1:
         raise FileFormatError(
