@@ -304,7 +304,8 @@ def _eigenvectors(rows: Tensor) -> tuple[Tensor, Tensor]:
 
 def _filtered_work(tasks: int, rows: int, columns: int, itemsize: int) -> Work:
     small, matrix = min(tasks * rows, columns), rows * columns
-    # The vectors and their rows, the product and its eigenvectors with what LAPACK's syevd asks for, V and D V.
-    memory = 8 * (2 * tasks * matrix + 5 * small**2 + columns * small + 4 * rows * small)
+    # The vectors and their rows, the product and its eigenvectors with what LAPACK's syevd asks for; V and its factors,
+    # D V, the sum and the change.
+    memory = 8 * (2 * tasks * matrix + 5 * small**2 + 2 * columns * small + 5 * rows * small + 3 * matrix)
     products = 2.0 * tasks * matrix * small + 9.0 * small**3
     return Work(memory, products + tasks * 4.0 * matrix * small + 4.0 * matrix * small)
