@@ -81,6 +81,7 @@ def merge(
     heads: Literal["refuse", "keep"] = "refuse",
     rows: Literal["base", "common", "union"] | None = None,
     running_statistics: Literal["average", "base"] = "average",
+    write_as: str | None = None,
     dry_run: bool = False,
     progress: bool = True,
 ) -> MergeResult:
@@ -122,6 +123,8 @@ def merge(
         rows: for tables of different vocabularies: base for the base's rows, common for those that all have, union for
             all tokens. Without it they are refused.
         running_statistics: of batch normalisation: average for the mean of the inputs that bring their own, or base.
+        write_as: of a CLIP, the layout of names: open_clip, image_tower, transformers or timm; by default the base's.
+            In a folder its configuration is written too, if that of the base is known.
         dry_run: print what would be done, its passes over the inputs and the memory it takes, and write nothing; no
             tensor of the vectors is read, nor of a base that is given as weights. A search is not counted.
         progress: show a progress bar if the standard error is a terminal.
@@ -142,6 +145,7 @@ def merge(
         heads=heads,
         rows=rows,
         running_statistics=running_statistics,
+        write_as=write_as,
     )
     planned = job.plan(chosen, dry=dry_run)
     job.check(planned, overwrite)

@@ -235,7 +235,7 @@ def _card(
         target.path(model.path): file_card(target.address(model.path), model.kind, model.header, model.tensors)
         for model in models
     }
-    return front_matter(first.kind, base_model or _base_of(first.header), clip), blocks
+    return front_matter(first.kind, base_model or _base_of(first.header), "open_clip" if clip else ""), blocks
 
 
 def _base_of(header: Mapping[str, str]) -> str | None:

@@ -29,6 +29,7 @@ __all__ = [
     "ClipModel",
     "Preprocessing",
     "clip_activation",
+    "clip_config",
     "empty_image_tower",
     "full_clip_model",
     "hub_repository",
@@ -356,6 +357,19 @@ def text_tensors(model: str, pretrained: str | None) -> LazyMapping:
 def clip_activation(model: str = _SHIPPED, pretrained: str | None = None) -> str:
     """The activation function of :func:`load_clip`'s image tower, see :class:`ClipModel`; nothing is built."""
     return _weights_source(_architecture(model), pretrained)[1].activation
+
+
+def clip_config(model: str, pretrained: str | None) -> dict[str, Any]:
+    """What open_clip publishes beside weights: ``model_cfg`` and ``preprocess_cfg``, as these weights want them.
+
+    Raises:
+        LitMergeError: the architecture or the weights are unknown or damaged.
+    """
+    _, architecture = _weights_source(_architecture(model), pretrained)
+    seen = _preprocessing(architecture)
+    settings = {"mean": list(seen.mean), "std": list(seen.std)}
+    settings |= {"interpolation": seen.interpolation, "resize_mode": seen.resize_mode}
+    return {"model_cfg": copy.deepcopy(architecture.config), "preprocess_cfg": settings}
 
 
 def hub_repository(model: str, pretrained: str | None) -> str | None:

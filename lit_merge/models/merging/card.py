@@ -9,6 +9,7 @@ import yaml
 
 from lit_merge.files.lazy import LazyMapping
 from lit_merge.files.shards import INDEX_ENDING
+from lit_merge.models.merging.form import Form
 from lit_merge.models.merging.inputs import Input
 from lit_merge.models.network import Base, ClipNetwork
 from lit_merge.report.environment import versions
@@ -37,6 +38,7 @@ def model_card(
     weights: bool,
     notes: Sequence[str] = (),
     repository: str | None = None,
+    form: Form | None = None,
 ) -> str:
     """Say what was merged, how, and how to load it.
 
@@ -52,11 +54,15 @@ def model_card(
         weights: whether the outputs are whole models.
         notes: differences between the base and the inputs, and what was done about them.
         repository: ``owner/name`` of the base model on the Hub, if it is known.
+        form: in which the weights are written; that of a file by default.
 
     Returns:
         Markdown with the front matter that the Hugging Face Hub reads.
     """
-    front = front_matter("weights" if weights else "task vector", repository, weights and isinstance(base, ClipNetwork))
+    form = form or Form()
+    clip = weights and isinstance(base, ClipNetwork) and form.write_as is None
+    library = form.library or ("open_clip" if clip else "")
+    front = front_matter("weights" if weights else "task vector", repository, library)
     front["tags"].append("merge")
     kind = "Merged weights" if weights else "Merged task vector, to be added to the base model's weights"
     rows = [
@@ -64,7 +70,10 @@ def model_card(
         f"| {_digest(one.digests)} |"
         for one in inputs
     ]
-    snippets = [_snippet(file, task, base, config, weights) for file, task in zip(files, tasks, strict=True)]
+    snippets = [
+        _library_snippet(file, task, form) or _snippet(file, task, base, config, weights)
+        for file, task in zip(files, tasks, strict=True)
+    ]
     sections = [
         f"---\n{_yaml(front)}---\n",
         f"# {title}\n",
@@ -82,26 +91,27 @@ def model_card(
         f"```yaml\n{_yaml(config)}```\n",
         "## How to load it\n",
         *(f"```python\n{snippet}\n```\n" for snippet in snippets),
-        *([_OPEN_CLIP] if front["library_name"] == "open_clip" else []),
+        *([_OPEN_CLIP] if clip else []),
+        *(["## Beside the weights\n", *(f"- {_cell(note)}" for note in form.notes), ""] if form.notes else []),
         "## Versions\n",
         ", ".join(f"{name} {version}" for name, version in versions().items()) + "\n",
     ]
     return "\n".join(sections)
 
 
-def front_matter(kind: str, repository: str | None, clip: bool) -> dict[str, Any]:
+def front_matter(kind: str, repository: str | None, library: str = "") -> dict[str, Any]:
     """The metadata at the top of a card, as the Hugging Face Hub reads it; which license it is, is left to the user.
 
     Args:
         kind: one of :data:`KINDS`.
         repository: ``owner/name`` of the base model on the Hub; the Hub refuses other names.
-        clip: whether it is a whole CLIP, which open_clip loads.
+        library: that opens it, as the Hub names libraries; lit-merge by default.
     """
     return {
         **({"base_model": repository} if repository else {}),
         **({"base_model_relation": "merge"} if repository and kind == "weights" else {}),
-        "library_name": "open_clip" if clip else "lit-merge",
-        **({"pipeline_tag": "zero-shot-image-classification"} if clip else {}),
+        "library_name": library or "lit-merge",
+        **({"pipeline_tag": _PIPELINES[library]} if library in _PIPELINES else {}),
         "tags": ["lit-merge", *(["task-vector"] if kind == "task vector" else []), "model-merging"],
     }
 
@@ -151,6 +161,7 @@ def python_of(transform: Transform) -> str:
     return "\n".join([*imports, "", f"transform = {expression}"])
 
 
+_PIPELINES = {"open_clip": "zero-shot-image-classification", "sentence-transformers": "sentence-similarity"}
 _LONGEST = 200  # characters of a header's entry in a table
 _LOADED = {
     "task vector": "from lit_merge import TaskVector\n\nvector = TaskVector.load({path!r})",
@@ -169,6 +180,40 @@ def _class_paths(config: Any) -> list[str]:
         return []
     own = [config["class_path"]] if isinstance(config.get("class_path"), str) else []
     return own + [path for value in config.values() for path in _class_paths(value)]
+
+
+def _library_snippet(file: str, task: str, form: Form) -> str:
+    """How the library that the output is a folder of opens it; empty where lit-merge's own way is to be shown."""
+    config, place = form.companions.config, file.rpartition("/")[0] or "."
+    if not form.configured:
+        return ""
+    if form.library == "sentence-transformers":
+        line = f"from sentence_transformers import SentenceTransformer\n\nmodel = SentenceTransformer({place!r})"
+    elif form.library == "timm":
+        line = f"import timm\n\nmodel = timm.create_model({f'local-dir:{place}'!r}, pretrained=True)"
+    elif form.library == "open_clip":
+        created = f"open_clip.create_model_and_transforms({f'local-dir:{place}'!r})"
+        line = f"import open_clip\n\nmodel, _, preprocess = {created}"
+    elif form.library == "transformers":
+        line = _transformers_snippet(config, place)
+    else:
+        return ""
+    return f"{line}  # {task}"
+
+
+def _transformers_snippet(config: Mapping[str, Any], place: str) -> str:
+    """The class that the configuration names; with code of the folder's own, the automatic class for it."""
+    listed = config.get("architectures")
+    name = listed[0] if isinstance(listed, list) and listed and str(listed[0]).isidentifier() else "AutoModel"
+    known = config.get("auto_map")
+    automatic = [one for one in (known if isinstance(known, dict) else ()) if one.startswith("AutoModel")]
+    if not automatic:
+        return f"from transformers import {name}\n\nmodel = {name}.from_pretrained({place!r})"
+    chosen = automatic[0] if automatic[0].isidentifier() else "AutoModel"
+    return (
+        f"from transformers import {chosen}\n\n# Its code comes with the folder: read it before it runs.\n"
+        f"model = {chosen}.from_pretrained({place!r}, trust_remote_code=True)"
+    )
 
 
 def _snippet(file: str, task: str, base: Base, config: Mapping[str, Any], weights: bool) -> str:

@@ -24,7 +24,7 @@ from lit_merge.files.hub import fetch, parse_address
 from lit_merge.files.shards import INDEX_ENDING, open_tensors
 from lit_merge.files.text import read_json
 
-__all__ = ["LARGEST", "OPEN_CLIP_CONFIG", "Companions", "companions_of", "earlier_companions", "is_companion"]
+__all__ = ["LARGEST", "OPEN_CLIP_CONFIG", "STEMS", "Companions", "companions_of", "earlier_companions", "is_companion"]
 
 LARGEST = 256 << 20
 """Bytes of a file beside the weights, at most; a larger one stays behind, and is named."""
@@ -48,6 +48,9 @@ _TEMPLATES = "additional_chat_templates"
 _LICENCE = re.compile(r"(licen[cs]e|notice|copying)([._-].*)?", re.IGNORECASE)
 _REMOTE_CODE = re.compile(r"([\w.-]+/[\w.-]+)--.*")  # in auto_map: code of another repository
 _STEMS = {"open_clip": "open_clip_model"}
+STEMS = ("model", *_STEMS.values())
+"""What weights are called in the folders of libraries."""
+
 _DTYPE_ENTRIES = ("torch_dtype", "dtype")  # transformers 4, transformers 5
 
 

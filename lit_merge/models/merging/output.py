@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from lit_merge.errors import ConfigurationError, NonFiniteError
+from lit_merge.errors import ConfigurationError, LitMergeError, NonFiniteError
 from lit_merge.files.lazy import LazyMapping, Slicer
 from lit_merge.files.rounding import Rounded
-from lit_merge.files.shards import INDEX_ENDING, bytes_of, plan_shards
+from lit_merge.files.shards import INDEX_ENDING, bytes_of, open_tensors, plan_shards
+from lit_merge.models.merging.companions import STEMS, Companions, earlier_companions
 from lit_merge.models.network import Base
 from lit_merge.params import add_scaled, dtype_of, is_finite, shape_of, working_dtype
 from lit_merge.vectors import TaskVectors, merged_parameters
@@ -208,28 +209,70 @@ class Output:
         tensors: what is in them.
         metadata: the headers' entries.
         shards: file name -> names of tensors.
+        place: the folder inside the output that it has to itself; empty if none.
+        companions: what lies beside the weights.
     """
 
     stem: str
     tensors: LazyMapping
     metadata: Mapping[str, str]
     shards: Mapping[str, list[str]]
+    place: str = ""
+    companions: Companions = field(default_factory=Companions)
 
     @classmethod
-    def plan(cls, stem: str, tensors: LazyMapping, metadata: Mapping[str, str], shard_size: int | None) -> Output:
+    def plan(
+        cls,
+        stem: str,
+        tensors: LazyMapping,
+        metadata: Mapping[str, str],
+        shard_size: int | None,
+        place: str = "",
+        companions: Companions | None = None,
+    ) -> Output:
         """Decide which tensors go into which file."""
         total = sum(bytes_of(tensors, name) for name in tensors)
-        return cls(stem, tensors, metadata, plan_shards(tensors, shard_size or max(total, 1), stem))
+        shards = plan_shards(tensors, shard_size or max(total, 1), stem)
+        return cls(stem, tensors, metadata, shards, place, companions or Companions())
+
+    @property
+    def model(self) -> str:
+        """The file to open: that of the weights, or the index of its shards."""
+        return self._inside(f"{self.stem}{'.safetensors' if len(self.shards) == 1 else INDEX_ENDING}")
 
     @property
     def files(self) -> dict[str, int]:
         """Every file with its bytes, headers and index left out."""
         sizes = {file: sum(bytes_of(self.tensors, name) for name in names) for file, names in self.shards.items()}
-        return sizes if len(sizes) == 1 else {**sizes, f"{self.stem}{INDEX_ENDING}": 0}
+        index = {} if len(sizes) == 1 else {f"{self.stem}{INDEX_ENDING}": 0}
+        return {self._inside(name): size for name, size in {**sizes, **index, **self.companions.sizes}.items()}
 
     def in_the_way(self, folder: Path) -> list[Path]:
-        """What an earlier output under this name has left; the index first, so that half a model is never read."""
-        mine = re.compile(re.escape(self.stem) + r"(-\d{5}-of-\d{5})?\.safetensors")
-        found = sorted(folder.iterdir()) if folder.is_dir() else []
-        index = [path for path in found if path.name == f"{self.stem}{INDEX_ENDING}"]
-        return index + [path for path in found if mine.fullmatch(path.name)]
+        """What an earlier output in this place has left; the index first, so that half a model is never read.
+
+        What lay beside its weights counts as long as nobody has changed it. Where this output has companions, so do
+        weights that an earlier merge for another library has written there.
+        """
+        place = folder / self.place
+        found = sorted(place.iterdir()) if place.is_dir() else []
+        models = [path for path in found if _is_of(self.stem, path)]
+        if self.companions:
+            models += [path for path in found if any(_is_of(stem, path) for stem in STEMS) and _is_merged(path)]
+        models = sorted(dict.fromkeys(models), key=lambda path: not path.name.endswith(INDEX_ENDING))
+        return models + earlier_companions(place, models)
+
+    def _inside(self, name: str) -> str:
+        return f"{self.place}/{name}" if self.place else name
+
+
+def _is_of(stem: str, path: Path) -> bool:
+    endings = r"(-\d{5}-of-\d{5})?\.safetensors|" + re.escape(INDEX_ENDING)
+    return re.fullmatch(f"{re.escape(stem)}({endings})", path.name) is not None
+
+
+def _is_merged(path: Path) -> bool:
+    """Whether a file of weights, or an index, says that a merge with companions has written it."""
+    try:
+        return "companions" in open_tensors(path).metadata
+    except (LitMergeError, OSError):
+        return False
