@@ -18,8 +18,8 @@ from lit_merge.callbacks.steps import MergeRecorder
 from lit_merge.data.multitask import task_names
 from lit_merge.errors import ConfigurationError, DataError, first_few
 from lit_merge.files.text import write_text
-from lit_merge.functional import shannon_entropy
 from lit_merge.functional.evaluation import evaluating
+from lit_merge.functional.tokens import prediction_entropy, token_losses
 from lit_merge.metrics import spearman
 from lit_merge.transforms.base import one_of, whole_number
 
@@ -154,9 +154,14 @@ class EntropyLossCorrelation(MergeRecorder):
                 logits = pl_module.classify(pl_module.features(placed), task)
             # In float64: in float32 all images that the model is sure of would have the loss 0.
             logits, labels, indices = logits.cpu().double(), batch.targets.cpu(), batch.indices.cpu()
-            counted = (indices >= 0) & (labels >= 0)
+            counted = (indices >= 0) & (labels >= 0 if labels.ndim == 1 else (labels >= 0).any(1))
             logits, labels = logits[counted], labels[counted]
-            entropies, losses = shannon_entropy(logits), F.cross_entropy(logits, labels, reduction="none")
+            entropies = prediction_entropy(logits)
+            if labels.ndim == 1:
+                losses = F.cross_entropy(logits, labels, reduction="none")
+            else:
+                total, tokens = token_losses(logits, labels)
+                losses = total / tokens
             for index, *numbers in zip(indices[counted].tolist(), entropies.tolist(), losses.tolist(), strict=True):
                 rows[index] = numbers
         return rows

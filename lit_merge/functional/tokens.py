@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from lit_merge.functional.entropy import shannon_entropy
 
-__all__ = ["answer_scores", "answers_first", "token_entropy", "token_hits", "token_losses"]
+__all__ = ["answer_scores", "answers_first", "prediction_entropy", "token_hits", "token_losses"]
 
 _IGNORED = -1
 _NEVER = -1e4
@@ -52,15 +52,17 @@ def token_hits(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     return right.float(), counted.any(1).float()
 
 
-def token_entropy(logits: Tensor) -> Tensor:
-    """Shannon entropy of the next token, the mean over an example's positions, in nats.
+def prediction_entropy(logits: Tensor) -> Tensor:
+    """Shannon entropy of every example's prediction, in nats: of its class, or the mean over its next tokens.
 
     Args:
-        logits: ``[B, M, V]``, zeros at positions where nothing is predicted, which do not count.
+        logits: ``[B, C]``; or ``[B, M, V]``, zeros at positions where nothing is predicted, which do not count.
 
     Returns:
         ``[B]``; 0 without any position.
     """
+    if logits.ndim == 2:
+        return shannon_entropy(logits)
     predicted = (logits.detach() != 0).any(-1)
     return (shannon_entropy(logits) * predicted).sum(-1) / predicted.sum(-1).clamp(min=1)
 

@@ -12,6 +12,7 @@ from lit_merge.metrics.accuracies import (
 from lit_merge.metrics.cosines import CosineMatrix, NormByDepth, cosines, pairwise_products
 from lit_merge.metrics.disentanglement import DisentanglementError, disagreement, representation_divergence
 from lit_merge.metrics.entropy_loss import EntropyLossSpearman
+from lit_merge.metrics.perplexity import Perplexity
 from lit_merge.metrics.signs import SignConflict, sign_counts
 from lit_merge.metrics.spearman import spearman
 from lit_merge.metrics.tau_jp import TauJp, tau_jp_norms
@@ -23,6 +24,7 @@ __all__ = [
     "NonlinearAdvantage",
     "NormByDepth",
     "NormalisedAccuracy",
+    "Perplexity",
     "SignConflict",
     "TargetControlTradeOff",
     "TauJp",

@@ -7,6 +7,8 @@ from typing import Any
 from torch import Tensor
 from torch.nn import functional as F
 
+from lit_merge.functional.tokens import token_hits, token_losses
+
 __all__ = ["UNLABELLED", "hits", "hits_of", "losses_of"]
 
 UNLABELLED = -1
@@ -17,12 +19,14 @@ def hits(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Correctness and weight of every example, whose weighted mean is the accuracy.
 
     Args:
-        logits: ``[B, C]``.
-        labels: ``[B]``, in [0, C), or -1 where it does not count.
+        logits: ``[B, C]``; of next tokens ``[B, M, V]``, all of which have to be right.
+        labels: ``[B]``, in [0, C), or -1 where it does not count; ``[B, M]`` of tokens.
 
     Returns:
         1 or 0 for right or wrong, and 1 or 0 for counted or not; both float32 ``[B]``.
     """
+    if logits.ndim == 3:
+        return token_hits(logits, labels)
     return (logits.argmax(-1) == labels).float(), (labels != UNLABELLED).float()
 
 
@@ -44,9 +48,12 @@ def hits_of(head: Any, logits: Tensor, batch: Any) -> tuple[Tensor, Tensor]:
 def losses_of(head: Any, logits: Tensor, batch: Any) -> Tensor:
     """The loss of every example to this head, ``[B]``: its own ``loss(logits, batch)``, or the cross-entropy.
 
-    Examples without a target have 0.
+    Of next tokens it is the mean over an example's tokens. Examples without a target have 0.
     """
     own = getattr(head, "loss", None)
     if own is not None:
         return own(logits, batch)
+    if logits.ndim == 3:
+        total, count = token_losses(logits, batch.targets)
+        return total / count.clamp(min=1)
     return F.cross_entropy(logits, batch.targets, ignore_index=UNLABELLED, reduction="none")

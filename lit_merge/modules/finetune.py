@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from lit_merge.errors import ConfigurationError, StructureMismatchError, first_few
 from lit_merge.metrics.example_mean import ExampleMean
 from lit_merge.metrics.hits import hits_of, losses_of
+from lit_merge.metrics.perplexity import Perplexity
 from lit_merge.models.heads import ZeroShotHead
+from lit_merge.models.language.heads import TaskClassifier
 from lit_merge.models.network import ModuleNetwork
 from lit_merge.modules.objectives import CrossEntropy, Objective
 from lit_merge.modules.penalty import Penalty, TauJpPenalty, split_batch
@@ -38,7 +40,8 @@ class FineTuneModule(FineTuningProtocol):
         label_smoothing: of the default objective, in [0, 1).
         objective: what is minimised, by class path; None for the head's own, or the cross-entropy.
         penalty: on what τ does, e.g. to other tasks' examples, which the data module gives (Yoshida et al. 2025).
-        head: any module, features ``[B, d]`` -> logits ``[B, C]``; it is frozen. None for the network's own.
+        head: any module, features ``[B, d]`` -> logits ``[B, C]``; it is frozen, unless it has ``trains = True``. None
+            for the network's own.
         **settings: of :class:`FineTuningProtocol` and :class:`EncoderModule`.
 
     Raises:
@@ -76,7 +79,7 @@ class FineTuneModule(FineTuningProtocol):
         # Without the files that it started from: a checkpoint holds what they gave, and opens without them.
         self.save_hyperparameters(ignore=[*_OBJECTS, "head", "objective", "task_vector", "weights"])
         self.label_smoothing, self._objective, self._own_objective = label_smoothing, objective, own
-        self.head = head.requires_grad_(False).eval() if head is not None else None
+        self.head = None if head is None else _prepared(head)
         self.task, self.classes = "", tuple[str, ...]()
         self._other_heads: list[nn.Module] = []  # not registered: no part of a checkpoint
 
@@ -99,9 +102,12 @@ class FineTuneModule(FineTuningProtocol):
         else:
             self.task, self.classes = data.name or "", tuple(data.classes)
             if self.head is None or self._head_is_of_other_classes():
-                self.head = self.make_head(data).requires_grad_(False).eval().to(self.device)
+                self.head = _prepared(self.make_head(data)).to(self.device)
         self.accuracy = nn.ModuleDict({split: ExampleMean() for split in ("fit", "val", "test")}).to(self.device)
         self.loss = nn.ModuleDict({split: ExampleMean() for split in ("val", "test")}).to(self.device)
+        self.perplexity = nn.ModuleDict(
+            {split: Perplexity() for split in ("val", "test") if hasattr(self.head, "surprise")}
+        ).to(self.device)
 
     def _prepare_penalty(self, data: Any) -> None:
         """Know the other tasks, and build their heads if the penalty is on logits."""
@@ -144,6 +150,11 @@ class FineTuneModule(FineTuningProtocol):
             losses, counted = losses_of(self.head, logits, batch), (batch.indices >= 0).float()
             return (losses * counted).sum() / counted.sum().clamp(min=1)
         return self._own_objective(logits, batch)
+
+    def trainable_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """Of the encoder those that require gradients, and a head that trains with the task."""
+        heads = [] if self.head is None else [(f"head.{name}", one) for name, one in self.head.named_parameters()]
+        return [*super().trainable_parameters(), *(pair for pair in heads if pair[1].requires_grad)]
 
     def classify(self, *inputs: Any) -> Tensor:
         """Inputs of the network, e.g. images ``[B, 3, S, S]``, to logits ``[B, C]``."""
@@ -203,6 +214,11 @@ class FineTuneModule(FineTuningProtocol):
         loss.update(losses_of(self.head, logits, batch), counted)
         self.log(f"{split}/accuracy", accuracy, prog_bar=True, batch_size=len(batch))
         self.log(f"{split}/loss", loss, batch_size=len(batch))
+        surprise = self.head.surprise(logits, batch) if split in self.perplexity else None  # type: ignore[union-attr,operator]
+        if surprise is not None:
+            perplexity = cast(Perplexity, self.perplexity[split])
+            perplexity.update(*surprise)
+            self.log(f"{split}/perplexity", perplexity, batch_size=len(batch))
 
     def predict_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
         """Class probabilities ``[B, C]`` of a batch and the images' positions ``[B]``."""
@@ -211,8 +227,9 @@ class FineTuneModule(FineTuningProtocol):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the head's classes beside its weights."""
         super().on_save_checkpoint(checkpoint)
-        if isinstance(self.head, ZeroShotHead):
-            checkpoint["zero_shot_classes"] = list(self.head.classes)
+        if isinstance(self.head, ZeroShotHead | TaskClassifier):
+            kind = "zero_shot_classes" if isinstance(self.head, ZeroShotHead) else "classifier_classes"
+            checkpoint[kind] = list(self.head.classes)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Bring the head back before its weights are loaded, so that a checkpoint opens without its data.
@@ -221,6 +238,9 @@ class FineTuneModule(FineTuningProtocol):
             StructureMismatchError: the checkpoint started from another base, or its head has other classes.
         """
         super().on_load_checkpoint(checkpoint)
+        if self.head is None and "classifier_classes" in checkpoint:
+            weight, self.classes = checkpoint["state_dict"]["head.weight"], tuple(checkpoint["classifier_classes"])
+            self.head = _prepared(TaskClassifier(weight.shape[1], self.classes))
         if "zero_shot_classes" not in checkpoint:
             return
         classes = tuple(checkpoint["zero_shot_classes"])
@@ -233,3 +253,8 @@ class FineTuneModule(FineTuningProtocol):
                 f"checkpoint: expected one with the classes {first_few(self.head.classes)}, got {first_few(classes)}. "
                 "Use the task that it was trained on; to start another task from it, give its task_vector instead."
             )
+
+
+def _prepared(head: nn.Module) -> nn.Module:
+    """A head in evaluation mode and frozen, unless it says that it trains with its task."""
+    return head.requires_grad_(getattr(head, "trains", False)).eval()

@@ -12,9 +12,10 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
 from lit_merge.errors import ConfigurationError, NonFiniteError, StructureMismatchError, first_few
-from lit_merge.functional import linearize, shannon_entropy
+from lit_merge.functional import linearize
 from lit_merge.functional.attention import fast_attention
 from lit_merge.functional.evaluation import evaluating
+from lit_merge.functional.tokens import prediction_entropy
 from lit_merge.metrics.example_mean import ExampleMean
 from lit_merge.models.encoder import Preprocessing
 from lit_merge.models.linear_features import LinearFeatureCache, LinearFeatures
@@ -22,6 +23,7 @@ from lit_merge.models.merged import MergedModel, swapped
 from lit_merge.models.network import Network
 from lit_merge.modules.chance import chance_warnings
 from lit_merge.modules.objectives import Objective, objective_of
+from lit_merge.modules.passes import passes
 from lit_merge.modules.protocol import check_range
 from lit_merge.modules.task_heads import TaskHeads
 from lit_merge.params import Params
@@ -62,8 +64,8 @@ class MergeModule(TaskHeads):
         learning_rate: of Adam.
         optimizer: another optimiser, from the parameters; learning_rate is ignored then.
         scheduler: of the learning rate, from the optimiser, per step.
-        images_per_pass: most images that go through the encoder at once; batches of one task are not divided. None for
-            all tasks in one pass.
+        images_per_pass: most examples that go through the encoder at once; batches of one task are not divided. None
+            for all tasks in one pass. Texts of very different lengths go through apart in any case.
         activation_checkpointing: whether the encoder's blocks are computed again on the way back, to save memory.
         storage: where the vectors are kept: ``device``, ``bfloat16``, ``host`` or ``mapped``.
         sharded: whether every process keeps only its share of every vector.
@@ -223,7 +225,7 @@ class MergeModule(TaskHeads):
         """The objective of one task, of which the sum over the tasks is minimised; override it for another one.
 
         Args:
-            logits: ``[B, C]``, of the task's images.
+            logits: ``[B, C]``, of the task's examples; of next tokens ``[B, M, V]``.
             batch: a :class:`lit_merge.data.Batch` with ``targets`` ``[B]``, -1 where they are not known.
             task: the task's name.
 
@@ -283,7 +285,7 @@ class MergeModule(TaskHeads):
         self._spare = {name: value.detach() for name, value in weights.items()}  # until the next step
         leaves = {name: value.detach().requires_grad_() for name, value in weights.items()}
         losses: dict[str, Tensor] = {}
-        for tasks in self._passes(present):
+        for tasks in passes(present, self.images_per_pass):
             with ExitStack() as stack:
                 parts = [present[task] for task in tasks]
                 inputs = self.inputs(type(parts[0]).join(parts))
@@ -305,20 +307,6 @@ class MergeModule(TaskHeads):
             [weights[name] for name in names], [self.merged.coefficients], [leaves[name].grad for name in names]
         )
         return losses, gradient / scale
-
-    def _passes(self, present: Mapping[str, Any]) -> list[list[str]]:
-        """Which tasks go through the encoder together."""
-        if self.images_per_pass is None:
-            return [list(present)]
-        passes: list[list[str]] = [[]]
-        count = 0
-        for task, part in present.items():
-            if passes[-1] and count + len(part) > self.images_per_pass:
-                passes.append([])
-                count = 0
-            passes[-1].append(task)
-            count += len(part)
-        return passes
 
     def _checked(self, losses: Mapping[str, Tensor]) -> Tensor:
         """Their sum; all processes stop together if one of them is not finite."""
@@ -351,7 +339,8 @@ class MergeModule(TaskHeads):
             for line in chance_warnings(self, self.trainer.datamodule, self.chance_examples):  # type: ignore[attr-defined]
                 rank_zero_warn(line)
         self._linear = {}
-        if not (self.linearized and self.merged.granularity == "task"):
+        kept = getattr(self.base, "vector_features", True)  # not logits over a vocabulary at every position
+        if not (self.linearized and self.merged.granularity == "task" and kept):
             return
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         directions = {task: self.merged.task_vectors.vector(task) for task in self.merged.tasks}
@@ -368,7 +357,7 @@ class MergeModule(TaskHeads):
     def log_more(self, logits: Tensor, batch: Any, split: str, dataloader_idx: int) -> None:
         """Log the mean entropy of a task's predictions, too; it needs no labels."""
         metric: Any = self.entropy[str(dataloader_idx)]
-        metric.update(shannon_entropy(logits), (batch.indices >= 0).float())
+        metric.update(prediction_entropy(logits), (batch.indices >= 0).float())
         name = f"{split}/{self.tasks[dataloader_idx]}/entropy"
         self.log(name, metric, add_dataloader_idx=False, batch_size=len(batch))
 

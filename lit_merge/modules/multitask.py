@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lit_merge.errors import ConfigurationError
 from lit_merge.modules.objectives import CrossEntropy, Objective
+from lit_merge.modules.passes import passes
 from lit_merge.modules.protocol import FineTuningProtocol
 from lit_merge.modules.task_heads import TaskHeads
 
@@ -62,14 +63,16 @@ class MultiTaskModule(FineTuningProtocol, TaskHeads):
         self.save_hyperparameters(ignore=[*_OBJECTS, "task_vector", "weights"])
 
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
-        """The mean over the tasks of a batch's cross-entropy, all tasks in one pass through the encoder."""
+        """The mean over the tasks of a batch's cross-entropy; texts of very different lengths go apart."""
         present = {task: part for task, part in batch.items() if part is not None}
-        parts = list(present.values())
-        slices = self.features(type(parts[0]).join(parts)).split([len(part) for part in parts])
-        losses = [
-            self.objective(self.classify(features, task), part)
-            for (task, part), features in zip(present.items(), slices, strict=True)
-        ]
+        losses = []
+        for tasks in passes(present):
+            parts = [present[task] for task in tasks]
+            slices = self.features(type(parts[0]).join(parts)).split([len(part) for part in parts])
+            losses += [
+                self.objective(self.classify(features, task), part)
+                for task, part, features in zip(tasks, parts, slices, strict=True)
+            ]
         loss = self.check_loss(torch.stack(losses).mean())
-        self.log("train/loss", loss, prog_bar=True, batch_size=sum(map(len, parts)))
+        self.log("train/loss", loss, prog_bar=True, batch_size=sum(map(len, present.values())))
         return loss

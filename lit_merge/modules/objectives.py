@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lit_merge.errors import ConfigurationError, did_you_mean
-from lit_merge.functional import shannon_entropy
+from lit_merge.functional.tokens import prediction_entropy, token_losses
 from lit_merge.metrics.hits import UNLABELLED
 
 __all__ = ["CrossEntropy", "Entropy", "Objective", "objective_of"]
@@ -33,7 +33,7 @@ class Objective(ABC):
         """The objective of a batch.
 
         Args:
-            logits: ``[B, C]``.
+            logits: ``[B, C]``; of a language model's next tokens ``[B, M, V]``.
             batch: a :class:`lit_merge.data.Batch`, with ``targets`` -1 where they are not known, and ``indices`` -1
                 where an example only fills the batch up.
 
@@ -44,7 +44,7 @@ class Objective(ABC):
 
 @dataclass(frozen=True)
 class CrossEntropy(Objective):
-    """The mean cross-entropy of the labelled examples.
+    """The mean cross-entropy of the labelled examples; of next tokens the mean over every example's tokens.
 
     Args:
         label_smoothing: in [0, 1).
@@ -64,18 +64,24 @@ class CrossEntropy(Objective):
 
     def __call__(self, logits: Tensor, batch: Any) -> Tensor:
         """See :class:`Objective`."""
+        if logits.ndim == 3:
+            total, count = token_losses(logits, batch.targets, self.label_smoothing)
+            return (total / count.clamp(min=1)).sum() / (count > 0).sum().clamp(min=1)
         return F.cross_entropy(logits, batch.targets, ignore_index=UNLABELLED, label_smoothing=self.label_smoothing)
 
 
 @dataclass(frozen=True)
 class Entropy(Objective):
-    """The mean Shannon entropy of the predictions, which needs no labels (Yang et al. 2024, equation 8)."""
+    """The mean Shannon entropy of the predictions, which needs no labels (Yang et al. 2024, equation 8).
+
+    Predictions are of classes, of answers by their scores, or of the next token at an example's positions.
+    """
 
     needs_targets: ClassVar[bool] = False
 
     def __call__(self, logits: Tensor, batch: Any) -> Tensor:
         """See :class:`Objective`."""
-        return shannon_entropy(logits)[batch.indices >= 0].mean()
+        return prediction_entropy(logits)[batch.indices >= 0].mean()
 
 
 _NAMED = {"cross_entropy": CrossEntropy, "entropy": Entropy}

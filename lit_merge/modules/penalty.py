@@ -102,8 +102,8 @@ class TauJpPenalty(Penalty):
         """The (squared) norms of every image, whose mean times λ is the penalty.
 
         Args:
-            value: ``f(x; θ0)``, ``[B, d]``.
-            tangent: ``J_θ f(x; θ0) · τ``, ``[B, d]``.
+            value: ``f(x; θ0)``, ``[B, d]``; of a language model the logits of an example's tokens, ``[B, M, V]``.
+            tangent: ``J_θ f(x; θ0) · τ``, of the same shape; its norm is that of all numbers of an example.
             tasks: ``[B]``, each image's position among the other tasks.
             heads: of the other tasks, for ``logits``.
 
@@ -111,12 +111,12 @@ class TauJpPenalty(Penalty):
             ``[B]``.
         """
         if self.space == "features":
-            return tau_jp_norms(tangent, self.squared)
+            return tau_jp_norms(tangent.flatten(1), self.squared)
         parts = tangent.new_empty(len(tangent), dtype=torch.promote_types(tangent.dtype, torch.float32))
         for task in tasks.unique().tolist():
             chosen = tasks == task
             of_logits = jvp(heads[task], (value[chosen],), (tangent[chosen],))[1]
-            parts = parts.masked_scatter(chosen, tau_jp_norms(of_logits, self.squared).to(parts.dtype))
+            parts = parts.masked_scatter(chosen, tau_jp_norms(of_logits.flatten(1), self.squared).to(parts.dtype))
         return parts
 
 

@@ -159,7 +159,8 @@ class _Search:
         """Built after the first merge, which refuses what cannot be merged."""
         loaders = validation_loaders(self.module, self.data, [*self.target, *self.control])
         told = all(hasattr(getattr(loader, "dataset", None), "digest") for loader in loaders.values())
-        if self.module.linearized and self.factor is not None and told:
+        kept = getattr(self.module.base, "vector_features", True)  # not logits over a vocabulary at every position
+        if self.module.linearized and self.factor is not None and told and kept:
             return LinearEvaluation(self.module, loaders, self._own)
         return Evaluation(self.module, loaders)
 

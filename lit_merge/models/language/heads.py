@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_merge.errors import ConfigurationError
-from lit_merge.functional.tokens import answer_scores, token_hits, token_losses
+from lit_merge.functional.tokens import answer_scores, token_losses
 from lit_merge.models.language.modules import PooledEncoder
 from lit_merge.models.language.tokenization import Tokenization
 
@@ -26,29 +26,15 @@ class LanguageHead(nn.Module):
 
     Args:
         length_normalised: the mean instead of the sum: scores of answers of different lengths are compared per token.
-        label_smoothing: of the loss, in [0, 1).
     """
 
-    def __init__(self, length_normalised: bool = False, label_smoothing: float = 0.0) -> None:
+    def __init__(self, length_normalised: bool = False) -> None:
         super().__init__()
-        self.length_normalised, self.label_smoothing = length_normalised, label_smoothing
+        self.length_normalised = length_normalised
 
     def forward(self, features: Tensor) -> Tensor:
         """Features to logits: ``[B, M, V]`` as they are, ``[B, C, M, V]`` to ``[B, C]``."""
         return answer_scores(features, self.length_normalised) if features.ndim == 4 else features
-
-    def loss(self, logits: Tensor, batch: Any) -> Tensor:
-        """Cross-entropy of every example ``[B]``: the mean over its tokens, or that of its right answer."""
-        if logits.ndim == 2:
-            return nn.functional.cross_entropy(logits, batch.targets, ignore_index=-1, reduction="none")
-        total, count = token_losses(logits, batch.targets, self.label_smoothing if self.training else 0.0)
-        return total / count.clamp(min=1)
-
-    def hits(self, logits: Tensor, batch: Any) -> tuple[Tensor, Tensor]:
-        """Whether all of an example's tokens are right, or its most probable answer; and whether it counts."""
-        if logits.ndim == 2:
-            return (logits.argmax(-1) == batch.targets).float(), (batch.targets != -1).float()
-        return token_hits(logits, batch.targets)
 
     def surprise(self, logits: Tensor, batch: Any) -> tuple[Tensor, Tensor] | None:
         """What perplexity is made of: every example's sum of negative log-likelihoods and tokens; None of answers."""

@@ -39,10 +39,12 @@ class LanguageNetwork(Network):
 
     Attributes:
         folder: with configuration, tokenizer and whatever else belongs to the model.
+        vector_features: whether an example's features are one vector, of which those of a whole split can be kept.
         preprocessing: its :class:`~lit_merge.models.language.tokenization.Tokenization`.
     """
 
     kind: ClassVar[Kind]
+    vector_features: ClassVar[bool] = True
     module: LanguageModule
     preprocessing: Tokenization
 
@@ -165,6 +167,7 @@ class TextEncoderNetwork(LanguageNetwork):
 
 
 class _TokenNetwork(LanguageNetwork):
+    vector_features = False
     _length_normalised = False
 
     def head(self, task: TaskWords) -> nn.Module:
