@@ -132,12 +132,7 @@ class EncoderModule(L.LightningModule):
         Raises:
             StructureMismatchError: the vector says that it is one.
         """
-        check_base(vector, self.base_fingerprint, self.base_name)
-        known = vector.metadata
-        what = f"task vector ({vector.task})"
-        check_activation(
-            self.base.activation, known.get("activation", ""), what, self.base_name, known.get("base_model", "")
-        )
+        check_base(vector, self.base_fingerprint, self.base_name, self.base.activation)
 
     def load_weights(self, path: str | Path) -> None:
         """Put whole weights into the encoder: those of the tower alone, or of a CLIP, in any form that can be opened.

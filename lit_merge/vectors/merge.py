@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 
 from torch import Tensor
 
+from lit_merge.checkpoints.activation import check_activation
 from lit_merge.errors import NonFiniteError, StructureMismatchError, first_few
 from lit_merge.params import add_scaled, check_same_structure, check_variance, dtype_of, is_finite
 from lit_merge.vectors.task_vector import TaskVector
@@ -43,22 +44,27 @@ def merged_parameters(base: Mapping[str, Tensor], vectors: TaskVectors | TaskVec
     return _merged(base, vector)
 
 
-def check_base(vectors: TaskVectors | TaskVector, base_fingerprint: str, base_name: str = "") -> None:
+def check_base(
+    vectors: TaskVectors | TaskVector, base_fingerprint: str, base_name: str = "", activation: str = ""
+) -> None:
     """Refuse task vectors that are known to start from another base model.
 
     Args:
         vectors: the task vectors; they pass if they do not know their base.
         base_fingerprint: :func:`lit_merge.params.fingerprint` of the base's parameters; empty if unknown.
         base_name: how the message calls the base.
+        activation: the activation function that the base computes, which no parameter shows; empty if unknown.
 
     Raises:
-        StructureMismatchError: both fingerprints are known and differ.
+        StructureMismatchError: both fingerprints, or both activation functions, are known and differ.
     """
+    known, tasks = vectors.metadata, first_few(vectors.tasks) if isinstance(vectors, TaskVectors) else vectors.task
+    made_from = known.get("base_model", "")
+    what = f"task vectors ({tasks})"
+    check_activation(activation, known.get("activation", ""), what, base_name, made_from)
     if vectors.base_fingerprint and base_fingerprint and vectors.base_fingerprint != base_fingerprint:
-        tasks = first_few(vectors.tasks) if isinstance(vectors, TaskVectors) else vectors.task
-        model = vectors.metadata.get("base_model", "")
         raise StructureMismatchError(
-            f"task vectors ({tasks}): expected the base model {model or 'they were fine-tuned from'} "
+            f"{what}: expected the base model {made_from or 'they were fine-tuned from'} "
             f"(fingerprint {vectors.base_fingerprint}), got {base_name or 'one'} (fingerprint {base_fingerprint}). "
             "Use the pre-trained parameters that the vectors start from."
         )

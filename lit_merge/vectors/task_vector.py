@@ -28,7 +28,8 @@ __all__ = ["FORMAT", "TaskVector", "joined_task", "same_base"]
 
 FORMAT = "lit-merge/task-vector/1"
 _TASKS = "tasks"  # header entry with the tasks of a merged vector
-_SHARED = ("base_fingerprint", "base_model", "regime")  # metadata that survives arithmetic where all inputs agree
+_SHARED = ("base_fingerprint", "base_model", "activation", "regime")
+"""Metadata that survives arithmetic where all inputs agree."""
 _Module = TypeVar("_Module", bound=nn.Module)
 
 
@@ -382,7 +383,7 @@ def same_base(vectors: Iterable[TaskVector]) -> dict[str, str]:
     """The metadata on which all vectors agree, after checking that they started from the same base model.
 
     Raises:
-        StructureMismatchError: two known base fingerprints differ.
+        StructureMismatchError: two known base fingerprints differ, or the activation functions of their models.
     """
     vectors = list(vectors)
     tasks_of: dict[str, list[str]] = {}
@@ -394,6 +395,16 @@ def same_base(vectors: Iterable[TaskVector]) -> dict[str, str]:
         raise StructureMismatchError(
             f"task vectors: expected one base model, got {len(tasks_of)}: {listed}. "
             "Merge only vectors that were fine-tuned from the same pre-trained parameters."
+        )
+    activations: dict[str, list[str]] = {}
+    for index, vector in enumerate(vectors):
+        if known := vector.metadata.get("activation"):
+            activations.setdefault(known, []).append(vector.task or f"number {index}")
+    if len(activations) > 1:
+        listed = " and ".join(f"{known} ({first_few(tasks)})" for known, tasks in activations.items())
+        raise StructureMismatchError(
+            f"task vectors: expected one activation function, got {listed}. Merge only vectors that were fine-tuned "
+            "from the same model, e.g. all from ViT-B-32-quickgelu, or all from ViT-B-32."
         )
     shared = {}
     for key in _SHARED:

@@ -581,7 +581,7 @@ def test_what_was_trained_under_one_activation_is_refused_under_the_other(towers
     line = "expected weights for the activation gelu, which tiny computes, got ones trained with quick_gelu. Use model "
     with pytest.raises(StructureMismatchError) as refused:
         gelu.load_task_vector(vector)
-    assert one_line(refused).startswith(f"task vector (digits): {line}ViT-B-32-quickgelu, or a configuration with")
+    assert one_line(refused).startswith(f"task vectors (digits): {line}ViT-B-32-quickgelu, or a configuration with")
     gelu.load_task_vector(TaskVector(zero, "digits", metadata={"base_fingerprint": gelu.base_fingerprint}))
     state = load_clip(config, weights).visual.state_dict()
     whole = {

@@ -629,3 +629,22 @@ def test_a_name_without_a_list_of_its_own_is_one_task(listed):
     assert merged.tasks == ("both",)
     with pytest.raises(ConfigurationError, match="task: expected a string, got tuple"):
         TaskVector({"w": torch.ones(2)}, ("a", 3))
+
+
+def test_vectors_of_models_with_different_activations_do_not_mix():
+    one, other, unknown = (
+        TaskVector({"w": torch.ones(2)}, task, metadata={"activation": known} if known else {})
+        for task, known in (("a", "gelu"), ("b", "quick_gelu"), ("c", ""))
+    )
+    assert (one + unknown).metadata["activation"] == (2 * one).metadata["activation"] == "gelu"
+    message = (
+        "task vectors: expected one activation function, got gelu (a) and quick_gelu (b). Merge only vectors that were "
+        "fine-tuned from the same model, e.g. all from ViT-B-32-quickgelu, or all from ViT-B-32."
+    )
+    for attempt in (lambda: one + other, lambda: TaskVectors([one, unknown, other])):
+        with pytest.raises(StructureMismatchError) as refused:
+            attempt()
+        assert str(refused.value) == message
+    check_base(TaskVectors([one, unknown]), "", "ViT-B-32", "gelu")
+    with pytest.raises(StructureMismatchError, match=r"task vectors \(a, c\): expected weights for the act"):
+        check_base(TaskVectors([one, unknown]), "", "ViT-B-32-quickgelu", "quick_gelu")

@@ -52,7 +52,7 @@ def stacked_vectors(vectors: Sequence[TaskVector], origin: Base) -> TaskVectors:
         got = f"{first_few(repeated)} again" if repeated else "one without"
         raise ConfigurationError(f"tasks: expected a name for every vector, each once, got {got}. Set tasks.")
     for vector in vectors:
-        check_base(vector, origin.fingerprint if vector.base_fingerprint else "", origin.name)
+        check_base(vector, origin.fingerprint if vector.base_fingerprint else "", origin.name, origin.activation)
     return TaskVectors(vectors, base=origin.parameters)
 
 
