@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from lit_merge.errors import LitMergeError
     from lit_merge.models.linearized import LinearizedModel
     from lit_merge.models.merged import MergedModel
+    from lit_merge.models.merging.in_memory import merge
     from lit_merge.modules.finetune import FineTuneModule
     from lit_merge.modules.merge import MergeModule
     from lit_merge.modules.multitask import MultiTaskModule
@@ -31,6 +32,7 @@ _HOMES = {
     "MultiTaskModule": "lit_merge.modules",
     "TaskVector": "lit_merge.vectors",
     "TaskVectors": "lit_merge.vectors",
+    "merge": "lit_merge.models.merging.in_memory",
 }
 _ROOMS = ("callbacks", "functional", "metrics", "transforms")
 
@@ -47,6 +49,7 @@ __all__ = [
     "__version__",
     "callbacks",
     "functional",
+    "merge",
     "metrics",
     "transforms",
 ]
