@@ -1,4 +1,4 @@
-"""TSV-M, Iso-C and Iso-CTS against their definitions, restated with NumPy in float64."""
+"""TSV-M, Iso-C, Iso-CTS, CART and DC-Merge against their definitions, restated with NumPy in float64."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from lit_merge.errors import ConfigurationError
-from lit_merge.transforms import IsoC, IsoCTS, TSVMerge
+from lit_merge.transforms import CART, DCMerge, IsoC, IsoCTS, TSVMerge
 from lit_merge.vectors import TaskVector, TaskVectors
 
 ALL = [TSVMerge(), IsoC(), IsoCTS(0.5)]
+ALL_AND_MORE = [*ALL, CART(0.5, 1.5), DCMerge(0.1), DCMerge(0.1, "linear")]
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5}
 
 
@@ -127,7 +128,7 @@ def test_a_zero_vector_takes_its_share_of_the_rank_and_adds_nothing():
     close(merge(IsoCTS(0.5), [matrix, np.zeros((8, 6))]), iso_cts_definition([matrix], 2, 2))
 
 
-@pytest.mark.parametrize("transform", ALL, ids=repr)
+@pytest.mark.parametrize("transform", ALL_AND_MORE, ids=repr)
 def test_zero_and_empty_matrices_stay_what_they_are(transform):
     assert not merge(transform, [np.zeros((4, 3))] * 3).any()
     assert merge(transform, [np.zeros((0, 3))] * 3).shape == (0, 3)
@@ -185,6 +186,80 @@ def test_iso_cts_is_iso_c_where_the_sum_says_everything(dtype):
     close(merge(IsoCTS(0.25), one), merge(IsoC(), one))
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize(
+    ("tasks", "shape", "fraction", "kept"),
+    [(2, (6, 5), 0.4, 2), (3, (5, 8), 0.01, 1), (6, (3, 9), 0.67, 2), (3, (4, 1), 1.0, 1), (2, (7, 7), 1.0, 7)],
+)
+def test_cart(tasks, shape, fraction, kept, dtype):
+    matrices = random_matrices(tasks, shape)
+    mean = sum(matrices) / tasks
+    departures = [one for matrix in matrices for one in first_triplets(matrix - mean, kept)]
+    expected = mean + 1.7 * sum(s * np.outer(u, v) for u, s, v in departures)
+    close(merge(CART(fraction, 1.7), matrices, dtype), expected, TOLERANCE[dtype])
+
+
+def test_cart_is_the_mean_where_nothing_departs_or_nothing_is_cut():
+    matrices = random_matrices(3, (6, 5))
+    close(merge(CART(1.0, 5.0), matrices), sum(matrices) / 3)
+    close(merge(CART(0.5, 5.0), [matrices[0]] * 3), matrices[0])
+    close(merge(CART(0.5, 5.0), matrices[:1], torch.float32), matrices[0], 1e-6)
+    close(merge(CART(0.5, 0.0), matrices), sum(matrices) / 3)
+
+
+def dc_definition(matrices, kept: int, keep: float, spectrum=lambda values: values) -> np.ndarray:
+    """In the cover space element by element; directions belong to tasks in turn."""
+    parts = []
+    for matrix in matrices:
+        found = [one for one in first_triplets(matrix, kept) if one[1] > 1e-10]
+        values = spectrum(np.array([s for _, s, _ in found]))
+        parts.append([(u, s, v) for (u, _, v), s in zip(found, values, strict=True)])
+    left = orthogonalised(np.stack([u for part in parts for u, _, _ in part], 1))
+    right = orthogonalised(np.stack([v for part in parts for _, _, v in part], 1))
+    owner = [task for task, part in enumerate(parts) for _ in part]
+    small = [left.T @ sum(s * np.outer(u, v) for u, s, v in part) @ right for part in parts]
+    number = max(int(keep * small[0].size), 1)
+    small = [np.where(np.abs(m) >= np.sort(np.abs(m).ravel())[-number], m, 0) for m in small]
+    merged = np.zeros_like(small[0])
+    for i, j in np.ndindex(merged.shape):
+        elements = [m[i, j] for m in small if m[i, j] * sum(n[i, j] for n in small) > 0]
+        if elements and owner[i] == owner[j]:
+            merged[i, j] = sum(elements) / len(elements)
+    return left @ merged @ right.T
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize(
+    ("tasks", "shape", "rank", "kept", "keep"),
+    [(2, (8, 6), None, 3, 0.25), (3, (7, 10), None, 2, 0.5), (2, (9, 9), None, 4, 1e-3), (3, (12, 9), 2, 2, 1.0)],
+)
+def test_dc_merge(tasks, shape, rank, kept, keep, dtype):
+    matrices = random_matrices(tasks, shape, rank)
+    close(merge(DCMerge(keep), matrices, dtype), dc_definition(matrices, kept, keep), 10 * TOLERANCE[dtype])
+
+
+def test_dc_merge_with_smoothed_singular_values():
+    matrices = random_matrices(2, (10, 9))
+
+    def linear(values):
+        falling = np.linspace(min(1.5, values[0] / values[-1]), 1, len(values))
+        return values.sum() * falling / falling.sum()
+
+    mean = dc_definition(matrices, 4, 0.3, lambda values: np.full(len(values), values.mean()))
+    close(merge(DCMerge(0.3, "mean"), matrices), mean, 1e-11)
+    close(merge(DCMerge(0.3, "linear", 1.5), matrices), dc_definition(matrices, 4, 0.3, linear), 1e-11)
+    close(merge(DCMerge(0.3, "linear", 1.0), matrices), mean, 1e-11)
+    close(merge(DCMerge(0.3, rank_fraction=0.2), matrices), dc_definition(matrices, 1, 0.3), 1e-11)
+
+
+@pytest.mark.parametrize("transform", [DCMerge(1.0), DCMerge(0.1, "mean"), TSVMerge(), CART(0.16)], ids=repr)
+def test_more_tasks_than_the_rank_long_and_rounded_vectors_do_not_explode(transform):
+    rounded = [torch.tensor(one).bfloat16().double().numpy() for one in random_matrices(3, (20, 30), 4)]
+    for matrices in (random_matrices(8, (3, 9)), rounded, [5 * rounded[0], *rounded[1:]]):
+        limit = sum(np.linalg.norm(one) for one in matrices)
+        assert np.linalg.norm(merge(transform, matrices, torch.float32)) < limit
+
+
 @pytest.mark.parametrize("transform", ALL, ids=repr)
 def test_order_scale_and_rotation(transform):
     matrices = random_matrices(3, (9, 7))
@@ -197,7 +272,7 @@ def test_order_scale_and_rotation(transform):
     close(merge(transform, [rotation @ matrix @ other for matrix in matrices]), rotation @ merged @ other)
 
 
-@pytest.mark.parametrize("transform", ALL, ids=repr)
+@pytest.mark.parametrize("transform", ALL_AND_MORE, ids=repr)
 def test_what_is_no_matrix_is_averaged(transform):
     generator = torch.Generator().manual_seed(0)
     for shape in ((), (5,), (4, 3, 2), (4, 3, 2, 2)):
@@ -206,14 +281,14 @@ def test_what_is_no_matrix_is_averaged(transform):
         torch.testing.assert_close(transform(vectors)["conv1.weight"][0], sum(tensors) / 3)
 
 
-@pytest.mark.parametrize("kind", [TSVMerge, IsoC, IsoCTS])
+@pytest.mark.parametrize("kind", [TSVMerge, IsoC, IsoCTS, CART, DCMerge])
 def test_what_is_excluded_by_name_is_averaged(kind):
     matrices = random_matrices(2, (4, 4))
     close(merge(kind(exclude=r"text_proj|embed\w+$"), matrices, name="positional_embedding"), sum(matrices) / 2)
     close(merge(kind(exclude=r"text_proj|embed\w+$"), matrices, name="embed.weight"), merge(kind(), matrices))
 
 
-@pytest.mark.parametrize("transform", ALL, ids=repr)
+@pytest.mark.parametrize("transform", ALL_AND_MORE, ids=repr)
 def test_a_decomposition_that_fails_names_the_parameter(transform, monkeypatch):
     def fail(*args, **keywords):
         raise torch.linalg.LinAlgError("did not converge")
@@ -239,6 +314,14 @@ def test_a_sum_that_overflows_is_refused():
             lambda: IsoCTS(-0.1),
             r"IsoCTS\.common_fraction: expected a finite number at least 0 and at most 1, got -0",
         ),
+        (lambda: CART(0), r"CART\.rank_fraction: expected a fraction above 0 and at most 1, got 0"),
+        (lambda: CART(coefficient=float("nan")), r"CART\.coefficient: expected a finite number, got nan"),
+        (lambda: CART(exclude="("), r"CART\.exclude: expected a regular expression"),
+        (lambda: DCMerge(0), r"DCMerge\.keep: expected a fraction above 0 and at most 1, got 0"),
+        (lambda: DCMerge(smoothing="sum"), r"DCMerge\.smoothing: expected mean or linear, got 'sum'"),
+        (lambda: DCMerge(ratio=0.5), r"DCMerge\.ratio: expected a finite number at least 1, got 0\.5"),
+        (lambda: DCMerge(rank_fraction=2), r"DCMerge\.rank_fraction: expected .*, got 2"),
+        (lambda: DCMerge(exclude="("), r"DCMerge\.exclude: expected a regular expression"),
         (lambda: IsoC("("), r"IsoC\.exclude: expected a regular expression, got '\(' \(.*\)\."),
         (lambda: TSVMerge(exclude="["), r"TSVMerge\.exclude: expected a regular expression"),
         (lambda: IsoCTS(exclude=3), r"IsoCTS\.exclude: expected a regular expression, got 3"),
