@@ -1,4 +1,4 @@
-"""Data modules, the embedded suite, published data sets, templates. Importing is light: what is used comes then."""
+"""Data modules, the embedded suite, published data sets, texts, templates. Importing is light: what is used comes then."""
 
 from __future__ import annotations
 
@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from lit_merge.data.sources import Task
     from lit_merge.data.task import TaskDataModule
     from lit_merge.data.templates import templates_for
+    from lit_merge.data.text.batch import TextBatch
+    from lit_merge.data.text.examples import TextExamples
+    from lit_merge.data.text.task import TextTask
 
 __all__ = [
     "EMBEDDED_TASKS",
@@ -34,6 +37,9 @@ __all__ = [
     "Task",
     "TaskDataModule",
     "TensorExamples",
+    "TextBatch",
+    "TextExamples",
+    "TextTask",
     "contact_sheet",
     "load_split",
     "templates_for",
@@ -54,6 +60,9 @@ _HOMES = {
     "Task": "sources",
     "TaskDataModule": "task",
     "TensorExamples": "examples",
+    "TextBatch": "text.batch",
+    "TextExamples": "text.examples",
+    "TextTask": "text.task",
     "contact_sheet": "embedded.sheet",
     "load_split": "embedded.tasks",
     "templates_for": "templates",

@@ -20,6 +20,7 @@ from lit_merge.data.embedded.tasks import EMBEDDED_TASKS, SPLITS
 from lit_merge.data.examples import Examples
 from lit_merge.data.images.folders import FolderSource
 from lit_merge.data.loading import ResumableLoader
+from lit_merge.data.paths import named_path
 from lit_merge.data.published.task import named_source
 from lit_merge.data.sources import EmbeddedSource, Task
 from lit_merge.errors import ConfigurationError, DataError, first_few
@@ -93,8 +94,9 @@ def known_others(
     names = [*embedded, *folders, *(given or {})]
     sources: dict[str, Task] = {name: named_source(name, root) for name in embedded}
     for name, path in folders.items():
-        source = FolderSource(path, fractions=fractions, seed=split_seed, skip_corrupt=skip_corrupt)
-        if name == own.name or (isinstance(own, FolderSource) and source.path.resolve() == own.path.resolve()):
+        source = named_path(path, fractions=fractions, seed=split_seed, skip_incomplete=skip_corrupt)
+        both = isinstance(own, FolderSource) and isinstance(source, FolderSource)
+        if name == own.name or (both and source.path.resolve() == own.path.resolve()):
             names.append(own.name)
         source.name = name
         sources[name] = source

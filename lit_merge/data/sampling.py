@@ -1,6 +1,6 @@
 """Which image comes when, and on which process.
 
-Both samplers are a ``DistributedSampler`` for any number of processes, one included: Lightning leaves such a sampler
+All samplers are a ``DistributedSampler`` for any number of processes, one included: Lightning leaves such a sampler
 in place, where it would replace or wrap another one.
 """
 
@@ -10,13 +10,15 @@ from collections.abc import Iterator, Sized
 from itertools import islice
 from typing import cast
 
+import numpy as np
+import torch
 from torch.utils.data import Dataset
 from torch.utils.data.distributed import DistributedSampler
 
 from lit_merge.data.batch import PADDING
 from lit_merge.errors import DataError
 
-__all__ = ["EvaluationSampler", "TrainingSampler", "training_batch_size"]
+__all__ = ["EvaluationSampler", "GroupedSampler", "TrainingSampler", "training_batch_size"]
 
 
 class TrainingSampler(DistributedSampler[int]):
@@ -43,6 +45,52 @@ class TrainingSampler(DistributedSampler[int]):
     def __iter__(self) -> Iterator[int]:
         start = self.epoch * len(cast(Sized, self.dataset))
         return (start + index for index in islice(super().__iter__(), self.skip, None))
+
+
+class GroupedSampler(TrainingSampler):
+    """As :class:`TrainingSampler`, but batches hold examples of similar length.
+
+    The epoch's permutation is cut into groups of so many global batches; within each group examples are put in the
+    order of their lengths (equal ones in that of the permutation) and cut into batches; the epoch's batches, but for
+    the last, incomplete one, then come in an order of their own. Every example is as probable in any place of the
+    epoch as before, up to its group. Which examples a global batch holds does not depend on the number of processes.
+
+    Args:
+        dataset: the N examples.
+        lengths: of the examples, int64 ``[N]``.
+        groups: batches that are sorted together, at least 1.
+        batch_size: examples per process and batch.
+        processes: W.
+        rank: r, in [0, W).
+        seed: of the permutations.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset[object],
+        lengths: np.ndarray,
+        groups: int,
+        batch_size: int,
+        processes: int = 1,
+        rank: int = 0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(dataset, processes, rank, seed)
+        self.lengths, self.groups, self.global_batch = lengths, groups, batch_size * processes
+
+    def __iter__(self) -> Iterator[int]:
+        count = len(cast(Sized, self.dataset))
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        order = torch.randperm(count, generator=generator).numpy()
+        size = self.groups * self.global_batch
+        parts = [order[start : start + size] for start in range(0, count, size)]
+        order = np.concatenate([part[np.argsort(self.lengths[part], kind="stable")] for part in parts])
+        whole = count // self.global_batch
+        batches = order[: whole * self.global_batch].reshape(whole, self.global_batch)
+        batches = batches[torch.randperm(whole, generator=generator).numpy()]
+        order = np.concatenate([batches.reshape(-1), order[whole * self.global_batch :]])[: self.total_size]
+        own = self.epoch * count + order[self.rank :: self.num_replicas]
+        return iter(own[self.skip :].tolist())
 
 
 class EvaluationSampler(DistributedSampler[int]):

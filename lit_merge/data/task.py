@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from lit_merge.data.batch import PADDING, Batch
 from lit_merge.data.examples import Examples
 from lit_merge.data.images.datasets import FileImages
-from lit_merge.data.images.folders import FolderSource, find_images
+from lit_merge.data.images.folders import find_images
 from lit_merge.data.loading import ResumableLoader
 from lit_merge.data.other_tasks import (
     ImagePenalty,
@@ -25,9 +25,12 @@ from lit_merge.data.other_tasks import (
     read_other_images,
     sources_in_use,
 )
+from lit_merge.data.paths import named_path
 from lit_merge.data.published.task import PublishedSource, named_source
-from lit_merge.data.sampling import EvaluationSampler, TrainingSampler, training_batch_size
+from lit_merge.data.sampling import EvaluationSampler, GroupedSampler, TrainingSampler, training_batch_size
 from lit_merge.data.sources import Task
+from lit_merge.data.text.examples import TextExamples
+from lit_merge.data.text.task import TextTask
 from lit_merge.errors import ConfigurationError, DataError
 
 __all__ = ["TaskDataModule"]
@@ -36,7 +39,7 @@ _FRACTIONS = (0.8, 0.1, 0.1)
 
 
 class TaskDataModule(L.LightningDataModule):
-    """One classification task: of the embedded suite, a published data set, or a folder of your own images.
+    """One task: of the embedded suite, a published data set, your own images or texts, or any other.
 
     Every batch is a :class:`~lit_merge.data.Batch`, of images an :class:`~lit_merge.data.ImageBatch`. With several
     processes each sees its part of every global batch, and the global batches are those that one process with the whole
@@ -49,21 +52,24 @@ class TaskDataModule(L.LightningDataModule):
     Args:
         task: a task of the embedded suite, or a published data set (``lit-merge data list`` shows them), which is read
             from the disk and never downloaded; either this or ``path``.
-        path: a folder with one folder per class, or with ``train``, ``val`` and ``test`` of such folders; see
-            :class:`~lit_merge.data.images.folders.FolderSource`.
+        path: a folder with one folder per class, or with ``train``, ``val`` and ``test`` of such folders, see
+            :class:`~lit_merge.data.images.folders.FolderSource`; or a file of texts with the columns ``text`` and
+            ``label``, or a folder of such files, see :class:`~lit_merge.data.TextTask`, which as ``source`` has more
+            settings.
         batch_size: training images per process and batch; fewer where the split has not that many.
         evaluation_batch_size: images per process and batch in validation, test and prediction.
         workers: processes per loader that read the images; 0 is right for the embedded suite.
         seed: of the order and the augmentation.
         augment: whether training images are augmented: lightly, and never flipped.
-        class_names: folder name -> class name, of a ``path``; by default the folder's with ``_`` as a space.
+        class_names: folder name -> class name, of a ``path``; by default the folder's with ``_`` as a space. Of texts
+            label -> class name, for all of them.
         templates: prompt templates with one ``{}``, or the name of a data set whose templates to use; None for the
             task's own, or ``"a photo of a {}."``.
         fractions: shares of train, val and test where a folder, also one of ``other_paths``, is divided; they sum to 1.
         split_seed: of that division; leave it as it is, or test images of one run are training images of another.
         skip_corrupt: whether to decode all images of ``path``, ``other_paths`` and ``predict_path`` at the start and
-            leave the damaged ones out, with a warning, rather than to stop at the first.
-        predict_path: an image, or a folder searched for images, to predict; None for the test split.
+            leave the damaged ones out, with a warning, rather than to stop at the first; of texts, incomplete rows.
+        predict_path: an image, a folder searched for images, or a file of texts, to predict; None for the test split.
         labelled: False gives the training images the label -1, as test-time merging wants it.
         preprocessing: what the model expects of images; None takes ``preprocessing`` of the trainer's module.
         name: of the task, with a ``path`` or ``source``; by default the folder's, or its own.
@@ -146,7 +152,7 @@ class TaskDataModule(L.LightningDataModule):
                 )
             self.source = source if source is not None else named_source(str(task), root, templates)
         else:
-            self.source = FolderSource(path, class_names, templates, fractions, split_seed, skip_corrupt)
+            self.source = named_path(path, class_names, templates, fractions, split_seed, skip_corrupt)
         self.source.name = name or self.source.name
         self._known_others = known_others(
             self.source, other_tasks, other_paths or {}, fractions, split_seed, skip_corrupt, root, other_sources
@@ -220,8 +226,11 @@ class TaskDataModule(L.LightningDataModule):
     def train_dataloader(self) -> DataLoader[Batch] | CombinedLoader:
         """Batches in a new order every epoch; with a penalty of the module, images of other tasks beside each."""
         dataset, (processes, rank) = self._dataset("train"), self._place()
-        sampler = TrainingSampler(dataset, processes, rank, self.seed)
         batch_size = training_batch_size(len(dataset), self.batch_size, processes, self.name)
+        sampler = TrainingSampler(dataset, processes, rank, self.seed)
+        if isinstance(dataset, TextExamples) and dataset.length_groups:
+            groups = dataset.length_groups
+            sampler = GroupedSampler(dataset, dataset.lengths, groups, batch_size, processes, rank, self.seed)
         own = self._loader(dataset, sampler, batch_size, ResumableLoader, drop_last=True)
         penalty = self._penalty()
         if penalty is None:
@@ -338,6 +347,8 @@ class TaskDataModule(L.LightningDataModule):
     def _to_predict(self, preprocessing: Any) -> Examples:
         if self.predict_path is None:
             return self.datasets["test"]
+        if isinstance(self.source, TextTask):
+            return self.source.examples_of(self.predict_path, preprocessing)
         files = find_images(self.predict_path, self.skip_corrupt)
         return FileImages(files, torch.full((len(files),), PADDING), preprocessing)
 

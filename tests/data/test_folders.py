@@ -15,7 +15,8 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from lit_merge.data.images.folders import FolderSource, _counts, find_images
+from lit_merge.data.fractions import counts_of
+from lit_merge.data.images.folders import FolderSource, find_images
 from lit_merge.data.images.reading import IMAGE_SUFFIXES, read_image
 from lit_merge.errors import ConfigurationError, DataError
 from lit_merge.models import Preprocessing
@@ -96,7 +97,7 @@ def test_the_division_does_not_depend_on_where_the_folder_lies(tmp_path):
     ],
 )
 def test_how_many_go_where(count, fractions, expected):
-    assert _counts(count, fractions) == expected
+    assert counts_of(count, fractions) == expected
 
 
 def test_splits_made_beforehand(tmp_path):

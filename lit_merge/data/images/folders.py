@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +13,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
+from lit_merge.data.fractions import checked_fractions, counts_of
 from lit_merge.data.images.datasets import FileImages, ImageDataset, ImagePreprocessing
 from lit_merge.data.images.reading import IMAGE_SUFFIXES, image_problem, is_image_name
 from lit_merge.data.sources import Task, chosen_templates
@@ -64,21 +64,11 @@ class FolderSource(Task):
         seed: int = 0,
         skip_corrupt: bool = False,
     ) -> None:
-        if (
-            len(fractions) != 3
-            or not all(0 <= fraction <= 1 for fraction in fractions)
-            or fractions[0] == 0
-            or not math.isclose(sum(fractions), 1, abs_tol=1e-6)
-        ):
-            raise ConfigurationError(
-                f"fractions: expected those of train, val and test, with sum 1 and that of train not 0, got "
-                f"{list(fractions)}. Use e.g. [0.8, 0.1, 0.1]."
-            )
         self.path = Path(path).expanduser()
         self.name = self.path.resolve().name
         self.templates = chosen_templates(templates, GENERIC)
         self._class_names = dict(class_names or {})
-        self._fractions, self._seed, self._skip_corrupt = tuple(fractions), seed, skip_corrupt
+        self._fractions, self._seed, self._skip_corrupt = checked_fractions(fractions), seed, skip_corrupt
         self._checked: set[Path] = set()
 
     @property
@@ -208,7 +198,7 @@ class FolderSource(Task):
                 )
             ordered = sorted(paths, key=self._order)
             start = 0
-            for split, count in zip(_SPLITS, _counts(len(paths), fractions), strict=True):
+            for split, count in zip(_SPLITS, counts_of(len(paths), fractions), strict=True):
                 divided[split] += [(path, label) for path in ordered[start : start + count]]
                 start += count
         return divided
@@ -289,14 +279,3 @@ def _without_corrupt(listed: dict[int, list[Path]], root: Path) -> dict[int, lis
         images = f"{len(corrupt)} image{'s' if corrupt[1:] else ''}"
         rank_zero_warn(f"{root}: left out {images} that cannot be read: {first_few(corrupt)}.")
     return readable
-
-
-def _counts(count: int, fractions: Sequence[float]) -> list[int]:
-    """How many of ``count`` go to train, val and test: at least one where the fraction is not 0."""
-    counts = [max(1, math.floor(count * fraction + 0.5)) if fraction > 0 else 0 for fraction in fractions]
-    counts[0] = count - counts[1] - counts[2]
-    while counts[0] < 1:
-        larger = 1 if counts[1] >= counts[2] else 2
-        counts[larger] -= 1
-        counts[0] += 1
-    return counts

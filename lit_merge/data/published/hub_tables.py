@@ -13,7 +13,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -24,7 +24,20 @@ from lit_merge.data.published.registry import DataSetEntry
 from lit_merge.errors import DataError
 from lit_merge.files.cache import cache_directory
 
-__all__ = ["cached_snapshot", "cached_tables", "has_tables", "read_tables", "snapshots_folder", "tables_folder"]
+__all__ = [
+    "OnTheHub",
+    "cached_arrow",
+    "cached_snapshot",
+    "cached_tables",
+    "has_tables",
+    "read_tables",
+    "saved_split",
+    "snapshots_folder",
+    "split_files",
+    "tables_folder",
+]
+
+_SUFFIXES = (".parquet", ".tar")
 
 _DEPTH = 3
 """How deep below a folder the Hub's files lie: ``<configuration>/<split>/0000.parquet``."""
@@ -43,21 +56,15 @@ def read_tables(folder: Path, entry: DataSetEntry, split: str) -> ImageList | No
     """
     name = entry.hub_splits.get(split, split)
     if _is_saved(folder):
-        path = next((folder / one for one in (name, split) if (folder / one / "state.json").exists()), None)
+        path = saved_split(folder, (name, split))
         if path is None:
             return None
         with reading(path, "a table that save_to_disk wrote"):
             import datasets
 
             return _listed(datasets.load_from_disk(str(path)), entry, (path / "state.json",))
-    belongs = re.compile(rf"{re.escape(name)}([-_.]\d.*)?$")
-    files = [
-        path
-        for path in _files(folder)
-        if any(belongs.match(part) for part in (path.name.removesuffix(path.suffix), path.parent.name))
-    ]
-    files = [path for path in files if entry.hub_config in path.relative_to(folder).parts] or files
-    paths = tuple(path for path in files if path.suffix == ".parquet") or tuple(files)
+    files = split_files(folder, name, entry.hub_config)
+    paths = tuple(path for path in files if path.suffix == ".parquet") or files
     if not paths:
         return None
     image, label = entry.hub_columns
@@ -68,6 +75,32 @@ def read_tables(folder: Path, entry: DataSetEntry, split: str) -> ImageList | No
     )
     with reading(paths[0], what):
         return _listed(_converted(kind, paths), entry, paths)
+
+
+def saved_split(folder: Path, names: Sequence[str]) -> Path | None:
+    """The first of these splits in what ``save_to_disk`` of several splits left in a folder; None if there is none."""
+    return next((folder / name for name in names if (folder / name / "state.json").exists()), None)
+
+
+def split_files(
+    folder: Path, name: str, config: str | None = None, suffixes: Sequence[str] = _SUFFIXES
+) -> tuple[Path, ...]:
+    """The files of a split as they lie on the Hub: ``NAME-00000-of-00001.parquet``, or in a folder ``NAME``.
+
+    Args:
+        folder: which holds them, at most a few folders deep.
+        name: of the split.
+        config: the folder of a configuration; files in it are preferred.
+        suffixes: of the files.
+    """
+    belongs = re.compile(rf"{re.escape(name)}([-_.]\d.*)?$")
+    files = [
+        path
+        for path in _files(folder, suffixes)
+        if belongs.match(path.name.removesuffix(path.suffix))
+        or (path.parent != folder and belongs.match(path.parent.name))
+    ]
+    return tuple(path for path in files if config in path.relative_to(folder).parts) or tuple(files)
 
 
 def _converted(kind: str, paths: Sequence[Path]) -> Any:
@@ -98,13 +131,25 @@ def _joined(paths: Sequence[Path]) -> Any:
     return datasets.concatenate_datasets([datasets.Dataset.from_file(str(path)) for path in paths])
 
 
-def cached_snapshot(entry: DataSetEntry) -> Path | None:
+class OnTheHub(Protocol):
+    """What is known of a data set on the Hub."""
+
+    @property
+    def hub(self) -> str | None:
+        """``owner/name``."""
+
+    @property
+    def hub_config(self) -> str | None:
+        """Its configuration, if it has several."""
+
+
+def cached_snapshot(entry: OnTheHub) -> Path | None:
     """The newest folder of the data set in the Hub's own cache, where ``hf download`` leaves it; None if none."""
     folders = [folder for folder in snapshots_folder(entry).glob("*") if _files(folder)]
     return max(folders, key=lambda folder: folder.stat().st_mtime_ns, default=None)
 
 
-def snapshots_folder(entry: DataSetEntry) -> Path:
+def snapshots_folder(entry: OnTheHub) -> Path:
     """Where the Hub's own cache has the data set, a folder per revision."""
     home = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE")
     cache = Path(home).expanduser() if home else _hugging_face_home() / "hub"
@@ -117,19 +162,23 @@ def cached_tables(entry: DataSetEntry, split: str) -> ImageList | None:
     Raises:
         DataError: it is damaged, lacks the columns, or has other classes.
     """
-    name = entry.hub_splits.get(split, split)
-    by_folder: dict[Path, list[Path]] = {}
-    for path in sorted(tables_folder(entry).glob(f"{entry.hub_config or '*'}/*/*/*-{name}*.arrow")):
-        if re.search(rf"-{re.escape(name)}(-\d+-of-\d+)?\.arrow$", path.name):
-            by_folder.setdefault(path.parent, []).append(path)
-    if not by_folder:
+    paths = cached_arrow(entry, entry.hub_splits.get(split, split))
+    if not paths:
         return None
-    paths = by_folder[max(by_folder, key=lambda folder: folder.stat().st_mtime_ns)]
     with reading(paths[0], "an Arrow file of the datasets library"):
         return _listed(_joined(paths), entry, tuple(paths))
 
 
-def tables_folder(entry: DataSetEntry) -> Path:
+def cached_arrow(entry: OnTheHub, name: str) -> list[Path]:
+    """The newest files of a split in the cache of the ``datasets`` library; none if it is not there."""
+    by_folder: dict[Path, list[Path]] = {}
+    for path in sorted(tables_folder(entry).glob(f"{entry.hub_config or '*'}/*/*/*-{name}*.arrow")):
+        if re.search(rf"-{re.escape(name)}(-\d+-of-\d+)?\.arrow$", path.name):
+            by_folder.setdefault(path.parent, []).append(path)
+    return by_folder[max(by_folder, key=lambda folder: folder.stat().st_mtime_ns)] if by_folder else []
+
+
+def tables_folder(entry: OnTheHub) -> Path:
     """Where the ``datasets`` library caches the data set's tables."""
     home = os.environ.get("HF_DATASETS_CACHE")
     cache = Path(home) if home else _hugging_face_home() / "datasets"
@@ -151,13 +200,13 @@ def _is_saved(folder: Path) -> bool:
     return any((folder / name).exists() for name in ("dataset_dict.json", "dataset_info.json"))
 
 
-def _files(folder: Path) -> list[Path]:
-    """Parquet files and archives at most ``_DEPTH`` folders below, sorted; hidden folders are not looked at."""
+def _files(folder: Path, suffixes: Sequence[str] = _SUFFIXES) -> list[Path]:
+    """Files at most ``_DEPTH`` folders below, sorted; hidden folders are not looked at."""
     if not folder.is_dir():
         return []
     found = [path for depth in range(_DEPTH) for path in folder.glob("*/" * depth + "*") if not path.is_dir()]
     visible = [path for path in found if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
-    return sorted(path for path in visible if path.suffix in (".parquet", ".tar"))
+    return sorted(path for path in visible if path.suffix in suffixes)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,85 @@
+"""Batches of texts, of which each is as long as its longest text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from typing_extensions import Self
+
+from lit_merge.data.batch import PADDING, Batch
+from lit_merge.errors import DataError
+
+__all__ = ["TextBatch"]
+
+
+class TextBatch(Batch):
+    """B texts with what is to be known of them.
+
+    The inputs are those of :class:`lit_merge.models.language.Tokenization`: token numbers and mask, then the decoder's
+    tokens or the positions that predict, then, where answers are ranked, the answers' tokens.
+
+    Args:
+        inputs: int64, ``[B, L]`` and ``[B, M]``, or with C answers ``[B, C, …]``.
+        targets: int64 ``[B]`` (classes, or the right answers) or ``[B, M]`` (tokens, -1 where none counts); float32
+            ``[B]`` of numbers.
+        indices: int64, ``[B]``, the texts' positions in their split, or -1 of padding.
+        fills: what each of the inputs is padded with.
+    """
+
+    def __init__(self, inputs: tuple[Tensor, ...], targets: Tensor, indices: Tensor, fills: Sequence[int]) -> None:
+        super().__init__(inputs, targets, indices)
+        self.fills = tuple(fills)
+
+    @property
+    def ranked(self) -> bool:
+        """Whether every text comes with answers to choose from."""
+        return len(self.inputs) == 4
+
+    @classmethod
+    def join(cls, batches: Sequence[Batch]) -> Self:
+        """Several batches one after the other, padded to the longest; targets of other lengths are padded with -1.
+
+        The first batch says how; others may be :class:`~lit_merge.data.OtherBatch`.
+
+        Raises:
+            DataError: some have answers to choose from, and some have not.
+        """
+        first: Any = batches[0]
+        shapes = {tuple(one.ndim for one in batch.inputs) for batch in batches}
+        if len(shapes) > 1:
+            raise DataError(
+                "batches: expected texts with answers to choose from in all tasks or in none, got both. Set answers_as "
+                "of all tasks to the same."
+            )
+        joined = object.__new__(cls)
+        joined.fills = first.fills
+        joined.inputs = tuple(
+            _joined(parts, fill)
+            for parts, fill in zip(zip(*(batch.inputs for batch in batches), strict=True), first.fills, strict=False)
+        )
+        most = max(batch.targets.ndim for batch in batches)
+        joined.targets = _joined(
+            [one if one.ndim == most else one[:, None] for one in (batch.targets for batch in batches)], PADDING
+        )
+        joined.indices = torch.cat([batch.indices for batch in batches])
+        return joined
+
+    def _changed(self, change: Callable[[Tensor], Tensor]) -> Self:
+        changed = super()._changed(change)
+        changed.fills = self.fills
+        return changed
+
+
+def _joined(parts: Sequence[Tensor], fill: int) -> Tensor:
+    """Along the first axis; the others are padded at their ends to the longest."""
+    sizes = [max(part.shape[axis] for part in parts) for axis in range(1, parts[0].ndim)]
+    padded = []
+    for part in parts:
+        missing = [size - have for size, have in zip(sizes, part.shape[1:], strict=True)]
+        pads = [amount for size in reversed(missing) for amount in (0, size)]
+        padded.append(F.pad(part, pads, value=fill) if any(missing) else part)
+    return torch.cat(padded)
