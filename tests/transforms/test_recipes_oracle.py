@@ -14,15 +14,19 @@ import torch
 
 from lit_merge.errors import ConfigurationError
 from lit_merge.transforms import (
+    CART,
     DOGE,
+    ESM,
     PCB,
     RAM,
     RECIPES,
     SCE,
     WUDI,
+    Calibrate,
     Clip,
     ConsensusMask,
     CoreSpace,
+    DCMerge,
     DisjointMean,
     Drop,
     DropByRank,
@@ -40,11 +44,14 @@ from lit_merge.transforms import (
     Mean,
     ModelStock,
     Negate,
+    OptMerge,
+    Polarise,
     RegMean,
     Rescale,
     Scale,
     SignMask,
     Slerp,
+    SpectralWUDI,
     Sum,
     TallMask,
     Trim,
@@ -243,6 +250,43 @@ CHAINS = {  # name -> the chain by default, and with all fields
         ({"common_fraction": 0.6, "coefficient": 0.5}, chain(IsoCTS(0.6), Scale(0.5))),
     ],
     "wudi": [({}, chain(WUDI(300, 1e-5), Scale(1.0))), ({"steps": 7, "coefficient": 0.5}, chain(WUDI(7), Scale(0.5)))],
+    "iwudi": [
+        ({}, chain(SpectralWUDI(300.0, 1.0, True), Scale(1.0))),
+        ({"time": 20.0, "coefficient": 0.5}, chain(SpectralWUDI(20.0), Scale(0.5))),
+    ],
+    "swudi": [
+        ({}, chain(SpectralWUDI(1300.0, 0.65, True), Scale(1.0))),
+        ({"time": 20.0, "rank": 0.5, "coefficient": 0.5}, chain(SpectralWUDI(20.0, 0.5), Scale(0.5))),
+    ],
+    "aswudi": [
+        ({}, chain(SpectralWUDI(None, "participation", True), Scale(1.0))),
+        ({"coefficient": 0.5}, chain(SpectralWUDI(None, "participation"), Scale(0.5))),
+    ],
+    "actmerge": [
+        ({}, chain(SpectralWUDI(None, 1.0, False, 1e-8), Scale(1.0))),
+        ({"floor": 1e-5, "coefficient": 0.5}, chain(SpectralWUDI(None, 1.0, False, 1e-5), Scale(0.5))),
+    ],
+    "optmerge": [
+        ({}, chain(OptMerge(300, 1e-5, None), Scale(1.0))),
+        ({"steps": 7, "coefficient": 0.5}, chain(OptMerge(7), Scale(0.5))),
+    ],
+    "cart": [
+        ({}, chain(CART(0.16, 2.3))),
+        ({"rank_fraction": 0.08, "coefficient": 1.5}, chain(CART(0.08, 1.5))),
+    ],
+    "esm": [
+        ({}, chain(ESM(None, True, 0.0, None), Polarise("layers", 2.0), Scale(1.0))),
+        ({"statistics": FILES, "coefficient": 0.5}, chain(ESM(FILES), Polarise("layers"), Scale(0.5))),
+    ],
+    "dc_merge": [
+        ({}, chain(DCMerge(1e-3, None), Scale(1.0))),
+        ({"keep": 0.1, "smoothing": "mean", "coefficient": 0.5}, chain(DCMerge(0.1, "mean"), Scale(0.5))),
+    ],
+    "svc": [
+        ({}, chain(Sum(), Scale(0.3), Calibrate(0.1))),
+        ({"merge": chain(TSVMerge(), Scale(0.5))}, chain(TSVMerge(), Scale(0.5), Calibrate(1.0))),
+        ({"merge": IsoCTS(0.7), "alpha": 0.3}, chain(IsoCTS(0.7), Calibrate(0.3))),
+    ],
     "magmax": [
         ({}, chain(LargestMagnitude(), Scale(0.5))),
         ({"coefficient": 1.0}, chain(LargestMagnitude(), Scale(1.0))),
