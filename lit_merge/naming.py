@@ -29,7 +29,8 @@ _BEFORE_BLOCKS = frozenset({"embeddings", "patch_embed", "patch_embedding", "pat
 _AFTER_BLOCKS = frozenset(
     {
         *("attn_pool", "attn_pool_contrastive", "attnpool", "pooler"),
-        *("fc_norm", "final_layer_norm", "layernorm", "ln", "ln_f", "ln_final", "ln_post", "norm", "post_layernorm"),
+        *("fc_norm", "final_layer_norm", "final_norm", "layernorm", "norm", "post_layernorm"),
+        *("ln", "ln_f", "ln_final", "ln_post"),
         *("proj", "text_projection", "visual_projection", "logit_bias", "logit_scale"),
         *("classification_head", "classifier", "fc", "final_conv", "head", "head_dist", "heads", "lm_head"),
     }
@@ -43,7 +44,8 @@ _ATTENTION = frozenset(
     }
 )
 _MLP = frozenset({"feed_forward", "ffn", "mlp", "DenseReluDense"})
-_MLP_OF_BLOCK = frozenset({"fc1", "fc2"})  # BART's, without a component of their own
+# Of the feed-forward part without a component of its own: BART's and BERT's layers.
+_MLP_OF_BLOCK = frozenset({"fc1", "fc2", "intermediate", "output"})
 # Normalisations and tables of positions within an attention or a feed-forward part.
 _NO_PROJECTION = re.compile(r"(\A|_)((ln|norm|layernorm)(\d|_|\Z)|(relative|position|distance)_)")
 _WEIGHT_OR_BIAS = re.compile(r"(\A|_)(weight|bias)\Z")

@@ -9,9 +9,11 @@ a layer whose weight is read from outside (timm's BEiT and EVA, torchvision's Sw
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,12 +27,17 @@ from lit_merge.params import working_dtype
 __all__ = ["LoRA", "clear_updates", "own_parameters", "update_of", "updates"]
 
 
-@dataclass(frozen=True)
+_ALWAYS_SHOWN = ("rank", "alpha", "dropout", "on")
+_TRANSPOSED = "Conv1D"  # of transformers, which need not be imported for its name
+
+
+@dataclass(frozen=True, repr=False)
 class LoRA:
     """Low-rank updates of selected weights, which train while everything else is frozen.
 
     A weight ``[d, …]`` counts as a matrix ``[d, k]`` and becomes W0 + α/r · B A, with B ``[d, r]`` zero at first and A
-    ``[r, k]`` drawn as torch draws linear layers.
+    ``[r, k]`` drawn as torch draws linear layers. A ``Conv1D``, as a GPT-2's layers are, has its weight transposed:
+    ``[k, d]``, W0 + α/r · (B A)ᵀ.
 
     Args:
         rank: r, at least 1.
@@ -38,23 +45,49 @@ class LoRA:
         dropout: probability in [0, 1) with which the updates miss an input feature in training. A feature is missing
             for a whole forward pass: a weight cannot differ between the images of a batch.
         on: which weights; by default those of the query, key, value and output projections.
+        rslora: whether the scale is α/√r, with which the updates do not shrink with the rank (Kalajdzievski 2023).
+        rank_pattern: other ranks: a regular expression for the end of a layer's name -> r; the first that fits counts.
+        alpha_pattern: other scales in the same way.
 
     Raises:
-        ConfigurationError: a number is out of its range.
+        ConfigurationError: a number is out of its range, or a pattern is no regular expression.
     """
 
     rank: int = 16
     alpha: float = 16.0
     dropout: float = 0.0
     on: Selection | None = None
+    rslora: bool = False
+    rank_pattern: Mapping[str, int] | None = None
+    alpha_pattern: Mapping[str, float] | None = None
 
     def __post_init__(self) -> None:
-        if type(self.rank) is not int or self.rank < 1:
-            raise ConfigurationError(f"LoRA.rank: expected an integer of at least 1, got {self.rank!r}.")
-        if type(self.alpha) not in (int, float) or not 0 < self.alpha < math.inf:
-            raise ConfigurationError(f"LoRA.alpha: expected a positive number, got {self.alpha!r}.")
+        _check_rank("LoRA.rank", self.rank)
+        _check_alpha("LoRA.alpha", self.alpha)
+        for name, check in (("rank_pattern", _check_rank), ("alpha_pattern", _check_alpha)):
+            for pattern, value in (getattr(self, name) or {}).items():
+                check(f"LoRA.{name}: {pattern}", value)
+                try:
+                    re.compile(pattern)
+                except re.error as error:
+                    raise ConfigurationError(
+                        f"LoRA.{name}: expected a regular expression, got {pattern!r} ({error})."
+                    ) from error
         if type(self.dropout) not in (int, float) or not 0 <= self.dropout < 1:
             raise ConfigurationError(f"LoRA.dropout: expected a number in [0, 1), got {self.dropout!r}.")
+
+    def __repr__(self) -> str:
+        given = [one for one in fields(self) if one.name in _ALWAYS_SHOWN or getattr(self, one.name) != one.default]
+        return f"LoRA({', '.join(f'{one.name}={getattr(self, one.name)!r}' for one in given)})"
+
+    def rank_of(self, layer: str) -> int:
+        """The rank r of a layer, by its name."""
+        return _by_pattern(layer, self.rank_pattern, self.rank)
+
+    def factor_of(self, layer: str) -> float:
+        """The factor of B A of a layer: α/r, or α/√r."""
+        rank, alpha = self.rank_of(layer), _by_pattern(layer, self.alpha_pattern, self.alpha)
+        return alpha / (math.sqrt(rank) if self.rslora else rank)
 
     def inject(self, encoder: nn.Module) -> tuple[str, ...]:
         """Freeze an encoder and give its selected weights updates, which are zero; in place.
@@ -81,7 +114,9 @@ class LoRA:
         encoder.requires_grad_(False)
         for name in names:
             owner, _, leaf = name.rpartition(".")
-            register_parametrization(encoder.get_submodule(owner), leaf, _Update(weights[name], self))
+            layer = encoder.get_submodule(owner)
+            update = _Update(weights[name], self, owner, type(layer).__name__ == _TRANSPOSED and leaf == "weight")
+            register_parametrization(layer, leaf, update)
         return names
 
 
@@ -132,16 +167,18 @@ def clear_updates(encoder: nn.Module) -> None:
 
 
 class _Update(nn.Module):
-    """The parametrisation W -> W + α/r · B A."""
+    """The parametrisation W -> W + α/r · B A; of a transposed weight Wᵀ -> Wᵀ + α/r · B A."""
 
-    def __init__(self, weight: Tensor, settings: LoRA) -> None:
+    def __init__(self, weight: Tensor, settings: LoRA, layer: str = "", transposed: bool = False) -> None:
         super().__init__()
         rows, columns = weight.flatten(1).shape
+        rows, columns = (columns, rows) if transposed else (rows, columns)
+        rank = settings.rank_of(layer)
         dtype = working_dtype(weight.dtype)  # steps of half-precision factors would be rounded away
-        self.A = nn.Parameter(torch.empty(settings.rank, columns, device=weight.device, dtype=dtype))
-        self.B = nn.Parameter(torch.zeros(rows, settings.rank, device=weight.device, dtype=dtype))
+        self.A = nn.Parameter(torch.empty(rank, columns, device=weight.device, dtype=dtype))
+        self.B = nn.Parameter(torch.zeros(rows, rank, device=weight.device, dtype=dtype))
         nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
-        self.factor, self.dropout = settings.alpha / settings.rank, settings.dropout
+        self.factor, self.dropout, self.transposed = settings.factor_of(layer), settings.dropout, transposed
 
     def forward(self, weight: Tensor) -> Tensor:
         """The adapted weight."""
@@ -153,9 +190,10 @@ class _Update(nn.Module):
         return self._added(torch.zeros_like(weight), self.A)
 
     def _added(self, weight: Tensor, A: Tensor) -> Tensor:
+        first, second = (A.t(), self.B.t()) if self.transposed else (self.B, A)
         # Autocast would round before the sum, and small updates would be lost.
         with torch.autocast(weight.device.type, enabled=False):
-            total = torch.addmm(weight.flatten(1).to(A.dtype), self.B, A, alpha=self.factor)
+            total = torch.addmm(weight.flatten(1).to(A.dtype), first, second, alpha=self.factor)
         return total.to(weight.dtype).view_as(weight)
 
 
@@ -183,3 +221,19 @@ def _check_adaptable(names: tuple[str, ...], weights: dict[str, nn.Parameter], e
             f"LoRA.on: expected weights that one layer has for itself, got {first_few(tied)}, which several layers "
             "share. Leave them out of the selection."
         )
+
+
+def _check_rank(name: str, value: object) -> None:
+    if type(value) is not int or value < 1:
+        raise ConfigurationError(f"{name}: expected an integer of at least 1, got {value!r}.")
+
+
+def _check_alpha(name: str, value: object) -> None:
+    if type(value) not in (int, float) or not 0 < value < math.inf:  # type: ignore[operator]
+        raise ConfigurationError(f"{name}: expected a positive number, got {value!r}.")
+
+
+def _by_pattern(layer: str, patterns: Mapping[str, Any] | None, otherwise: Any) -> Any:
+    """The value of the first pattern that fits a layer's name, or the end of it after a dot, as peft reads them."""
+    fitting = (value for pattern, value in (patterns or {}).items() if re.fullmatch(rf"(.*\.)?({pattern})", layer))
+    return next(fitting, otherwise)

@@ -18,7 +18,7 @@ import torch
 import lit_merge
 from lit_merge.errors import ConfigurationError
 from lit_merge.models import All, Attention, LastBlocks, Matching, Selection
-from lit_merge.naming import is_bias
+from lit_merge.naming import is_attention, is_bias, is_mlp
 
 BEFORE = ("class_embedding", "positional_embedding")
 STEM = ("conv1.weight", "ln_pre.weight", "ln_pre.bias")
@@ -134,12 +134,50 @@ def test_attention_needs_attention(paradigm, names, found):
 
 @pytest.mark.parametrize("paradigm", [3, 4])
 def test_feed_forward_layers_that_names_do_not_show_are_not_skipped(paradigm):
-    names = [f"encoder.layer.0.{part}.weight" for part in ("attention.attention.query", "intermediate.dense")]
+    names = [f"encoder.layer.0.{part}.weight" for part in ("attention.attention.query", "inner.dense")]
     assert Attention(1)(names) == (names[0],)
     assert refusal(Attention(paradigm), names) == (
         f"attention paradigm {paradigm}: expected a network with feed-forward blocks, got 2 parameters "
         f"({names[0]}, {names[1]}) without. Choose another selection, e.g. Matching."
     )
+
+
+# What every language model's blocks call their projections, and what stands beside them.
+BLOCKS = {
+    "bert.encoder.layer.0.": (
+        [*(f"attention.self.{part}" for part in ("query", "key", "value")), "attention.output.dense"],
+        ["intermediate.dense", "output.dense"],
+        ["attention.output.LayerNorm", "output.LayerNorm"],
+    ),
+    "transformer.layer.1.": (
+        [f"attention.{part}_lin" for part in ("q", "k", "v", "out")],
+        ["ffn.lin1", "ffn.lin2"],
+        ["sa_layer_norm", "output_layer_norm"],
+    ),
+    "layers.0.": (["attn.Wqkv", "attn.Wo"], ["mlp.Wi", "mlp.Wo"], ["attn_norm", "mlp_norm"]),
+    "decoder.block.0.layer.0.": (
+        [f"SelfAttention.{part}" for part in "qkvo"],
+        [],
+        ["SelfAttention.relative_attention_bias", "layer_norm"],
+    ),
+    "decoder.block.3.layer.1.": ([f"EncDecAttention.{part}" for part in "qkvo"], [], ["layer_norm"]),
+    "encoder.block.0.layer.1.": ([], [f"DenseReluDense.{part}" for part in ("wi_0", "wi_1", "wo")], ["layer_norm"]),
+    "transformer.h.0.": (["attn.c_attn", "attn.c_proj"], ["mlp.c_fc", "mlp.c_proj"], ["ln_1", "ln_2"]),
+    "model.layers.1.": (
+        [f"self_attn.{part}_proj" for part in "qkvo"],
+        [f"mlp.{part}_proj" for part in ("gate", "up", "down")],
+        ["self_attn.q_norm", "self_attn.k_norm", "input_layernorm", "post_attention_layernorm"],
+    ),
+}
+
+
+@pytest.mark.parametrize("leaf", ["weight", "bias"])
+@pytest.mark.parametrize("block", BLOCKS)
+def test_projections_of_language_models(block, leaf):
+    attention, feed_forward, others = BLOCKS[block]
+    names = [f"{block}{part}.{leaf}" for part in (*attention, *feed_forward, *others)]
+    assert [name for name in names if is_attention(name)] == names[: len(attention)]
+    assert [name for name in names if is_mlp(name)] == names[len(attention) : len(attention) + len(feed_forward)]
 
 
 @pytest.mark.parametrize("paradigm", [0, 5, -1, "1", 1.5, None])
