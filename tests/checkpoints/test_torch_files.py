@@ -558,3 +558,11 @@ def test_files_written_by_hand_are_read_as_torch_reads_them(path):
     """The fixtures of the hostile files are whole where they should be."""
     path.write_bytes(archive(state_dict()))
     assert_same(open_torch_file(path), torch.load(path, weights_only=True))
+
+
+@pytest.mark.parametrize("protocol", [0, 1])
+def test_protocols_that_are_not_read_are_named(tmp_path, protocol):
+    path = tmp_path / "old.pt"
+    torch.save({"w": torch.ones(3)}, path, pickle_protocol=protocol, _use_new_zipfile_serialization=False)
+    with pytest.raises(FileFormatError, match=r"with pickle protocol 2 or later, got protocol 0 or 1\. Save the tensors"):
+        open_torch_file(path)

@@ -40,6 +40,7 @@ SECTIONS = ("state_dict", "model_state_dict", "model")
 _LONGEST_PICKLE = 64 << 20
 _WHAT = "a file of torch.save or torch.jit.save"
 _MAGIC = 0x1950A86A20F9469CFC6C  # of the older container, and its version
+_TEXT_MAGIC = b"L%dL\n." % _MAGIC  # as protocols 0 and 1 write it
 _VERSION = 1001
 _SAVE_STATE_DICT = "Save the tensors as a state dict, with torch.save(model.state_dict(), …)."
 
@@ -196,6 +197,11 @@ def _read_stream(parts: FileParts) -> tuple[Unpickled, _Spans, bool]:
         return value
 
     with parts.path.open("rb") as file:
+        if parts.bytes(0, min(parts.size, len(_TEXT_MAGIC))) == _TEXT_MAGIC:
+            raise FileFormatError(
+                f"{parts.path}: expected {_WHAT} with pickle protocol 2 or later, got protocol 0 or 1. "
+                f"{_SAVE_STATE_DICT}"
+            )
         if parts.bytes(0, min(parts.size, 1)) != b"\x80":
             raise FileFormatError(f"{parts.path}: expected {_WHAT}, got something else. Name another file.")
         if _next_value(file, parts) != _MAGIC or _next_value(file, parts) != _VERSION:

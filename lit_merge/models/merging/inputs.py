@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lit_merge.checkpoints.difference import difference_of
 from lit_merge.checkpoints.opening import OpenedCheckpoint, named_after, open_checkpoint
-from lit_merge.checkpoints.pairing.alignment import align
+from lit_merge.checkpoints.pairing.alignment import Alignment, align
 from lit_merge.checkpoints.pairing.differences import Rules
 from lit_merge.checkpoints.pairs import pair_of
 from lit_merge.errors import ConfigurationError, StructureMismatchError, first_few
@@ -21,6 +21,7 @@ from lit_merge.files.lazy import Computed, LazyMapping, Selected
 from lit_merge.models.merging.vocabularies import SameRows, same_rows
 from lit_merge.models.network import Base, FileBase, Network, network_of
 from lit_merge.naming import is_running_statistic
+from lit_merge.params import fingerprint
 from lit_merge.vectors import TaskVector, file_digest
 from lit_merge.vectors.task_vector import FORMAT
 
@@ -166,6 +167,7 @@ def _vector_input(
         if len(found.names) == len(vector):
             names = dict(found.names)
             notes.append(found.describe())
+            vector = _of_this_base(vector, parameters, found)
     fitting = {name: {one for one in rules.leave_out if fnmatchcase(name, one)} for name in names}
     left, used = [name for name, patterns in fitting.items() if patterns], frozenset[str]().union(*fitting.values())
     measured = {name: own for name, own in names.items() if is_running_statistic(name)}
@@ -182,6 +184,21 @@ def _vector_input(
         structure = {name: (parameters.shape(name), parameters.dtype(name)) for name in measured}
         statistics = Computed(structure, partial(_shifted, parameters, vector, measured))
     return Input(path, tensors, tensors, False, opened.files, digests, tuple(notes), statistics, used=used)
+
+
+def _of_this_base(vector: TaskVector, base: LazyMapping, found: Alignment) -> TaskVector:
+    """The vector without its fingerprint, if that is the base's under the names that the vector has."""
+    if not vector.base_fingerprint:
+        return vector
+    names = {
+        found.removed + name[len(found.added) :]: name
+        for name in base
+        if name.startswith(found.added) and base.dtype(name).is_floating_point
+    }
+    if fingerprint(Selected(base, names)) != vector.base_fingerprint:
+        return vector
+    metadata = {key: value for key, value in vector.metadata.items() if key != "base_fingerprint"}
+    return TaskVector(vector, vector.tasks, metadata=metadata)
 
 
 def _shifted(base: LazyMapping, vector: TaskVector, names: Mapping[str, str], name: str) -> Tensor:
