@@ -29,13 +29,19 @@ from unittest import mock
 import parity_table
 import torch
 from fusion_bench.method.dare.utils import param_random_drop_
+from fusion_bench.method.doge_ta.doge_ta import DOGE_TA_Algorithm
+from fusion_bench.method.emr_merging.utils import emr_merge
 from fusion_bench.method.isotropic_merging.iso_utils import iso_c, iso_cts
+from fusion_bench.method.knots.knots_utils import subspace_alignment
+from fusion_bench.method.magmax.magmax import magmax_merge
 from fusion_bench.method.model_stock import ModelStock as FusionBenchModelStock
 from fusion_bench.method.simple_average import simple_average
 from fusion_bench.method.slerp.slerp_utils import slerp as fusion_bench_slerp
 from fusion_bench.method.task_singular_vector.utils.TSVM_utils import compute_and_sum_svd_mem_reduction
 from fusion_bench.method.ties_merging.ties_merging_utils import ties_merging
+from fusion_bench.method.trust_region.clip_task_arithmetic import TaskArithmeticWithTrustRegionForCLIP
 from fusion_bench.method.wudi import wudi_merging
+from fusion_bench.modelpool import BaseModelPool
 from fusion_bench.utils.state_dict_arithmetic import state_dict_add, state_dict_mul
 from mergekit.merge_methods import registry
 from mergekit.merge_methods.base import TensorGroup
@@ -143,6 +149,12 @@ def two_rows(case: Case) -> Case:
     return Case(case.base[:2], [tau[:2] for tau in case.taus])
 
 
+def as_matrix(case: Case) -> Case:
+    """Vectors of fifty elements as matrices."""
+    shape = case.base.shape if case.base.ndim > 1 else (5, 10)
+    return Case(case.base.reshape(shape), [tau.reshape(shape) for tau in case.taus])
+
+
 def with_our_masks(drop: Transform, theirs: Theirs, function: str = "bernoulli") -> Theirs:
     """The library's method, with the masks of our transform in place of one of torch's random functions."""
 
@@ -233,6 +245,10 @@ def mergekit_rows() -> list[Row]:
         first, second = case.tuned
         return mergekit_slerp(torch.tensor([0.3], dtype=first.dtype), first[None], second[None])[0] - case.base
 
+    def nearswap(case: Case) -> Tensor:
+        group = TensorGroup.from_tensors([torch.zeros_like(case.base), *case.taus], base_index=0)
+        return registry.get("nearswap").merge_group(group, t=0.3)
+
     def karcher(**settings: float) -> Theirs:
         return lambda case: (
             karcher_merge_tensors(case.tuned, [1 / len(case.taus)] * len(case.taus), **settings) - (case.base)
@@ -264,6 +280,11 @@ def mergekit_rows() -> list[Row]:
         Row("karcher, 10 steps", karcher(), ours.KarcherMean()),
         Row("karcher, 1000 steps", karcher(max_iter=1000, tol=1e-7), ours.KarcherMean()),
         *model_stock_rows(by_mergekit("model_stock"), (2, 3, 4)),
+        Row("sce", by_mergekit("sce", select_topk=0.3), ours.SCE(0.3)),
+        Row("sce, all elements", by_mergekit("sce", select_topk=1.0), ours.SCE(1.0)),
+        Row("ram", by_mergekit("ram", epsilon=0.8), ours.RAM(0.8)),
+        Row("ramplus_tl", by_mergekit("ramplus_tl", epsilon=0.8), ours.RAM(0.8, 0.1, 0.2, "tensor")),
+        Row("nearswap", nearswap, ours.Clip(0.3), (1,)),
     ]
 
 
@@ -302,6 +323,17 @@ class Pool:
         return self.models[name]
 
 
+class NamedPool(BaseModelPool):
+    """Models whose parameter has the name that some algorithms look for."""
+
+    def __init__(self, case: Case) -> None:
+        known = {"_pretrained_": torch.zeros_like(case.base), **dict(zip("abcd", case.taus, strict=False))}
+        models = {name: nn.Module() for name in known}
+        for name, value in known.items():
+            models[name].encoder = module(value)
+        super().__init__(models)
+
+
 class KeepOneMore(Transform):
     """Trims to ⌊0.2 n⌋ + 1 entries."""
 
@@ -309,6 +341,15 @@ class KeepOneMore(Transform):
         """Trim to a density that gives this number."""
         size = vectors.shape(NAME)[1:].numel()
         return ours.Trim((size // 5 + 1.5) / size, "tensor")(vectors)
+
+
+class DogeWithOneMore(Transform):
+    """DOGE whose masks keep ⌊0.3 n⌋ + 1 entries."""
+
+    def __call__(self, vectors: TaskVectors) -> TaskVectors:
+        """Merge with a density that gives this number."""
+        size = vectors.shape(NAME)[1:].numel()
+        return ours.DOGE(density=(size * 3 // 10 + 1.5) / size)(vectors)
 
 
 def fusion_bench_rows() -> list[Row]:
@@ -334,7 +375,28 @@ def fusion_bench_rows() -> list[Row]:
     def tsv_m(case: Case) -> Tensor:
         return compute_and_sum_svd_mem_reduction(case.states, accelerator="cpu")[NAME]
 
+    def emr(case: Case) -> Tensor:
+        unified, masks, factors = emr_merge(case.states)
+        return unified[NAME] * masks[NAME][0] * factors[0]
+
+    def magmax(case: Case) -> Tensor:
+        models = [module(tau) for tau in case.taus]
+        return magmax_merge(module(torch.zeros_like(case.base)), models, 0.5).state_dict()[NAME]
+
+    def tatr(case: Case) -> Tensor:
+        algorithm = TaskArithmeticWithTrustRegionForCLIP(0.3, 0.9, 128, 16, zero_shot=True)
+        return algorithm.run(NamedPool(case)).state_dict()[f"encoder.{NAME}"]
+
+    def doge(case: Case) -> Tensor:
+        return DOGE_TA_Algorithm(6, 30, 0.07).run(NamedPool(case)).state_dict()[f"encoder.{NAME}"]
+
+    def knots(case: Case) -> Tensor:
+        left, values, right = subspace_alignment(case.taus)
+        inside = [values.unsqueeze(1) * one for one in right]
+        return left @ peft.ties(inside, case.ones, 0.3)
+
     dropped = with_our_masks(DROP, dare, "rand_like")
+    in_space = ours.KnOTS(chain(TRIM, ELECTED_MEAN))
     spectral: list[tuple[str, Theirs, Transform]] = [
         ("tsv_m", tsv_m, ours.TSVMerge()),
         ("iso_c", lambda case: iso_c(case.states, accelerator="cpu")[NAME], ours.IsoC()),
@@ -350,6 +412,13 @@ def fusion_bench_rows() -> list[Row]:
         *(Row(*method) for method in spectral),
         *(Row(f"{name}, rank 1", *rest, (2, 3, 4), rank_one, NO_RANK, "undefined") for name, *rest in spectral),
         Row("tsv_m, r < T", tsv_m, ours.TSVMerge(), (3, 4), two_rows, NO_SHARE, "undefined"),
+        Row("emr_merging", emr, ours.emr()),
+        Row("magmax", magmax, ours.magmax(0.5)),
+        Row("trust_region, zero-shot", tatr, ours.tatr(0.1, coefficient=0.3)),
+        Row("doge_ta", doge, ours.doge(), change=as_matrix, reason=ONE_MORE, paper="lit-merge"),
+        Row("doge_ta, one entry more", doge, DogeWithOneMore(), change=as_matrix),
+        Row("knots, then peft's ties", knots, in_space, change=as_matrix),
+        Row("knots, rank 1, then peft's ties", knots, in_space, change=lambda case: rank_one(as_matrix(case))),
         Row("wudi", lambda case: wudi_merging(case.states, accelerator="cpu")[NAME].detach(), ours.WUDI()),
         Row("slerp", lambda case: fusion_bench_slerp(0.3, *case.tuned) - case.base, ours.Slerp(0.3), (2,)),
         *model_stock_rows(stock, (2,)),
