@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from lit_merge.commands.running import RESOLVED
+from lit_merge.commands.running import RESOLVED, warn
 from lit_merge.errors import ConfigurationError
 from lit_merge.models.merging.merge import Merge
 from lit_merge.models.merging.output import beside
@@ -126,7 +126,8 @@ def merge(
         write_as: of a CLIP, the layout of names: open_clip, image_tower, transformers or timm; by default the base's.
             In a folder its configuration is written too, if that of the base is known.
         dry_run: print what would be done, its passes over the inputs and the memory it takes, and write nothing; no
-            tensor of the vectors is read, nor of a base that is given as weights. A search is not counted.
+            tensor of the vectors is read, nor of a base that is given as weights, but for a few thousand elements of
+            each, for the warnings. A search is not counted.
         progress: show a progress bar if the standard error is a terminal.
 
     Raises:
@@ -149,6 +150,8 @@ def merge(
     )
     planned = job.plan(chosen, dry=dry_run)
     job.check(planned, overwrite)
+    said = planned.plan.warnings
+    warn(said)
     if search is not None:
         search.check(chosen)
     if dry_run:
@@ -158,6 +161,7 @@ def merge(
 
         found = search_coefficient(job.vectors, chosen, search, data=data, linearized=linearized, network=job.network())
         planned = job.plan(found.transform, found=found)
+        warn(line for line in planned.plan.warnings if line not in said)
     settings_file = {beside(job.target.path, "merge.yaml").name: RESOLVED.get()} if RESOLVED.get() else {}
-    job.write(planned, overwrite, progress, settings_file)
+    warn(job.write(planned, overwrite, progress, settings_file))
     return MergeResult(job.target.path, planned.transform, planned.found, planned.plan)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import inspect
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextvars import ContextVar
 from importlib import import_module
 from pathlib import Path
@@ -15,7 +15,7 @@ from typing import Any
 from lit_merge.commands.table import Command, command_screen, commands, group_screen, groups
 from lit_merge.errors import ConfigurationError, did_you_mean
 
-__all__ = ["RESOLVED", "run_command"]
+__all__ = ["RESOLVED", "run_command", "warn"]
 
 RESOLVED: ContextVar[str] = ContextVar("resolved configuration", default="")
 """The configuration of a merge, as YAML with all defaults; empty where its function is called from Python."""
@@ -54,6 +54,13 @@ def run_command(command: str, arguments: Sequence[str] = ()) -> Any:
     if chosen.takes_command_line:
         return function(*arguments)
     return _run(chosen, function, getattr(module, "arguments", list)(arguments))
+
+
+def warn(lines: Iterable[str]) -> None:
+    """Say on the standard error what is legal and dangerous, a line each."""
+    for line in lines:
+        text = " ".join(line.split())
+        sys.stderr.write(f"lit-merge: warning: {text}\n")
 
 
 def _unknown(command: str, known: list[str]) -> ConfigurationError:

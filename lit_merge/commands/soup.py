@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Literal
 
 from lit_merge.commands.merge import MergeResult
+from lit_merge.commands.running import warn
 from lit_merge.errors import ConfigurationError
 from lit_merge.evaluation.soup import SoupResult, greedy_soup
 from lit_merge.metrics.scores import mean_accuracy
@@ -91,7 +92,9 @@ def soup(
     job = Merge(vectors, output, model, pretrained, network, None, kind, dtype, tasks, linearized=linearized)
     curve = beside(job.target.path, "soup.json")
     # What the merge would refuse, it refuses before anything is evaluated.
-    job.check(job.plan(weight_average(), dry=True), overwrite)
+    intended = job.plan(weight_average(), dry=True)
+    job.check(intended, overwrite)
+    warn(intended.cautions.lasting)
     if curve.exists() and not overwrite:
         raise ConfigurationError(
             f"output: expected a new file, got {curve}, which exists. Set overwrite to replace it."
@@ -115,5 +118,5 @@ def soup(
     }
     chosen = job.select(found.chosen)
     planned = chosen.plan(weight_average())
-    chosen.write(planned, overwrite, more={curve.name: json.dumps(content, indent=2) + "\n"})
+    warn(chosen.write(planned, overwrite, more={curve.name: json.dumps(content, indent=2) + "\n"}))
     return SoupOutput(found, files, MergeResult(job.target.path, planned.transform, None, planned.plan))

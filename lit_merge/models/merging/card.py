@@ -37,6 +37,7 @@ def model_card(
     found: str,
     weights: bool,
     notes: Sequence[str] = (),
+    warnings: Sequence[str] = (),
     repository: str | None = None,
     form: Form | None = None,
 ) -> str:
@@ -53,6 +54,7 @@ def model_card(
         found: how settings were chosen on data; empty if none were.
         weights: whether the outputs are whole models.
         notes: differences between the base and the inputs, and what was done about them.
+        warnings: what is legal in this merge and dangerous, with numbers.
         repository: ``owner/name`` of the base model on the Hub, if it is known.
         form: in which the weights are written; that of a file by default.
 
@@ -84,6 +86,7 @@ def model_card(
         *rows,
         "\nThe digest of a lit-merge file is that of its content, as its header states it (`content_sha256`).\n",
         *(["## Differences\n", *(f"- {_cell(note)}" for note in notes), ""] if notes else []),
+        *(["## Warnings\n", *(f"- {_cell(line)}" for line in warnings), ""] if warnings else []),
         "## The chain\n",
         f"```python\n{python_of(transform)}\n```\n",
         *([f"{found}\n"] if found else []),

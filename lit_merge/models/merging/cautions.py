@@ -8,8 +8,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass, replace
 from itertools import combinations
 from typing import Any
 
@@ -47,6 +47,10 @@ class Cautions:
 
     lasting: tuple[str, ...] = ()
     estimates: tuple[str, ...] = ()
+
+    def with_more(self, lasting: Iterable[str]) -> Cautions:
+        """These and others."""
+        return replace(self, lasting=(*self.lasting, *lasting))
 
     @property
     def lines(self) -> tuple[str, ...]:
@@ -137,7 +141,7 @@ def rounding_caution(what: str, dtypes: Sequence[torch.dtype], loss: RoundingLos
         loss: in numbers.
         estimated_on: how many elements they are from; 0 for all.
     """
-    if loss.lost <= _LOST:
+    if not loss.lost > _LOST:
         return ""
     named = " and ".join(sorted({str(one).removeprefix("torch.") for one in dtypes}))
     return _loss_line(what, named, loss.lost, loss.share_unchanged, estimated_on)

@@ -20,6 +20,7 @@ from lit_merge.files.shards import INDEX_ENDING, parse_size, write_shards
 from lit_merge.files.staging import staged
 from lit_merge.files.store import write_tensors
 from lit_merge.models.merging.card import model_card
+from lit_merge.models.merging.cautions import Cautions, cautions_of, statistics_cautions
 from lit_merge.models.merging.form import form_of
 from lit_merge.models.merging.inputs import Input, open_base, open_inputs
 from lit_merge.models.merging.output import MergedWeights, Output, RoundedVector, Target, beside, card_of
@@ -27,6 +28,7 @@ from lit_merge.models.merging.plan import MergePlan, check_space, plan_merge
 from lit_merge.models.merging.progress import merge_progress
 from lit_merge.models.merging.running_statistics import RunningStatistics
 from lit_merge.models.network import Base, Network
+from lit_merge.params import dtype_of
 from lit_merge.transforms import Transform
 from lit_merge.vectors import TaskVector, TaskVectors, check_base
 
@@ -49,6 +51,7 @@ class Planned:
         merged: what it makes of the vectors; lazy.
         outputs: what is written.
         plan: what it takes.
+        cautions: what is legal in it and dangerous, in words.
         found: what a search has chosen, or None.
     """
 
@@ -56,6 +59,7 @@ class Planned:
     merged: TaskVectors
     outputs: list[Output]
     plan: MergePlan
+    cautions: Cautions
     found: Any = None
 
 
@@ -129,6 +133,7 @@ class Merge:
         known = TaskVectors([one.vector for one in inputs])  # that they fit each other, and then the base
         self._hashed = self.kind == "task_vector" or bool(known.base_fingerprint)
         self._known = known
+        self._looked: dict[bool, Cautions] = {}
         self.vectors = TaskVectors([one.vector for one in inputs], base=self.base.parameters, device=self.device)
 
     @property
@@ -165,22 +170,27 @@ class Merge:
 
         Args:
             transform: the chain.
-            dry: whether this is all that is asked for: then no tensor is read, not even for the base's fingerprint.
+            dry: whether this is all that is asked for: then no tensor is read, not even for the base's fingerprint, but
+                for a few thousand elements, from which losses by rounding are estimated.
             found: what a search has chosen, for the header.
 
         Raises:
-            StructureMismatchError: the vectors belong to another base.
+            StructureMismatchError: the vectors, or statistics that the chain reads, belong to another base.
             ConfigurationError: the chain cannot be written to this output.
         """
         fingerprinted = isinstance(self.base, Network) or (self._hashed and not dry)
-        if fingerprinted:
-            check_base(self._known, self.base.fingerprint, self.base.name)
+        fingerprint = self.base.fingerprint if fingerprinted else ""
+        check_base(self._known, fingerprint, self.base.name, self.base.activation)
         merged = transform(self.vectors)
+        cautions = self._cautions(dry).with_more(
+            statistics_cautions(transform, self._known.base_fingerprint, fingerprint)
+        )
         metadata = self._provenance(transform, found, fingerprinted)
+        if cautions.lasting:
+            metadata["warnings"] = json.dumps(cautions.lasting, ensure_ascii=False)
         places = self.form.places(self.target.stems(self.kind, merged.tasks))
         outputs = [
-            Output.plan(stem, *self._tensors(row, metadata), self._shard_size, place, self.form.companions)
-            for (place, stem), row in zip(places, _rows(merged), strict=True)
+            self._output(row, metadata, place, stem) for (place, stem), row in zip(places, _rows(merged), strict=True)
         ]
         self.form.check_shards(max(len(one.shards) for one in outputs))
         plan = plan_merge(
@@ -188,8 +198,17 @@ class Merge:
             writes_weights=self.kind == "weights",
             fingerprinted=self._hashed,
             notes=(*self.notes, *self.form.notes),
+            warnings=cautions.lines,
         )
-        return Planned(transform, merged, outputs, plan, found)
+        return Planned(transform, merged, outputs, plan, cautions, found)
+
+    def _cautions(self, estimated: bool) -> Cautions:
+        """From a sample of the inputs, which is read once."""
+        if estimated not in self._looked:
+            parameters = self.base.parameters
+            stored = (lambda name: self._dtype or dtype_of(parameters, name)) if estimated else None
+            self._looked[estimated] = cautions_of(self.inputs, self.base, stored if self.kind == "weights" else None)
+        return self._looked[estimated]
 
     def check(self, planned: Planned, overwrite: bool) -> None:
         """Refuse to replace an input, or anything unasked, or to fill the disk.
@@ -202,7 +221,7 @@ class Merge:
 
     def write(
         self, planned: Planned, overwrite: bool = False, progress: bool = False, more: Mapping[str, str] | None = None
-    ) -> None:
+    ) -> tuple[str, ...]:
         """Compute and write everything, or leave nothing.
 
         Args:
@@ -211,16 +230,20 @@ class Merge:
             progress: whether to show a bar, if the standard error is a terminal.
             more: file name -> text, written in the same transaction.
 
+        Returns:
+            What was found out on the way and is to be warned of, one line each: what rounding has taken.
+
         Raises:
             LitMergeError: something exists, or a value does not fit.
             OSError: the disk is full or not writable; nothing is left of the output then.
         """
         stale = self._stale(planned, overwrite)
-        card = self._card(planned)
         with staged(self.target.folder, stale, _tensors_last) as folder, merge_progress(progress) as bar:
             bar.find_out(planned.merged.statistics)
             for one in planned.outputs:
                 _write(folder, one, bar.watch(one.tensors, one.stem))
+            losses = tuple(filter(None, (one.caution() for one in planned.outputs)))
+            card = self._card(planned, (*planned.cautions.lasting, *losses))
             (folder / card_of(self.target.path).name).write_text(card, encoding="utf-8")
             for name, text in (more or {}).items():
                 (folder / name).write_text(text, encoding="utf-8")
@@ -228,6 +251,7 @@ class Merge:
                 write_tensors(folder / name, head, {"format": "pt"})
             if planned.found is not None:
                 planned.found.save(folder / beside(self.target.path, "search.json").name)
+        return losses
 
     def _stale(self, planned: Planned, overwrite: bool) -> list[Path]:
         """What an earlier output would leave behind, after refusing what must not be replaced."""
@@ -267,6 +291,8 @@ class Merge:
         }
         if fingerprinted:
             entries["base_fingerprint"] = self.base.fingerprint
+        if self.base.activation:
+            entries["activation"] = self.base.activation
         if known := {**address_entry(self._base_path), **self.base.digests}:
             entries["base"] = json.dumps(known)
         if self.linearized:
@@ -277,17 +303,20 @@ class Merge:
             entries["differences"] = json.dumps(self.notes, ensure_ascii=False)
         return entries
 
-    def _tensors(self, merged: TaskVectors, metadata: dict[str, str]) -> tuple[LazyMapping, dict[str, str]]:
-        """What is written of one merged vector, lazily, and its header."""
+    def _output(self, merged: TaskVectors, metadata: dict[str, str], place: str, stem: str) -> Output:
+        """What is written of one merged vector, lazily, with its header."""
+        settings = self._shard_size, place, self.form.companions
         if self.kind == "weights":
             replaced = self.statistics.values()
             weights = MergedWeights(self.base, merged, self._dtype, replaced)
-            return self.form.tensors(weights), {**self.form.header, **metadata}
+            header = {**self.form.header, **metadata}
+            return Output.plan(stem, self.form.tensors(weights), header, *settings, weights)
         vector = merged.single()
         vector = TaskVector(vector, vector.task, metadata={**vector.metadata, **metadata})
-        return RoundedVector(vector, self._dtype, self.base.parameters), vector.metadata
+        rounded = RoundedVector(vector, self._dtype, self.base.parameters)
+        return Output.plan(stem, rounded, vector.metadata, *settings, rounded)
 
-    def _card(self, planned: Planned) -> str:
+    def _card(self, planned: Planned, warnings: Sequence[str]) -> str:
         path, outputs = self.target.path, planned.outputs
         vectors = {"vectors": [one.path for one in self.inputs], "transform": planned.transform.to_config()}
         address = parse_address(self._base_path or "")
@@ -302,6 +331,7 @@ class Merge:
             f"A search has {planned.found.describe()}." if planned.found else "",
             self.kind == "weights",
             notes=self.notes,
+            warnings=warnings,
             repository=address.repository if address is not None else self.base.repository,
             form=self.form,
         )
@@ -343,16 +373,14 @@ def _rows(merged: TaskVectors) -> list[TaskVectors]:
 
 
 def _write(folder: Path, output: Output, tensors: Any) -> None:
-    rounded, metadata = output.tensors, dict(output.metadata)
+    metadata = dict(output.metadata)
     folder = folder / output.place
     folder.mkdir(exist_ok=True)
     if digests := output.companions.write(folder):
         metadata["companions"] = json.dumps(digests, ensure_ascii=False)
-    late: dict[str, Any] = {}
-    if isinstance(rounded, RoundedVector):
-        metadata["storage"] = rounded.storage()  # with the rounding error, which is known at the end
-        late = {"late_metadata": lambda: {"storage": rounded.storage()}}
+    metadata |= output.late_entries()
     if len(output.shards) > 1:
-        write_shards(folder, tensors, metadata, output.shards, output.stem, **late)
+        write_shards(folder, tensors, metadata, output.shards, output.stem, late_metadata=output.late_entries)
     else:
-        write_tensors(folder / f"{output.stem}.safetensors", tensors, metadata, **late)
+        file = folder / f"{output.stem}.safetensors"
+        write_tensors(file, tensors, metadata, late_metadata=output.late_entries)

@@ -15,7 +15,9 @@ from lit_merge.errors import ConfigurationError, LitMergeError, NonFiniteError
 from lit_merge.files.lazy import LazyMapping, Slicer
 from lit_merge.files.rounding import Rounded
 from lit_merge.files.shards import INDEX_ENDING, bytes_of, open_tensors, plan_shards
+from lit_merge.models.merging.cautions import rounding_caution
 from lit_merge.models.merging.companions import STEMS, Companions, earlier_companions
+from lit_merge.models.merging.rounding_loss import RoundingLoss, is_narrow
 from lit_merge.models.network import Base
 from lit_merge.params import add_scaled, dtype_of, is_finite, shape_of, working_dtype
 from lit_merge.vectors import TaskVectors, merged_parameters
@@ -115,6 +117,7 @@ class MergedWeights(LazyMapping):
         merged_parameters(base.parameters, merged)  # checks, and computes nothing yet
         self._whole, self._prefix, self._merged, self._dtype = base.whole(), base.prefix, merged, dtype
         self._base, self._ties, self._replaced = base.parameters, base.ties, replaced or {}
+        self._losses: dict[str, RoundingLoss] = {}
 
     def __getitem__(self, name: str) -> Tensor:
         if not self._is_merged(name):
@@ -123,8 +126,11 @@ class MergedWeights(LazyMapping):
             unchanged = self._replaced if name in self._replaced else self._whole
             return self._stored(name, unchanged[name].detach())
         parameter = self._parameter(name)
-        value = self._sum(parameter, self._base[parameter].detach(), self._merged[parameter][0])
-        return self._stored(name, value)
+        base, merged = self._base[parameter].detach(), self._merged[parameter][0]
+        stored = self._stored(name, self._sum(parameter, base, merged))
+        if is_narrow(stored.dtype):
+            self._losses[name] = RoundingLoss.of(base, merged, stored)
+        return stored
 
     def stream(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
         """The flattened tensors one after the other; merged ones in pieces, computed ahead on several threads."""
@@ -136,9 +142,28 @@ class MergedWeights(LazyMapping):
         for name in asked:
             if not self._is_merged(name):
                 yield name, self[name].reshape(-1)
+            total = RoundingLoss()
             while ready is not None and full[ready[0]] == name:
-                yield name, ready[1]
+                _, piece, loss = ready
+                total += loss  # in the order of the elements, whichever thread was first
+                yield name, piece
                 ready = next(pieces, None)
+            self._losses[name] = total
+
+    @property
+    def narrow(self) -> list[torch.dtype]:
+        """The dtypes narrower than float32 in which merged tensors are stored."""
+        names = [f"{self._prefix}{parameter}" for parameter in self._merged]
+        return sorted({self.dtype(name) for name in names if is_narrow(self.dtype(name))}, key=str)
+
+    def late_entries(self) -> dict[str, str]:
+        """The header's entry about what rounding has taken, if there is any."""
+        return {"rounding": self.loss.entry()} if self.narrow else {}
+
+    @property
+    def loss(self) -> RoundingLoss:
+        """What rounding has taken from τ in the tensors that were read so far, each of them counted once."""
+        return sum((self._losses[name] for name in sorted(self._losses)), RoundingLoss())
 
     def _is_merged(self, name: str) -> bool:
         return name.startswith(self._prefix) and self._parameter(name) in self._merged
@@ -146,10 +171,14 @@ class MergedWeights(LazyMapping):
     def _parameter(self, name: str) -> str:
         return name.removeprefix(self._prefix)
 
-    def _piece(self, starts: Mapping[str, Slicer], name: str, start: int, piece: Tensor) -> tuple[str, Tensor]:
+    def _piece(
+        self, starts: Mapping[str, Slicer], name: str, start: int, piece: Tensor
+    ) -> tuple[str, Tensor, RoundingLoss]:
         base = torch.empty(piece.shape[1], dtype=dtype_of(self._base, name), device=piece.device)
         starts[name](start, start + piece.shape[1], base)
-        return name, self._stored(self._prefix + name, self._sum(name, base, piece[0]))
+        stored = self._stored(self._prefix + name, self._sum(name, base, piece[0]))
+        narrow = is_narrow(stored.dtype)
+        return name, stored, RoundingLoss.of(base, piece[0], stored) if narrow else RoundingLoss()
 
     def _sum(self, parameter: str, base: Tensor, merged: Tensor) -> Tensor:
         """θ0 + τ in the base's dtype if that is stored, otherwise in float32 or better, to be rounded once."""
@@ -195,6 +224,10 @@ class RoundedVector(Rounded):
         super().__init__(vector, dtype, "merged task vector")
         self._base = base
 
+    def late_entries(self) -> dict[str, str]:
+        """The header's entry about how it is stored, with the rounding error."""
+        return {"storage": self.storage()}
+
     def dtype(self, name: str) -> torch.dtype:
         """Dtype to store, without reading the tensor."""
         return self._dtype or dtype_of(self._base, name)
@@ -211,6 +244,7 @@ class Output:
         shards: file name -> names of tensors.
         place: the folder inside the output that it has to itself; empty if none.
         companions: what lies beside the weights.
+        measured: what counts, while it is read, what rounding does to the tensors; None if nothing does.
     """
 
     stem: str
@@ -219,6 +253,7 @@ class Output:
     shards: Mapping[str, list[str]]
     place: str = ""
     companions: Companions = field(default_factory=Companions)
+    measured: MergedWeights | RoundedVector | None = None
 
     @classmethod
     def plan(
@@ -229,11 +264,21 @@ class Output:
         shard_size: int | None,
         place: str = "",
         companions: Companions | None = None,
+        measured: MergedWeights | RoundedVector | None = None,
     ) -> Output:
         """Decide which tensors go into which file."""
         total = sum(bytes_of(tensors, name) for name in tensors)
         shards = plan_shards(tensors, shard_size or max(total, 1), stem)
-        return cls(stem, tensors, metadata, shards, place, companions or Companions())
+        return cls(stem, tensors, metadata, shards, place, companions or Companions(), measured)
+
+    def late_entries(self) -> dict[str, str]:
+        """Entries of the header that are known when all tensors were read, always of the same length."""
+        return self.measured.late_entries() if self.measured is not None else {}
+
+    def caution(self) -> str:
+        """What rounding has taken from τ, in words, when all tensors were read; empty if it is little."""
+        one = self.measured
+        return rounding_caution(self.model, one.narrow, one.loss) if isinstance(one, MergedWeights) else ""
 
     @property
     def model(self) -> str:

@@ -44,6 +44,7 @@ class MergePlan:
         read: bytes that are read in all, at most.
         files: what is written, with bytes of tensors.
         notes: differences between the base and the inputs, and what is done about them.
+        warnings: what is legal in it and dangerous, with numbers.
     """
 
     inputs: tuple[tuple[str, str, str, str, int], ...]
@@ -59,6 +60,7 @@ class MergePlan:
     read: int
     files: tuple[tuple[str, int], ...]
     notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
 
     @property
     def passes(self) -> int:
@@ -82,6 +84,7 @@ class MergePlan:
             ("inputs", inputs),
             ("base", ["  ".join(self.base)]),
             *([("differences", list(self.notes))] if self.notes else []),
+            *([("warnings", list(self.warnings))] if self.warnings else []),
             ("chain", [f"{number}. {step}" for number, step in enumerate(self.steps, start=1)]),
             ("statistics", statistics or ["none"]),
             ("passes", [f"{times(self.passes, at_most)} over the inputs, {self.walks} of them to write"]),
@@ -108,6 +111,7 @@ def plan_merge(
     writes_weights: bool,
     fingerprinted: bool,
     notes: tuple[str, ...] = (),
+    warnings: tuple[str, ...] = (),
 ) -> MergePlan:
     """Count what a merge costs; reads nothing.
 
@@ -122,6 +126,7 @@ def plan_merge(
         writes_weights: whether the outputs hold whole models.
         fingerprinted: whether the fingerprint of the base is needed.
         notes: differences that are normal.
+        warnings: what is legal and dangerous.
     """
     names = merged.names
     stacks = {name: bytes_of(merged.inputs, name) for name in names}
@@ -156,6 +161,7 @@ def plan_merge(
         read=one_pass * (walks + sum(reads for _, reads, _ in statistics)) + whole * base_reads,
         files=tuple((str(folder / name), size) for output in outputs for name, size in output.files.items()),
         notes=notes,
+        warnings=warnings,
     )
 
 
