@@ -7,6 +7,7 @@ is asked for.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -40,6 +41,8 @@ _NAMELESS = frozenset(
     }
 )
 _OWN_WEIGHTS = ("lit-merge/weights/", "lit-merge/clip/")  # formats of our own files that hold a model
+# Length and direction of a weight, which a network with weight normalisation has as its parameters.
+_WEIGHT_NORM = re.compile(r".*\.parametrizations\.\w+\.original[01]")
 _CONTAINERS = {
     "state dict": "PyTorch state dict",
     "whole module": "PyTorch whole module",
@@ -148,7 +151,7 @@ class OpenedCheckpoint(LazyMapping):
                 else (f"a file of format {kind}", "Give the model itself")
             )
             raise FileFormatError(f"{self.path}: expected whole weights, got {got}. {advice}.")
-        if any(".parametrizations." in name for name in self):
+        if any(".parametrizations." in name and not _WEIGHT_NORM.fullmatch(name) for name in self):
             raise FileFormatError(
                 f"{self.path}: expected whole weights, got parametrised ones, such as a LoRA run's. Use the task "
                 "vector that the run wrote, or save the weights without parametrisations."
