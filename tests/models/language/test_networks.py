@@ -1,0 +1,316 @@
+"""Language models from folders: the numbers of transformers, tied and sharded weights, heads, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from builders.language_folders import language_folder, language_model, tokenizer
+from safetensors.torch import load_file, save_file
+from torch.nn import functional as F
+
+from lit_merge.errors import LitMergeError
+from lit_merge.models.language import (
+    CausalNetwork,
+    LanguageHead,
+    Seq2SeqNetwork,
+    TaskClassifier,
+    TextEncoderNetwork,
+)
+from lit_merge.params import fingerprint
+
+KINDS = {"bert": TextEncoderNetwork, "t5": Seq2SeqNetwork, "gpt2": CausalNetwork, "llama": CausalNetwork}
+TASK = SimpleNamespace(name="letters", classes=("a", "b c"), templates=("{} d", "w1 {}"))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return lambda name, **settings: language_folder(tmp_path / name, name, **settings)
+
+
+def texts(network, targets=True):
+    wanted = ["c d", "w1"] if targets and not isinstance(network, TextEncoderNetwork) else None
+    encoded = network.preprocessing.encode(["a b c w3", "b"], wanted)
+    return network.preprocessing.padded(encoded.input_ids, encoded.target_ids)[0]
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_network_is_the_model_of_the_folder(name, folder):
+    network, model = KINDS[name](str(folder(name))), language_model(name)
+    own = dict(model.named_parameters())
+    assert list(network.parameters) == list(own)
+    assert all(torch.equal(network.parameters[key], value) for key, value in own.items())
+    assert network.fingerprint == fingerprint(own)
+    assert network.name == name
+    assert [one.name for one in network.files] == ["model.safetensors"]
+    assert network.folder.name == name
+    assert (network.prefix, network.repository) == ("", None)
+
+
+def test_mean_pooling_is_over_the_texts_own_tokens(folder):
+    path = folder("bert")
+    for pooling in ("mean", "cls"):
+        network = TextEncoderNetwork(str(path), pooling=pooling)
+        ids, mask = texts(network)
+        with torch.no_grad():
+            features = network.module(ids, mask)
+            for row, count in enumerate(mask.sum(1).tolist()):
+                hidden = network.module.of_transformers(ids[row : row + 1, :count]).last_hidden_state[0]
+                expected = hidden.mean(0) if pooling == "mean" else hidden[0]
+                torch.testing.assert_close(features[row], expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_an_example_of_padding_alone_gives_finite_features(name, folder):
+    network = KINDS[name](str(folder(name)))
+    inputs = [
+        torch.zeros_like(one[:1]) if place < 2 else -torch.ones_like(one[:1])
+        for place, one in enumerate(texts(network))
+    ]
+    features = network.module(*inputs)
+    assert torch.isfinite(features).all()
+    assert name == "bert" or not features.any()
+
+
+@pytest.mark.parametrize("name", ["t5", "gpt2", "llama"])
+def test_tied_weights_are_one_parameter(name, folder):
+    network = KINDS[name](str(folder(name)))
+    assert "lm_head.weight" not in network.parameters
+    assert "lm_head.weight" not in network.whole()
+    table = network.module.of_transformers.get_input_embeddings().weight
+    assert network.module.of_transformers.get_output_embeddings().weight is table
+    inputs = texts(network)
+    with torch.no_grad():
+        before = network.module(*inputs)
+        table.mul_(2)
+        assert not torch.allclose(before, network.module(*inputs))
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_the_whole_model_opens_in_transformers(name, folder, tmp_path):
+    path = folder(name)
+    network = KINDS[name](str(path))
+    written = path / "model.safetensors"
+    tensors = {key: value.contiguous() for key, value in network.whole().items()}
+    assert set(tensors) >= set(load_file(written)) - {"lm_head.weight"}
+    save_file(tensors, written, {"format": "pt"})
+    again = KINDS[name](str(path))
+    assert again.fingerprint == network.fingerprint
+
+
+def test_shards_half_precision_and_a_pytorch_file(folder, tmp_path):
+    from transformers import AutoTokenizer
+
+    plain = folder("gpt2")
+    model = language_model("gpt2")
+    language_model("gpt2").to(torch.bfloat16).save_pretrained(tmp_path / "shards", max_shard_size="8KB")
+    AutoTokenizer.from_pretrained(plain).save_pretrained(tmp_path / "shards")
+    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 1
+    network = CausalNetwork(str(tmp_path / "shards"))
+    assert len(network.files) > 1
+    for name, value in model.named_parameters():
+        assert torch.equal(network.parameters[name], value.bfloat16().float())
+    kept = CausalNetwork(str(tmp_path / "shards"), dtype="bfloat16")
+    assert kept.parameters.dtype("transformer.wte.weight") == torch.bfloat16
+    torch.save(model.state_dict(), plain / "pytorch_model.bin")
+    (plain / "model.safetensors").unlink()
+    assert CausalNetwork(str(plain)).fingerprint == fingerprint(dict(model.named_parameters()))
+
+
+def test_another_task_s_head_is_left_out_and_a_pooler_may_be_missing(folder):
+    path = folder("bert")
+    tensors = load_file(path / "model.safetensors")
+    whole = {f"bert.{name}": value for name, value in tensors.items() if not name.startswith("pooler")}
+    save_file({**whole, "cls.predictions.bias": torch.zeros(60)}, path / "model.safetensors", {"format": "pt"})
+    network = TextEncoderNetwork(str(path))
+    assert set(network.parameters) == {name for name in tensors if not name.startswith("pooler")}
+    del whole["bert.embeddings.LayerNorm.weight"]
+    save_file(whole, path / "model.safetensors", {"format": "pt"})
+    assert refusal(TextEncoderNetwork, path) == (
+        f"{path}: expected the weights of BertModel as config.json describes it, got none of "
+        "embeddings.LayerNorm.weight. Use the folder of a whole model."
+    )
+
+
+def test_what_no_feature_depends_on_is_frozen(folder):
+    frozen = [
+        name for name, one in TextEncoderNetwork(str(folder("bert"))).module.named_parameters() if not one.requires_grad
+    ]
+    assert frozen == ["pooler.dense.weight", "pooler.dense.bias"]
+
+
+def test_dropout_and_recomputation(folder):
+    path = folder("bert")
+    network = TextEncoderNetwork(str(path), dropout=0.0)
+    inputs = texts(network)
+    network.module.train()
+    first = network.module(*inputs)
+    assert torch.equal(first, network.module(*inputs))
+    assert not torch.equal(*(TextEncoderNetwork(str(path), dropout=0.5).module.train()(*inputs) for _ in range(2)))
+    gradients = []
+    for enable in (False, True):
+        network.module.set_grad_checkpointing(enable)
+        network.module.zero_grad()
+        network.module(*inputs).square().sum().backward()
+        gradients.append({name: one.grad for name, one in network.module.named_parameters() if one.requires_grad})
+    for name, value in gradients[0].items():
+        torch.testing.assert_close(value, gradients[1][name], msg=name)
+    assert refusal(TextEncoderNetwork, path, dropout=1.5) == "dropout: expected a number in [0, 1), got 1.5."
+
+
+# Heads
+
+
+def test_a_head_of_class_names_is_their_mean_embedding(folder, own_cache):
+    network = TextEncoderNetwork(str(folder("bert")), logit_scale=12.5)
+    head = network.head(TASK)
+    module, tokenization = network.module, network.preprocessing
+    rows = []
+    for name in TASK.classes:
+        unit = []
+        for template in TASK.templates:
+            inputs, _ = tokenization.padded(tokenization.encode([template.replace("{}", name)]).input_ids)
+            unit.append(F.normalize(module(*inputs)[0], dim=0))
+        rows.append(F.normalize(torch.stack(unit).mean(0), dim=0))
+    torch.testing.assert_close(head.weight, torch.stack(rows).detach())
+    features = module(*texts(network))
+    expected = 12.5 * F.cosine_similarity(features.unsqueeze(1), torch.stack(rows).unsqueeze(0), dim=-1)
+    torch.testing.assert_close(head(features), expected)
+    other = TextEncoderNetwork(str(folder("bert")), logit_scale=12.5, pooling="cls").head(TASK)
+    assert not torch.allclose(head.weight, other.weight)
+
+
+def test_a_classifier_of_the_tasks_own_is_the_same_in_every_process(folder):
+    network = TextEncoderNetwork(str(folder("bert")), head="classifier")
+    head = network.head(TASK)
+    assert isinstance(head, TaskClassifier)
+    assert (head.in_features, head.classes) == (16, TASK.classes)
+    assert torch.equal(head.weight, network.head(TASK).weight)
+
+
+def test_heads_of_tokens_have_no_parameters(folder):
+    head = Seq2SeqNetwork(str(folder("t5")), length_normalised=True).head(TASK)
+    assert isinstance(head, LanguageHead)
+    assert head.length_normalised
+    assert not list(head.parameters())
+
+
+# Refusals
+
+
+def refusal(kind, path, **settings):
+    with pytest.raises(LitMergeError) as error:
+        kind(str(path), **settings)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def change(path, **settings):
+    file = path / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **settings}))
+
+
+def test_folders_that_are_none(folder, tmp_path):
+    assert refusal(CausalNetwork, tmp_path / "none") == (
+        f"{tmp_path / 'none'}: expected the folder of a transformers model, got nothing. Give the folder with "
+        "config.json, weights and tokenizer, or hf://owner/name."
+    )
+    path = folder("gpt2")
+    (path / "tokenizer.json").unlink()
+    assert refusal(CausalNetwork, path) == (
+        f"{path}: expected a model with its tokenizer, got none of tokenizer.json, tokenizer.model, spiece.model, "
+        "sentencepiece.bpe.model, vocab.txt, vocab.json. Copy the tokenizer's files of the model that it was made from "
+        "into the folder."
+    )
+    (path / "config.json").unlink()
+    assert "got no config.json in it. Give" in refusal(CausalNetwork, path)
+
+
+def test_models_of_another_kind(folder):
+    path = folder("t5")
+    assert refusal(TextEncoderNetwork, path) == (
+        f"{path}: expected a model for TextEncoderNetwork, got an encoder-decoder (t5). Use Seq2SeqNetwork."
+    )
+    path = folder("gpt2")
+    assert refusal(Seq2SeqNetwork, path) == (
+        f"{path}: expected a model for Seq2SeqNetwork, got no encoder-decoder (gpt2). Use TextEncoderNetwork or "
+        "CausalNetwork."
+    )
+
+
+def test_a_tokenizer_of_another_vocabulary(folder):
+    path = folder("gpt2", vocab_size=40)
+    assert refusal(CausalNetwork, path) == (
+        f"{path}: expected a tokenizer of at most 40 tokens, the rows of the embedding, got one with number 49. Use "
+        "the tokenizer that the model was trained with."
+    )
+
+
+@pytest.mark.parametrize("settings", [{"model_type": "unheard"}, {}])
+def test_code_in_the_folder_is_never_run(settings, folder, tmp_path):
+    path = folder("gpt2")
+    flag = tmp_path / "ran"
+    (path / "own.py").write_text(f"open({str(flag)!r}, 'w')\nclass Config: pass\nclass Model: pass\n")
+    change(path, auto_map={"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}, **settings)
+    if settings:
+        assert refusal(CausalNetwork, path) == (
+            f"{path}: expected a model that transformers knows, got one that needs code of its own, which is not run. "
+            "Use a model of transformers itself."
+        )
+    else:
+        CausalNetwork(str(path))
+    assert not flag.exists()
+
+
+def test_quantised_weights(folder):
+    path = folder("gpt2")
+    change(path, quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
+    assert refusal(CausalNetwork, path) == (
+        f"{path}: expected floating-point weights, got quantised ones (quantization_config). Use the model that they "
+        "were made from."
+    )
+
+
+@pytest.mark.parametrize(("name", "limit"), [("gpt2", 32), ("bert", 32)])
+def test_texts_longer_than_the_model(name, limit, folder):
+    path = folder(name)
+    assert refusal(KINDS[name], path, max_length=33) == (
+        f"max_length: expected at most {limit}, the positions that {path} has, got 33. Lower it."
+    )
+    assert KINDS[name](str(path)).preprocessing.max_length == 24  # the tokenizer's
+    assert KINDS[name](str(path), max_length=7).preprocessing.max_length == 7
+
+
+def test_settings_out_of_range(folder):
+    path = folder("bert")
+    assert refusal(TextEncoderNetwork, path, pooling="max") == "pooling: expected mean or cls, got 'max'."
+    assert refusal(TextEncoderNetwork, path, head="own") == "head: expected class_names or classifier, got 'own'."
+    assert refusal(TextEncoderNetwork, path, dtype="int8") == (
+        "dtype: expected one of float32, bfloat16, float16, float64, got 'int8'."
+    )
+    assert refusal(TextEncoderNetwork, path, logit_scale=0) == (
+        "logit_scale: expected a positive number, got 0. Use e.g. 20."
+    )
+    with pytest.raises(LitMergeError, match=r"^x: expected a task with classes for the encoder bert, got one without"):
+        TextEncoderNetwork(str(path)).head(SimpleNamespace(name="x", classes=(), templates=()))
+
+
+def test_gguf_files_are_of_causal_models(tmp_path):
+    assert refusal(TextEncoderNetwork, tmp_path / "m.gguf") == (
+        f"{tmp_path / 'm.gguf'}: expected a folder for TextEncoderNetwork, got a GGUF file. Use CausalNetwork."
+    )
+    assert refusal(CausalNetwork, tmp_path / "m.gguf") == (
+        f"{tmp_path / 'm.gguf'}: expected a GGUF file, got nothing. Check the path."
+    )
+
+
+def test_the_tokenizers_vocabulary_tells_preprocessings_apart(folder):
+    first = TextEncoderNetwork(str(folder("bert"))).preprocessing
+    again = TextEncoderNetwork(str(folder("bert"))).preprocessing
+    again.encode(["a b"] * 3)
+    assert repr(first) == repr(again)
+    other = tokenizer("encoder")
+    other.add_tokens(["new"])
+    assert repr(type(first)(other, "encoder", 24, 1)) != repr(first)
