@@ -36,6 +36,9 @@ from fusion_bench.method.knots.knots_utils import subspace_alignment
 from fusion_bench.method.magmax.magmax import magmax_merge
 from fusion_bench.method.model_stock import ModelStock as FusionBenchModelStock
 from fusion_bench.method.simple_average import simple_average
+from fusion_bench.method.singular_value_calibration.utils import (
+    subspace_consistency_spectral_calibration_accelerated as fusion_bench_svc,
+)
 from fusion_bench.method.slerp.slerp_utils import slerp as fusion_bench_slerp
 from fusion_bench.method.task_singular_vector.utils.TSVM_utils import compute_and_sum_svd_mem_reduction
 from fusion_bench.method.ties_merging.ties_merging_utils import ties_merging
@@ -188,6 +191,7 @@ NO_RANK = "it gives room to singular values of 0, whose vectors are arbitrary; w
 NO_SHARE = "⌊r/T⌋ = 0: it keeps nothing, we one singular value of every task"
 NEGATIVE = "cos θ < 0: its t is negative, our t is 0 (clamp=True)"
 GUARDED = "its guard against a division by zero is as large as ‖τ‖²"
+NO_ORDER = "all singular values are equal: which directions are calibrated is a matter of rounding"
 ANGLES = "it averages the angles, we their cosines, as the authors say (naver-ai/model-stock, issue 2)"
 
 
@@ -352,6 +356,31 @@ class DogeWithOneMore(Transform):
         return ours.DOGE(density=(size * 3 // 10 + 1.5) / size)(vectors)
 
 
+def calibrated(merge: Transform, alpha: float) -> Theirs:
+    """FusionBench's calibration of what our merge makes of the matrices; vectors stay as they are."""
+
+    def run(case: Case) -> Tensor:
+        merged = case.stack(merge)[0]
+        none = torch.zeros_like(merged)
+        return merged if merged.ndim < 2 else fusion_bench_svc(none, case.taus, merged, alpha, accelerator="cpu")
+
+    return run
+
+
+def svc_rows() -> list[Row]:
+    """Singular value calibration after several merges."""
+    merges = {
+        "task_arithmetic": (ours.task_arithmetic(), 0.1),
+        "ties": (chain(TRIM, ELECTED_MEAN), 0.1),
+        "tsv_m": (ours.tsv_m(), 1.0),
+    }
+    flat = ours.iso_cts()
+    return [
+        *(Row(f"svc of {name}", calibrated(merge, alpha), ours.svc(merge)) for name, (merge, alpha) in merges.items()),
+        Row("svc of iso_cts", calibrated(flat, 0.2), ours.svc(flat), reason=NO_ORDER, paper="undefined"),
+    ]
+
+
 def fusion_bench_rows() -> list[Row]:
     """FusionBench's algorithms, or the functions that they consist of."""
 
@@ -421,6 +450,7 @@ def fusion_bench_rows() -> list[Row]:
         Row("knots, rank 1, then peft's ties", knots, in_space, change=lambda case: rank_one(as_matrix(case))),
         Row("wudi", lambda case: wudi_merging(case.states, accelerator="cpu")[NAME].detach(), ours.WUDI()),
         Row("slerp", lambda case: fusion_bench_slerp(0.3, *case.tuned) - case.base, ours.Slerp(0.3), (2,)),
+        *svc_rows(),
         *model_stock_rows(stock, (2,)),
         Row("model_stock, T > 2", stock, ours.ModelStock(), (3, 4), reason=ANGLES, paper="lit-merge"),
     ]
