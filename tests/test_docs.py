@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 from builders.documents import ROOT, arguments_of, blocks, commands, draw_images, shrink
+from builders.downloads import make_downloads
 from huggingface_hub import constants
 
 from lit_merge.commands.main import main
@@ -65,9 +66,16 @@ def snapshot(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.copy(fresh / "runs/digits/task_vector.safetensors", folder / "snapshots" / commit / "mnist.safetensors")
 
 
+@pytest.fixture
+def downloads(request: pytest.FixtureRequest, fresh: Path) -> None:
+    """What the page on downloaded models speaks of."""
+    if request.node.callspec.params["page"] == "downloaded.md":
+        make_downloads(fresh / "downloads")
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_every_block_of_a_page_is_what_it_says(
-    page: str, fresh: Path, snapshot: None, capfd: pytest.CaptureFixture[str]
+    page: str, fresh: Path, snapshot: None, downloads: None, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """In the order of the page: programs run (those with a file name are also written to it), then commands do."""
     text = (DOCS / page).read_text(encoding="utf-8")

@@ -43,7 +43,8 @@ class Alignment:
         if self.removed and self.added:
             return f"its names begin with {self.removed} where the base's begin with {self.added}"
         if self.removed or self.added:
-            return f"without the prefix {self.removed or self.added} of {'its' if self.removed else 'the base’s'} names"
+            whose = "its" if self.removed else "the base's"
+            return f"without the prefix {self.removed or self.added} of {whose} names"
         respelled = [(mine, its) for mine, its in self.names.items() if mine != its]
         return (
             f"{len(respelled)} names in another spelling ({respelled[0][1]} is {respelled[0][0]})" if respelled else ""
