@@ -13,7 +13,7 @@ import math
 import os
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -81,6 +81,7 @@ class Inspection:
         blocks: from the input to the output; empty for coefficients.
         coefficients: task -> mean, least and largest coefficient, and the shares of zeros and of ones; empty for
             anything else.
+        warnings: of a merge, what is known to be dangerous about it, in words with numbers.
     """
 
     path: str
@@ -89,6 +90,7 @@ class Inspection:
     dtypes: dict[str, int]
     blocks: list[BlockSummary]
     coefficients: dict[str, dict[str, float]]
+    warnings: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
@@ -189,7 +191,16 @@ def _inspected(path: str | os.PathLike[str], verify: bool) -> Inspection:
         key = str(tensors.dtype(name)).removeprefix("torch.")
         dtypes[key] = dtypes.get(key, 0) + tensors.shape(name).numel()
     kind = f"task vector ({tensors.container})" if vector else tensors.describe()
-    return Inspection(str(path), kind, _read(header), dtypes, summarise_blocks(tensors), {})
+    blocks = summarise_blocks(tensors)
+    return Inspection(str(path), kind, _read(header), dtypes, blocks, {}, _warnings(header, file.name))
+
+
+def _warnings(header: Mapping[str, str], name: str) -> list[str]:
+    if not {"warnings", "rounding"} & header.keys():
+        return []
+    from lit_merge.models.merging.rounding_loss import written_cautions
+
+    return written_cautions(header, name)
 
 
 def _says_coefficients(path: Path) -> bool:
@@ -247,10 +258,13 @@ def _tables(found: Inspection) -> list[RenderableType]:
     entries = {"file": found.path, "kind": found.kind}
     entries |= {"entries": ", ".join(f"{count:,} {dtype}" for dtype, count in found.dtypes.items())}
     for key, value in {**entries, **found.header}.items():
+        if key == "warnings":  # below, whole
+            continue
         text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
         text = text if len(text) <= _SHOWN or key == CONTENT_KEY else f"{text[:_SHOWN]}… ({len(text):,} characters)"
         head.add_row(Text(key, style="dim"), Text(text, overflow="fold"))
     parts: list[RenderableType] = [head]
+    parts += [Text(f"warning: {line}", style="bold") for line in found.warnings]
     if found.blocks:
         odd = ["not finite"] if found.whole.not_finite else []
         table = _table("block", "tensors", "entries", "norm", "largest", "zeros (%)", *odd)

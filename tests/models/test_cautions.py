@@ -10,9 +10,9 @@ import torch
 
 from lit_merge.errors import StructureMismatchError
 from lit_merge.files.lazy import Computed
-from lit_merge.models.merging.cautions import cautions_of, statistics_cautions, written_cautions
+from lit_merge.models.merging.cautions import cautions_of, statistics_cautions
 from lit_merge.models.merging.inputs import Input
-from lit_merge.models.merging.rounding_loss import RoundingLoss, is_narrow
+from lit_merge.models.merging.rounding_loss import RoundingLoss, is_narrow, written_cautions
 from lit_merge.transforms import FisherMean, RegMean, Scale, Sum, chain
 from lit_merge.vectors import TaskVector
 from lit_merge.vectors.statistics import write_statistics

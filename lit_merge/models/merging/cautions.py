@@ -6,7 +6,6 @@ The numbers are those of a sample: a few thousand elements of a number of tensor
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
@@ -21,18 +20,17 @@ from lit_merge.errors import FileFormatError, StructureMismatchError, first_few
 from lit_merge.files.lazy import LazyMapping
 from lit_merge.files.store import LazyTensors
 from lit_merge.models.merging.inputs import Input
-from lit_merge.models.merging.rounding_loss import RoundingLoss, is_narrow
+from lit_merge.models.merging.rounding_loss import RoundingLoss, is_narrow, rounding_caution
 from lit_merge.models.network import Base
 from lit_merge.transforms import Transform
 from lit_merge.vectors import TaskVector
 from lit_merge.vectors.statistics import StatisticsFiles
 
-__all__ = ["Cautions", "cautions_of", "rounding_caution", "written_cautions"]
+__all__ = ["Cautions", "cautions_of", "statistics_cautions"]
 
 _TENSORS = 128  # that are sampled; those of a model with more are chosen by a hash of their names
 _PLACES = 4  # in a tensor, evenly spread
 _ELEMENTS = 512  # at each of them
-_LOST = 0.05  # of ‖τ‖, from which on rounding is warned of
 _RATIO = 3.0  # of norms
 
 
@@ -42,7 +40,7 @@ class Cautions:
 
     Attributes:
         lasting: what stays true of the outcome, and goes into its header and card.
-        estimates: what is known exactly as soon as it is written, and then said by :func:`written_cautions`.
+        estimates: what is known exactly as soon as it is written, and then said by its ``rounding_caution``.
     """
 
     lasting: tuple[str, ...] = ()
@@ -130,42 +128,6 @@ def statistics_cautions(transform: Transform, vectors_fingerprint: str, base_fin
                     "not say; those of another one ruin the merge."
                 )
     return found
-
-
-def rounding_caution(what: str, dtypes: Sequence[torch.dtype], loss: RoundingLoss, estimated_on: int = 0) -> str:
-    """A line about what rounding takes; empty if it is little.
-
-    Args:
-        what: is written, or would be.
-        dtypes: that it is stored in.
-        loss: in numbers.
-        estimated_on: how many elements they are from; 0 for all.
-    """
-    if not loss.lost > _LOST:
-        return ""
-    named = " and ".join(sorted({str(one).removeprefix("torch.") for one in dtypes}))
-    return _loss_line(what, named, loss.lost, loss.share_unchanged, estimated_on)
-
-
-def written_cautions(header: Mapping[str, str], what: str) -> list[str]:
-    """The warnings that a written file's header holds, with the exact loss by rounding among them."""
-    try:
-        listed = json.loads(header.get("warnings", "[]"))
-    except (ValueError, RecursionError):
-        listed = []
-    found = [one for one in listed if isinstance(one, str)] if isinstance(listed, list) else []
-    lost, unchanged = RoundingLoss.read(header.get("rounding", ""))
-    return [*found, *([_loss_line(what, "", lost, unchanged, 0)] if lost > _LOST else [])]
-
-
-def _loss_line(what: str, dtype: str, lost: float, unchanged: float, estimated_on: int) -> str:
-    about, how = ("about ", f" (estimated on {estimated_on:,} elements)") if estimated_on else ("", "")
-    takes = f"takes {about}{100 * lost:.1f} % of ‖τ‖" if lost < 1 else f"adds noise of {about}{lost:.1f} times ‖τ‖"
-    return (
-        f"{what}: rounding {f'to {dtype} ' if dtype else ''}{takes}, and "
-        f"{about}{100 * unchanged:.1f} % of the elements with τ ≠ 0 stay as they are without it{how}. "
-        "Set dtype to float32 to keep all of it."
-    )
 
 
 def _chosen(vectors: Sequence[TaskVector]) -> list[str]:

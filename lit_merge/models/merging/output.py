@@ -15,9 +15,8 @@ from lit_merge.errors import ConfigurationError, LitMergeError, NonFiniteError
 from lit_merge.files.lazy import LazyMapping, Slicer
 from lit_merge.files.rounding import Rounded
 from lit_merge.files.shards import INDEX_ENDING, bytes_of, open_tensors, plan_shards
-from lit_merge.models.merging.cautions import rounding_caution
 from lit_merge.models.merging.companions import STEMS, Companions, earlier_companions
-from lit_merge.models.merging.rounding_loss import RoundingLoss, is_narrow
+from lit_merge.models.merging.rounding_loss import RoundingLoss, is_narrow, rounding_caution
 from lit_merge.models.network import Base
 from lit_merge.params import add_scaled, dtype_of, is_finite, shape_of, working_dtype
 from lit_merge.vectors import TaskVectors, merged_parameters

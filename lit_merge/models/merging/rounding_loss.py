@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-__all__ = ["RoundingLoss", "is_narrow"]
+__all__ = ["RoundingLoss", "is_narrow", "rounding_caution", "written_cautions"]
+
+_LOST = 0.05  # of ‖τ‖, from which on rounding is warned of
 
 
 def is_narrow(dtype: torch.dtype) -> bool:
@@ -91,3 +94,39 @@ class RoundingLoss:
             return float(content["lost"]), float(content["unchanged"])
         except (ValueError, TypeError, KeyError, RecursionError):
             return 0.0, 0.0
+
+
+def rounding_caution(what: str, dtypes: Sequence[torch.dtype], loss: RoundingLoss, estimated_on: int = 0) -> str:
+    """A line about what rounding takes; empty if it is little.
+
+    Args:
+        what: is written, or would be.
+        dtypes: that it is stored in.
+        loss: in numbers.
+        estimated_on: how many elements they are from; 0 for all.
+    """
+    if not loss.lost > _LOST:
+        return ""
+    named = " and ".join(sorted({str(one).removeprefix("torch.") for one in dtypes}))
+    return _loss_line(what, named, loss.lost, loss.share_unchanged, estimated_on)
+
+
+def written_cautions(header: Mapping[str, str], what: str) -> list[str]:
+    """The warnings that a written file's header holds, with the exact loss by rounding among them."""
+    try:
+        listed = json.loads(header.get("warnings", "[]"))
+    except (ValueError, RecursionError):
+        listed = []
+    found = [one for one in listed if isinstance(one, str)] if isinstance(listed, list) else []
+    lost, unchanged = RoundingLoss.read(header.get("rounding", ""))
+    return [*found, *([_loss_line(what, "", lost, unchanged, 0)] if lost > _LOST else [])]
+
+
+def _loss_line(what: str, dtype: str, lost: float, unchanged: float, estimated_on: int) -> str:
+    about, how = ("about ", f" (estimated on {estimated_on:,} elements)") if estimated_on else ("", "")
+    takes = f"takes {about}{100 * lost:.1f} % of ‖τ‖" if lost < 1 else f"adds noise of {about}{lost:.1f} times ‖τ‖"
+    return (
+        f"{what}: rounding {f'to {dtype} ' if dtype else ''}{takes}, and "
+        f"{about}{100 * unchanged:.1f} % of the elements with τ ≠ 0 stay as they are without it{how}. "
+        "Set dtype to float32 to keep all of it."
+    )
