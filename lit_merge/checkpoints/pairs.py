@@ -5,21 +5,23 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from functools import partial
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from lit_merge.checkpoints.adapters.additions import model_settings
 from lit_merge.checkpoints.layouts.linearised_towers import linearised_towers
-from lit_merge.checkpoints.layouts.towers import image_tower, recognise, written_as
+from lit_merge.checkpoints.layouts.towers import Recognised, image_tower, recognise, written_as
 from lit_merge.checkpoints.layouts.views import as_lazy
 from lit_merge.checkpoints.opening import OpenedCheckpoint, open_checkpoint
-from lit_merge.checkpoints.pairing.differences import Rules, fit_to_base
+from lit_merge.checkpoints.pairing.differences import Rules, fit_to_base, parameter_names
+from lit_merge.checkpoints.pairing.ties import tied_names
 from lit_merge.errors import ConfigurationError, StructureMismatchError, first_few
 from lit_merge.files.lazy import Computed, LazyMapping, Selected, Slicer, Structure
-from lit_merge.naming import number_of_blocks
+from lit_merge.naming import is_running_statistic, number_of_blocks
 from lit_merge.params import check_same_structure
 
 __all__ = ["Checkpoint", "Names", "Pair", "pair_of"]
@@ -65,8 +67,22 @@ class Pair:
     used: frozenset[str] = frozenset()
 
 
-def pair_of(pretrained: Checkpoint, finetuned: Checkpoint, names: Names = "auto", rules: Rules | None = None) -> Pair:
+def pair_of(
+    pretrained: Checkpoint,
+    finetuned: Checkpoint,
+    names: Names = "auto",
+    rules: Rules | None = None,
+    config: Mapping[str, Any] | None = None,
+) -> Pair:
     """Bring two checkpoints under the same names; nothing but headers is read, and small buffers and tied tables.
+
+    Args:
+        pretrained: θ0.
+        finetuned: θ, or what stands for τ.
+        names: see :data:`Names`.
+        rules: what a user says about differences.
+        config: the model's ``config.json``, which says whether its head is its embedding; by default the one beside a
+            file of θ0.
 
     Raises:
         ConfigurationError: a checkpoint is neither a mapping of tensors nor a path, or ``names`` is unknown.
@@ -79,7 +95,7 @@ def pair_of(pretrained: Checkpoint, finetuned: Checkpoint, names: Names = "auto"
     started_from = ""
     if isinstance(tuned, OpenedCheckpoint):
         if tuned.adapter is not None:
-            return _adapted(base, tuned, names)
+            return _adapted(base, tuned, names, rules, config)
         if tuned.recognised.layout == "linearised":
             return _linearised(base, tuned, names)
         started_from = str(tuned.metadata.get("base_fingerprint") or tuned.other.get("base_fingerprint") or "")
@@ -192,14 +208,45 @@ def _check_size(base: LazyMapping, tuned: LazyMapping, base_name: str, tuned_nam
         )
 
 
-def _adapted(base: Mapping[str, Tensor], tuned: OpenedCheckpoint, names: Names) -> Pair:
+def _adapted(
+    base: Mapping[str, Tensor],
+    tuned: OpenedCheckpoint,
+    names: Names,
+    rules: Rules | None,
+    config: Mapping[str, Any] | None,
+) -> Pair:
     assert tuned.adapter is not None
-    config = model_settings(base.files) if isinstance(base, OpenedCheckpoint) else {}
-    difference, notes = tuned.adapter.difference(as_lazy(base), config), tuned.adapter.notes
-    if not _goes_by_tower(base, names):
-        return Pair(base, difference, is_difference=True, notes=notes)
-    recognised = base.recognised if isinstance(base, OpenedCheckpoint) else recognise(base)
-    return Pair(_tower(base), image_tower(difference, recognised), is_difference=True, image_tower=True, notes=notes)
+    if config is None:
+        config = model_settings(base.files) if isinstance(base, OpenedCheckpoint) else {}
+    notes, lazy = tuned.adapter.notes, as_lazy(base)
+    if _goes_by_tower(base, names):
+        tower = image_tower(tuned.adapter.difference(lazy, config), _recognised(base))
+        return Pair(_tower(base), tower, is_difference=True, image_tower=True, notes=notes)
+    # A head that is stored beside the embedding, and equal to it, is that tensor again, unless the model says not.
+    ties = {} if config.get("tie_word_embeddings") is False else tied_names(base)
+    once = Selected(lazy, {name: name for name in lazy if name not in ties})
+    difference = tuned.adapter.difference(once, config)
+    patterns = rules.leave_out if rules else ()
+    fitting = {name: [one for one in patterns if fnmatchcase(name, one)] for name in parameter_names(base, ties)}
+    left = [name for name, fits in fitting.items() if fits]
+    measured = [name for name in tuned.adapter.changes(once, config) if is_running_statistic(name)]
+    structure = {name: (lazy.shape(name), lazy.dtype(name)) for name in measured}
+    return Pair(
+        base,
+        Selected(difference, {name: name for name, fits in fitting.items() if not fits and name in difference}),
+        is_difference=True,
+        notes=(*notes, *([f"left out as asked: {len(left)} tensors ({first_few(left, 3)})"] if left else [])),
+        statistics=Computed(structure, partial(_moved, lazy, difference)) if measured else None,
+        used=frozenset(one for fits in fitting.values() for one in fits),
+    )
+
+
+def _recognised(tensors: Mapping[str, Tensor]) -> Recognised:
+    return tensors.recognised if isinstance(tensors, OpenedCheckpoint) else recognise(tensors)
+
+
+def _moved(base: LazyMapping, difference: LazyMapping, name: str) -> Tensor:
+    return base[name] + difference[name].to(base.dtype(name))
 
 
 def _linearised(base: Mapping[str, Tensor], tuned: OpenedCheckpoint, names: Names) -> Pair:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from lit_merge.checkpoints.adapters.additions import Additions, Extended, model_settings
 from lit_merge.checkpoints.difference import difference_of
 from lit_merge.checkpoints.opening import OpenedCheckpoint, named_after, open_checkpoint
 from lit_merge.checkpoints.pairing.alignment import Alignment, align
@@ -18,12 +19,16 @@ from lit_merge.checkpoints.pairing.differences import Rules
 from lit_merge.checkpoints.pairs import pair_of
 from lit_merge.errors import ConfigurationError, StructureMismatchError, first_few
 from lit_merge.files.lazy import Computed, LazyMapping, Selected
+from lit_merge.models.merging.extensions import extended_base
 from lit_merge.models.merging.vocabularies import SameRows, same_rows
 from lit_merge.models.network import Base, FileBase, Network, network_of
 from lit_merge.naming import is_running_statistic
 from lit_merge.params import fingerprint
 from lit_merge.vectors import TaskVector, file_digest
 from lit_merge.vectors.task_vector import FORMAT
+
+if TYPE_CHECKING:
+    from lit_merge.checkpoints.adapters.reading import Adapter
 
 __all__ = ["Input", "known_digests", "open_base", "open_inputs"]
 
@@ -43,6 +48,7 @@ class Input:
         statistics: its running means and variances, under the base's names; None if it says nothing of any.
         heads: what only it has of a head, under its own names, if that is to be written.
         used: the patterns of names to leave out that fitted one of its names.
+        adapter: what it is the difference of, if that is an adapter of peft.
     """
 
     path: str
@@ -55,6 +61,7 @@ class Input:
     statistics: LazyMapping | None = None
     heads: LazyMapping | None = None
     used: frozenset[str] = frozenset()
+    adapter: Adapter | None = None
 
     @property
     def size(self) -> int:
@@ -114,8 +121,9 @@ def open_inputs(
     rules = rules or Rules()
     opened = [open_checkpoint(path) for path in paths]
     rows = SameRows(base) if rules.rows is None else same_rows(base, opened, rules.rows)
+    rows, additions = extended_base(rows, opened)
     inputs = [
-        _open_input(path, one, rows.tensors.get(position), rows.base, named[position], verify, rules)
+        _extended(_open_input(path, one, rows.tensors.get(position), rows, named[position], verify, rules), additions)
         for position, (path, one) in enumerate(zip(paths, opened, strict=True))
     ]
     used = frozenset[str]().union(*(one.used for one in inputs))
@@ -131,18 +139,20 @@ def _open_input(
     path: str,
     opened: OpenedCheckpoint,
     tensors: LazyMapping | None,
-    base: Base,
+    rows: SameRows,
     task: str | None,
     verify: bool,
     rules: Rules,
 ) -> Input:
+    base = rows.base
     digests = known_digests(opened, verify)
     if opened.metadata.get("format", "").rpartition("/")[0] == FORMAT.rpartition("/")[0]:
         return _vector_input(path, opened, base, task, digests, rules)
     try:
         weights = base.of_weights(opened)
         weights = weights if tensors is None else tensors
-        pair = pair_of(base.parameters, weights, base.names, rules)
+        config = {**model_settings(base.files), **rows.entries}
+        pair = pair_of(base.parameters, weights, base.names, rules, config)
     except StructureMismatchError as error:
         raise StructureMismatchError(str(error) if str(error).startswith(path) else f"{path}: {error}") from error
     # The fingerprint is left open: this vector starts from the base because it is made with it.
@@ -152,7 +162,16 @@ def _open_input(
         *(path, vector, source, True, opened.files, digests, pair.notes, pair.statistics),
         heads=pair.heads if rules.keep_heads and pair.heads else None,
         used=pair.used,
+        adapter=opened.adapter,
     )
+
+
+def _extended(one: Input, additions: Additions) -> Input:
+    """The input on a base that has more tensors than it knows of: a head that was its embedding moves as that does."""
+    if not additions or one.adapter is not None:
+        return one
+    tensors = TaskVector(Extended(one.vector, additions), one.vector.tasks, metadata=one.vector.metadata)
+    return replace(one, vector=tensors, source=tensors)
 
 
 def _vector_input(

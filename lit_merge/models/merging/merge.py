@@ -125,6 +125,7 @@ class Merge:
         self.form = form_of(self.base, base, self.target.is_file, kind == "weights", self._dtype, write_as)
         inputs, self._rows = open_inputs(vectors, self.base, tasks, verify, rules)
         self.base = self._rows.base
+        self.form = self.form.with_entries(self._rows.entries)
         self._set_inputs(inputs)
 
     def _set_inputs(self, inputs: list[Input]) -> None:

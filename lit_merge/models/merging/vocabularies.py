@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -34,7 +35,7 @@ class SameRows:
 
     base: Base
     tensors: Mapping[int, LazyMapping] = field(default_factory=dict)
-    entries: Mapping[str, int] = field(default_factory=dict)
+    entries: Mapping[str, Any] = field(default_factory=dict)
     tokenizer: Path | None = None
     notes: tuple[str, ...] = ()
 
