@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from lit_merge.callbacks.steps import EverySteps
 from lit_merge.data.embedded.tasks import EMBEDDED_TASKS
 from lit_merge.data.multitask import MultiTaskDataModule, task_names
-from lit_merge.data.published.registry import REGISTRY
+from lit_merge.data.published.task import is_published
 from lit_merge.errors import ConfigurationError, DataError, first_few
 from lit_merge.functional import linearize
 from lit_merge.functional.evaluation import evaluating
@@ -185,7 +185,7 @@ class EvaluateMerge(EverySteps):
                 f"{first_few(repeated)} again. Remove it."
             )
         if self.data is None:
-            unknown = [name for name in names if name not in EMBEDDED_TASKS and name not in REGISTRY]
+            unknown = [name for name in names if name not in EMBEDDED_TASKS and not is_published(name)]
             if unknown:
                 raise ConfigurationError(
                     f"data: expected a data module, as {first_few(unknown)} is no task of a known name, got none. "

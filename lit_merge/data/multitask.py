@@ -12,7 +12,9 @@ from torch.utils.data import DataLoader
 
 from lit_merge.data.batch import Batch
 from lit_merge.data.embedded.tasks import EMBEDDED_TASKS
-from lit_merge.data.published.registry import REGISTRY, SUITES
+from lit_merge.data.published.registry import SUITES
+from lit_merge.data.published.task import is_published
+from lit_merge.data.published.texts import TEXT_SUITES
 from lit_merge.data.sources import Task
 from lit_merge.data.task import TaskDataModule
 from lit_merge.errors import ConfigurationError, first_few
@@ -40,8 +42,8 @@ class MultiTaskDataModule(L.LightningDataModule):
     :attr:`task_names`.
 
     Args:
-        tasks: tasks of the embedded suite, published data sets, or suites of these, e.g. ``clip8``; None for all of the
-            embedded suite, or for none if there are ``paths`` or ``sources``.
+        tasks: tasks of the embedded suite, published data sets, or suites of these, e.g. ``clip8`` or ``t5_7``; None
+            for all of the embedded suite, or for none if there are ``paths`` or ``sources``.
         paths: name -> folder of own images, see :class:`~lit_merge.data.TaskDataModule`.
         batch_size: training images per task, process and batch.
         evaluation_batch_size: images per process and batch in validation and test.
@@ -89,7 +91,8 @@ class MultiTaskDataModule(L.LightningDataModule):
     ) -> None:
         super().__init__()
         named = list(tasks) if tasks is not None else ([] if paths or sources else list(EMBEDDED_TASKS))
-        named = [name for given in named for name in SUITES.get(given, (given,))]
+        suites = {**SUITES, **{suite: one.tasks for suite, one in TEXT_SUITES.items()}}
+        named = [name for given in named for name in suites.get(given, (given,))]
         folders = dict(paths or {})
         names = [*named, *folders, *(sources or {})]
         repeated = sorted({name for name in names if names.count(name) > 1})
@@ -111,7 +114,7 @@ class MultiTaskDataModule(L.LightningDataModule):
         }
         self.tasks: dict[str, TaskDataModule] = {}
         for name in named:
-            own_root = root if name in REGISTRY else None
+            own_root = root if is_published(name) else None
             self.tasks[name] = TaskDataModule(task=name, templates=(templates or {}).get(name), root=own_root, **shared)
         for name, path in folders.items():
             self.tasks[name] = TaskDataModule(

@@ -27,6 +27,7 @@ from lit_merge.data.other_tasks import (
 )
 from lit_merge.data.paths import named_path
 from lit_merge.data.published.task import PublishedSource, named_source
+from lit_merge.data.published.texts import PublishedText
 from lit_merge.data.sampling import EvaluationSampler, GroupedSampler, TrainingSampler, training_batch_size
 from lit_merge.data.sources import Task
 from lit_merge.data.text.examples import TextExamples
@@ -157,9 +158,8 @@ class TaskDataModule(L.LightningDataModule):
         self._known_others = known_others(
             self.source, other_tasks, other_paths or {}, fractions, split_seed, skip_corrupt, root, other_sources
         )
-        if root is not None and not any(
-            isinstance(source, PublishedSource) for source in (self.source, *self._known_others.values())
-        ):
+        sources = (self.source, *self._known_others.values())
+        if root is not None and not any(isinstance(one, PublishedSource | PublishedText) for one in sources):
             raise ConfigurationError(
                 f"root: expected only with a published data set, got {str(root)!r} without one. Remove it."
             )

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lit_merge.data.embedded.tasks import EMBEDDED_TASKS
-from lit_merge.data.published.registry import REGISTRY
+from lit_merge.data.published.task import is_published
 from lit_merge.errors import ConfigurationError
 from lit_merge.suite.objects import class_of
 from lit_merge.suite.recipe import Recipe
@@ -133,7 +133,7 @@ class SuiteSettings:
         else:
             which = {"path": self.paths[task], "name": task} if task in self.paths else {"task": task}
         seen = self.tasks if self.penalised else [task]
-        published = any(one in REGISTRY and one in self.named_tasks for one in seen)
+        published = any(is_published(one) and one in self.named_tasks for one in seen)
         common = {key: value for key, value in self.data.items() if key != "root" or published}
         return {"class_path": _ONE_TASK, "init_args": {**common, **which, "seed": seed}}
 

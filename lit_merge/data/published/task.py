@@ -16,22 +16,29 @@ from lit_merge.data.images.datasets import ImageDataset, ImagePreprocessing
 from lit_merge.data.published.image_list import ImageList
 from lit_merge.data.published.locations import Location, locations
 from lit_merge.data.published.registry import REGISTRY, DataSetEntry, data_root
+from lit_merge.data.published.texts import TEXT_TASKS, PublishedText
 from lit_merge.data.sources import EmbeddedSource, Task, chosen_templates
 from lit_merge.errors import ConfigurationError, DataError, did_you_mean, first_few
 
-__all__ = ["PublishedSource", "held_out", "named_source"]
+__all__ = ["PublishedSource", "held_out", "is_published", "named_source"]
 
 _VALIDATION_FRACTION = 0.1
 _MOST_VALIDATION = 5000
 
 
+def is_published(name: str) -> bool:
+    """Whether a name is one of a published data set, or of a task of a published suite of texts."""
+    return name in REGISTRY or name in TEXT_TASKS
+
+
 def named_source(
     name: str, root: str | os.PathLike[str] | None = None, templates: Sequence[str] | str | None = None
 ) -> Task:
-    """The task of a name: of the embedded suite, or a published data set.
+    """The task of a name: of the embedded suite, a published data set, or of a published suite of texts.
 
     Args:
-        name: a key of :data:`~lit_merge.data.EMBEDDED_TASKS` or of :data:`~lit_merge.data.published.registry.REGISTRY`.
+        name: a key of :data:`~lit_merge.data.EMBEDDED_TASKS`, :data:`~lit_merge.data.published.registry.REGISTRY` or
+            :data:`~lit_merge.data.published.texts.TEXT_TASKS`.
         root: the folder of the published data sets, see :class:`PublishedSource`.
         templates: prompt templates, see :func:`~lit_merge.data.sources.chosen_templates`; None for the task's own.
 
@@ -42,9 +49,12 @@ def named_source(
         return EmbeddedSource(name, templates)
     if name in REGISTRY:
         return PublishedSource(REGISTRY[name], root, templates)
+    if name in TEXT_TASKS:
+        given = templates if templates is None or isinstance(templates, str) else list(templates)
+        return PublishedText(TEXT_TASKS[name], root, given)
     hint = "For a folder of your own images set path instead."
     if not any(sign in name for sign in "/\\~."):
-        hint = did_you_mean(name, [*EMBEDDED_TASKS, *REGISTRY], hint)
+        hint = did_you_mean(name, [*EMBEDDED_TASKS, *REGISTRY, *TEXT_TASKS], hint)
     raise ConfigurationError(
         f"task: expected one of {', '.join(EMBEDDED_TASKS)}, or a published data set ({first_few(REGISTRY, 8)}), "
         f"got {name!r}. {hint}"

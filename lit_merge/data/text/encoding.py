@@ -72,9 +72,9 @@ def encoded(
     if truncated:
         from lightning.pytorch.utilities import rank_zero_warn
 
-        both = "" if targets is None else " or their targets"
+        several = f"{len(sources):,} texts" if targets is None else f"{2 * len(sources):,} texts and targets"
         rank_zero_warn(
-            f"{name}: cut {truncated:,} of {len(sources):,} texts{both} to max_length {preprocessing.max_length:,} "
+            f"{name}: cut {truncated:,} of {several} to max_length {preprocessing.max_length:,} "
             f"(targets: {preprocessing.max_target_length:,}); the longest text has {longest:,} tokens."
         )
     return _rows("sources", stored), None if targets is None else _rows("targets", stored)

@@ -19,7 +19,17 @@ from lit_merge.data.text.prompts import is_missing
 from lit_merge.errors import ConfigurationError, DataError, LitMergeError, first_few, one_line
 from lit_merge.files.text import unique_items
 
-__all__ = ["SUFFIXES", "Table", "from_hub", "is_table", "of_rows", "read_parquet", "read_saved", "read_table"]
+__all__ = [
+    "SUFFIXES",
+    "Table",
+    "from_hub",
+    "is_table",
+    "of_rows",
+    "read_arrow",
+    "read_parquet",
+    "read_saved",
+    "read_table",
+]
 
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet")
 """Of the files that are read."""
@@ -145,6 +155,25 @@ def read_saved(folder: Path) -> Table:
         raise DataError(
             f"{folder}: expected what save_to_disk of the datasets library wrote, got {one_line(error, 200)}."
         ) from error
+
+
+def read_arrow(paths: Sequence[Path]) -> Table:
+    """Read the Arrow files of a split in the cache of the ``datasets`` library.
+
+    Raises:
+        DataError: a file is damaged, or ``datasets`` is not installed.
+    """
+    try:
+        import datasets
+
+        whole = datasets.concatenate_datasets([datasets.Dataset.from_file(str(path)) for path in paths])
+    except ImportError as error:
+        raise _no_datasets(str(paths[0])) from error
+    except Exception as error:
+        raise DataError(
+            f"{paths[0]}: expected an Arrow file of the datasets library, got {one_line(error, 200)}."
+        ) from error
+    return _of_dataset(whole, str(paths[0]))
 
 
 def from_hub(name: str, config: str | None, split: str) -> Table | None:
