@@ -133,6 +133,14 @@ def test_every_file_that_a_page_names_exists() -> None:
     assert not missing
 
 
+def test_every_test_that_a_page_names_exists() -> None:
+    text = (DOCS / "checkpoints.md").read_text(encoding="utf-8")
+    named = re.findall(r"`([\w/]+\.py)::(\w+)`", text)
+    assert len(named) >= 40
+    found = {path: (ROOT / "tests" / path).read_text(encoding="utf-8") for path, _ in named}
+    assert [f"{path}::{name}" for path, name in named if f"def {name}(" not in found[path]] == []
+
+
 def test_the_picture_of_the_rooms_is_of_this_package() -> None:
     specification = importlib.util.spec_from_file_location("rooms", DOCS / "rooms.py")
     assert specification is not None
