@@ -72,12 +72,13 @@ def refused(error_class, line, function, *arguments, **settings):
 
 def test_what_belongs_to_the_model_is_copied_and_the_rest_is_named(tmp_path, monkeypatch):
     root = folder(tmp_path / "encoder")
-    kept = ["tokenizer.json", "merges.txt", "spiece.model", "chat_template.jinja", "preprocessor_config.json", "LICENSE",
-            "generation_config.json", "sentence_bert_config.json", "modeling_new.py",
+    kept = ["tokenizer.json", "merges.txt", "spiece.model", "chat_template.jinja", "preprocessor_config.json",
+            "LICENSE", "generation_config.json", "sentence_bert_config.json", "modeling_new.py",
             "additional_chat_templates/tools.jinja", "1_Pooling/config.json", "2_Dense/config.json",
             "2_Dense/model.safetensors"]  # fmt: skip
     stays = {"pytorch_model.bin": "other weights", "model.onnx": "other weights", "optimizer.pt": "a training's",
-             "training_args.bin": "a training's", "rng_state_0.pth": "a training's", "trainer_state.json": "a training's",
+             "training_args.bin": "a training's", "rng_state_0.pth": "a training's",
+             "trainer_state.json": "a training's",
              "events.out.tfevents.1": "a training's", "old.tar.gz": "an archive or a pickle",
              "onnx/model.onnx": "a folder", "3_Other/config.json": "a folder"}  # fmt: skip
     silent = [".gitattributes", ".cache/x", "README.md", "merge.yaml", "search.json"]
