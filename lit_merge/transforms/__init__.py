@@ -50,6 +50,7 @@ from lit_merge.transforms.recipes import (
     nearswap,
     negation,
     optmerge,
+    orthomerge,
     pcb,
     ram,
     ram_plus,
@@ -70,6 +71,7 @@ from lit_merge.transforms.recipes import (
 )
 from lit_merge.transforms.reduce import Interpolate, Mean, Negate, Scale, Sum
 from lit_merge.transforms.rescale import Rescale
+from lit_merge.transforms.rotations import OrthoMerge
 from lit_merge.transforms.signs import DisjointMean, DisjointSum, ElectSign
 from lit_merge.transforms.sparsify import Drop, DropByRank, MagnitudeWindow, Trim
 from lit_merge.transforms.spectral import CART, DCMerge, IsoC, IsoCTS, TSVMerge
@@ -110,6 +112,7 @@ __all__ = [
     "ModelStock",
     "Negate",
     "OptMerge",
+    "OrthoMerge",
     "Override",
     "Polarise",
     "RegMean",
@@ -155,6 +158,7 @@ __all__ = [
     "nearswap",
     "negation",
     "optmerge",
+    "orthomerge",
     "pcb",
     "ram",
     "ram_plus",

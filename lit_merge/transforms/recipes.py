@@ -24,6 +24,7 @@ from lit_merge.transforms.masks import ConsensusMask, TallMask
 from lit_merge.transforms.projective import DOGE
 from lit_merge.transforms.reduce import Interpolate, Mean, Negate, Scale, Sum
 from lit_merge.transforms.rescale import Rescale
+from lit_merge.transforms.rotations import OrthoMerge
 from lit_merge.transforms.signs import DisjointMean, ElectSign
 from lit_merge.transforms.sparsify import Drop, DropByRank, MagnitudeWindow, Trim
 from lit_merge.transforms.spectral import CART, DCMerge, IsoC, IsoCTS, TSVMerge
@@ -62,6 +63,7 @@ __all__ = [
     "nearswap",
     "negation",
     "optmerge",
+    "orthomerge",
     "pcb",
     "ram",
     "ram_plus",
@@ -464,6 +466,16 @@ def dc_merge(keep: float = 1e-3, smoothing: Literal["mean", "linear"] | None = N
     return chain(DCMerge(keep, smoothing), Scale(coefficient))
 
 
+def orthomerge(coefficient: float = 0.2, conflicts: bool = False) -> Chain:
+    """What turns the inputs of a weight is merged as rotations, the rest by task arithmetic (Yang et al. 2026).
+
+    Args:
+        coefficient: α of the rest; the authors take 0.2 for five language models.
+        conflicts: whether only rows that point against the mean of the tasks are rotated.
+    """
+    return chain(OrthoMerge(chain(Sum(), Scale(coefficient)), conflicts))
+
+
 def svc(merge: Transform | None = None, alpha: float | None = None) -> Chain:
     """Any merge, then singular value calibration (Li et al. 2026).
 
@@ -557,7 +569,7 @@ RECIPES: dict[str, Callable[..., Chain]] = {
         *(ties, dare_linear, dare_ties, breadcrumbs, della, consensus_ta, consensus_ties, tall_masks, lines),
         *(magmax, emr, pcb, sce, ram, ram_plus, tatr, doge, nearswap, knots, core_space),
         *(tsv_m, iso_c, iso_cts, wudi, slerp, karcher, model_stock),
-        *(iwudi, swudi, aswudi, actmerge, optmerge, cart, esm, dc_merge, svc),
+        *(iwudi, swudi, aswudi, actmerge, optmerge, cart, esm, dc_merge, orthomerge, svc),
         *(fisher, regmean, adamerging),
     )
 }

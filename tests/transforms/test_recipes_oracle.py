@@ -45,6 +45,7 @@ from lit_merge.transforms import (
     ModelStock,
     Negate,
     OptMerge,
+    OrthoMerge,
     Polarise,
     RegMean,
     Rescale,
@@ -281,6 +282,10 @@ CHAINS = {  # name -> the chain by default, and with all fields
     "dc_merge": [
         ({}, chain(DCMerge(1e-3, None), Scale(1.0))),
         ({"keep": 0.1, "smoothing": "mean", "coefficient": 0.5}, chain(DCMerge(0.1, "mean"), Scale(0.5))),
+    ],
+    "orthomerge": [
+        ({}, chain(OrthoMerge(chain(Sum(), Scale(0.2)), False))),
+        ({"coefficient": 0.5, "conflicts": True}, chain(OrthoMerge(chain(Sum(), Scale(0.5)), True))),
     ],
     "svc": [
         ({}, chain(Sum(), Scale(0.3), Calibrate(0.1))),
