@@ -31,7 +31,11 @@ POSITIONAL = ("source", "address")
 
 _CARD = "README.md"
 _WITH_A_MERGE = ("merge.yaml", "search.json", "soup.json")  # what merge and soup write with their output
-_KINDS = {"task-vector": "task vector", "coefficients": "coefficients", "fisher": "statistics", "gram": "statistics"}
+_KINDS = {
+    "task-vector": "task vector",
+    "coefficients": "coefficients",
+    **dict.fromkeys(("fisher", "gram", "gradients"), "statistics"),
+}
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _PLAIN = re.compile(r"[\w+\-. ()=,]+(/[\w+\-. ()=,]+)*")  # nothing that could end a marker in the card
 

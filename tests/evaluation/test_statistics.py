@@ -24,10 +24,10 @@ from lit_merge.errors import (
     NonFiniteError,
     StructureMismatchError,
 )
-from lit_merge.evaluation.statistics import collect_fisher, collect_gram
+from lit_merge.evaluation.statistics import collect_fisher, collect_gradients, collect_gram
 from lit_merge.evaluation.statistics.command import statistics
 from lit_merge.models import load_clip
-from lit_merge.transforms import Mean, Override, Scale, Transform, WithOverrides, chain
+from lit_merge.transforms import Mean, Override, Scale, Transform, TrustRegion, WithOverrides, chain
 from lit_merge.transforms.weighted import FisherMean, RegMean
 from lit_merge.vectors import LazyTensors, TaskVector, TaskVectors, file_digest
 from lit_merge.vectors.statistics import open_statistics, write_statistics
@@ -167,6 +167,23 @@ def test_fisher_of_a_linearised_model_is_that_of_its_tangent() -> None:
     torch.testing.assert_close(collect_fisher(LinearizedModel(linear), [images], head), expected)
     with refused(ConfigurationError, "linear layers on parameters of its own, got LinearizedModel", "neither linear"):
         collect_gram(LinearizedModel(linear), [images])
+
+
+def test_gradients_are_means_of_magnitudes_of_single_examples(ways, inputs) -> None:
+    labels = torch.arange(6) % 3
+    ways.eval()
+    found = collect_gradients(ways, [(inputs[:4], labels[:4]), (inputs[4:], labels[4:])])
+    assert set(found) == {name for name, _ in ways.named_parameters()}
+    for name, parameter in ways.named_parameters():
+        singles = []
+        for image, label in zip(inputs, labels, strict=True):
+            loss = F.cross_entropy(ways(image[None]), label[None])
+            gradient = torch.autograd.grad(loss, parameter, allow_unused=True)[0]
+            singles.append(torch.zeros_like(parameter) if gradient is None else gradient.abs())
+        torch.testing.assert_close(found[name], sum(singles) / 6)
+    squares = collect_fisher(ways, [inputs])
+    unlabelled = collect_gradients(ways, [inputs], labels="expected")
+    assert all((unlabelled[name] ** 2 <= squares[name] + 1e-7).all() for name in squares)  # Jensen's inequality
 
 
 def test_a_gram_matrix_is_a_mean_over_rows(ways, inputs) -> None:
@@ -544,6 +561,7 @@ def test_the_command_writes_what_python_collects(kind, vector, model, clip, tmp_
         "task": "digits",
         "base_fingerprint": clip.fingerprint,
         "base_model": "tiny-clip",
+        "activation": "gelu",
         "images": "5",
         "split": "train",
         "labels": "expected" if kind == "fisher" else "none",
@@ -610,6 +628,28 @@ def test_whole_weights_labels_and_tangents(vector, model, clip, tmp_path) -> Non
     assert tangent["proj"].any()
 
 
+def test_gradients_are_those_of_the_base(vector, model, clip) -> None:
+    paths = {task: str(statistics("gradients", vector(task), images=2, **model)) for task in TASKS}
+    stored = {task: LazyTensors(path) for task, path in paths.items()}
+    assert stored["digits"].metadata["format"] == "lit-merge/gradients/1"
+    task = TaskDataModule(task="digits")
+    from lit_merge.models import build_head
+
+    head = build_head(load_clip(**model), list(task.classes), list(task.templates))
+    expected = collect_gradients(clip.visual, [drawn(model, count=2)[0]], head, "expected")
+    for name, gradient in expected.items():
+        torch.testing.assert_close(stored["digits"][name], gradient, rtol=1e-4, atol=1e-7)
+    vectors = TaskVectors([TaskVector.load(vector(task)) for task in TASKS])
+    masked = TrustRegion(0.25, paths)(vectors)
+    total = sum(vectors[name][0].numel() for name in vectors)
+    kept = sum(int((masked[name][0] != 0).sum()) for name in masked)
+    assert 0.7 * total < kept <= 0.75 * total
+    with refused(ConfigurationError, "weights: expected task_vector with kind: gradients"):
+        statistics("gradients", weights=vector("digits"), **model)
+    with refused(ConfigurationError, "linearized: expected only with kind: fisher, got it with gradients"):
+        statistics("gradients", vector("digits"), linearized=True, **model)
+
+
 def test_statistics_merge_the_vectors_that_they_were_made_for(vector, model, tmp_path) -> None:
     sources = {task: vector(task) for task in ("digits", "letters")}
     for kind, transform in (("fisher", FisherMean), ("gram", RegMean)):
@@ -628,7 +668,7 @@ def test_statistics_merge_the_vectors_that_they_were_made_for(vector, model, tmp
     [
         ({}, ["task_vector and weights: expected exactly one of them, got none"]),
         ({"task_vector": "V", "weights": "V"}, ["exactly one of them, got both"]),
-        ({"task_vector": "V", "kind": "hessian"}, ["kind: expected fisher or gram, got 'hessian'"]),
+        ({"task_vector": "V", "kind": "hessian"}, ["kind: expected fisher or gram or gradients, got 'hessian'"]),
         ({"task_vector": "V", "split": "dev"}, ["split: expected train or val or test, got 'dev'"]),
         ({"task_vector": "V", "labels": "all"}, ["labels: expected expected or sampled or true, got 'all'"]),
         ({"task_vector": "V", "images": 0}, ["images: expected a whole number of at least 1 or null, got 0"]),

@@ -1,9 +1,10 @@
-"""What merging with a little data has to know about a task: Fisher information and Gram matrices.
+"""What merging with a little data has to know about a task: Fisher information, Gram matrices, gradients.
 
 ``lit-merge statistics`` collects them from a task's fine-tuned encoder; from Python any module will do.
 """
 
 from lit_merge.evaluation.statistics.fisher import collect_fisher
+from lit_merge.evaluation.statistics.gradients import collect_gradients
 from lit_merge.evaluation.statistics.gram import collect_gram
 
-__all__ = ["collect_fisher", "collect_gram"]
+__all__ = ["collect_fisher", "collect_gradients", "collect_gram"]

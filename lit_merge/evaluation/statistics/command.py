@@ -14,6 +14,7 @@ from lit_merge.checkpoints.opening import open_checkpoint
 from lit_merge.errors import ConfigurationError
 from lit_merge.evaluation.search import quiet, silent_trainer
 from lit_merge.evaluation.statistics.fisher import LABELS, collect_fisher
+from lit_merge.evaluation.statistics.gradients import collect_gradients
 from lit_merge.evaluation.statistics.gram import collect_gram
 from lit_merge.files.hub import address_entry, parse_address, pinned
 from lit_merge.models.network import Network
@@ -28,7 +29,7 @@ __all__ = ["statistics"]
 
 
 def statistics(
-    kind: Literal["fisher", "gram"],
+    kind: Literal["fisher", "gram", "gradients"],
     task_vector: str | None = None,
     weights: str | None = None,
     output: str | None = None,
@@ -44,21 +45,22 @@ def statistics(
     linearized: bool = False,
     overwrite: bool = False,
 ) -> Path:
-    """Collect what Fisher merging or RegMean needs of one task, and write it to a safetensors file.
+    """Collect what Fisher merging, RegMean or a trust region needs of one task, and write it to a safetensors file.
 
     It runs in one process, on one device. The images are not augmented; which ones are taken depends on the seed alone.
 
     Args:
-        kind: fisher for the diagonal Fisher information, gram for the Gram matrices of the linear layers' inputs.
-        task_vector: file of the task's vector; the encoder is θ0 + τ.
+        kind: fisher for the diagonal Fisher information, gram for the Gram matrices of the linear layers' inputs,
+            gradients for the mean absolute gradients at θ0.
+        task_vector: file of the task's vector; the encoder is θ0 + τ, of gradients θ0.
         weights: instead of it a file of the task's whole weights; then data has to be given.
         output: file to write, ending in .safetensors; by default <name>-<kind>.safetensors beside the vector or the
             weights.
         data: the task's images; by default the embedded task that the vector is named after.
         split: which of them.
         images: how many, drawn from the split at random; null for all.
-        labels: of fisher: expected (exact over the classes) and sampled (drawn from the model) read no labels; true is
-            the empirical Fisher.
+        labels: of fisher and gradients: expected (exact over the classes) and sampled (drawn from the model) read no
+            labels; true is the empirical Fisher, and for gradients what the paper takes.
         convolutions: of gram: also of 2-D convolutions, such as the patch embedding.
         seed: of the choice of images, and of sampled labels.
         model: the base model that the vector starts from.
@@ -74,6 +76,11 @@ def statistics(
         LitMergeError: inputs are missing, damaged or do not fit each other, or the output exists.
     """
     _check_settings(kind, split, images, labels, convolutions, linearized)
+    if kind == "gradients" and weights is not None:
+        raise ConfigurationError(
+            "weights: expected task_vector with kind: gradients, which are those of its base model, got weights. "
+            "Name the vector's file."
+        )
     if (task_vector is None) == (weights is None):
         raise ConfigurationError(
             f"task_vector and weights: expected exactly one of them, got {'none' if weights is None else 'both'}. "
@@ -86,19 +93,19 @@ def statistics(
     task = "" if task_vector is None else TaskVector.load(task_vector).task
     from lit_merge.modules import FineTuneModule
 
-    files: dict[str, Any] = {"task_vector": task_vector, "weights": weights}
+    files: dict[str, Any] = {} if kind == "gradients" else {"task_vector": task_vector, "weights": weights}
     module = FineTuneModule(model, pretrained, network=network, linearized=linearized, **files)
     own = _data_of(task, data)
     loader = _loader(own, module, split, images, seed)
     with quiet():
         device = silent_trainer().strategy.root_device
     encoder = module.encoder.to(device)
-    if kind == "fisher":
-        head = module.make_head(own).to(device)
-        tensors = collect_fisher(encoder, loader, head, labels, seed, module.inputs)
-    else:
+    if kind == "gram":
         tensors = collect_gram(encoder, loader, convolutions, module.inputs)
-    read = labels if kind == "fisher" else "none"
+    else:
+        collect = collect_fisher if kind == "fisher" else collect_gradients
+        tensors = collect(encoder, loader, module.make_head(own).to(device), labels, seed, module.inputs)
+    read = "none" if kind == "gram" else labels
     header = {
         **module.base_description(),
         "images": str(len(loader.sampler)),  # type: ignore[arg-type]
@@ -124,10 +131,15 @@ def _check_settings(
     one_of("split", split, ("train", "val", "test"))
     one_of("labels", labels, LABELS)
     whole_number("images", images, minimum=1, optional=True)
-    if kind == "fisher" and convolutions:
-        raise ConfigurationError("convolutions: expected only with kind: gram, got it with fisher. Remove it.")
+    if kind != "gram" and convolutions:
+        raise ConfigurationError(f"convolutions: expected only with kind: gram, got it with {kind}. Remove it.")
     if kind == "gram" and labels != "expected":
         raise ConfigurationError(f"labels: expected only with kind: fisher, got {labels} with gram. Remove it.")
+    if kind == "gradients" and linearized:
+        raise ConfigurationError(
+            "linearized: expected only with kind: fisher, got it with gradients, which at θ0 are the tangent's too. "
+            "Remove it."
+        )
     if kind == "gram" and linearized:
         raise ConfigurationError(
             "linearized: expected only with kind: fisher, got it with gram, as the layers of a tangent have inputs of "

@@ -15,7 +15,7 @@ from lit_merge.functional.evaluation import evaluating
 from lit_merge.params import Params, check_finite, working_dtype
 from lit_merge.transforms.base import one_of
 
-__all__ = ["LABELS", "collect_fisher"]
+__all__ = ["LABELS", "collect_fisher", "mean_over_examples"]
 
 LABELS = ("expected", "sampled", "true")
 """Where y comes from."""
@@ -56,6 +56,24 @@ def collect_fisher(
         DataError: there is no image, or one without a label where labels are asked for.
         NonFiniteError: a value is NaN or infinite.
     """
+    fisher = mean_over_examples(_add_square, module, loader, head, labels, seed, inputs)
+    check_finite(fisher, "Fisher information")
+    return fisher
+
+
+def mean_over_examples(
+    add: Callable[[Tensor, Tensor, float], object],
+    module: nn.Module,
+    loader: Iterable[Any],
+    head: nn.Module | None,
+    labels: str,
+    seed: int,
+    inputs: Callable[[Any], tuple[Any, ...]] | None,
+) -> Params:
+    """The mean over examples of what ``add(total, gradient, weight)`` makes of their gradients of log p(y|x).
+
+    The weight is the probability of y among those that are looked at; the rest is as for :func:`collect_fisher`.
+    """
     one_of("labels", labels, LABELS)
     parameters = {name: value for name, value in module.named_parameters() if value.is_floating_point()}
     totals = {
@@ -79,12 +97,13 @@ def collect_fisher(
                     )
                     for total, gradient in zip(totals.values(), gradients, strict=True):
                         if gradient is not None:
-                            gradient = gradient.to(total.dtype)
-                            total.addcmul_(gradient, gradient, value=weight)
+                            add(total, gradient.to(total.dtype), weight)
                 count += 1
-    fisher = {name: total.div_(count).cpu() for name, total in totals.items()}
-    check_finite(fisher, "Fisher information")
-    return fisher
+    return {name: total.div_(count).cpu() for name, total in totals.items()}
+
+
+def _add_square(total: Tensor, gradient: Tensor, weight: float) -> None:
+    total.addcmul_(gradient, gradient, value=weight)
 
 
 def _log_probabilities(module: nn.Module, head: nn.Module | None, single: tuple[Any, ...]) -> Tensor:
