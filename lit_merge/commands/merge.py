@@ -39,6 +39,7 @@ class MergeResult:
         search: the search's curve, or None.
         plan: what it takes; printed, it is a table.
         written: False after a dry run.
+        outcome: what was found out while it was written, in words.
     """
 
     output: Path
@@ -46,13 +47,14 @@ class MergeResult:
     search: SearchResult | None
     plan: MergePlan
     written: bool = True
+    outcome: tuple[str, ...] = ()
 
     def describe(self) -> str:
         """The merge in a line, after what was done about differences; of a dry run, its plan."""
         if not self.written:
             return str(self.plan)
         found = f", {self.search.describe()}" if self.search else ""
-        return "\n".join([*self.plan.notes, f"{self.transform!r}{found} -> {self.output}"])
+        return "\n".join([*self.plan.notes, *self.outcome, f"{self.transform!r}{found} -> {self.output}"])
 
 
 def merge(
@@ -63,7 +65,7 @@ def merge(
     transform: Transform | None = None,
     parts: list[str | dict[str, Any]] | None = None,
     overrides: list[dict[str, Any]] | None = None,
-    kind: Literal["weights", "task_vector"] = "weights",
+    kind: Literal["weights", "task_vector", "lora"] = "weights",
     dtype: Literal["float32", "bfloat16", "float16", "as_base"] | None = None,
     model: str = "lit-tiny",
     pretrained: str | None = None,
@@ -82,6 +84,7 @@ def merge(
     rows: Literal["base", "common", "union"] | None = None,
     running_statistics: Literal["average", "base"] = "average",
     write_as: str | None = None,
+    rank: int | None = None,
     dry_run: bool = False,
     progress: bool = True,
 ) -> MergeResult:
@@ -100,7 +103,8 @@ def merge(
             e.g. [{Trim: {density: 0.2}}, ElectSign, DisjointMean].
         overrides: other parts for some of the parameters, e.g. [{names: ln_, parts: [Mean]}, {blocks: [0], parts:
             [{task_arithmetic: {coefficient: 0.1}}]}]; the first one that fits a parameter counts.
-        kind: weights writes the whole model, of a CLIP loadable by open_clip; task_vector writes the merged τ.
+        kind: weights writes the whole model, of a CLIP loadable by open_clip; task_vector writes the merged τ; lora
+            writes it as an adapter that peft opens, in a folder.
         dtype: of the stored tensors; as_base keeps every tensor's own, and is the default for weights made with base,
             otherwise float32 is.
         model: the CLIP that the vectors start from.
@@ -125,6 +129,8 @@ def merge(
         running_statistics: of batch normalisation: average for the mean of the inputs that bring their own, or base.
         write_as: of a CLIP, the layout of names: open_clip, image_tower, transformers or timm; by default the base's.
             In a folder its configuration is written too, if that of the base is known.
+        rank: of an adapter's factors, at most. By default the inputs' ranks add up, which is exact for sums of LoRA
+            adapters, with any coefficients; otherwise the best approximation is written, and its error said.
         dry_run: print what would be done, its passes over the inputs and the memory it takes, and write nothing; no
             tensor of the vectors is read, nor of a base that is given as weights, but for a few thousand elements of
             each, for the warnings. A search is not counted.
@@ -147,6 +153,7 @@ def merge(
         rows=rows,
         running_statistics=running_statistics,
         write_as=write_as,
+        rank=rank,
     )
     planned = job.plan(chosen, dry=dry_run)
     job.check(planned, overwrite)
@@ -164,4 +171,4 @@ def merge(
         warn(line for line in planned.plan.warnings if line not in said)
     settings_file = {beside(job.target.path, "merge.yaml").name: RESOLVED.get()} if RESOLVED.get() else {}
     warn(job.write(planned, overwrite, progress, settings_file))
-    return MergeResult(job.target.path, planned.transform, planned.found, planned.plan)
+    return MergeResult(job.target.path, planned.transform, planned.found, planned.plan, outcome=job.outcome)

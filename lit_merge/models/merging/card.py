@@ -64,9 +64,14 @@ def model_card(
     form = form or Form()
     clip = weights and isinstance(base, ClipNetwork) and form.write_as is None
     library = form.library or ("open_clip" if clip else "")
-    front = front_matter("weights" if weights else "task vector", repository, library)
+    made = "weights" if weights else "adapter" if library == "peft" else "task vector"
+    front = front_matter(made, repository, library)
     front["tags"].append("merge")
-    kind = "Merged weights" if weights else "Merged task vector, to be added to the base model's weights"
+    kind = {
+        "weights": "Merged weights",
+        "adapter": "Merged LoRA adapter",
+        "task vector": "Merged task vector, to be added to the base model's weights",
+    }[made]
     rows = [
         f"| {_cell(one.vector.task)} | {_cell(one.path)} | {'weights' if one.weights else 'task vector'} "
         f"| {_digest(one.digests)} |"
@@ -106,13 +111,13 @@ def front_matter(kind: str, repository: str | None, library: str = "") -> dict[s
     """The metadata at the top of a card, as the Hugging Face Hub reads it; which license it is, is left to the user.
 
     Args:
-        kind: one of :data:`KINDS`.
+        kind: one of :data:`KINDS`, or ``adapter``.
         repository: ``owner/name`` of the base model on the Hub; the Hub refuses other names.
         library: that opens it, as the Hub names libraries; lit-merge by default.
     """
     return {
         **({"base_model": repository} if repository else {}),
-        **({"base_model_relation": "merge"} if repository and kind == "weights" else {}),
+        **({"base_model_relation": _RELATIONS[kind]} if repository and kind in _RELATIONS else {}),
         "library_name": library or "lit-merge",
         **({"pipeline_tag": _PIPELINES[library]} if library in _PIPELINES else {}),
         "tags": ["lit-merge", *(["task-vector"] if kind == "task vector" else []), "model-merging"],
@@ -164,6 +169,7 @@ def python_of(transform: Transform) -> str:
     return "\n".join([*imports, "", f"transform = {expression}"])
 
 
+_RELATIONS = {"weights": "merge", "adapter": "adapter"}
 _PIPELINES = {"open_clip": "zero-shot-image-classification", "sentence-transformers": "sentence-similarity"}
 _LONGEST = 200  # characters of a header's entry in a table
 _LOADED = {
@@ -188,6 +194,9 @@ def _class_paths(config: Any) -> list[str]:
 def _library_snippet(file: str, task: str, form: Form) -> str:
     """How the library that the output is a folder of opens it; empty where lit-merge's own way is to be shown."""
     config, place = form.companions.config, file.rpartition("/")[0] or "."
+    if form.library == "peft":
+        load = f"model = PeftModel.from_pretrained(base, {place!r})"
+        return f"from peft import PeftModel\n\n{load}  # {task}; base: the model that was adapted"
     if not form.configured:
         return ""
     if form.library == "sentence-transformers":

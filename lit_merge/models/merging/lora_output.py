@@ -14,6 +14,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +25,22 @@ from lit_merge.checkpoints.adapters.additions import is_embedding
 from lit_merge.checkpoints.adapters.changes import Change
 from lit_merge.checkpoints.adapters.reading import CONFIGURATION, Adapter
 from lit_merge.errors import ConfigurationError, NonFiniteError, StructureMismatchError, first_few
-from lit_merge.files.lazy import LazyMapping
+from lit_merge.files.lazy import Computed, LazyMapping
 from lit_merge.files.store import write_tensors
 from lit_merge.files.text import write_text
 from lit_merge.params import is_finite
 from lit_merge.transforms.matrices import decomposed, triplets
 
-__all__ = ["ADAPTER_STEM", "AdaptedWeight", "LoraPlan", "WrittenLora", "plan_lora", "write_lora", "written_lora"]
+__all__ = [
+    "ADAPTER_STEM",
+    "AdaptedWeight",
+    "LoraPlan",
+    "PlannedLora",
+    "WrittenLora",
+    "plan_lora",
+    "write_lora",
+    "written_lora",
+]
 
 ADAPTER_STEM = "adapter_model"
 """What peft calls the file of factors."""
@@ -98,10 +108,6 @@ class LoraPlan:
     unchanged: tuple[str, ...]
     settings: Mapping[str, Any]
     modules: tuple[str, ...]
-
-    def size(self, dtype: torch.dtype) -> int:
-        """Bytes of the factors, at most."""
-        return sum(one.rank * (_rows(one) + one.shape.numel() // _rows(one)) for one in self.weights) * dtype.itemsize
 
 
 @dataclass(frozen=True)
@@ -224,6 +230,33 @@ def written_lora(plan: LoraPlan, merged: Mapping[str, Tensor], dtype: torch.dtyp
     transposed = any(one.transposed and not one.embedding and one.module in ranks for one in plan.weights)
     config = _configuration(plan, ranks, transposed)
     return WrittenLora(tensors, config, math.sqrt(missed / total), (worst, errors[worst]), exact)
+
+
+class PlannedLora(Computed):
+    """The factors of a merge before they are computed: names, and shapes of the highest ranks that they can have.
+
+    Args:
+        plan: of its weights.
+        merged: τ.
+        dtype: to store factors in.
+    """
+
+    def __init__(self, plan: LoraPlan, merged: LazyMapping, dtype: torch.dtype) -> None:
+        self.plan, self._merged, self._dtype = plan, merged, dtype
+        shapes = [one.tensors(_blank(one)) for one in plan.weights]
+        structure = {name: (tensor.shape, dtype) for tensors in shapes for name, tensor in tensors.items()}
+        super().__init__(structure, lambda name: self.written.tensors[name])
+
+    @cached_property
+    def written(self) -> WrittenLora:
+        """What they are, computed when it is first asked for; see :func:`written_lora`."""
+        return written_lora(self.plan, self._merged, self._dtype)
+
+
+def _blank(weight: AdaptedWeight) -> Factors:
+    rows = _rows(weight)
+    columns = weight.shape.numel() // max(rows, 1)
+    return torch.empty(rows, weight.rank, device="meta"), torch.empty(weight.rank, columns, device="meta")
 
 
 def write_lora(folder: Path, written: WrittenLora, metadata: Mapping[str, str] | None = None) -> None:

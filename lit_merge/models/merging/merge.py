@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -23,6 +23,7 @@ from lit_merge.models.merging.card import model_card
 from lit_merge.models.merging.cautions import Cautions, cautions_of, statistics_cautions
 from lit_merge.models.merging.form import form_of
 from lit_merge.models.merging.inputs import Input, open_base, open_inputs
+from lit_merge.models.merging.lora_folder import check_lora, factored, lora_form, planned_lora
 from lit_merge.models.merging.output import MergedWeights, Output, RoundedVector, Target, beside, card_of
 from lit_merge.models.merging.plan import MergePlan, check_space, plan_merge
 from lit_merge.models.merging.progress import merge_progress
@@ -34,7 +35,7 @@ from lit_merge.vectors import TaskVector, TaskVectors, check_base
 
 __all__ = ["DTYPES", "Kind", "Merge", "Planned"]
 
-Kind = Literal["weights", "task_vector"]
+Kind = Literal["weights", "task_vector", "lora"]
 Heads = Literal["refuse", "keep"]
 Averaged = Literal["average", "base"]
 
@@ -72,6 +73,7 @@ class Merge:
         base: the base model, opened once.
         inputs: what is merged.
         vectors: the inputs side by side, with θ0.
+        outcome: what :meth:`write` has found out, in words: of an adapter its ranks and errors.
 
     Raises:
         LitMergeError: inputs are missing, damaged or do not fit each other, or a setting is refused.
@@ -97,6 +99,7 @@ class Merge:
         rows: RowRule | None = None,
         running_statistics: Averaged = "average",
         write_as: str | None = None,
+        rank: int | None = None,
     ) -> None:
         self.target, self.kind, self.linearized, self.device = Target(Path(output)), kind, linearized, device
         self._shard_size = _shard_size(shard_size, self.target)
@@ -115,14 +118,18 @@ class Merge:
             **{"leave_out": list(leave_out or []) or None, "rows": rows},
             **{"heads": heads if heads != "refuse" else None},
             **{"running_statistics": running_statistics if running_statistics != "average" else None},
-            **{"write_as": write_as},
+            **{"write_as": write_as, "rank": rank},
         }
+        self._rank, self.outcome = rank, tuple[str, ...]()
+        if kind == "lora" or rank is not None:
+            check_lora(kind, rank, base, self.target.path, self.target.is_file)
         _check_choice("heads", heads, Heads)
         _check_choice("running_statistics", running_statistics, Averaged)
         self._average = running_statistics == "average"
         rules = Rules(tuple(leave_out or ()), heads == "keep", rows)
         self._dtype = DTYPES[dtype or ("as_base" if base is not None and kind == "weights" else "float32")]
         self.form = form_of(self.base, base, self.target.is_file, kind == "weights", self._dtype, write_as)
+        self.form = lora_form() if kind == "lora" else self.form
         inputs, self._rows = open_inputs(vectors, self.base, tasks, verify, rules)
         self.base = self._rows.base
         self.form = self.form.with_entries(self._rows.entries)
@@ -241,6 +248,9 @@ class Merge:
         stale = self._stale(planned, overwrite)
         with staged(self.target.folder, stale, _tensors_last) as folder, merge_progress(progress) as bar:
             bar.find_out(planned.merged.statistics)
+            if self.kind == "lora":
+                planned = replace(planned, outputs=[factored(one) for one in planned.outputs])
+                self.outcome = tuple(said for one in planned.outputs if (said := one.metadata.get("lora")))
             for one in planned.outputs:
                 _write(folder, one, bar.watch(one.tensors, one.stem))
             losses = tuple(filter(None, (one.caution() for one in planned.outputs)))
@@ -313,6 +323,9 @@ class Merge:
             header = {**self.form.header, **metadata}
             return Output.plan(stem, self.form.tensors(weights), header, *settings, weights)
         vector = merged.single()
+        if self.kind == "lora":
+            factors = planned_lora(self.base, self.inputs, vector, self._rank, self._dtype, self._base_path)
+            return Output.plan(stem, factors, {"format": "pt", **metadata}, None, place, self.form.companions)
         vector = TaskVector(vector, vector.task, metadata={**vector.metadata, **metadata})
         rounded = RoundedVector(vector, self._dtype, self.base.parameters)
         return Output.plan(stem, rounded, vector.metadata, *settings, rounded)
@@ -331,7 +344,7 @@ class Merge:
             {key: value for key, value in {**vectors, **self._settings}.items() if value is not None},
             f"A search has {planned.found.describe()}." if planned.found else "",
             self.kind == "weights",
-            notes=self.notes,
+            notes=(*self.notes, *self.outcome),
             warnings=warnings,
             repository=address.repository if address is not None else self.base.repository,
             form=self.form,

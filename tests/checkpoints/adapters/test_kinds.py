@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from lit_merge.checkpoints.adapters.additions import Extended, model_settings
 from lit_merge.checkpoints.adapters.reading import Adapter, adapter_folder, open_adapter
 from lit_merge.checkpoints.opening import open_checkpoint
+from lit_merge.commands.merge import merge
 from lit_merge.errors import FileFormatError, StructureMismatchError
 
 peft = pytest.importorskip("peft")
@@ -292,6 +294,47 @@ def test_a_tied_model_is_written_as_peft_computes_it(case: str, tmp_path: Path) 
         r"where the adapter changes (model.embed_tokens|lm_head)[\w. ]*, which the base has in one tensor with .",
     ):
         adapter.difference(file, model_settings([tmp_path / "base" / "model.safetensors"]))
+
+
+def test_a_merge_of_a_tied_models_adapters_and_fine_tunes_opens(tmp_path: Path) -> None:
+    """The head of a fine-tune is its embedding; of the adapter's model it is the base's: half of each difference."""
+    base = fresh(lambda: llama(tied=True))
+    base.save_pretrained(tmp_path / "base")
+    adapt(
+        transformers.LlamaForCausalLM.from_pretrained(tmp_path / "base"),
+        peft.LoraConfig(target_modules=["embed_tokens"], **LORA),
+        tmp_path / "lora",
+    )
+    tuned = fresh(lambda: llama(tied=True))
+    with torch.no_grad():
+        for parameter in tuned.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    tuned.save_pretrained(tmp_path / "tuned")
+    result = merge(
+        [str(tmp_path / "lora"), str(tmp_path / "tuned")],
+        str(tmp_path / "out"),
+        recipe="task_arithmetic",
+        settings={"coefficient": 0.5},
+        base=str(tmp_path / "base"),
+        progress=False,
+    )
+    said = result.describe()
+    assert "the adapter changes model.embed_tokens, which the base has in one tensor with lm_head\n" in said
+    assert (
+        "1 tensors are added to the model (lm_head.weight), whose config.json needs tie_word_embeddings: false" in said
+    )
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is False
+    got = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "out").state_dict()
+    start, moved, lora = (
+        base.state_dict(),
+        tuned.state_dict(),
+        load_file(tmp_path / "lora" / "adapter_model.safetensors"),
+    )
+    table = next(name for name in start if name.endswith("embed_tokens.weight"))
+    a, b = (lora[f"base_model.model.model.embed_tokens.lora_embedding_{one}"].double() for one in "AB")
+    half = (moved[table].double() - start[table].double()) / 2
+    torch.testing.assert_close(got["lm_head.weight"].double(), start[table] + half, atol=1e-6, rtol=0)
+    torch.testing.assert_close(got[table].double(), start[table] + half + 0.75 * (b @ a).T, atol=1e-6, rtol=0)
 
 
 def test_heads_of_other_architectures_that_are_their_embedding(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lit_merge.checkpoints.adapters.reading import open_adapter
 from lit_merge.checkpoints.opening import open_checkpoint
+from lit_merge.commands.merge import merge
 from lit_merge.errors import ConfigurationError, NonFiniteError, StructureMismatchError
 from lit_merge.models.merging.lora_output import WrittenLora, plan_lora, write_lora, written_lora
 from lit_merge.transforms import Mean, Scale, Sum, Transform, chain, ties
@@ -294,3 +295,67 @@ def test_settings_that_all_inputs_share_are_kept(tmp_path: Path) -> None:
     lora[0].settings["base_model_name_or_path"] = "owner/other"
     assert factored(base, lora, Mean()(vectors)).config["base_model_name_or_path"] is None
     assert json.loads(written.config_text) == written.config
+
+
+# As an output of lit-merge merge
+
+
+def test_the_command_writes_an_adapter(tmp_path: Path) -> None:
+    build, settings = MODELS["Llama"]
+    fresh(build).save_pretrained(tmp_path / "base")
+    vectors = [str(path) for path in adapters(build, settings, tmp_path)]
+    shared = {"base": str(tmp_path / "base"), "progress": False}
+    difference = [{"Scale": {"coefficient": [1, -1]}}, "Sum"]
+    merge(vectors, str(tmp_path / "dense"), parts=difference, **shared)
+    result = merge(vectors, str(tmp_path / "lora"), parts=difference, kind="lora", **shared)
+    line = result.describe().splitlines()[-2]
+    assert line.startswith(
+        "adapter_model.safetensors: LoRA of ranks 1 to 5 for 6 weights, 6 of them the inputs' factors si"
+    )
+    card = (tmp_path / "lora" / "README.md").read_text()
+    assert f"- {line}" in card
+    assert "library_name: peft" in card
+    assert "PeftModel.from_pretrained(base, '.')" in card
+    dense = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "dense").eval()
+    base = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "base")
+    theirs = peft.PeftModel.from_pretrained(base, tmp_path / "lora").eval()
+    torch.testing.assert_close(logits(theirs), logits(dense), atol=1e-5, rtol=1e-5)
+    assert theirs.peft_config["default"].base_model_name_or_path == str(tmp_path / "base")
+
+    result = merge(vectors, str(tmp_path / "ties"), recipe="ties", rank=2, dtype="bfloat16", kind="lora", **shared)
+    with safe_open(tmp_path / "ties" / "adapter_model.safetensors", "pt") as file:
+        header = file.metadata()
+        assert {file.get_tensor(name).dtype for name in file.keys()} == {torch.bfloat16}  # noqa: SIM118
+    assert float(header["relative_error"]) > 0.1
+    assert f"relative error {float(header['relative_error']):.1e}, at most " in result.describe()
+    each = merge(vectors, str(tmp_path / "each"), parts=["Trim"], kind="lora", dry_run=True, **shared)
+    assert [Path(name).relative_to(tmp_path / "each").as_posix() for name, _ in each.plan.files] == [
+        f"{task}/{name}" for task in "01" for name in ("adapter_model.safetensors", "adapter_config.json")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"kind": "weights", "rank": 4},
+            "rank: expected kind lora, whose factors have one, got kind weights. Remove one.",
+        ),
+        ({"kind": "lora", "rank": 0}, "rank: expected a positive number, got 0. Use e.g. 16."),
+        (
+            {"kind": "lora", "base": None},
+            "kind lora: expected base, the weights of the model that peft adapts, got none.",
+        ),
+        (
+            {"kind": "lora", "output": "a.safetensors"},
+            "output: expected a folder for an adapter, got the file a.safetensors",
+        ),
+        ({"kind": "lora", "write_as": "timm"}, "write_as: expected kind weights, as a library opens whole models, got"),
+    ],
+)
+def test_settings_of_an_adapter_that_do_not_go_together(settings: dict[str, Any], message: str, tmp_path: Path) -> None:
+    fresh(llama).save_pretrained(tmp_path / "base")
+    given = {"base": str(tmp_path / "base"), "output": str(tmp_path / "out"), "recipe": "ties", **settings}
+    with pytest.raises(ConfigurationError, match=f"^{message}"):
+        merge(["none"], progress=False, **given)
+    assert not (tmp_path / "out").exists()
