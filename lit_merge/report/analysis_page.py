@@ -164,7 +164,9 @@ def _sections(found: Mapping[str, Any]) -> list[Section]:
     entries = {"fingerprint": found["model"]["fingerprint"], **found["hardware"], **found["versions"]}
     entries["page written by"] = f"lit-merge {__version__}"
     environment = definitions({key: escape(str(value)) for key, value in entries.items()})
+    warned = "".join(f"<p>{escape(line)}</p>" for line in found.get("warnings", []))
     return [
+        *([("warnings", "Warnings", warned)] if warned else []),
         *([("methods", "How each was merged", definitions(shown))] if shown else []),
         ("settings", "Settings", definitions(settings)),
         ("environment", "Versions and hardware", environment),

@@ -37,6 +37,7 @@ from lit_merge.models import load_clip
 from lit_merge.models.linear_features import LinearFeatures
 from lit_merge.modules import MultiTaskModule
 from lit_merge.report import model_figures
+from lit_merge.report.analysis_page import analysis_page
 from lit_merge.transforms import LiNeS, task_arithmetic
 from lit_merge.vectors import TaskVector, TaskVectors
 
@@ -519,14 +520,14 @@ def test_two_processes_find_what_one_does(analysed, fork_server):
     assert files_of(two).keys() == {name for name in files_of(output) if "figures" not in name}
 
 
-def test_any_models_vectors_can_be_described(inputs, tmp_path, tiny_encoder):
+def test_any_models_vectors_can_be_described(inputs, tmp_path, tiny_encoder, capsys):
     from safetensors.torch import save_file
 
     start = {name: value.detach() for name, value in tiny_encoder().named_parameters()}
     save_file(start, tmp_path / "base.safetensors")
     for seed, name in enumerate(("a", "b")):
         noise = torch.Generator().manual_seed(seed)
-        tuned = {n: value + torch.randn(value.shape, generator=noise) for n, value in start.items()}
+        tuned = {n: value + 4**seed * torch.randn(value.shape, generator=noise) for n, value in start.items()}
         save_file(tuned, tmp_path / f"{name}.safetensors")
     files = f"--vectors=[{tmp_path / 'a.safetensors'},{tmp_path / 'b.safetensors'}]"
     command = ["analyze", files, f"--base={tmp_path / 'base.safetensors'}", f"--output={tmp_path / 'out'}"]
@@ -535,6 +536,11 @@ def test_any_models_vectors_can_be_described(inputs, tmp_path, tiny_encoder):
     assert list(result["analyses"]) == ["cosine", "norms", "signs"]
     assert result["analyses"]["norms"]["places"] == ["whole", "parameters"]
     assert result["tasks"] == ["a", "b"]
+    (line,) = result["warnings"]
+    norms = result["analyses"]["norms"]["norm"][0]
+    assert f"‖τ‖ of b is {norms[1]:.3g}, {norms[1] / norms[0]:.1f} times that of a, {norms[0]:.3g} " in line
+    assert capsys.readouterr().err == f"lit-merge: warning: {line}\n"
+    assert f"<p>{line}</p>" in analysis_page(tmp_path / "out/analysis.json")
 
 
 REFUSALS = {

@@ -116,11 +116,13 @@ def test_the_same_vector_given_twice():
     by_digest = [given(one, "a", "a.st", content_sha256="12" * 32), given(other, "b", "b.st", content_sha256="12" * 32)]
     (line,) = cautions_of(by_digest, base_of(one)).lasting
     assert line == (
-        "a (a.st) and b (b.st) are the same vector, their content has the digest 1212121212121212: it counts twice. "
+        "a and b are the same vector, their content has the digest 1212121212121212: it counts twice. "
         "Remove one, unless that is meant."
     )
     (line,) = cautions_of([given(one, "a"), given(other, "b"), given(dict(one), "c")], base_of(one)).lasting
     assert line.startswith("a and c are the same vector, all of 2,048 elements that were compared are equal")
+    (line,) = cautions_of([given(one, "a", "1.st"), given(dict(one), "a", "2.st")], base_of(one)).lasting
+    assert line.startswith("1.st and 2.st are the same vector, ")
     zeros = {"w": torch.zeros(4)}
     assert cautions_of([given(zeros, "a"), given(zeros, "b")], base_of(zeros)).lines == ()
 
@@ -141,10 +143,12 @@ def test_tokenizers_are_compared(tmp_path):
         "the tokenizer of other differs from that of the base in 3 tokens ('c', 'd', 'e') of 4: their embeddings are "
         "merged with those of other tokens. Merge models of one tokenizer."
     )
-    assert second.startswith("the tokenizer of damaged cannot be compared: ")
+    assert second == "the tokenizer of damaged cannot be read, and is not compared with that of the base."
     assert cautions_of(inputs, base_of(one)).lines == ()
     damaged = base_of(one, inputs[2].files)
-    assert cautions_of(inputs, damaged).lasting[0].startswith("the base's tokenizer cannot be compared: ")
+    assert cautions_of(inputs, damaged).lasting == (
+        "the tokenizer of the base cannot be read, and is not compared with those of the inputs.",
+    )
 
 
 def test_statistics_of_another_base_are_refused_and_of_an_unknown_one_said(tmp_path):
@@ -156,7 +160,7 @@ def test_statistics_of_another_base_are_refused_and_of_an_unknown_one_said(tmp_p
         assert "as the vectors do not say" in statistics_cautions(transform, "", "")[0]
     mixed = chain(FisherMean({"t": paths["mine"], "u": paths["unknown"]}), Scale(1.0))
     (line,) = statistics_cautions(mixed, "a" * 16, "")
-    assert line.startswith(f"{paths['unknown']}: whether these statistics of u are of the same base model is not known")
+    assert line.startswith("unknown.safetensors: whether these statistics of u are of the same base model is not known")
     with pytest.raises(StructureMismatchError, match=r"\(fingerprint a{16}\), got fingerprint b{16}"):
         statistics_cautions(FisherMean({"t": paths["theirs"]}), "", "a" * 16)
     assert statistics_cautions(Sum(), "", "") == []

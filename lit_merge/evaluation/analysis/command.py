@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -27,6 +28,7 @@ from lit_merge.evaluation.analysis.record import Record, file_name
 from lit_merge.evaluation.analysis.settings import ON_IMAGES, Analysis, Grid, Method, Paths, default_methods
 from lit_merge.evaluation.analysis.vectors import cosine, known_coefficients, norms, signs
 from lit_merge.files.text import write_text
+from lit_merge.models.merging.cautions import cautions_of
 from lit_merge.models.merging.inputs import open_base, open_inputs
 from lit_merge.models.network import Base, Network
 from lit_merge.params import fingerprint
@@ -112,7 +114,7 @@ def analyze(
         wanted = wanted_analyses(analyses, origin, coefficients)
         finite_number("density", density, minimum=0.0, maximum=1.0)
         whole_number("batch_size", batch_size, minimum=1)
-        inputs = open_inputs(vectors, origin, tasks, False)
+        inputs, _ = open_inputs(vectors, origin, tasks, False)
         stacked = stacked_vectors([one.vector for one in inputs], origin)
         grid, paths = grid or Grid(), paths or Paths()
         methods = default_methods() if methods is None else methods
@@ -122,6 +124,9 @@ def analyze(
         check_tasks(stacked, wanted, grid, paths)
         claim_folder(folder, shared)
         result = _head(stacked, origin, wanted, seed)
+        if (warned := list(cautions_of(inputs, origin).lasting)) and shared.is_first:
+            sys.stderr.writelines(f"lit-merge: warning: {line}\n" for line in warned)
+        result |= {"warnings": warned} if warned else {}
         evaluator: Evaluator | None = None
         if any(name in ON_IMAGES for name in wanted):
             evaluator = _evaluator(stacked, origin, linearized, data, split, images, batch_size, seed, shared)

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from itertools import combinations
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -124,8 +125,8 @@ def statistics_cautions(transform: Transform, vectors_fingerprint: str, base_fin
             if not known or not expected:
                 whose = "the statistics do" if not known else "the vectors do"
                 found.append(
-                    f"{path}: whether these statistics of {task} are of the same base model is not known, as {whose} "
-                    "not say; those of another one ruin the merge."
+                    f"{Path(path).name}: whether these statistics of {task} are of the same base model is not known, "
+                    f"as {whose} not say; those of another one ruin the merge."
                 )
     return found
 
@@ -178,7 +179,8 @@ def _repeated(inputs: Sequence[Input], samples: Sequence[_Sample]) -> Iterator[s
             how = f"all of {own.count:,} elements that were compared are equal"
         else:
             continue
-        names = [f"{_label(one)} ({one.path})" if one.path else _label(one) for one in (first, second)]
+        names = [_label(first), _label(second)]
+        names = names if names[0] != names[1] else [first.path, second.path]
         yield (
             f"{names[0]} and {names[1]} are the same vector, {how}: it counts twice. Remove one, unless that is meant."
         )
@@ -202,14 +204,14 @@ def _tokenizers(inputs: Sequence[Input], base: Base) -> Iterator[str]:
     """Where tokenizers lie beside the base and an input. They only describe: damaged ones refuse nothing."""
     try:
         own = vocabulary_of(base.files[0].parent) if base.files else None
-    except FileFormatError as error:
-        yield f"the base's tokenizer cannot be compared: {error}"
+    except FileFormatError:
+        yield "the tokenizer of the base cannot be read, and is not compared with those of the inputs."
         return
     for one in inputs if own is not None else ():
         try:
             other = vocabulary_of(one.files[0].parent) if one.files else None
-        except FileFormatError as error:
-            yield f"the tokenizer of {_label(one)} cannot be compared: {error}"
+        except FileFormatError:
+            yield f"the tokenizer of {_label(one)} cannot be read, and is not compared with that of the base."
             continue
         tokens = differing_tokens(own, other) if own is not None and other is not None else []
         if tokens:
