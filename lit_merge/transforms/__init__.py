@@ -11,6 +11,7 @@ from lit_merge.transforms.conflicts.largest import LargestMagnitude, SignMask
 from lit_merge.transforms.conflicts.overlap import RAM
 from lit_merge.transforms.conflicts.trust_region import TrustRegion
 from lit_merge.transforms.conflicts.variance import SCE
+from lit_merge.transforms.covariance import ACE
 from lit_merge.transforms.depth import LiNeS, ScaleBlocks
 from lit_merge.transforms.essential import ESM
 from lit_merge.transforms.fields import replace_field
@@ -22,6 +23,7 @@ from lit_merge.transforms.override import Override, WithOverrides
 from lit_merge.transforms.projective import DOGE
 from lit_merge.transforms.recipes import (
     RECIPES,
+    ace,
     actmerge,
     adamerging,
     analogy,
@@ -79,6 +81,7 @@ from lit_merge.transforms.subspaces import CoreSpace, KnOTS
 from lit_merge.transforms.weighted import FisherMean, RegMean
 
 __all__ = [
+    "ACE",
     "CART",
     "DOGE",
     "ESM",
@@ -129,6 +132,7 @@ __all__ = [
     "Trim",
     "TrustRegion",
     "WithOverrides",
+    "ace",
     "actmerge",
     "adamerging",
     "analogy",

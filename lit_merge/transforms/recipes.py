@@ -15,6 +15,7 @@ from lit_merge.transforms.conflicts.largest import LargestMagnitude, SignMask
 from lit_merge.transforms.conflicts.overlap import RAM
 from lit_merge.transforms.conflicts.trust_region import TrustRegion
 from lit_merge.transforms.conflicts.variance import SCE
+from lit_merge.transforms.covariance import ACE
 from lit_merge.transforms.depth import LiNeS
 from lit_merge.transforms.essential import ESM
 from lit_merge.transforms.geometry import KarcherMean, ModelStock, Slerp, Space
@@ -33,6 +34,7 @@ from lit_merge.transforms.weighted import FisherMean, RegMean
 
 __all__ = [
     "RECIPES",
+    "ace",
     "actmerge",
     "adamerging",
     "analogy",
@@ -413,6 +415,16 @@ def aswudi(coefficient: float = 1.0) -> Chain:
     return chain(SpectralWUDI(None, "participation"), Scale(coefficient))
 
 
+def ace(ridge: float = 1e-2, coefficient: float = 1.0) -> Chain:
+    """RegMean with covariances that are estimated from the vectors and adapted to their lengths (Xu et al. 2026).
+
+    Args:
+        ridge: what is added to the diagonal of every covariance.
+        coefficient: α; the paper needs none.
+    """
+    return chain(ACE(ridge), Scale(coefficient))
+
+
 def actmerge(floor: float = 1e-8, coefficient: float = 1.0) -> Chain:
     """RegMean with the vectors' own τᵀτ in place of Gram matrices (2026, 2604.01329); needs no data.
 
@@ -569,7 +581,7 @@ RECIPES: dict[str, Callable[..., Chain]] = {
         *(ties, dare_linear, dare_ties, breadcrumbs, della, consensus_ta, consensus_ties, tall_masks, lines),
         *(magmax, emr, pcb, sce, ram, ram_plus, tatr, doge, nearswap, knots, core_space),
         *(tsv_m, iso_c, iso_cts, wudi, slerp, karcher, model_stock),
-        *(iwudi, swudi, aswudi, actmerge, optmerge, cart, esm, dc_merge, orthomerge, svc),
+        *(iwudi, swudi, aswudi, actmerge, ace, optmerge, cart, esm, dc_merge, orthomerge, svc),
         *(fisher, regmean, adamerging),
     )
 }

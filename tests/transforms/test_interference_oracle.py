@@ -13,6 +13,7 @@ from torch import Tensor
 from lit_merge import TaskVector, TaskVectors
 from lit_merge.errors import ConfigurationError
 from lit_merge.transforms import (
+    ACE,
     CART,
     ESM,
     WUDI,
@@ -260,7 +261,7 @@ def test_the_spectral_family_builds_no_more_than_the_smaller_products(shape: tup
     "transform",
     [
         *(TSVMerge(), IsoC(), IsoCTS(0.5), WUDI(), WUDI(exclude="w"), OptMerge(), SpectralWUDI(), CART(), DCMerge()),
-        ESM(),
+        *(ESM(), ACE()),
     ],
     ids=repr,
 )

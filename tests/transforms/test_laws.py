@@ -16,6 +16,7 @@ import torch
 from lit_merge import transforms
 from lit_merge.errors import LitMergeError, NonFiniteError
 from lit_merge.transforms import (
+    ACE,
     CART,
     DOGE,
     ESM,
@@ -195,6 +196,7 @@ CASES = [
     Case(SpectralWUDI(30.0, 0.65), reduces=True, tolerance=1e-5),
     Case(SpectralWUDI(None, normalise=False, exclude="^single"), reduces=True, tolerance=1e-4),  # a pseudo-inverse
     Case(aswudi(), reduces=True, tolerance=1e-5),
+    Case(ACE(0.5, exclude="^single"), reduces=True, tolerance=1e-5),
     Case(CART(0.4), reduces=True, tolerance=1e-5),
     Case(DCMerge(0.3, "linear", exclude="^single"), reduces=True, tolerance=1e-5),
     Case(ESM(), reduces=True, tolerance=1e-5),

@@ -14,6 +14,7 @@ import torch
 
 from lit_merge.errors import ConfigurationError
 from lit_merge.transforms import (
+    ACE,
     CART,
     DOGE,
     ESM,
@@ -266,6 +267,10 @@ CHAINS = {  # name -> the chain by default, and with all fields
     "actmerge": [
         ({}, chain(SpectralWUDI(None, 1.0, False, 1e-8), Scale(1.0))),
         ({"floor": 1e-5, "coefficient": 0.5}, chain(SpectralWUDI(None, 1.0, False, 1e-5), Scale(0.5))),
+    ],
+    "ace": [
+        ({}, chain(ACE(1e-2, 0.3, 0.3), Scale(1.0))),
+        ({"ridge": 0.1, "coefficient": 0.5}, chain(ACE(0.1), Scale(0.5))),
     ],
     "optmerge": [
         ({}, chain(OptMerge(300, 1e-5, None), Scale(1.0))),
