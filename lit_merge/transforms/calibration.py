@@ -35,10 +35,10 @@ class Calibrate(Transform):
         \gamma_r = \frac{T}{\sum_t \max(\alpha, s_r^t)}, \qquad \Delta' = \sum_r \gamma_r \sigma_r u_r v_r^\top .
 
     It follows any merge and looks at the vectors as they were before any transform, so that a coefficient belongs
-    before it: ``chain(Sum(), Scale(0.3), Calibrate())``. No γ is above 1/α. After Iso-C and Iso-CTS, whose singular
-    values are all equal, the directions are a matter of rounding, and so is the result. A task that has nothing along a direction,
-    as far as a float can tell, counts as α there; the authors' program compares its square with 1e-12. What is no
-    matrix stays as it is. Decomposed in float64.
+    before it: ``chain(Sum(), Scale(0.3), Calibrate())``. No γ is above 1/α. A task that has nothing along a direction,
+    as far as a float can tell, counts as α there; the authors' program compares its square with 1e-12. After Iso-C and
+    Iso-CTS all singular values are equal: there the directions, and with them the result, are a matter of rounding.
+    What is no matrix stays as it is. Decomposed in float64.
 
     Args:
         alpha: smallest projection that counts, in (0, 1]; lower lets directions that were merged away grow more. The
