@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 
 from lit_merge.data.batch import Batch
 from lit_merge.data.embedded.tasks import EMBEDDED_TASKS
+from lit_merge.data.packaged.registry import PACKAGED_SUITES
 from lit_merge.data.published.registry import SUITES
 from lit_merge.data.published.task import is_published
 from lit_merge.data.published.texts import TEXT_SUITES
@@ -91,7 +92,7 @@ class MultiTaskDataModule(L.LightningDataModule):
     ) -> None:
         super().__init__()
         named = list(tasks) if tasks is not None else ([] if paths or sources else list(EMBEDDED_TASKS))
-        suites = {**SUITES, **{suite: one.tasks for suite, one in TEXT_SUITES.items()}}
+        suites = {**SUITES, **PACKAGED_SUITES, **{suite: one.tasks for suite, one in TEXT_SUITES.items()}}
         named = [name for given in named for name in suites.get(given, (given,))]
         folders = dict(paths or {})
         names = [*named, *folders, *(sources or {})]

@@ -13,6 +13,8 @@ from torch.utils.data import random_split
 
 from lit_merge.data.embedded.tasks import EMBEDDED_TASKS
 from lit_merge.data.images.datasets import ImageDataset, ImagePreprocessing
+from lit_merge.data.packaged.registry import PACKAGED_TASKS
+from lit_merge.data.packaged.task import RealTextTask
 from lit_merge.data.published.image_list import ImageList
 from lit_merge.data.published.locations import Location, locations
 from lit_merge.data.published.registry import REGISTRY, DataSetEntry, data_root
@@ -27,18 +29,19 @@ _MOST_VALIDATION = 5000
 
 
 def is_published(name: str) -> bool:
-    """Whether a name is one of a published data set, or of a task of a published suite of texts."""
-    return name in REGISTRY or name in TEXT_TASKS
+    """Whether a name is one of a published data set, of a task of a published suite of texts, or of packaged texts."""
+    return name in REGISTRY or name in TEXT_TASKS or name in PACKAGED_TASKS
 
 
 def named_source(
     name: str, root: str | os.PathLike[str] | None = None, templates: Sequence[str] | str | None = None
 ) -> Task:
-    """The task of a name: of the embedded suite, a published data set, or of a published suite of texts.
+    """The task of a name: of the embedded suite, a published data set, published texts, or texts of packages.
 
     Args:
-        name: a key of :data:`~lit_merge.data.EMBEDDED_TASKS`, :data:`~lit_merge.data.published.registry.REGISTRY` or
-            :data:`~lit_merge.data.published.texts.TEXT_TASKS`.
+        name: a key of :data:`~lit_merge.data.EMBEDDED_TASKS`, :data:`~lit_merge.data.published.registry.REGISTRY`,
+            :data:`~lit_merge.data.published.texts.TEXT_TASKS` or
+            :data:`~lit_merge.data.packaged.registry.PACKAGED_TASKS`.
         root: the folder of the published data sets, see :class:`PublishedSource`.
         templates: prompt templates, see :func:`~lit_merge.data.sources.chosen_templates`; None for the task's own.
 
@@ -49,12 +52,14 @@ def named_source(
         return EmbeddedSource(name, templates)
     if name in REGISTRY:
         return PublishedSource(REGISTRY[name], root, templates)
+    given = templates if templates is None or isinstance(templates, str) else list(templates)
     if name in TEXT_TASKS:
-        given = templates if templates is None or isinstance(templates, str) else list(templates)
         return PublishedText(TEXT_TASKS[name], root, given)
+    if name in PACKAGED_TASKS:
+        return RealTextTask(name, root, given)
     hint = "For a folder of your own images set path instead."
     if not any(sign in name for sign in "/\\~."):
-        hint = did_you_mean(name, [*EMBEDDED_TASKS, *REGISTRY, *TEXT_TASKS], hint)
+        hint = did_you_mean(name, [*EMBEDDED_TASKS, *REGISTRY, *TEXT_TASKS, *PACKAGED_TASKS], hint)
     raise ConfigurationError(
         f"task: expected one of {', '.join(EMBEDDED_TASKS)}, or a published data set ({first_few(REGISTRY, 8)}), "
         f"got {name!r}. {hint}"
