@@ -82,6 +82,8 @@ def _counts(module: MergeModule, task: str, loader: Iterable[Any], most: int) ->
 def _labelled(loader: Iterable[Any], most: int) -> Iterator[Any]:
     """The first labelled examples of a loader."""
     for batch in loader:
+        if batch.targets.ndim != 1:  # tokens, of which chance is no matter
+            return
         chosen = (batch.targets != UNLABELLED).nonzero().flatten()[:most]
         most -= len(chosen)
         if len(chosen):

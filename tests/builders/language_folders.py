@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -84,3 +85,15 @@ def language_folder(
     language_model(name, seed, **settings).to(dtype).save_pretrained(folder)
     tokenizer(KINDS.get(name, "encoder")).save_pretrained(folder)
     return folder
+
+
+def in_double(model: Any) -> Any:
+    """The model in float64, normalisations included, of which transformers' own compute the variance in float32."""
+    for part in model.double().modules():
+        if hasattr(part, "variance_epsilon"):
+            part.forward = partial(_root_mean_square_norm, part)
+    return model
+
+
+def _root_mean_square_norm(part: Any, hidden: torch.Tensor) -> torch.Tensor:
+    return part.weight * hidden * torch.rsqrt(hidden.square().mean(-1, keepdim=True) + part.variance_epsilon)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lit_merge.errors import ConfigurationError
 from lit_merge.functional.tokens import answers_first
 
 __all__ = ["CausalModule", "EncoderDecoderModule", "LanguageModule", "PooledEncoder"]
@@ -48,11 +49,22 @@ class LanguageModule(nn.Module):
         return model
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Compute the blocks again on the way back, to save memory."""
-        if enable:
-            self.of_transformers.gradient_checkpointing_enable({"use_reentrant": False})
-        else:
-            self.of_transformers.gradient_checkpointing_disable()
+        """Compute the blocks again on the way back, to save memory; a linearised model does not.
+
+        Raises:
+            ConfigurationError: the model has no such blocks.
+        """
+        model = self.of_transformers
+        kind = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"  # the older name
+        if not enable:
+            getattr(model, f"{kind}_checkpointing_disable")()
+            return
+        if not model.supports_gradient_checkpointing:
+            raise ConfigurationError(
+                f"activation_checkpointing: expected a model that can do it, got {type(model).__name__}. Turn it off."
+            )
+        getattr(model, f"{kind}_checkpointing_enable")({"use_reentrant": False})
+        model.disable_input_require_grads()  # needed by the re-entrant way only; a tangent's value has no graph
 
 
 class PooledEncoder(LanguageModule):
@@ -75,7 +87,8 @@ class PooledEncoder(LanguageModule):
         if self.pooling == "cls":
             features = hidden[:, 0]
         else:
-            weights = (mask / mask.sum(1, keepdim=True)).to(hidden.dtype)
+            weights = mask.to(hidden.dtype)
+            weights = weights / weights.sum(1, keepdim=True)
             features = (hidden * weights.unsqueeze(-1)).sum(1)
         return F.normalize(features, dim=-1) if self.normalize else features
 

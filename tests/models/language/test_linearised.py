@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-from builders.language_folders import KINDS, language_model, tokenizer
+from builders.language_folders import KINDS, in_double, language_model, tokenizer
 from torch.func import functional_call, jacrev, jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -23,16 +23,9 @@ MODULES = {"encoder": PooledEncoder, "encoder_decoder": EncoderDecoderModule, "c
 
 def built(name, attention="sdpa", module=None, **settings):
     kind = KINDS.get(name, "encoder")
-    model = language_model(name, **settings).double()
+    model = in_double(language_model(name, **settings))
     model.set_attn_implementation(attention)
-    for part in model.modules():
-        if hasattr(part, "variance_epsilon"):  # transformers' own computes the variance in float32
-            part.forward = partial(root_mean_square_norm, part)
     return (module or MODULES[kind])(model), Tokenization(tokenizer(kind), kind, 24, 8, start_id=0)
-
-
-def root_mean_square_norm(part, hidden):
-    return part.weight * hidden * torch.rsqrt(hidden.square().mean(-1, keepdim=True) + part.variance_epsilon)
 
 
 def batch(tokenization, ranked=False):
