@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Sequence
 from typing import Any
@@ -24,8 +25,8 @@ _LOOKED_AT = 1000
 Tokens = list[np.ndarray]
 
 
-def checked_preprocessing(preprocessing: Any, name: str) -> TextPreprocessing:
-    """The network's, if it is one for texts.
+def checked_preprocessing(preprocessing: Any, name: str, max_length: int | None = None) -> TextPreprocessing:
+    """The network's, if it is one for texts; with shorter texts, if the task has its own.
 
     Raises:
         ConfigurationError: it is not.
@@ -35,7 +36,9 @@ def checked_preprocessing(preprocessing: Any, name: str) -> TextPreprocessing:
             f"{name}: expected a network for texts, got one whose data are prepared by {type(preprocessing).__name__}. "
             "Set network to a language model."
         )
-    return preprocessing  # type: ignore[no-any-return]
+    own: TextPreprocessing = copy.copy(preprocessing)
+    own.max_length = min(own.max_length, max_length or own.max_length)
+    return own
 
 
 def encoded(

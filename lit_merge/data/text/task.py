@@ -68,6 +68,7 @@ class TextTask(Task):
         above: column -> number that its cells have to exceed for a row to be used.
         pack: whether texts without target are put one after the other into blocks of the network's ``max_length``.
         length_groups: among how many batches of training those of similar length are put together; 0 for none.
+        max_length: most tokens of a text; None for the network's, which it cannot exceed.
 
     Attributes:
         name: of the file, folder or data set.
@@ -101,6 +102,7 @@ class TextTask(Task):
         above: dict[str, float] | None = None,
         pack: bool = False,
         length_groups: int = 0,
+        max_length: int | None = None,
     ) -> None:
         given = {"path": path, "files": files, "hub": hub, "rows": rows}
         named = [name for name, value in given.items() if value is not None]
@@ -110,8 +112,9 @@ class TextTask(Task):
                 "path to a file of texts."
             )
         _check(answers_as=(answers_as, ("auto", "target", "ranked")), repeated=(repeated, ("refuse", "remove", "keep")))
-        if type(length_groups) is not int or length_groups < 0:
-            raise ConfigurationError(f"length_groups: expected an integer of at least 0, got {length_groups!r}.")
+        for name, value, least in (("length_groups", length_groups, 0), ("max_length", max_length, 1)):
+            if value is not None and (type(value) is not int or value < least):
+                raise ConfigurationError(f"{name}: expected an integer of at least {least}, got {value!r}.")
         self._store = _store_of(path, files, hub, rows, config, encoding)
         place = Path(str(path)).expanduser().resolve() if path is not None else Path(hub or "texts")
         self.name = place.stem
@@ -132,6 +135,7 @@ class TextTask(Task):
                 "pack: expected texts alone, got labels or targets. Set label_column to null, or remove pack."
             )
         self._answers_as, self._pack, self._length_groups = answers_as, pack, length_groups
+        self._max_length = max_length
         self._fractions, self._seed, self._encoding = checked_fractions(fractions), seed, encoding
         self._skip, self._repeated, self._above = skip_incomplete, repeated, dict(above or {})
         self._read: dict[str, Rows | None] = {}
@@ -155,7 +159,7 @@ class TextTask(Task):
                 tokenizer does not know the words.
             ConfigurationError: the network is not one for such a task, or a setting does not fit the texts.
         """
-        checked = checked_preprocessing(preprocessing, self.name)
+        checked = checked_preprocessing(preprocessing, self.name, self._max_length)
         key = (split, repr(checked))
         if key not in self._tokens:
             rows = self._rows(split)
@@ -184,7 +188,7 @@ class TextTask(Task):
         unknown = [""] * len(texts) if wording.target is not None else None
         names = [f"{Path(path).name}/{row + 1}" for row in chosen]
         found = Rows(texts, [PADDING] * len(texts), unknown, answers if wording.answers else None, names)
-        return self._examples(found, str(path), "test", checked_preprocessing(preprocessing, self.name))
+        return self._examples(found, str(path), "test", checked_preprocessing(preprocessing, self.name, self._max_length))
 
     @cached_property
     def _labels(self) -> Labels | None:

@@ -452,6 +452,7 @@ def test_bad_rows(rows, settings, message):
         ({"path": "a.csv", "rows": ROWS}, r"got path and rows"),
         ({"rows": ROWS, "answers_as": "rank"}, r"^answers_as: expected one of auto, target, ranked, got 'rank'"),
         ({"rows": ROWS, "repeated": "no"}, r"^repeated: expected one of refuse, remove, keep, got 'no'"),
+        ({"rows": ROWS, "max_length": 0}, r"^max_length: expected an integer of at least 1, got 0"),
         ({"rows": ROWS, "length_groups": -1}, r"^length_groups: expected an integer of at least 0, got -1"),
         (
             {"rows": ROWS, "text_column": ["a", "b", "c"]},
@@ -517,3 +518,5 @@ def test_truncation_is_said_once_with_numbers(recwarn):
     task.split("train", network), task.split("train", network)
     said = [str(one.message) for one in recwarn if "cut" in str(one.message)]
     assert said == ["texts/train: cut 24 of 48 texts to max_length 4 (targets: 16); the longest text has 5 tokens."]
+    shorter = TextTask(rows=ROWS, max_length=3).split("train", network)
+    assert (shorter.lengths.max(), network.max_length, shorter.preprocessing.max_length) == (3, 4, 3)
