@@ -367,7 +367,7 @@ def clip_config(model: str, pretrained: str | None) -> dict[str, Any]:
     """
     _, architecture = _weights_source(_architecture(model), pretrained)
     seen = _preprocessing(architecture)
-    settings = {"mean": list(seen.mean), "std": list(seen.std)}
+    settings: dict[str, Any] = {"mean": list(seen.mean), "std": list(seen.std)}
     settings |= {"interpolation": seen.interpolation, "resize_mode": seen.resize_mode}
     return {"model_cfg": copy.deepcopy(architecture.config), "preprocess_cfg": settings}
 
