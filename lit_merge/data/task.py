@@ -25,6 +25,7 @@ from lit_merge.data.other_tasks import (
     read_other_images,
     sources_in_use,
 )
+from lit_merge.data.packaged.task import RealTextTask
 from lit_merge.data.paths import named_path
 from lit_merge.data.published.task import PublishedSource, named_source
 from lit_merge.data.published.texts import PublishedText
@@ -159,7 +160,8 @@ class TaskDataModule(L.LightningDataModule):
             self.source, other_tasks, other_paths or {}, fractions, split_seed, skip_corrupt, root, other_sources
         )
         sources = (self.source, *self._known_others.values())
-        if root is not None and not any(isinstance(one, PublishedSource | PublishedText) for one in sources):
+        prepared = PublishedSource | PublishedText | RealTextTask
+        if root is not None and not any(isinstance(one, prepared) for one in sources):
             raise ConfigurationError(
                 f"root: expected only with a published data set, got {str(root)!r} without one. Remove it."
             )

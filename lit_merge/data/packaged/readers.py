@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import csv
 import email
+import html
 import io
 import json
 import re
@@ -70,7 +71,7 @@ def mail(path: Path) -> Iterator[tuple[str, str]]:
     for name in sorted(found):
         message = email.message_from_string(str(json.loads(found[name])["text"]))
         text = f"{message['subject'] or ''}. {''.join(_plain_parts(message))}"
-        yield _URL.sub(" ", re.sub(r"<[^>]*>", " ", text)), "spam" if "/spam-" in name else "ham"
+        yield _URL.sub(" ", html.unescape(re.sub(r"<[^>]*>", " ", text))), "spam" if "/spam-" in name else "ham"
 
 
 def _plain_parts(message: Message) -> Iterator[str]:
