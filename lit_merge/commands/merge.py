@@ -24,6 +24,7 @@ from lit_merge.transforms.parts import resolve_transform
 if TYPE_CHECKING:
     from lightning import LightningDataModule
 
+    from lit_merge.evaluation.recalibration import Recalibration
     from lit_merge.evaluation.search import CoefficientSearch, SearchResult
 
 __all__ = ["MergeResult", "merge"]
@@ -83,6 +84,7 @@ def merge(
     heads: Literal["refuse", "keep"] = "refuse",
     rows: Literal["base", "common", "union"] | None = None,
     running_statistics: Literal["average", "base"] = "average",
+    recalibrate: Recalibration | None = None,
     write_as: str | None = None,
     rank: int | None = None,
     dry_run: bool = False,
@@ -116,7 +118,7 @@ def merge(
         shard_size: write an output folder as shards of at most this size, e.g. 2GB.
         device: where stacks are computed, e.g. cuda; one parameter of all vectors is moved at a time.
         search: choose a coefficient on validation data instead of taking the given one; for networks.
-        data: the tasks to search on; by default the embedded tasks that the vectors are named after.
+        data: the tasks to search or recalibrate on; by default the embedded tasks that the vectors are named after.
         overwrite: replace an existing output and the files beside it.
         linearized: whether the vectors are merged for the encoder's tangent at θ0, as they were trained: a search
             evaluates that instead of the encoder, and the output's header says so.
@@ -127,6 +129,8 @@ def merge(
         rows: for tables of different vocabularies: base for the base's rows, common for those that all have, union for
             all tokens. Without it they are refused.
         running_statistics: of batch normalisation: average for the mean of the inputs that bring their own, or base.
+        recalibrate: measure them again in the merged network instead, on images of data, by default of the embedded
+            tasks that the vectors are named after; their labels are not read. For networks; {} for 1,024 images.
         write_as: of a CLIP, the layout of names: open_clip, image_tower, transformers or timm; by default the base's.
             In a folder its configuration is written too, if that of the base is known.
         rank: of an adapter's factors, at most. By default the inputs' ranks add up, which is exact for sums of LoRA
@@ -154,6 +158,7 @@ def merge(
         running_statistics=running_statistics,
         write_as=write_as,
         rank=rank,
+        recalibrate=recalibrate,
     )
     planned = job.plan(chosen, dry=dry_run)
     job.check(planned, overwrite)
@@ -170,5 +175,5 @@ def merge(
         planned = job.plan(found.transform, found=found)
         warn(line for line in planned.plan.warnings if line not in said)
     settings_file = {beside(job.target.path, "merge.yaml").name: RESOLVED.get()} if RESOLVED.get() else {}
-    warn(job.write(planned, overwrite, progress, settings_file))
+    warn(job.write(planned, overwrite, progress, settings_file, data))
     return MergeResult(job.target.path, planned.transform, planned.found, planned.plan, outcome=job.outcome)

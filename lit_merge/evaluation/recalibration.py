@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import torch
@@ -56,6 +56,15 @@ class Recalibration:
         whole_number("recalibrate.images", self.images, minimum=2)
         whole_number("recalibrate.batch_size", self.batch_size, minimum=2)
         one_of("recalibrate.split", self.split, ("train", "val"))
+
+    def describe(self) -> str:
+        """Where the statistics come from, in words."""
+        of = f" of {', '.join(self.tasks)}" if self.tasks else ""
+        return f"measured again on {self.images:,} {self.split} images{of} (recalibrate)"
+
+    def plain(self) -> dict[str, Any]:
+        """The settings as plain data."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
     def of(self, network: Network, weights: LazyMapping, tasks: Sequence[str], data: Any = None) -> Params:
         """The running statistics of a network under given weights.

@@ -105,8 +105,7 @@ def merge(
     inputs, same = _inputs(start, vectors, named, rules)
     start = same.base
     stacks = TaskVectors([one.vector for one in inputs], base=start.parameters, device=device)
-    if stacks.base_fingerprint:
-        check_base(stacks, start.fingerprint, start.name)
+    check_base(stacks, start.fingerprint if stacks.base_fingerprint else "", start.name, start.activation)
     statistics = RunningStatistics(start, inputs, running_statistics == "average")
     merged = chosen(stacks)
     singles = [merged] if len(merged.tasks) == 1 else [merged.select([index]) for index in range(len(merged.tasks))]

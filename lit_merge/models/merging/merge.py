@@ -7,9 +7,10 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Protocol, get_args
 
 import torch
+from torch import Tensor
 
 from lit_merge._version import __version__
 from lit_merge.checkpoints.pairing.differences import RowRule, Rules
@@ -41,6 +42,21 @@ Averaged = Literal["average", "base"]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "as_base": None}
 """What tensors can be stored as; ``as_base`` keeps every tensor's own."""
+
+
+class Recalibrating(Protocol):
+    """What measures running statistics anew: :class:`lit_merge.evaluation.recalibration.Recalibration`."""
+
+    def of(
+        self, network: Network, weights: LazyMapping, tasks: Sequence[str], data: Any = None
+    ) -> Mapping[str, Tensor]:
+        """The running statistics of a network under given weights."""
+
+    def describe(self) -> str:
+        """Where they come from, in words."""
+
+    def plain(self) -> dict[str, Any]:
+        """Its settings."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +116,7 @@ class Merge:
         running_statistics: Averaged = "average",
         write_as: str | None = None,
         rank: int | None = None,
+        recalibrate: Recalibrating | None = None,
     ) -> None:
         self.target, self.kind, self.linearized, self.device = Target(Path(output)), kind, linearized, device
         self._shard_size = _shard_size(shard_size, self.target)
@@ -119,13 +136,14 @@ class Merge:
             **{"heads": heads if heads != "refuse" else None},
             **{"running_statistics": running_statistics if running_statistics != "average" else None},
             **{"write_as": write_as, "rank": rank},
+            **{"recalibrate": None if recalibrate is None else recalibrate.plain()},
         }
         self._rank, self.outcome = rank, tuple[str, ...]()
         if kind == "lora" or rank is not None:
             check_lora(kind, rank, base, self.target.path, self.target.is_file)
         _check_choice("heads", heads, Heads)
         _check_choice("running_statistics", running_statistics, Averaged)
-        self._average = running_statistics == "average"
+        self._average, self._recalibrate = running_statistics == "average", recalibrate
         rules = Rules(tuple(leave_out or ()), heads == "keep", rows)
         self._dtype = DTYPES[dtype or ("as_base" if base is not None and kind == "weights" else "float32")]
         self.form = form_of(self.base, base, self.target.is_file, kind == "weights", self._dtype, write_as)
@@ -134,6 +152,8 @@ class Merge:
         self.base = self._rows.base
         self.form = self.form.with_entries(self._rows.entries)
         self._set_inputs(inputs)
+        if recalibrate is not None:
+            self._check_recalibration()
 
     def _set_inputs(self, inputs: list[Input]) -> None:
         self.inputs = inputs
@@ -151,7 +171,21 @@ class Merge:
         copies = [
             f"{name} is {first} again: merged once, written under both names" for name, first in self.base.ties.items()
         ]
-        return (*copies, *self._rows.notes, *said, *self.vectors.notes, *self.statistics.notes)
+        measured = self.statistics.notes
+        if self._recalibrate is not None:
+            measured = (f"{self.statistics.count} running statistics: {self._recalibrate.describe()}",)
+        return (*copies, *self._rows.notes, *said, *self.vectors.notes, *measured)
+
+    def _check_recalibration(self) -> None:
+        network = self.network()
+        wrong = "a linearised merge, whose normalisations stay at θ0" if self.linearized else f"kind {self.kind}"
+        if self.linearized or self.kind != "weights":
+            raise ConfigurationError(f"recalibrate: expected merged weights, got {wrong}. Remove one of them.")
+        if not self.statistics.count:
+            raise ConfigurationError(
+                f"recalibrate: expected a network with running statistics, as batch normalisation has them, got "
+                f"{network.name} without. Remove recalibrate."
+            )
 
     def network(self) -> Network:
         """The base as what can be evaluated.
@@ -228,7 +262,12 @@ class Merge:
         check_space(planned.plan, self.target.folder)
 
     def write(
-        self, planned: Planned, overwrite: bool = False, progress: bool = False, more: Mapping[str, str] | None = None
+        self,
+        planned: Planned,
+        overwrite: bool = False,
+        progress: bool = False,
+        more: Mapping[str, str] | None = None,
+        data: Any = None,
     ) -> tuple[str, ...]:
         """Compute and write everything, or leave nothing.
 
@@ -237,6 +276,7 @@ class Merge:
             overwrite: whether an existing output is replaced.
             progress: whether to show a bar, if the standard error is a terminal.
             more: file name -> text, written in the same transaction.
+            data: whose images running statistics are measured on, if they are.
 
         Returns:
             What was found out on the way and is to be warned of, one line each: what rounding has taken.
@@ -251,6 +291,9 @@ class Merge:
             if self.kind == "lora":
                 planned = replace(planned, outputs=[factored(one) for one in planned.outputs])
                 self.outcome = tuple(said for one in planned.outputs if (said := one.metadata.get("lora")))
+            for one in planned.outputs if self._recalibrate is not None else ():
+                assert isinstance(one.measured, MergedWeights)
+                one.measured.replace(self._recalibrate.of(self.network(), one.measured, one.measured.tasks, data))
             for one in planned.outputs:
                 _write(folder, one, bar.watch(one.tensors, one.stem))
             losses = tuple(filter(None, (one.caution() for one in planned.outputs)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import ChainMap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -148,6 +149,15 @@ class MergedWeights(LazyMapping):
                 yield name, piece
                 ready = next(pieces, None)
             self._losses[name] = total
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """What was merged."""
+        return self._merged.merged_tasks
+
+    def replace(self, values: Mapping[str, Tensor]) -> None:
+        """From now on write these instead of tensors that are no parameters, under the whole model's names."""
+        self._replaced = ChainMap(dict(values), self._replaced)  # type: ignore[arg-type]
 
     @property
     def narrow(self) -> list[torch.dtype]:

@@ -42,6 +42,11 @@ class RunningStatistics:
         self._structure = {name: (shape_of(whole, name), dtype_of(whole, name)) for name in self._names}
 
     @property
+    def count(self) -> int:
+        """How many means and variances the base has."""
+        return len(self._names)
+
+    @property
     def notes(self) -> tuple[str, ...]:
         """Where they come from, in words; empty without any."""
         if not self._names:
