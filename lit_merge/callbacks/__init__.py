@@ -5,13 +5,14 @@ from lit_merge.callbacks.evaluate_merge import EvaluateMerge
 from lit_merge.callbacks.extract import ExtractTaskVector
 from lit_merge.callbacks.log_coefficients import LogCoefficients
 from lit_merge.callbacks.write_merge import WriteMerge
-from lit_merge.callbacks.writing import WriteMetrics, WritePredictions
+from lit_merge.callbacks.writing import WriteHits, WriteMetrics, WritePredictions
 
 __all__ = [
     "EntropyLossCorrelation",
     "EvaluateMerge",
     "ExtractTaskVector",
     "LogCoefficients",
+    "WriteHits",
     "WriteMerge",
     "WriteMetrics",
     "WritePredictions",

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from lit_merge.files.text import write_text
+from lit_merge.report.hits import save_hits
 
-__all__ = ["WriteMetrics", "WritePredictions", "write_text"]
+__all__ = ["WriteHits", "WriteMetrics", "WritePredictions", "write_text"]
 
 
 class WriteMetrics(L.Callback):
@@ -40,6 +41,58 @@ class WriteMetrics(L.Callback):
         if trainer.is_global_zero:
             metrics = {name: float(value) for name, value in sorted(trainer.callback_metrics.items())}
             write_text(Path(trainer.default_root_dir) / self.path, json.dumps(metrics, indent=2) + "\n")
+
+
+class WriteHits(L.Callback):
+    """Writes which test examples were right, a bit each, see :func:`lit_merge.report.hits.save_hits`.
+
+    Paired comparisons of models are computed from these, whichever they are and whenever.
+
+    Args:
+        path: the file, relative to the run's directory.
+    """
+
+    def __init__(self, path: str = "test_hits.safetensors") -> None:
+        self.path = path
+        self._found: dict[str, dict[int, bool]] = {}
+
+    def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Forget an earlier run."""
+        self._found = {}
+
+    def on_test_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Keep what a step returns: ``task``, ``hits`` and ``indices``; padding has index -1."""
+        if not isinstance(outputs, dict) or "hits" not in outputs:
+            return
+        rows = self._found.setdefault(outputs["task"], {})
+        for index, hit in zip(outputs["indices"].tolist(), outputs["hits"].tolist(), strict=True):
+            if index >= 0:
+                rows[index] = hit > 0.5
+
+    def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Gather the processes' rows and write the file."""
+        parts = [self._found]
+        if trainer.world_size > 1:
+            gathered: list[Any] = [None] * trainer.world_size
+            torch.distributed.all_gather_object(gathered, self._found)
+            parts = gathered
+        if not trainer.is_global_zero:
+            return
+        rows: dict[str, dict[int, bool]] = {}
+        for part in parts:
+            for task, found in part.items():
+                rows.setdefault(task, {}).update(found)
+        hits = {task: torch.tensor([found[index] for index in sorted(found)]) for task, found in rows.items()}
+        if hits:
+            save_hits(Path(trainer.default_root_dir) / self.path, hits)
 
 
 class WritePredictions(L.Callback):

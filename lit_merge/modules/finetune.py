@@ -199,14 +199,15 @@ class FineTuneModule(FineTuningProtocol):
         """Accuracy and loss on the validation split."""
         self._evaluate(batch, "val")
 
-    def test_step(self, batch: Any, batch_idx: int) -> None:
-        """Accuracy and loss on the test split."""
-        self._evaluate(batch, "test")
+    def test_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
+        """Accuracy and loss on the test split; returns which examples were right."""
+        hits = self._evaluate(batch, "test")
+        return {"task": self.task, "hits": hits, "indices": batch.indices}
 
     def _accuracy(self, split: str) -> ExampleMean:
         return cast(ExampleMean, self.accuracy[split])
 
-    def _evaluate(self, batch: Any, split: str) -> None:
+    def _evaluate(self, batch: Any, split: str) -> Tensor:
         logits = self.classify(*self.inputs(batch))
         right, counted = hits_of(self.head, logits, batch)
         accuracy, loss = self._accuracy(split), cast(ExampleMean, self.loss[split])
@@ -219,6 +220,7 @@ class FineTuneModule(FineTuningProtocol):
             perplexity = cast(Perplexity, self.perplexity[split])
             perplexity.update(*surprise)
             self.log(f"{split}/perplexity", perplexity, batch_size=len(batch))
+        return right
 
     def predict_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
         """Class probabilities ``[B, C]`` of a batch and the images' positions ``[B]``."""

@@ -88,22 +88,25 @@ class TaskHeads(EncoderModule):
         """Accuracy of one task on its validation split."""
         self._evaluate(batch, "val", dataloader_idx)
 
-    def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Accuracy of one task on its test split."""
-        self._evaluate(batch, "test", dataloader_idx)
+    def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
+        """Accuracy of one task on its test split; returns which examples were right."""
+        hits = self._evaluate(batch, "test", dataloader_idx)
+        return {"task": self.tasks[dataloader_idx], "hits": hits, "indices": batch.indices}
 
     def _accuracy(self, split: str, task: str) -> ExampleMean:
         return cast(ExampleMean, self.accuracy[_key(task, split)])
 
-    def _evaluate(self, batch: Any, split: str, dataloader_idx: int) -> None:
+    def _evaluate(self, batch: Any, split: str, dataloader_idx: int) -> Tensor:
         task = self.tasks[dataloader_idx]
         metric = self._accuracy(split, task)
         features = self._measured_features(batch, split, task) if self.tau_jp else self.features(batch)
         logits = self.classify(features, task)
-        metric.update(*hits_of(self.heads[_key(task)], logits, batch))
+        right, counted = hits_of(self.heads[_key(task)], logits, batch)
+        metric.update(right, counted)
         self.log(f"{split}/{task}/accuracy", metric, add_dataloader_idx=False, batch_size=len(batch))
         self._log_perplexity(logits, batch, split, task)
         self.log_more(logits, batch, split, dataloader_idx)
+        return right
 
     def _log_perplexity(self, logits: Tensor, batch: Any, split: str, task: str) -> None:
         """Of a language model's next tokens."""

@@ -233,7 +233,7 @@ class SuitePlan(SuiteSettings):
         config = self.test_config(data, model)
         settings = self._settings(self.test_config(data, dict.fromkeys(model)), images)  # the model's content counts
         inputs = tuple(model.values())
-        return Stage(name, "test", config, settings, ("test_metrics.json",), inputs, _devices(config))
+        return Stage(name, "test", config, settings, ("test_metrics.json", "test_hits.safetensors"), inputs, _devices(config))
 
     def _learn(self, seed: int, name: str, vectors: Mapping[str, Path]) -> list[Stage]:
         recipe, inputs = self.recipes[name], tuple(vectors.values())

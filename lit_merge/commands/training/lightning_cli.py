@@ -21,7 +21,7 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lit_merge.callbacks import ExtractTaskVector, WriteMerge, WriteMetrics, WritePredictions
+from lit_merge.callbacks import ExtractTaskVector, WriteHits, WriteMerge, WriteMetrics, WritePredictions
 from lit_merge.commands.parsing import NearestNames, configurations, refuse_saved_permissions, refuse_urls
 from lit_merge.commands.training.checkpoint_settings import given_settings, reconciled
 from lit_merge.commands.training.run_directory import RunDirectory
@@ -215,7 +215,8 @@ class LitMergeCLI(LightningCLI):
             ]
         if self.command == "predict":
             return [WritePredictions()]
-        return [WriteMetrics(f"{self.command}_metrics.json")]
+        written = [WriteHits()] if self.command == "test" else []
+        return [WriteMetrics(f"{self.command}_metrics.json"), *written]
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         arguments = super()._prepare_subcommand_kwargs(subcommand)

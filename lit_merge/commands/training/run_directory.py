@@ -21,7 +21,7 @@ _OUTPUTS = {
         *("metrics*.csv", "checkpoints"),
     ),
     "validate": ("validate_metrics.json",),
-    "test": ("test_metrics.json",),
+    "test": ("test_metrics.json", "test_hits.safetensors"),
     "predict": ("predictions.csv",),
 }
 _KEYWORDS = ("hpc", "registry")  # Lightning finds the checkpoint
