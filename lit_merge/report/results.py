@@ -40,7 +40,11 @@ INDIVIDUAL = "individual"
 JOINT = "joint"
 """The method that is no merge: one model, fine-tuned on all tasks jointly; a suite may have this reference."""
 
-_NAMES = {"iso_c": "Iso-C", "iso_cts": "Iso-CTS", "tsv_m": "TSV-M", "wudi": "WUDI"}  # as the papers write them
+_NAMES = {  # as the papers write them
+    **{"iso_c": "Iso-C", "iso_cts": "Iso-CTS", "tsv_m": "TSV-M", "dc_merge": "DC-Merge", "ace": "ACE-Merging"},
+    **{"optmerge": "OptMerge", "orthomerge": "OrthoMerge", "actmerge": "ActMerge"},
+    **{name: name.upper() for name in ("wudi", "iwudi", "swudi", "aswudi", "cart", "esm", "svc")},
+}
 _WORDS = {"adamerging": "AdaMerging", "dare": "DARE", "lines": "LiNeS", "tall": "TALL", "ties": "TIES"}
 
 
