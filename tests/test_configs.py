@@ -129,7 +129,7 @@ def test_every_way_to_fine_tune_is_there_once() -> None:
         assert "learning_rate" in settings
 
 
-PAPERS = ("clip", "glue", "nli", "t5_", "toxicity")  # need weights and data sets: other tests run them
+PAPERS = ("clip", "glue", "nli", "t5_", "text", "toxicity")  # need weights and data sets: other tests run them
 
 
 @pytest.mark.parametrize(

@@ -71,6 +71,7 @@ def mail(path: Path) -> Iterator[tuple[str, str]]:
     for name in sorted(found):
         message = email.message_from_string(str(json.loads(found[name])["text"]))
         text = f"{message['subject'] or ''}. {''.join(_plain_parts(message))}"
+        text = text.replace("\ufffd", " ").replace("\\ufffd", " ")  # bytes that the package had lost already
         yield _URL.sub(" ", html.unescape(re.sub(r"<[^>]*>", " ", text))), "spam" if "/spam-" in name else "ham"
 
 
