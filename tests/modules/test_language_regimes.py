@@ -27,7 +27,7 @@ from lit_merge.naming import Depth
 from lit_merge.vectors import TaskVector
 
 NETWORKS = {"bert": TextEncoderNetwork, "t5": Seq2SeqNetwork, "gpt2": CausalNetwork, "llama": CausalNetwork}
-STEPS, RATE, DECAY, WEIGHT = 4, 1e-2, 0.1, 0.3
+STEPS, RATE, DECAY, WEIGHT = 2, 1e-2, 0.1, 0.3
 EXACT = {"precision": "64-true"}
 WORDS = ["a", "b", "c", "d", "e", "f", "g", "h", "w1", "w2", "w3", "w4", "w5"]
 
@@ -187,8 +187,12 @@ REGIMES = {
 }
 
 
-@pytest.mark.parametrize("regime", REGIMES)
-@pytest.mark.parametrize("name", NETWORKS)
+# What differs between the networks is in two regimes, what differs between the regimes in one network.
+FITS = [(name, regime) for name in NETWORKS for regime in ("full", "linearised, attention, cyclic")]
+FITS += [("t5", regime) for regime in REGIMES if ("t5", regime) not in FITS] + [("gpt2", "linearised, strict")]
+
+
+@pytest.mark.parametrize(("name", "regime"), FITS)
 def test_fit_is_the_plain_loop(name, regime, network, silent_trainer):
     settings = REGIMES[regime]
     base = network(name)
@@ -209,7 +213,7 @@ def test_fit_is_the_plain_loop(name, regime, network, silent_trainer):
     assert torch.isfinite(metrics["val/loss"])
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", ["t5", "gpt2"])
 def test_low_rank_training_moves_attention_alone(name, network, silent_trainer):
     base = network(name)
     data, module = Texts(base), copy.deepcopy(base.module)
@@ -238,7 +242,7 @@ def test_rates_rise_with_the_blocks_of_encoder_and_decoder(name, network):
         assert rates["decoder.block.0.layer.1.EncDecAttention.q.weight"] == pytest.approx(2 / 3)
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", ["bert", "t5"])
 def test_joint_training_is_the_mean_over_the_tasks(name, network, silent_trainer):
     base = network(name)
     tasks = {"one": Texts(base, steps=1, seed=1), "two": Texts(base, steps=1, seed=2)}
@@ -257,8 +261,7 @@ def test_joint_training_is_the_mean_over_the_tasks(name, network, silent_trainer
     assert {"val/one/tau_jp", "val/two/accuracy"} <= set(trainer.callback_metrics)
 
 
-@pytest.mark.parametrize("linearized", [False, True], ids=["direct", "linearised"])
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize(("name", "linearized"), [("gpt2", False), ("t5", True)], ids=str)
 def test_half_precision_and_recomputation_train_alike(name, linearized, network, silent_trainer):
     found = {}
     for kind, precision in (("plain", "32-true"), ("mixed", "bf16-mixed"), ("recomputed", "32-true")):
@@ -327,11 +330,17 @@ def plain_entropy(output, batch, head):
     return torch.stack(rows).mean()
 
 
-CASES = [("bert", False), ("t5", False), ("t5", True), ("gpt2", False), ("llama", True)]
+CASES = {
+    "bert": ("bert", False, False),
+    "bert, linearised": ("bert", False, True),
+    "t5": ("t5", False, False),
+    "t5, answers, linearised": ("t5", True, True),
+    "gpt2": ("gpt2", False, False),
+    "llama, answers": ("llama", True, False),
+}
 
 
-@pytest.mark.parametrize("linearized", [False, True], ids=["direct", "linearised"])
-@pytest.mark.parametrize(("name", "ranked"), CASES)
+@pytest.mark.parametrize(("name", "ranked", "linearized"), CASES.values(), ids=CASES)
 def test_the_gradient_of_the_coefficients_is_that_of_the_entropy(
     name, ranked, linearized, network, tmp_path, silent_trainer
 ):
@@ -375,8 +384,10 @@ def test_the_gradient_of_the_coefficients_is_that_of_the_entropy(
     torch.testing.assert_close(found[:, 0], gradient, rtol=1e-8, atol=1e-10)
 
 
-@pytest.mark.parametrize("storage", ["device", "bfloat16", "host", "mapped"])
-@pytest.mark.parametrize("objective", ["entropy", "cross_entropy"])
+@pytest.mark.parametrize(
+    ("storage", "objective"),
+    [("device", "entropy"), ("bfloat16", "cross_entropy"), ("host", "entropy"), ("mapped", "cross_entropy")],
+)
 def test_coefficients_are_learned_in_every_storage(storage, objective, network, tmp_path, silent_trainer):
     base = network("t5", "float32")
     files = vectors(base, tmp_path, ("one", "two"))
