@@ -15,7 +15,7 @@ from lit_merge.data.embedded.tasks import EMBEDDED_TASKS
 from lit_merge.data.packaged.registry import PACKAGED_SUITES
 from lit_merge.data.published.registry import SUITES
 from lit_merge.data.published.task import is_published
-from lit_merge.data.published.texts import TEXT_SUITES
+from lit_merge.data.published.text_registry import TEXT_SUITES
 from lit_merge.data.sources import Task
 from lit_merge.data.task import TaskDataModule
 from lit_merge.errors import ConfigurationError, first_few

@@ -6,7 +6,7 @@ import csv
 from pathlib import Path
 from typing import Any
 
-from lit_merge.data.published.texts import TextEntry
+from lit_merge.data.published.text_registry import TextEntry
 
 _LISTS = {"qasc": 8, "quartz": 2}
 

@@ -40,13 +40,15 @@ from torch.utils.data import random_split
 from lit_merge.commands.main import main
 from lit_merge.data import MergeDataModule, MultiTaskDataModule, PublishedSource, TaskDataModule
 from lit_merge.data.batch import PADDING
-from lit_merge.data.packaged.registry import PACKAGED
+from lit_merge.data.packaged.registry import PACKAGED, PACKAGED_SUITES
 from lit_merge.data.published import checking, preparation
 from lit_merge.data.published.class_names import labels_by_name, labels_in_order
 from lit_merge.data.published.registry import REGISTRY, SUITES, registry_table
+from lit_merge.data.published.text_registry import TEXT_SUITES, TEXT_TASKS
 from lit_merge.errors import ConfigurationError, DataError
 from lit_merge.models import Preprocessing
 
+SUITE_NAMES = ", ".join([*SUITES, *TEXT_SUITES, *PACKAGED_SUITES])
 SMALL = Preprocessing(8)
 EVERY = [(name, layout) for name, entry in REGISTRY.items() for layout in layouts_of(entry)]
 OF_TORCHVISION = [name for name, layout in EVERY if layout == "torchvision"]
@@ -756,7 +758,7 @@ def test_check(root, capsys):
     assert "got mnist (other counts), svhn (damaged), cars (missing)" in said.err
     assert main(["data", "check", "--root", str(root / "nothing")]) == 0  # nothing was asked for
     table = capsys.readouterr().out
-    assert len(table.splitlines()) == 1 + len(REGISTRY) + len(PACKAGED)
+    assert len(table.splitlines()) == 1 + len(REGISTRY) + len(TEXT_TASKS) + len(PACKAGED)
     assert "lit-merge data prepare kmnist" in table
     assert main(["data", "check", "kmnist", "--root", str(root / "nothing")]) == 1
     assert "kmnist: expected Kuzushiji-MNIST in one of these places" in capsys.readouterr().err.replace(
@@ -781,7 +783,7 @@ def test_list(capsys):
     assert lines[-1].split()[1:6] == ["200", "–", "–", "30,000", "2.19"]
     assert "clip8, clip14, clip20" in lines[1]
     assert main(["data", "list"]) == 0
-    assert len(capsys.readouterr().out.splitlines()) == 1 + len(REGISTRY) + len(PACKAGED)
+    assert len(capsys.readouterr().out.splitlines()) == 1 + len(REGISTRY) + len(TEXT_TASKS) + len(PACKAGED)
 
 
 @pytest.mark.parametrize(
@@ -794,9 +796,9 @@ def test_list(capsys):
         ),
         (
             ["check", "clp8"],
-            "(clip8, clip14, clip20, wise_ft, text8, text12), got 'clp8'. Did you mean",
+            f"({SUITE_NAMES}), got 'clp8'. Did you mean",
         ),
-        (["prepare"], "names: expected data sets or suites (clip8, clip14, clip20, wise_ft, text8, text12), got none."),
+        (["prepare"], f"names: expected data sets or suites ({SUITE_NAMES}), got none."),
         (["prepare", "resisc45", "--source", "torchvision"], "source: expected hub for resisc45, got torchvision."),
         (["prepare", "emnist", "--source", "hub"], "source: expected torchvision for emnist, got hub."),
     ],

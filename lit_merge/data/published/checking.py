@@ -10,13 +10,16 @@ from dataclasses import asdict, dataclass, field
 from lit_merge.data.packaged.preparation import found_files
 from lit_merge.data.packaged.registry import PACKAGED, PACKAGED_BASES, PACKAGED_SUITES, PackagedModel, PackagedTexts
 from lit_merge.data.published.registry import REGISTRY, SUITES, DataSetEntry, data_root
+from lit_merge.data.published.text_registry import TEXT_SUITES, TEXT_TASKS, TextEntry
 from lit_merge.errors import ConfigurationError, DataError, did_you_mean, first_few
 
 __all__ = ["CheckReport", "CheckedDataSet", "check", "check_data_set", "chosen_entries", "list_data"]
 
 _SPLITS = ("train", "val", "test")
+_SHOWN = {"validation": "val", "validation_matched": "val", "challenge": "test"}
+"""Stored split of texts -> the column that it is shown in."""
 
-Entry = DataSetEntry | PackagedTexts | PackagedModel
+Entry = DataSetEntry | TextEntry | PackagedTexts | PackagedModel
 """What has a name that can be prepared."""
 
 
@@ -94,8 +97,9 @@ def chosen_entries(names: Sequence[str]) -> list[Entry]:
         ConfigurationError: a name is unknown; the nearest ones are named.
     """
     found: dict[str, Entry] = {}
-    suites = {**SUITES, **{suite: (*tasks, PACKAGED_BASES[suite]) for suite, tasks in PACKAGED_SUITES.items()}}
-    entries: dict[str, Entry] = {**REGISTRY, **PACKAGED}
+    suites = {**SUITES, **{suite: one.tasks for suite, one in TEXT_SUITES.items()}}
+    suites |= {suite: (*tasks, PACKAGED_BASES[suite]) for suite, tasks in PACKAGED_SUITES.items()}
+    entries: dict[str, Entry] = {**REGISTRY, **TEXT_TASKS, **PACKAGED}
     for name in names:
         known = suites.get(name.lower(), (name.lower(),))
         if known[0] not in entries:
@@ -119,7 +123,10 @@ def list_data(names: list[str] | None = None) -> str:
         ConfigurationError: a name is unknown.
     """
     rows: list[tuple[str, ...]] = [("data set", "classes", "train", "val", "test", "GB", "suites", "from", "title")]
-    for one in chosen_entries(names or [*REGISTRY, *PACKAGED]):
+    for one in chosen_entries(names or [*REGISTRY, *TEXT_TASKS, *PACKAGED]):
+        if isinstance(one, TextEntry):
+            rows.append(_text_row(one))
+            continue
         if not isinstance(one, DataSetEntry):
             rows.append(_packaged_row(one))
             continue
@@ -129,6 +136,14 @@ def list_data(names: list[str] | None = None) -> str:
         named = (", ".join(suites), ", ".join(filter(None, sources)), one.title)
         rows.append((one.name, f"{len(one.classes):,}", *counts, f"{one.gigabytes:g}", *named))
     return aligned(rows, right=(1, 2, 3, 4, 5))
+
+
+def _text_row(one: TextEntry) -> tuple[str, ...]:
+    by_split = {_SHOWN.get(split, split): f"{count:,}" for split, count in one.counts.items()}
+    counts = [by_split.get(split, "–") for split in _SPLITS]
+    classes = len(one.task.get("classes") or ())
+    where = one.hub + (f" ({one.hub_config})" if one.hub_config else "")
+    return (one.name, str(classes or "–"), *counts, f"{one.gigabytes:g}", one.suite, where, one.title)
 
 
 def _packaged_row(one: PackagedTexts | PackagedModel) -> tuple[str, ...]:
@@ -152,12 +167,14 @@ def check(names: list[str] | None = None, root: str | None = None, json: bool = 
     Raises:
         ConfigurationError: a name is unknown.
     """
-    entries = chosen_entries(names or [*REGISTRY, *PACKAGED])
+    entries = chosen_entries(names or [*REGISTRY, *TEXT_TASKS, *PACKAGED])
     return CheckReport(tuple(check_data_set(one, root) for one in entries), json, bool(names))
 
 
 def check_data_set(one: Entry, root: str | os.PathLike[str] | None = None) -> CheckedDataSet:
     """Look whether a data set is on the disk, and whether it is that of the literature."""
+    if isinstance(one, TextEntry):
+        return _check_texts(one, root)
     if not isinstance(one, DataSetEntry):
         texts = one if isinstance(one, PackagedTexts) else None
         looked, place = found_files(one, data_root(root)), str(one.folder(data_root(root)))
@@ -189,14 +206,51 @@ def check_data_set(one: Entry, root: str | os.PathLike[str] | None = None) -> Ch
     other = [
         f"{counts[split]:,} of {expected[split]:,} in {split}" for split in expected if counts[split] != expected[split]
     ]
-    state, problem = "complete", ""
-    if other:
-        state = "other counts"
-        problem = (
-            f"{one.name}: expected the images of the literature in {path}, got {', '.join(other)}. Complete it, or "
-            f"move it away and run: lit-merge data prepare {one.name} --root {data_root(root)}."
-        )
+    problem = _other_counts(one.name, "images", path, other, root)
+    state = "other counts" if other else "complete"
     return CheckedDataSet(one.name, state, problem, found.layout, path, len(one.classes), counts, expected)
+
+
+def _check_texts(one: TextEntry, root: str | os.PathLike[str] | None) -> CheckedDataSet:
+    from lit_merge.data.published.texts import PublishedText  # imports torch
+
+    task, classes = PublishedText(one, root), len(one.task.get("classes") or ())
+    expected = {_SHOWN.get(split, split): count for split, count in one.counts.items()}
+    try:
+        task.prepare()
+    except DataError as error:
+        return CheckedDataSet(one.name, "missing", str(error), expected=expected)
+    counts: dict[str, int] = {}
+    path = ""
+    try:
+        for split in one.counts:
+            table = task.stored(split)
+            counts[_SHOWN.get(split, split)] = len(table)
+            path = path or os.path.dirname(table.where)  # noqa: PTH120 - a text
+            if lacking := [name for name in one.columns if name not in table.columns]:
+                raise DataError(
+                    f"{one.name}: expected the columns {', '.join(one.columns)} in {table.where}, got none of "
+                    f"{first_few(lacking)}. It may be another data set than {one.hub}."
+                )
+    except DataError as error:
+        return CheckedDataSet(one.name, "damaged", str(error), one.hub, path, classes, counts, expected)
+    other = [
+        f"{counts[split]:,} of {expected[split]:,} in {split}" for split in expected if counts[split] != expected[split]
+    ]
+    problem = _other_counts(one.name, "rows", path, other, root)
+    state = "other counts" if other else "complete"
+    return CheckedDataSet(
+        one.name, state, problem, f"{one.hub} of the Hugging Face Hub", path, classes, counts, expected
+    )
+
+
+def _other_counts(name: str, what: str, path: str, other: Sequence[str], root: str | os.PathLike[str] | None) -> str:
+    if not other:
+        return ""
+    return (
+        f"{name}: expected the {what} of the literature in {path}, got {', '.join(other)}. Complete it, or "
+        f"move it away and run: lit-merge data prepare {name} --root {data_root(root)}."
+    )
 
 
 def aligned(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:

@@ -16,6 +16,7 @@ from lit_merge.data.packaged.preparation import prepare_packaged
 from lit_merge.data.packaged.registry import PACKAGED_SUITES
 from lit_merge.data.published.checking import CheckedDataSet, Entry, check_data_set, chosen_entries
 from lit_merge.data.published.registry import SUITES, DataSetEntry, data_root
+from lit_merge.data.published.text_registry import TEXT_SUITES, TextEntry
 from lit_merge.errors import ConfigurationError, DataError, LitMergeError, one_line
 
 __all__ = ["prepare"]
@@ -28,7 +29,7 @@ _CHECKED_FILES = (*_ARCHIVES, ".mat")
 _ROOM = 2.0
 """Bytes on the disk per byte that is downloaded: the archive and what is in it."""
 
-Downloader = Callable[[DataSetEntry, Path], None]
+Downloader = Callable[[Any, Path], None]
 
 
 def prepare(
@@ -55,23 +56,29 @@ def prepare(
     """
     if not names:
         raise ConfigurationError(
-            f"names: expected data sets or suites ({', '.join([*SUITES, *PACKAGED_SUITES])}), got none. "
+            f"names: expected data sets or suites ({', '.join([*SUITES, *TEXT_SUITES, *PACKAGED_SUITES])}), got none. "
             "`lit-merge data list` shows them."
         )
     folder = data_root(root)
-    ways = [(one, _way(one, source) if isinstance(one, DataSetEntry) else None) for one in chosen_entries(names)]
+    ways = [
+        (one, _way(one, source) if isinstance(one, DataSetEntry | TextEntry) else None) for one in chosen_entries(names)
+    ]
     return tuple(_brought(one, folder, way, source) for one, way in ways)
 
 
 def _brought(one: Entry, root: Path, way: tuple[str, Downloader] | None, source: str) -> CheckedDataSet:
-    if isinstance(one, DataSetEntry):
+    if isinstance(one, DataSetEntry | TextEntry):
         assert way is not None
         return _prepared(one, root, *way)
     prepare_packaged(one, root, source, _say)
     return check_data_set(one, root)
 
 
-def _way(one: DataSetEntry, source: str) -> tuple[str, Downloader]:
+def _way(one: DataSetEntry | TextEntry, source: str) -> tuple[str, Downloader]:
+    if isinstance(one, TextEntry):
+        if source not in ("auto", "hub"):
+            raise ConfigurationError(f"source: expected hub for {one.name}, got {source}. Set source to hub or auto.")
+        return f"from the Hugging Face Hub ({one.hub})", _by_hand if one.manual else _from_hub
     through_torchvision = one.torchvision is not None and one.torchvision not in _NOT_THROUGH_TORCHVISION
     if through_torchvision and source in ("auto", "torchvision"):
         return f"through torchvision ({one.torchvision})", _through_torchvision
@@ -81,7 +88,7 @@ def _way(one: DataSetEntry, source: str) -> tuple[str, Downloader]:
     raise ConfigurationError(f"source: expected {other} for {one.name}, got {source}. Set source to {other} or auto.")
 
 
-def _prepared(one: DataSetEntry, root: Path, way: str, download: Downloader) -> CheckedDataSet:
+def _prepared(one: DataSetEntry | TextEntry, root: Path, way: str, download: Downloader) -> CheckedDataSet:
     found = check_data_set(one, root)
     if found.state == "complete":
         _say(f"{one.name}: is there already, in {found.path}")
@@ -112,11 +119,12 @@ def _prepared(one: DataSetEntry, root: Path, way: str, download: Downloader) -> 
     _move_into(waiting, root)
     found = check_data_set(one, root)
     counts = ", ".join(f"{count:,} {split}" for split, count in found.counts.items())
-    _say(f"{one.name}: {counts} images of {found.classes:,} classes in {found.path}")
+    what = "rows" if isinstance(one, TextEntry) else "images"
+    _say(f"{one.name}: {counts} {what} of {found.classes:,} classes in {found.path}")
     return found
 
 
-def _check_room(one: DataSetEntry, root: Path) -> None:
+def _check_room(one: DataSetEntry | TextEntry, root: Path) -> None:
     existing = next(folder for folder in (root.absolute(), *root.absolute().parents) if folder.is_dir())
     free = shutil.disk_usage(existing).free / 1e9
     if free < _ROOM * one.gigabytes:
@@ -147,10 +155,15 @@ def _through_torchvision(one: DataSetEntry, folder: Path) -> None:
             kind(root=str(root), download=True, **arguments)
 
 
-def _from_hub(one: DataSetEntry, folder: Path) -> None:
+def _by_hand(one: TextEntry, folder: Path) -> None:
+    folder.rmdir()
+    raise DataError(f"{one.name}: expected {one.title} below {folder.parent}, got none. {one.manual}")
+
+
+def _from_hub(one: DataSetEntry | TextEntry, folder: Path) -> None:
     from huggingface_hub import snapshot_download
 
-    below = folder / one.name
+    below = folder / (one.folder if isinstance(one, TextEntry) else one.name)
     prefix = f"{one.hub_config}/" if one.hub_config else ""
     wanted = [
         pattern for split in one.hub_splits.values() for pattern in (f"{prefix}*{split}*.parquet", f"*{split}*.tar")

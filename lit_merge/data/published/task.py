@@ -18,7 +18,8 @@ from lit_merge.data.packaged.task import RealTextTask
 from lit_merge.data.published.image_list import ImageList
 from lit_merge.data.published.locations import Location, locations
 from lit_merge.data.published.registry import REGISTRY, DataSetEntry, data_root
-from lit_merge.data.published.texts import TEXT_TASKS, PublishedText
+from lit_merge.data.published.text_registry import TEXT_TASKS
+from lit_merge.data.published.texts import PublishedText
 from lit_merge.data.sources import EmbeddedSource, Task, chosen_templates
 from lit_merge.errors import ConfigurationError, DataError, did_you_mean, first_few
 
@@ -40,7 +41,7 @@ def named_source(
 
     Args:
         name: a key of :data:`~lit_merge.data.EMBEDDED_TASKS`, :data:`~lit_merge.data.published.registry.REGISTRY`,
-            :data:`~lit_merge.data.published.texts.TEXT_TASKS` or
+            :data:`~lit_merge.data.published.text_registry.TEXT_TASKS` or
             :data:`~lit_merge.data.packaged.registry.PACKAGED_TASKS`.
         root: the folder of the published data sets, see :class:`PublishedSource`.
         templates: prompt templates, see :func:`~lit_merge.data.sources.chosen_templates`; None for the task's own.

@@ -188,7 +188,8 @@ class TextTask(Task):
         unknown = [""] * len(texts) if wording.target is not None else None
         names = [f"{Path(path).name}/{row + 1}" for row in chosen]
         found = Rows(texts, [PADDING] * len(texts), unknown, answers if wording.answers else None, names)
-        return self._examples(found, str(path), "test", checked_preprocessing(preprocessing, self.name, self._max_length))
+        checked = checked_preprocessing(preprocessing, self.name, self._max_length)
+        return self._examples(found, str(path), "test", checked)
 
     @cached_property
     def _labels(self) -> Labels | None:

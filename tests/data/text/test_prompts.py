@@ -64,10 +64,13 @@ def test_columns_and_constant():
     ],
 )
 def test_nothing_is_evaluated(hostile):
-    with pytest.raises((ConfigurationError, DataError)) as refused:
+    def used():
         prompt = Prompt(hostile)
         prompt.check(ROW, "my.csv")
-        prompt(ROW)
+        return prompt(ROW)
+
+    with pytest.raises((ConfigurationError, DataError)) as refused:
+        used()
     assert "\n" not in str(refused.value)
 
 

@@ -12,10 +12,13 @@ import torch
 from builders.published_texts import row_of, write_text_task
 from builders.text_tables import tokenization
 
+from lit_merge.commands.main import main
 from lit_merge.data import MultiTaskDataModule, TaskDataModule
+from lit_merge.data.published import checking
 from lit_merge.data.published.registry import REGISTRY, SUITES
 from lit_merge.data.published.task import named_source
-from lit_merge.data.published.texts import TEXT_SUITES, TEXT_TASKS, PublishedText
+from lit_merge.data.published.text_registry import TEXT_SUITES, TEXT_TASKS
+from lit_merge.data.published.texts import PublishedText
 from lit_merge.errors import DataError
 
 pytest.importorskip("transformers")
@@ -176,9 +179,10 @@ def test_what_is_missing_is_said(tmp_path, monkeypatch):
     with pytest.raises(DataError) as refused:
         named_source("glue4_t5-cola", tmp_path).prepare()
     assert re.fullmatch(
-        rf"glue4_t5-cola: expected CoLA \(GLUE\) \(nyu-mll/glue, cola\) in one of these places \({tmp_path}/glue, "
-        rf"{tmp_path}/nyu-mll/glue, {tmp_path}/glue4_t5-cola; .*/datasets--nyu-mll--glue/snapshots; .*/nyu-mll___glue\), "
-        rf"got none of them\. Run: lit-merge data prepare glue4_t5-cola --root {tmp_path} \(downloads about 0\.4 MB\), or set "
+        rf"glue4_t5-cola: expected CoLA \(GLUE\) \(nyu-mll/glue, cola\) in one of these places "
+        rf"\({tmp_path}/glue, {tmp_path}/nyu-mll/glue, {tmp_path}/glue4_t5-cola; "
+        rf".*/datasets--nyu-mll--glue/snapshots; .*/nyu-mll___glue\), got none of them\. "
+        rf"Run: lit-merge data prepare glue4_t5-cola --root {tmp_path} \(downloads about 0\.4 MB\), or set "
         r"root or LIT_MERGE_DATA to the folder that holds it\.",
         str(refused.value),
     )
@@ -190,6 +194,42 @@ def test_what_is_missing_is_said(tmp_path, monkeypatch):
     (tmp_path / entry.folder / "labeled_final" / "test-00000-of-00001.parquet").unlink()
     with pytest.raises(DataError, match=r"expected the split test, got none\. Correct splits.test"):
         named_source(entry.name, tmp_path).split("test", characters("encoder_decoder"))
+
+
+def test_prepare_and_check(tmp_path, monkeypatch, capsys):
+    """From a Hub that writes files as the real one does; counts of the literature are those of the tiny files here."""
+    entry = replace(TEXT_TASKS["glue4_t5-rte"], counts={"train": 30, "validation": 30})
+    monkeypatch.setattr(checking, "TEXT_TASKS", {**TEXT_TASKS, entry.name: entry})
+    asked = []
+
+    def snapshot_download(repository, local_dir, allow_patterns, revision, repo_type):
+        asked.append((repository, repo_type, allow_patterns))
+        write_text_task(local_dir.parent, entry, 30)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    root = ["--root", str(tmp_path)]
+    assert main(["data", "prepare", entry.name, *root]) == 0
+    assert asked == [
+        (
+            "nyu-mll/glue",
+            "dataset",
+            ["rte/*train*.parquet", "*train*.tar", "rte/*validation*.parquet", "*validation*.tar"],
+        )
+    ]
+    assert f"{entry.name}: 30 train, 30 val rows of 2 classes in {tmp_path}/glue/rte" in capsys.readouterr().out
+    assert main(["data", "prepare", entry.name, *root]) == 0
+    assert "is there already" in capsys.readouterr().out
+    assert main(["data", "check", entry.name, *root]) == 0
+    assert re.search(rf"{entry.name}\s+complete\s+30\s+30\s+–\s+2", capsys.readouterr().out)
+    write_text_task(tmp_path, entry, 29)
+    assert main(["data", "check", entry.name, *root]) == 1
+    assert "expected the rows of the literature" in capsys.readouterr().out
+    assert main(["data", "prepare", "t5_7-story_cloze", *root]) == 1
+    assert "Ask the authors for it" in capsys.readouterr().err
+    assert not list(tmp_path.glob(".*"))
+    assert main(["data", "list", "toxicity"]) == 0
+    assert re.search(r"toxicity-wikitext103\s+–\s+1,801,350\s+3,760\s+4,358\s+0.313", capsys.readouterr().out)
 
 
 def test_by_name_in_data_modules(tmp_path):
