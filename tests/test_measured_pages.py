@@ -32,6 +32,7 @@ def script(name: str) -> ModuleType:
         ("adamerging", "adamerging", "adamerging_table", "table"),
         ("adamerging", "learned_merges", "learned_merges", "table"),
         ("checkpoints", "checkpoints", "checkpoints", "table"),
+        ("checkpoints", "architectures", "architectures", "table"),
     ],
 )
 def test_the_page_says_what_was_measured(page: str, name: str, source: str, written: str) -> None:
