@@ -22,6 +22,7 @@ from lit_merge.files.hub import Address, hub_api, needed_address, parse_address,
 from lit_merge.files.lazy import LazyMapping
 from lit_merge.files.shards import INDEX_ENDING, ShardedTensors, open_tensors
 from lit_merge.models.merging.card import file_card, front_matter
+from lit_merge.models.merging.companions import listed_companions
 from lit_merge.models.merging.output import card_of
 from lit_merge.vectors import Coefficients, file_digest
 
@@ -92,6 +93,10 @@ class _Target:
         path = self._folder / (self._name if file == self._source else file.name)
         return "" if path == PurePosixPath() else path.as_posix()
 
+    def inside(self, path: Path) -> str:
+        """The path of a file of the source, which is a folder, in the repository."""
+        return (self._folder / path).as_posix()
+
     def companion(self, ending: str) -> str:
         """The path of what goes with the source, e.g. ``m-merge.yaml`` with ``m.safetensors``."""
         return (self._folder / _companion(self._name, ending)).as_posix()
@@ -138,6 +143,9 @@ def push(
     root = Path(source)
     target, models = _Target(root, repository), _models(root)
     files: dict[str, Path | bytes] = {target.path(path): path for model in models for path in model.files}
+    if root.is_dir():  # what a merge has put beside the weights for the library that opens them
+        beside = listed_companions(root, [model.path for model in models])
+        files |= {target.inside(path.relative_to(root)): path for path in beside}
     for ending in _WITH_A_MERGE:
         path = root / ending if root.is_dir() else root.with_name(_companion(root.name, ending))
         files |= {target.companion(ending): path} if path.is_file() else {}

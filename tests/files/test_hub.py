@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 
 from lit_merge.checkpoints.opening import named_after, open_checkpoint
 from lit_merge.commands.main import main
+from lit_merge.commands.merge import merge
 from lit_merge.commands.pull import pull
 from lit_merge.commands.push import push
 from lit_merge.errors import ConfigurationError, FileFormatError, HubError, WriteError
@@ -599,6 +600,28 @@ def test_a_folder_goes_as_a_whole_with_the_card_of_the_merge(hub, tmp_path, caps
     pull("hf://me/merged", "back")
     assert {path.name for path in Path("back").iterdir()} == set(repository.files)
     assert equal(open_tensors("back", verify=True), open_tensors("m"))
+
+
+def test_the_folder_of_a_library_goes_and_comes_as_a_whole(hub, tmp_path):
+    beside = {"config.json": b'{"model_type": "bert"}', "tokenizer.json": b"{}", "1_Pooling/config.json": b"[]",
+              "modules.json": b'[{"path": ""}, {"path": "1_Pooling"}]', "mine.py": b"raise SystemExit"}  # fmt: skip
+    others = {"README.md": b"# theirs", "pytorch_model.bin": b"x", "onnx/model.onnx": b"x", "optimizer.pt": b"x"}
+    for seed, name in enumerate(("base", "a")):
+        write_tensors(tmp_path / f"{name}.safetensors", tensors(seed), {"format": "pt"})
+    weights = {"model.safetensors": (tmp_path / "base.safetensors").read_bytes()}
+    hub.repository("they/base", {**beside, **others, **weights})
+    merge(["a.safetensors"], "m", "weight_average", base="hf://they/base")
+    assert set(downloaded(hub)) == {*beside, "model.safetensors"}
+    Path("m/notes.txt").write_text("not for others")
+    Path("m/tokenizer.json").write_text('{"mine": 1}')
+    push("m", "hf://me/merged/deep")
+    files = hub.repositories["me/merged"].files
+    expected = {*beside, "model.safetensors", "provenance.json"}
+    assert set(files) == {f"deep/{name}" for name in expected} | {"README.md", ".gitattributes"}
+    assert files["deep/1_Pooling/config.json"] == b"[]"
+    assert files["deep/tokenizer.json"] == b'{"mine": 1}'
+    assert front_of(files["README.md"].decode())["base_model"] == "they/base"
+    assert front_of(files["README.md"].decode())["library_name"] == "sentence-transformers"
 
 
 def test_a_dry_run_asks_nothing_of_the_hub(hub, tmp_path, capsys):

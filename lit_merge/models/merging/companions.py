@@ -24,7 +24,16 @@ from lit_merge.files.hub import fetch, parse_address
 from lit_merge.files.shards import INDEX_ENDING, open_tensors
 from lit_merge.files.text import read_json
 
-__all__ = ["LARGEST", "OPEN_CLIP_CONFIG", "STEMS", "Companions", "companions_of", "earlier_companions", "is_companion"]
+__all__ = [
+    "LARGEST",
+    "OPEN_CLIP_CONFIG",
+    "STEMS",
+    "Companions",
+    "companions_of",
+    "earlier_companions",
+    "is_companion",
+    "listed_companions",
+]
 
 LARGEST = 256 << 20
 """Bytes of a file beside the weights, at most; a larger one stays behind, and is named."""
@@ -47,7 +56,7 @@ _MODULE_FOLDER = re.compile(r"\d+_\w+")  # as sentence-transformers names them
 _TEMPLATES = "additional_chat_templates"
 _LICENCE = re.compile(r"(licen[cs]e|notice|copying)([._-].*)?", re.IGNORECASE)
 _REMOTE_CODE = re.compile(r"([\w.-]+/[\w.-]+)--.*")  # in auto_map: code of another repository
-_STEMS = {"open_clip": "open_clip_model"}
+_STEMS = {"open_clip": "open_clip_model", "peft": "adapter_model"}
 STEMS = ("model", *_STEMS.values())
 """What weights are called in the folders of libraries."""
 
@@ -225,17 +234,17 @@ def is_companion(name: str) -> bool:
     return _reason(name) is None
 
 
-def earlier_companions(folder: Path, models: Sequence[Path]) -> list[Path]:
-    """What an earlier merge has written beside its weights, as the weights' headers say, and nobody has changed since.
+def listed_companions(folder: Path, models: Sequence[Path]) -> dict[Path, str]:
+    """What merges have written beside their weights, as the weights' headers say, as far as it is still there.
 
     Args:
-        folder: that the merge was written into.
-        models: files of weights, or indexes of shards, that may have been its own.
+        folder: that the merges were written into.
+        models: files of weights, or indexes of shards, that may be theirs.
 
     Returns:
-        Regular files inside the folder; none if the headers cannot be read.
+        Regular files inside the folder -> SHA-256 that each had; none if the headers cannot be read.
     """
-    found: dict[Path, None] = {}
+    found: dict[Path, str] = {}
     for model in models:
         try:
             known = json.loads(open_tensors(model).metadata.get("companions", "{}"))
@@ -243,12 +252,16 @@ def earlier_companions(folder: Path, models: Sequence[Path]) -> list[Path]:
             continue
         for name, digest in known.items() if isinstance(known, dict) else ():
             path = folder / name
-            inside = not {"", ".", ".."} & set(name.split("/")) and not any(
-                one.is_symlink() for one in _way(path, folder)
-            )
-            if inside and path.is_file() and _digest(path) == digest:
-                found[path] = None
-    return list(found)
+            plain = not {"", ".", ".."} & set(name.split("/"))
+            inside = plain and not any(one.is_symlink() for one in _way(path, folder))
+            if inside and path.is_file():
+                found[path] = str(digest)
+    return found
+
+
+def earlier_companions(folder: Path, models: Sequence[Path]) -> list[Path]:
+    """Those of :func:`listed_companions` that nobody has changed since."""
+    return [path for path, digest in listed_companions(folder, models).items() if _digest(path) == digest]
 
 
 def _library(folder: Path, weights: str) -> tuple[str, dict[str, Any]]:
