@@ -13,7 +13,7 @@ from typing import Any
 from lit_merge.checkpoints.opening import OpenedCheckpoint
 from lit_merge.errors import StructureMismatchError
 
-__all__ = ["Activations", "activations_of", "check_activation", "check_activations", "refusal"]
+__all__ = ["IMAGE_TOWER", "Activations", "activations_of", "check_activation", "check_activations"]
 
 Activations = Mapping[str, str]
 """Part of the network -> its activation function; the part is "" where the file does not say of which."""
@@ -31,6 +31,7 @@ _CLIP_TYPES = {"clip": ("text_config", "vision_config"), "clip_vision_model": ("
 _QUICK = "quick_gelu"  # of transformers' CLIP, unless its configuration says something else
 _DEEPEST = 4  # objects within objects in a configuration
 IMAGE_TOWER = "vision_config"
+"""The part that is fine-tuned and merged of a CLIP."""
 
 
 def activations_of(opened: OpenedCheckpoint) -> Activations:
@@ -57,31 +58,36 @@ def check_activations(base: Activations, got: Activations, what: str, base_name:
     for part, wanted in base.items():
         known = got.get(part, wanted)
         if known != wanted:
-            raise StructureMismatchError(refusal(what, wanted, known, base_name))
+            raise StructureMismatchError(_refusal(what, wanted, known, base_name, f"Use a base model with {known}."))
 
 
 def check_activation(wanted: str, known: str, what: str, base_name: str, made_from: str = "") -> None:
-    """The same of two names, of which an empty one is not known.
+    """The same of an open_clip model, whose name says what it computes.
+
+    Args:
+        wanted: what the model computes; empty if it is not known.
+        known: what the weights were trained with; empty if it is not known.
+        what: how the message calls the weights.
+        base_name: how it calls the model.
+        made_from: the model that the weights say they were made from.
 
     Raises:
         StructureMismatchError: both are known, and differ.
     """
-    if wanted and known and wanted != known:
-        raise StructureMismatchError(refusal(what, wanted, known, base_name, made_from))
+    if not wanted or not known or wanted == known:
+        return
+    plain = base_name.removesuffix("-quickgelu")
+    right = f"{plain}-quickgelu" if known == _QUICK else plain
+    right = made_from if made_from not in ("", base_name) else right
+    model = f"model {right}, or " if right != base_name else ""
+    advice = f"Use {model}a configuration with quick_gelu: {str(known == _QUICK).lower()}."
+    raise StructureMismatchError(_refusal(what, wanted, known, base_name, advice))
 
 
-def refusal(what: str, wanted: str, known: str, base_name: str, made_from: str = "") -> str:
-    """The message, with the name of the model that fits."""
-    advice = f"Use a base model with {known}"
-    if {wanted, known} == {_QUICK, "gelu"}:
-        plain = base_name.removesuffix("-quickgelu")
-        right = f"{plain}-quickgelu" if known == _QUICK else plain
-        named = made_from if made_from not in ("", base_name) else right
-        named = f"model {named}, or " if named != base_name else ""
-        advice = f"Use {named}a configuration with quick_gelu: {str(known == _QUICK).lower()}"
+def _refusal(what: str, wanted: str, known: str, base_name: str, advice: str) -> str:
     return (
         f"{what}: expected weights for the activation {wanted}, which {base_name or 'the base model'} computes, got "
-        f"ones trained with {known}. {advice}."
+        f"ones trained with {known}. {advice}"
     )
 
 

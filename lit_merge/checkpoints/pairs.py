@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from lit_merge.checkpoints.activation import IMAGE_TOWER, activations_of, check_activations
 from lit_merge.checkpoints.adapters.additions import model_settings
 from lit_merge.checkpoints.layouts.linearised_towers import linearised_towers
 from lit_merge.checkpoints.layouts.towers import Recognised, image_tower, recognise, written_as
@@ -52,6 +53,7 @@ class Pair:
         statistics: running means and variances of the fine-tune, under the base's names.
         heads: what only the fine-tune has of a head, under its own names.
         used: the patterns of ``leave_out`` that fitted a name.
+        activation: of an image tower's blocks, which no weight shows; empty if nothing beside the weights says it.
     """
 
     base: Mapping[str, Tensor]
@@ -65,6 +67,7 @@ class Pair:
     statistics: LazyMapping | None = None
     heads: LazyMapping | None = None
     used: frozenset[str] = frozenset()
+    activation: str = ""
 
 
 def pair_of(
@@ -87,11 +90,26 @@ def pair_of(
     Raises:
         ConfigurationError: a checkpoint is neither a mapping of tensors nor a path, or ``names`` is unknown.
         FileFormatError: a file is damaged, or holds no weights.
-        StructureMismatchError: they cannot be brought under the same names.
+        StructureMismatchError: they cannot be brought under the same names, or were trained with different activation
+            functions.
     """
     if names not in get_args(Names):
         raise ConfigurationError(f"names: expected {' or '.join(get_args(Names))}, got {names!r}. Use one of them.")
     base, tuned = _opened(pretrained, "pretrained"), _opened(finetuned, "finetuned")
+    both = [activations_of(one) if isinstance(one, OpenedCheckpoint) else {} for one in (base, tuned)]
+    check_activations(*both, _named(tuned, "finetuned"), _named(base, "pretrained"))
+    pair = _pair(base, tuned, names, rules, config)
+    activation = both[0].get(IMAGE_TOWER) or both[1].get(IMAGE_TOWER) or ""
+    return replace(pair, activation=activation) if pair.image_tower else pair
+
+
+def _pair(
+    base: Mapping[str, Tensor],
+    tuned: Mapping[str, Tensor],
+    names: Names,
+    rules: Rules | None,
+    config: Mapping[str, Any] | None,
+) -> Pair:
     started_from = ""
     if isinstance(tuned, OpenedCheckpoint):
         if tuned.adapter is not None:

@@ -15,7 +15,13 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor, nn
 
-from lit_merge.checkpoints.activation import IMAGE_TOWER, Activations, activations_of, check_activations
+from lit_merge.checkpoints.activation import (
+    IMAGE_TOWER,
+    Activations,
+    activations_of,
+    check_activation,
+    check_activations,
+)
 from lit_merge.checkpoints.opening import OpenedCheckpoint, named_after, open_model
 from lit_merge.checkpoints.pairing.ties import tied_names
 from lit_merge.checkpoints.pairs import Names
@@ -258,7 +264,8 @@ class ClipNetwork(Network):
             StructureMismatchError: some are missing, and these are not the weights of a CLIP in another layout; or they
                 were trained with another activation function.
         """
-        super().of_weights(opened)
+        known = activations_of(opened).get(IMAGE_TOWER, "")
+        check_activation(self.activation, known, str(opened.path), self.name)
         stored = opened.without_prefix()
         missing = [name for name in self.parameters if self.prefix + name not in stored]
         if not missing:

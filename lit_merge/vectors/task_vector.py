@@ -133,7 +133,8 @@ class TaskVector(LazyMapping):
         """
         difference, fingerprint, pair = checkpoint_difference(pretrained, finetuned, base_fingerprint, names, rules)
         differences = {"differences": json.dumps(pair.notes, ensure_ascii=False)} if pair.notes else {}
-        return cls(difference, task, metadata={"base_fingerprint": fingerprint, **differences})
+        known = {"activation": pair.activation} if pair.activation else {}
+        return cls(difference, task, metadata={"base_fingerprint": fingerprint, **known, **differences})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], verify: bool = False) -> TaskVector:

@@ -11,6 +11,7 @@ from lit_merge.checkpoints.activation import activations_of, check_activation, c
 from lit_merge.checkpoints.opening import open_checkpoint
 from lit_merge.errors import StructureMismatchError
 from lit_merge.files.store import write_tensors
+from lit_merge.vectors import TaskVector
 
 
 def weights(folder, name="model.safetensors", header=None, **files):
@@ -56,6 +57,20 @@ def test_a_header_an_open_clip_folder_and_a_file_among_others(tmp_path):
     assert activations_of(weights(tmp_path / "timm", open_clip_config=timm)) == {}
     another = weights(tmp_path / "files", "digits.safetensors", config={"hidden_act": "relu"})
     assert activations_of(another) == {}
+
+
+def test_a_difference_takes_both_to_be_of_one_activation(tmp_path):
+    config = {"model_type": "bert", "hidden_act": "gelu"}
+    base = weights(tmp_path / "base", config=config)
+    weights(tmp_path / "same", config={"model_type": "bert", "hidden_act": "gelu_python"})
+    weights(tmp_path / "other", config={"model_type": "bert", "hidden_act": "relu"})
+    assert float(TaskVector.from_checkpoints(tmp_path / "base", tmp_path / "same")["w"].sum()) == 0
+    with pytest.raises(StructureMismatchError) as refused:
+        TaskVector.from_checkpoints(tmp_path / "base", tmp_path / "other")
+    assert str(refused.value) == (
+        f"{tmp_path / 'other'}: expected weights for the activation gelu, which {base.path} computes, got ones trained "
+        "with relu. Use a base model with relu."
+    )
 
 
 def test_another_activation_is_refused_with_the_model_that_fits():
