@@ -131,14 +131,27 @@ def _essential(transform: ESM, grams: Sequence[Tensor | None], stack: Tensor) ->
 
 def _principal_directions(vector: Tensor, gram: Tensor | None, most: int) -> tuple[Tensor, Tensor]:
     """The largest eigenvalues of ``τ G τᵀ``, ``(k,)``, none of them zero, and their eigenvectors ``(out, k)``."""
-    if gram is None:
-        left, values, _ = triplets(vector, most)
+    rows, columns = vector.shape
+    if gram is None or rows > columns:  # of the smaller of both orders
+        left, values, _ = triplets(vector if gram is None else vector @ _root(gram), most)
         return values**2, left
-    values, vectors = torch.linalg.eigh(vector @ gram @ vector.mT)
+    values, vectors = _eigenvectors(vector @ gram @ vector.mT)
+    kept = min(most, int((values > torch.finfo(values.dtype).eps * rows * values[-1]).sum()))
+    return values.flip(0)[:kept], vectors.flip(1)[:, :kept]
+
+
+def _root(gram: Tensor) -> Tensor:
+    """A matrix whose product with its transpose is the Gram matrix; eigenvalues that may be rounding count as zero."""
+    values, vectors = _eigenvectors(gram)
+    kept = values > torch.finfo(values.dtype).eps * len(values) * values[-1]
+    return vectors[:, kept] * values[kept].sqrt()
+
+
+def _eigenvectors(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    values, vectors = torch.linalg.eigh(matrix)
     if not is_finite(values):
         raise torch.linalg.LinAlgError
-    kept = min(most, int((values > torch.finfo(values.dtype).eps * len(values) * values[-1]).sum()))
-    return values.flip(0)[:kept], vectors.flip(1)[:, :kept]
+    return values, vectors
 
 
 def _whitened(matrix: Tensor) -> Tensor:
@@ -149,14 +162,10 @@ def _whitened(matrix: Tensor) -> Tensor:
 
 def _essential_work(tasks: int, rows: int, columns: int, itemsize: int) -> Work:
     """Per task a product with G and the decomposition of the shift; then of all directions and coordinates together."""
-    matrix = rows * columns
-    shift = Work(8 * (2 * columns**2 + 2 * matrix + 4 * rows**2), 2.0 * matrix * columns + 2.0 * matrix * rows)
-    shift = Work(shift.memory, shift.operations + 9.0 * rows**3)
-    parts = [shift] * tasks + [
-        decomposition(rows, rows, 8),
-        decomposition(rows, columns, 8),
-        Work(0, 4.0 * matrix * rows),
-    ]
-    work = Work.together(parts)
+    matrix, small = rows * columns, min(rows, columns)
+    shift = Work(8 * (2 * columns**2 + 2 * matrix + 4 * small**2), 2.0 * matrix * (columns + small) + 9.0 * small**3)
+    parts = [shift, decomposition(rows, columns, 8)] if rows > columns else [shift]
+    parts = [*parts * tasks, decomposition(rows, rows, 8), decomposition(rows, columns, 8)]
+    work = Work.together([*parts, Work(0, 4.0 * matrix * rows)])
     grams = 8 * tasks * columns**2
     return Work(work.memory + grams + 8 * 3 * (rows**2 + matrix), work.operations)

@@ -89,6 +89,12 @@ def test_inputs_of_few_dimensions_and_vectors_of_low_rank(tmp_path):
     close(merge(ESM(written(tmp_path, inputs), rank_fraction=0.26), taus), definition(taus, inputs, 2))
 
 
+@pytest.mark.parametrize("shape", [(2, 6, 4), (2, 4, 6)])
+def test_a_layer_that_saw_only_zeros_is_not_changed(shape, tmp_path):
+    taus, inputs = drawn(*shape)
+    assert not merge(ESM(written(tmp_path, [0 * x for x in inputs])), taus).any()
+
+
 def test_without_data_inputs_are_white(tmp_path):
     taus, _ = drawn(3, 7, 6)
     white = [np.eye(6)] * 3
