@@ -141,23 +141,27 @@ def own_parameters(encoder: nn.Module) -> dict[str, nn.Parameter]:
     }
 
 
-def updates(encoder: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def updates(encoder: nn.Module, gradient: bool = False) -> Iterator[tuple[str, Tensor]]:
     """The dense updates ΔW = α/r · B A, computed one at a time.
 
     Args:
         encoder: any module.
+        gradient: whether ΔW has that of the factors.
 
     Yields:
-        Own name and ΔW of every adapted weight, in the weight's shape and dtype and on its device, without gradient;
-        nothing if there is no LoRA.
+        Own name and ΔW of every adapted weight, in the weight's shape and dtype and on its device; nothing if there is
+        no LoRA.
     """
     for name, frozen, update in _adapted(encoder):
-        yield name, update.dense(frozen)
+        with torch.set_grad_enabled(gradient and torch.is_grad_enabled()):
+            change = update.dense(frozen)
+        yield name, change
 
 
 def update_of(encoder: nn.Module, name: str) -> Tensor | None:
     """The dense update of one weight, as of :func:`updates`; None if it has none."""
-    return next((update.dense(frozen) for own, frozen, update in _adapted(encoder) if own == name), None)
+    with torch.no_grad():
+        return next((update.dense(frozen) for own, frozen, update in _adapted(encoder) if own == name), None)
 
 
 def clear_updates(encoder: nn.Module) -> None:
@@ -184,7 +188,6 @@ class _Update(nn.Module):
         """The adapted weight."""
         return self._added(weight, self.A * F.dropout(self.A.new_ones(self.A.shape[1]), self.dropout, self.training))
 
-    @torch.no_grad()
     def dense(self, weight: Tensor) -> Tensor:
         """ΔW in the shape and dtype of ``weight``."""
         return self._added(torch.zeros_like(weight), self.A)

@@ -7,7 +7,7 @@ extraction, files and merging know nothing of regimes.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from lit_merge.errors import ConfigurationError
 from lit_merge.files.lazy import Computed
 from lit_merge.functional import linearize
 from lit_merge.models.linearized import LinearizedModel
-from lit_merge.models.lora import LoRA, clear_updates, own_parameters, update_of
+from lit_merge.models.lora import LoRA, clear_updates, own_parameters, update_of, updates
 from lit_merge.models.selection import Selection
 from lit_merge.params import Params, check_same_structure
 from lit_merge.vectors.apply import apply_vector
@@ -78,6 +78,17 @@ class Parametrisation(ABC):
         value: Tensor = getattr(self.network.get_submodule(owner), leaf)
         start = self.initial_parameters[name]
         return value.detach().cpu().to(start.dtype) - start
+
+    def departures(self) -> Iterator[tuple[str, Tensor]]:
+        """Own names and θ − θ0 of what trains, where it is and with its gradient, for penalties on τ itself.
+
+        By default as :meth:`task_vector`, of what requires gradients.
+        """
+        for name, start in self.initial_parameters.items():
+            owner, _, leaf = name.rpartition(".")
+            value: Tensor = getattr(self.network.get_submodule(owner), leaf)
+            if value.requires_grad:
+                yield name, value - start.to(value)
 
     @torch.no_grad()
     def load_parameters(self, parameters: Mapping[str, Tensor]) -> None:
@@ -164,6 +175,12 @@ class Direct(Parametrisation):
         initial = self._initial_of(moved)
         return linearize(self.encoder, initial, {name: value - initial[name] for name, value in moved.items()}, *inputs)
 
+    def departures(self) -> Iterator[tuple[str, Tensor]]:
+        """See :class:`Parametrisation`; it needs the same copy."""
+        trained = {name: value for name, value in self.encoder.named_parameters() if value.requires_grad}
+        initial = self._initial_of(trained)
+        yield from ((name, value - initial[name]) for name, value in trained.items())
+
     def _moved(self) -> dict[str, nn.Parameter]:
         """The parameters that are not at θ0, or will not be: those that train, and frozen ones with loaded values."""
         own = dict(self.encoder.named_parameters())
@@ -236,6 +253,10 @@ class Linearised(Parametrisation):
         tau = self.encoder.task_vector()
         return {name: value.to("cpu", self._dtypes[name]) for name, value in tau.items()}
 
+    def departures(self) -> Iterator[tuple[str, Tensor]]:
+        """See :class:`Parametrisation`: τ."""
+        yield from ((name, value) for name, value in self.encoder.named_parameters() if value.requires_grad)
+
     def load_parameters(self, parameters: Mapping[str, Tensor]) -> None:
         """See :class:`Parametrisation`: τ becomes θ − θ0."""
         initial = self.initial_parameters
@@ -268,6 +289,10 @@ class LowRank(Parametrisation):
         """See :class:`Parametrisation`."""
         self.lora.inject(module)
         return module
+
+    def departures(self) -> Iterator[tuple[str, Tensor]]:
+        """See :class:`Parametrisation`: the updates, without dropout."""
+        yield from updates(self.encoder, gradient=True)
 
     @torch.no_grad()
     def _departed(self, name: str) -> Tensor:

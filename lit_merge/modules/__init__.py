@@ -10,11 +10,14 @@ from lit_merge.modules.finetune import FineTuneModule
 from lit_merge.modules.merge import MergeModule
 from lit_merge.modules.multitask import MultiTaskModule
 from lit_merge.modules.objectives import CrossEntropy, Entropy, Objective
+from lit_merge.modules.orthogonality import OrthoReg
 from lit_merge.modules.penalty import Penalty, TauJpPenalty
 from lit_merge.modules.pretrain import ContrastiveModule
 from lit_merge.modules.protocol import FineTuningProtocol
+from lit_merge.modules.sharpness import SAM
 
 __all__ = [
+    "SAM",
     "ContrastiveModule",
     "CrossEntropy",
     "EncoderModule",
@@ -24,9 +27,12 @@ __all__ = [
     "MergeModule",
     "MultiTaskModule",
     "Objective",
+    "OrthoReg",
     "Penalty",
     "TauJpPenalty",
 ]
 
 # A checkpoint's hyperparameters hold these settings: plain data, which ``weights_only=True`` may build again.
-torch.serialization.add_safe_globals([All, Attention, LastBlocks, Matching, ExpLR, LinLR, LoRA, TauJpPenalty])
+torch.serialization.add_safe_globals(
+    [All, Attention, LastBlocks, Matching, ExpLR, LinLR, LoRA, TauJpPenalty, OrthoReg, SAM]
+)
