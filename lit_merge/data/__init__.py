@@ -1,4 +1,4 @@
-"""Data modules, the embedded suite, published data sets, texts, templates. Importing is light: what is used comes then."""
+"""Data modules, the embedded suite, published data sets, texts. Importing is light: what is used comes then."""
 
 from __future__ import annotations
 

@@ -95,8 +95,10 @@ def known_others(
     sources: dict[str, Task] = {name: named_source(name, root) for name in embedded}
     for name, path in folders.items():
         source = named_path(path, fractions=fractions, seed=split_seed, skip_incomplete=skip_corrupt)
-        both = isinstance(own, FolderSource) and isinstance(source, FolderSource)
-        if name == own.name or (both and source.path.resolve() == own.path.resolve()):
+        same = False
+        if isinstance(own, FolderSource) and isinstance(source, FolderSource):
+            same = source.path.resolve() == own.path.resolve()
+        if name == own.name or same:
             names.append(own.name)
         source.name = name
         sources[name] = source
