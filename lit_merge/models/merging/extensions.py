@@ -37,7 +37,8 @@ def extended_base(rows: SameRows, inputs: Sequence[OpenedCheckpoint]) -> tuple[S
         return rows, total
     added = [*total.copies, *total.zeros]
     entries = ", ".join(f"{name}: {str(value).lower()}" for name, value in total.settings.items())
-    notes = [f"{len(added)} tensors are added to the model ({first_few(added)}), whose config.json needs {entries}"]
+    count = f"{len(added)} tensor{'s are' if len(added) != 1 else ' is'} added to the model ({first_few(added)})"
+    notes = [f"{count}, whose config.json needs {entries}" if added else f"config.json needs {entries}"]
     larger = base.with_tensors(Extended(as_lazy(base.whole()), total))
     if "tie_word_embeddings" in total.settings:
         vars(larger)["ties"] = {}
@@ -45,6 +46,6 @@ def extended_base(rows: SameRows, inputs: Sequence[OpenedCheckpoint]) -> tuple[S
         rows,
         base=larger,
         entries={**rows.entries, **total.settings},
-        notes=(*rows.notes, *total.reasons, *notes),
+        added=(*total.reasons, *notes),
     )
     return found, total

@@ -112,7 +112,7 @@ def merge(
     weights = [MergedWeights(start, one, dtype, statistics.values()) for one in singles]
     said = [f"{one.vector.task or 'vector'}: {note}" for one in inputs for note in one.notes]
     cautions = cautions_of(inputs, start, weights[0].dtype if weights else None)
-    for line in (*same.notes, *said, *stacks.notes, *statistics.notes, *cautions.lines):
+    for line in (*same.notes, *same.added, *said, *stacks.notes, *statistics.notes, *cautions.lines):
         warnings.warn(line, UserWarning, stacklevel=2)
     outcomes = {task: _like(base, one) for task, one in zip(merged.tasks, weights, strict=True)}
     return _one_or_several(merged, outcomes)

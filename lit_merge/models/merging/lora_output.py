@@ -13,7 +13,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from torch import Tensor
 from lit_merge.checkpoints.adapters.additions import is_embedding
 from lit_merge.checkpoints.adapters.changes import Change
 from lit_merge.checkpoints.adapters.reading import CONFIGURATION, Adapter
+from lit_merge.checkpoints.pairing.ties import equal_tensors
 from lit_merge.errors import ConfigurationError, NonFiniteError, StructureMismatchError, first_few
 from lit_merge.files.lazy import Computed, LazyMapping
 from lit_merge.files.store import write_tensors
@@ -145,7 +146,7 @@ class WrittenLora:
         count = len(self.tensors) // 2
         joined = f"{self.exact} of them the inputs' factors side by side, " if self.exact else ""
         return (
-            f"LoRA of {rank} for {count} weights, {joined}relative error {self.error:.1e}, "
+            f"LoRA of {rank} for {count} weight{'s' * (count > 1)}, {joined}relative error {self.error:.1e}, "
             f"at most {self.worst[1]:.1e} ({self.worst[0]})"
         )
 
@@ -182,7 +183,7 @@ def plan_lora(
             )
         weights, unchanged = _any_matrices(base, merged, rank, config)
         return LoraPlan(weights, unchanged, _agreed(known), modules)
-    weights = _adapted(base, known, rank, config)
+    weights = _adapted(base, known, rank, config, merged)
     changed = {one.name for one in weights}
     return LoraPlan(weights, tuple(name for name in merged if name not in changed), _agreed(known), modules)
 
@@ -280,10 +281,14 @@ def _rows(weight: AdaptedWeight) -> int:
 
 
 def _adapted(
-    base: LazyMapping, adapters: Sequence[Adapter], rank: int | None, config: Mapping[str, Any]
+    base: LazyMapping,
+    adapters: Sequence[Adapter],
+    rank: int | None,
+    config: Mapping[str, Any],
+    merged: Sequence[str],
 ) -> tuple[AdaptedWeight, ...]:
     """The weights that adapters change, with their factors."""
-    found = [(one, one.changes(base, config)) for one in adapters]
+    found = [(one, _changes(one, base, config, set(merged))) for one in adapters]
     names = dict.fromkeys(name for _, changes in found for name in changes)
     single = [
         name
@@ -315,6 +320,17 @@ def _adapted(
         usable = None if None in ranks else known
         weights.append(AdaptedWeight(name, module, shape, mine[0].transposed, embedding, most, usable))
     return tuple(weights)
+
+
+def _changes(adapter: Adapter, base: LazyMapping, config: Mapping[str, Any], merged: set[str]) -> dict[str, Change]:
+    """What an adapter changes of the merged parameters; peft saves a copy of the table beside its factors."""
+    found = {name: change for name, change in adapter.changes(base, config).items() if name in merged}
+    copies = [
+        name
+        for name, change in found.items()
+        if change.saved and change.update and equal_tensors(adapter.tensors, change.saved, base, name)
+    ]
+    return {name: replace(change, saved="") if name in copies else change for name, change in found.items()}
 
 
 def _rank(adapter: Adapter, change: Change | None) -> int | None:

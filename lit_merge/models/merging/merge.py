@@ -149,6 +149,11 @@ class Merge:
         self.form = form_of(self.base, base, self.target.is_file, kind == "weights", self._dtype, write_as)
         self.form = lora_form() if kind == "lora" else self.form
         inputs, self._rows = open_inputs(vectors, self.base, tasks, verify, rules)
+        if kind == "task_vector" and self._rows.added:
+            raise ConfigurationError(
+                f"kind task_vector: expected changes of tensors that the base has, got others: "
+                f"{'; '.join(self._rows.added)}. Write weights instead."
+            )
         self.base = self._rows.base
         self.form = self.form.with_entries(self._rows.entries)
         self._set_inputs(inputs)
@@ -174,7 +179,8 @@ class Merge:
         measured = self.statistics.notes
         if self._recalibrate is not None:
             measured = (f"{self.statistics.count} running statistics: {self._recalibrate.describe()}",)
-        return (*copies, *self._rows.notes, *said, *self.vectors.notes, *measured)
+        added = () if self.kind == "lora" else self._rows.added  # peft adapts modules, whatever they share
+        return (*copies, *self._rows.notes, *added, *said, *self.vectors.notes, *measured)
 
     def _check_recalibration(self) -> None:
         network = self.network()

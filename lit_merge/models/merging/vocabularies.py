@@ -31,6 +31,7 @@ class SameRows:
         entries: what changes in the base's configuration.
         tokenizer: the folder whose tokenizer is that of the merge; None for the base's.
         notes: what was done, in words.
+        added: what was added to the base beside rows, and why, in words.
     """
 
     base: Base
@@ -38,6 +39,7 @@ class SameRows:
     entries: Mapping[str, Any] = field(default_factory=dict)
     tokenizer: Path | None = None
     notes: tuple[str, ...] = ()
+    added: tuple[str, ...] = ()
 
 
 def same_rows(base: Base, inputs: Sequence[OpenedCheckpoint], rule: RowRule) -> SameRows:

@@ -320,9 +320,7 @@ def test_a_merge_of_a_tied_models_adapters_and_fine_tunes_opens(tmp_path: Path) 
     )
     said = result.describe()
     assert "the adapter changes model.embed_tokens, which the base has in one tensor with lm_head\n" in said
-    assert (
-        "1 tensors are added to the model (lm_head.weight), whose config.json needs tie_word_embeddings: false" in said
-    )
+    assert "1 tensor is added to the model (lm_head.weight), whose config.json needs tie_word_embeddings: false" in said
     assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is False
     got = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "out").state_dict()
     start, moved, lora = (

@@ -34,6 +34,12 @@ def llama() -> nn.Module:
     return transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, **heads))
 
 
+def tied() -> nn.Module:
+    model = llama()
+    model.config.tie_word_embeddings = True
+    return type(model)(model.config)
+
+
 def gpt2() -> nn.Module:
     sizes = {"n_embd": 16, "n_layer": 2, "n_head": 2, "vocab_size": 32, "n_positions": 16}
     return transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes, bos_token_id=1, eos_token_id=2))
@@ -114,7 +120,7 @@ def adapters(build: Callable[[], nn.Module], settings: list[dict[str, Any]], fol
             for parameter in model.parameters():
                 if parameter.requires_grad:
                     parameter.copy_(torch.randn_like(parameter) * 0.3)
-        model.save_pretrained(folder / str(seed), save_embedding_layers=False)
+        model.save_pretrained(folder / str(seed))
         found.append(folder / str(seed))
     return found
 
@@ -331,6 +337,44 @@ def test_the_command_writes_an_adapter(tmp_path: Path) -> None:
     each = merge(vectors, str(tmp_path / "each"), parts=["Trim"], kind="lora", dry_run=True, **shared)
     assert [Path(name).relative_to(tmp_path / "each").as_posix() for name, _ in each.plan.files] == [
         f"{task}/{name}" for task in "01" for name in ("adapter_model.safetensors", "adapter_config.json")
+    ]
+
+
+def test_an_adapter_of_a_tied_table_and_what_is_left_out(tmp_path: Path) -> None:
+    """peft saves a copy of the table beside its factors; its adapter changes the one module, and so does ours."""
+    model = fresh(tied)
+    model.save_pretrained(tmp_path / "base")
+    settings = {"target_modules": ["embed_tokens", "q_proj"], "r": 2, "modules_to_save": ["model.norm"]}
+    vectors = [str(path) for path in adapters(tied, [settings], tmp_path)]
+    shared = {"recipe": "task_arithmetic", "base": str(tmp_path / "base"), "progress": False}
+    with pytest.raises(
+        StructureMismatchError, match=r"got 1 that LoRA cannot say \(model.norm.weight\). Leave them out"
+    ):
+        merge(vectors, str(tmp_path / "lora"), kind="lora", **shared)
+    left = {**shared, "leave_out": ["*.norm.weight"], "settings": {"coefficient": 1.0}}
+    result = merge(vectors, str(tmp_path / "lora"), kind="lora", **left)
+    assert "added to the model" not in result.describe()
+    theirs = peft.PeftModel.from_pretrained(fresh(tied), vectors[0]).eval()
+    theirs.base_model.model.model.norm.modules_to_save.default.load_state_dict(model.model.norm.state_dict())
+    ours = peft.PeftModel.from_pretrained(fresh(tied), tmp_path / "lora").eval()
+    torch.testing.assert_close(logits(ours), logits(theirs), atol=1e-5, rtol=1e-5)
+    with pytest.raises(
+        ConfigurationError, match=r"^kind task_vector: expected changes of tensors that the base has, got oth"
+    ):
+        merge(vectors, str(tmp_path / "vector"), kind="task_vector", **shared)
+
+    # Another kind of output in the same place leaves nothing of it, and the reverse.
+    with pytest.raises(
+        ConfigurationError, match=r"expected a new file, got \S+/adapter_model.safetensors, which exists."
+    ):
+        merge(vectors, str(tmp_path / "lora"), **left)
+    merge(vectors, str(tmp_path / "lora"), overwrite=True, **left)
+    assert sorted(path.name for path in (tmp_path / "lora").iterdir()) == [
+        *("README.md", "config.json", "generation_config.json", "model.safetensors"),
+    ]
+    merge(vectors, str(tmp_path / "lora"), kind="lora", overwrite=True, **left)
+    assert sorted(path.name for path in (tmp_path / "lora").iterdir()) == [
+        *("README.md", "adapter_config.json", "adapter_model.safetensors"),
     ]
 
 
