@@ -490,3 +490,11 @@ def test_weights_are_nowhere_unpickled():
             if isinstance(node, ast.Attribute) and ast.unparse(node) in ("torch.load", "pickle.load", "pickle.loads"):
                 callers.add(file.relative_to(package).as_posix())
     assert callers <= {"vectors/published_coefficients.py"}
+
+
+def test_weight_normalisation_is_no_parametrisation_of_a_training(tmp_path):
+    network = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(3, 2)))
+    torch.save(network.state_dict(), tmp_path / "normalised.pt")
+    opened = open_checkpoint(tmp_path / "normalised.pt")
+    opened.require_weights()
+    assert sorted(opened) == ["0.bias", *(f"0.parametrizations.weight.original{one}" for one in (0, 1))]

@@ -110,3 +110,29 @@ def test_a_full_disk_is_said_with_the_final_path(tmp_path, full_disk, write, nam
         stage()
     assert str(caught.value).startswith(f"{tmp_path}/out{named}: expected room ")
     assert not (tmp_path / "out").exists()
+
+
+def test_folders_inside_are_moved_as_folders(tmp_path) -> None:
+    for name in ("kept/foreign", "gone/old", "kept/old"):
+        write_text(tmp_path / name, "before")
+    with staged(tmp_path, [tmp_path / "gone/old", tmp_path / "kept/old"]) as folder:
+        write_text(folder / "new/deep/a", "1")
+        write_text(folder / "kept/b", "2")
+    found = sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file())
+    assert found == ["kept/b", "kept/foreign", "new/deep/a"]
+    assert not (tmp_path / "gone").exists()
+
+
+def test_folders_that_were_made_for_what_fails_do_not_stay(tmp_path, monkeypatch) -> None:
+    def refuse(path, to):
+        raise PermissionError(13, "Permission denied")
+
+    def write() -> None:
+        with staged(tmp_path / "out") as folder:
+            (folder / "new").mkdir()
+            (folder / "new/a").write_text("1")
+
+    monkeypatch.setattr(Path, "replace", refuse)
+    with pytest.raises(WriteError):
+        write()
+    assert not (tmp_path / "out").exists()

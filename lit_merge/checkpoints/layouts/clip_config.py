@@ -150,6 +150,8 @@ def open_clip_config(config: Config, preprocessor: Config | None = None) -> dict
     known = preprocessor or {}
     seen = {"mean": known.get("image_mean"), "std": known.get("image_std")}
     seen["interpolation"] = {2: "bilinear", 3: "bicubic"}.get(known.get("resample", -1))
+    if isinstance(known.get("size"), Mapping):
+        seen["resize_mode"] = "shortest" if "shortest_edge" in known["size"] else "squash"
     return {"model_cfg": model, "preprocess_cfg": {name: value for name, value in seen.items() if value is not None}}
 
 
