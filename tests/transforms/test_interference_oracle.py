@@ -17,10 +17,12 @@ from lit_merge.transforms import (
     CART,
     ESM,
     WUDI,
+    Calibrate,
     DCMerge,
     IsoC,
     IsoCTS,
     OptMerge,
+    OrthoMerge,
     Scale,
     SpectralWUDI,
     Transform,
@@ -273,6 +275,21 @@ def test_a_plan_can_ask_what_a_matrix_takes(transform) -> None:
         assert (work.memory > 8 * 6 * 4) == (work.operations > 8 * 6 * 6) == (transform != WUDI(exclude="w"))
     assert all(transform(vectors).work(name).memory == 0 for name in "bc")
     assert vectors.work("w").operations == 0
+
+
+@pytest.mark.parametrize("shape", [(4, 40, 120), (4, 120, 40)])
+@pytest.mark.parametrize(
+    "transform",
+    [*(OptMerge(2), SpectralWUDI(), CART(), DCMerge(), ESM(), ACE(), OrthoMerge()), chain(CART(), Calibrate())],
+    ids=lambda one: repr(one)[:20],
+)
+def test_a_plan_says_at_least_what_is_held(transform: Transform, shape: tuple[int, int, int]) -> None:
+    stack = matrices(*shape).float()
+    rows = [TaskVector({"w": one}, f"{index}") for index, one in enumerate(stack)]
+    view = transform(TaskVectors(rows, base={"w": stack[0] + 1}))
+    with LiveTensorBytes() as live:
+        view["w"]
+    assert live.peak - stack.nbytes <= view.work("w").memory < 6 * live.peak
 
 
 @pytest.mark.parametrize(
