@@ -96,10 +96,10 @@ def pair_of(
     if names not in get_args(Names):
         raise ConfigurationError(f"names: expected {' or '.join(get_args(Names))}, got {names!r}. Use one of them.")
     base, tuned = _opened(pretrained, "pretrained"), _opened(finetuned, "finetuned")
-    both = [activations_of(one) if isinstance(one, OpenedCheckpoint) else {} for one in (base, tuned)]
-    check_activations(*both, _named(tuned, "finetuned"), _named(base, "pretrained"))
+    first, second = (activations_of(one) if isinstance(one, OpenedCheckpoint) else {} for one in (base, tuned))
+    check_activations(first, second, _named(tuned, "finetuned"), _named(base, "pretrained"))
     pair = _pair(base, tuned, names, rules, config)
-    activation = both[0].get(IMAGE_TOWER) or both[1].get(IMAGE_TOWER) or ""
+    activation = first.get(IMAGE_TOWER) or second.get(IMAGE_TOWER) or ""
     return replace(pair, activation=activation) if pair.image_tower else pair
 
 

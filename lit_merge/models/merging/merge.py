@@ -297,8 +297,9 @@ class Merge:
             if self.kind == "lora":
                 planned = replace(planned, outputs=[factored(one) for one in planned.outputs])
                 self.outcome = tuple(said for one in planned.outputs if (said := one.metadata.get("lora")))
-            for one in planned.outputs if self._recalibrate is not None else ():
-                assert isinstance(one.measured, MergedWeights)
+            for one in planned.outputs:
+                if self._recalibrate is None or not isinstance(one.measured, MergedWeights):
+                    continue
                 one.measured.replace(self._recalibrate.of(self.network(), one.measured, one.measured.tasks, data))
             for one in planned.outputs:
                 _write(folder, one, bar.watch(one.tensors, one.stem))
