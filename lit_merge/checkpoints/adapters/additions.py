@@ -147,8 +147,9 @@ def tied_head(base: LazyMapping, config: Mapping[str, Any], adapter: Mapping[str
         Both names, the second one "" if it is not known; None if the model is none, or they are not tied.
     """
     classes = config.get("architectures") or []
-    mapping = adapter.get("auto_mapping") or {}
-    named = [str(one) for one in (*(classes if isinstance(classes, list) else []), mapping.get("base_model_class"))]
+    mapping = adapter.get("auto_mapping")
+    own = mapping.get("base_model_class") if isinstance(mapping, dict) else None
+    named = [str(one) for one in (*(classes if isinstance(classes, list) else []), own)]
     causal = any(one.endswith(_CAUSAL) for one in named) or adapter.get("task_type") == "CAUSAL_LM"
     if config.get("tie_word_embeddings") is False or not (causal or any(one.endswith(_OTHERS) for one in named)):
         return None

@@ -179,7 +179,7 @@ def _harmless(pattern: str, name: str) -> str:
 
 def _check_types(settings: Settings) -> None:
     path = settings.path
-    numbers = {key: settings.get(key, 8) for key in ("r", "lora_alpha", "alpha")}
+    numbers = {key: settings.get(key, 8) for key in ("r", "lora_alpha", "alpha", "init_r")}
     for which in ("rank_pattern", "alpha_pattern"):
         entries = settings.get(which) or {}
         if not isinstance(entries, dict):

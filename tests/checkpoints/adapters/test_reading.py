@@ -382,6 +382,10 @@ def test_other_kinds_of_adapters_are_refused(settings: Any, message: str, tmp_pa
         ({"use_dora": True}, "expected lengths of rows for linear exactly with use_dora, got no lora_magnitude_vector"),
         ({"something_new": 3}, "expected plain LoRA, got something_new = 3"),
         ({"init_lora_weights": 1}, "expected plain LoRA, got init_lora_weights = 1"),
+        (
+            {"peft_type": "ADALORA", "init_r": "many"},
+            "expected init_r to be a positive number, got 'many'. Save it again.",
+        ),
         ({"lora_alpha": "16"}, "expected lora_alpha to be a positive number, got '16'. Save it again."),
         ({"lora_alpha": float("nan")}, "expected lora_alpha to be a positive number, got nan"),
         ({"r": 10**400}, "expected r to be a positive number, got 1000"),
@@ -479,3 +483,55 @@ def test_tensors_that_are_no_factors_are_refused(tmp_path: Path) -> None:
         NonFiniteError, match=r"adapter: expected a finite difference, got NaN or infinity in linear.weight."
     ):
         tau["linear.weight"]
+
+
+def test_tokens_are_those_of_the_configuration(tmp_path: Path) -> None:
+    """Rows of a table that the configuration does not name, or the base does not have, are refused."""
+    base = fresh(Small).state_dict()
+    rows = {"base_model.model.table.token_adapter.trainable_tokens_delta": torch.ones(2, 5)}
+    save_file(rows, tmp_path / "adapter_model.safetensors")
+    for given, message in (
+        (None, r"expected the trained tokens of table in trainable_token_indices, got none or a token twice. Save the"),
+        ([1, 1], "got none or a token twice"),
+        ([1, True], "got none or a token twice"),
+        ({"other": [1, 2]}, "got none or a token twice"),
+        ([1, 2, 3], r"expected a change of table.weight, rows 3 of shape \(3, 5\), as in the base, got \(2, 5\)"),
+        ([1, 11], r"expected tokens below 11, the rows of table.weight in the base, got 11. Use the base model"),
+        ([-1, 2], r"expected tokens below 11, the rows of table.weight in the base, got -1. Use the base model"),
+    ):
+        settings = {"peft_type": "LORA", "trainable_token_indices": given, "auto_mapping": 3}
+        (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
+        with pytest.raises((FileFormatError, StructureMismatchError), match=message):
+            open_adapter(tmp_path).difference(base)
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA", "trainable_token_indices": {"table": [4, 0]}}')
+    tau = open_adapter(tmp_path).difference(base)["table.weight"]
+    assert torch.equal(tau[[4, 0]], torch.ones(2, 5) - base["table.weight"][[4, 0]])
+    assert not tau[[1, 2, 3, *range(5, 11)]].any()
+
+
+def test_one_factor_per_matrix(tmp_path: Path) -> None:
+    """A factor of IA3 must have the length of one side of its weight."""
+    base = fresh(Small).state_dict()
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "IA3"}')
+    for shape, message in (
+        ((7, 1), r"expected a change of linear.weight of shape \(8, 6\), as in the base, got \(7, 1\)"),
+        ((2, 4), r"expected a factor \[d, 1\] or \[1, k\] of a matrix, got \(2, 4\) for linear of shape \(8, 6\)"),
+    ):
+        save_file({"base_model.model.linear.ia3_l": torch.ones(shape)}, tmp_path / "adapter_model.safetensors")
+        with pytest.raises(StructureMismatchError, match=message):
+            open_adapter(tmp_path).difference(base)
+
+
+def test_factors_of_other_kinds_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    names = [f"base_model.model.linear.hada_w{one}_{side}" for one in (1, 2) for side in "ab"]
+    good = dict(zip(names, (torch.ones(8, 2), torch.ones(2, 6), torch.ones(8, 2), torch.ones(2, 6)), strict=True))
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LOHA", "r": 2, "alpha": 2}')
+    for change in ({names[0]: torch.ones(8, 3)}, {names[3]: torch.ones(2, 5)}, {names[2]: torch.ones(())}):
+        save_file({**good, **change}, tmp_path / "adapter_model.safetensors")
+        with pytest.raises(
+            FileFormatError, match=r"expected the factors of LOHA for linear, got w1_a \(8, [23]\), w1_b"
+        ):
+            open_adapter(tmp_path)
+    save_file(good, tmp_path / "adapter_model.safetensors")
+    tau = open_adapter(tmp_path).difference(fresh(Small).state_dict())
+    assert torch.equal(tau["linear.weight"], torch.full((8, 6), 4.0))
