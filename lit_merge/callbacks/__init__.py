@@ -3,6 +3,7 @@
 from lit_merge.callbacks.entropy_correlation import EntropyLossCorrelation
 from lit_merge.callbacks.evaluate_merge import EvaluateMerge
 from lit_merge.callbacks.extract import ExtractTaskVector
+from lit_merge.callbacks.generated_answers import GeneratedAnswers
 from lit_merge.callbacks.log_coefficients import LogCoefficients
 from lit_merge.callbacks.write_merge import WriteMerge
 from lit_merge.callbacks.writing import WriteHits, WriteMetrics, WritePredictions
@@ -11,6 +12,7 @@ __all__ = [
     "EntropyLossCorrelation",
     "EvaluateMerge",
     "ExtractTaskVector",
+    "GeneratedAnswers",
     "LogCoefficients",
     "WriteHits",
     "WriteMerge",

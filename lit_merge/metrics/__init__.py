@@ -14,7 +14,7 @@ from lit_merge.metrics.disentanglement import DisentanglementError, disagreement
 from lit_merge.metrics.entropy_loss import EntropyLossSpearman
 from lit_merge.metrics.perplexity import Perplexity
 from lit_merge.metrics.signs import SignConflict, sign_counts
-from lit_merge.metrics.spearman import spearman
+from lit_merge.metrics.spearman import Spearman, spearman
 from lit_merge.metrics.tau_jp import TauJp, tau_jp_norms
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
     "NormalisedAccuracy",
     "Perplexity",
     "SignConflict",
+    "Spearman",
     "TargetControlTradeOff",
     "TauJp",
     "cosines",

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torchmetrics import Metric
+from torchmetrics.utilities import dim_zero_cat
 
 from lit_merge.errors import LitMergeError
 
-__all__ = ["spearman"]
+__all__ = ["Spearman", "spearman"]
 
 
 def spearman(first: Tensor, second: Tensor) -> Tensor:
@@ -46,3 +48,35 @@ def _ranks(values: Tensor) -> Tensor:
     """Ranks 1 … N, float64."""
     _, places, counts = torch.unique(values, return_inverse=True, return_counts=True)
     return (counts.cumsum(0) - (counts - 1).double() / 2)[places]
+
+
+class Spearman(Metric):
+    """:func:`spearman` of all examples of all processes.
+
+    Examples:
+        >>> import torch
+        >>> metric = Spearman()
+        >>> metric.update(torch.tensor([0.1, 0.2]), torch.tensor([1.0, 3.0]))
+        >>> metric.update(torch.tensor([0.2, 0.9]), torch.tensor([2.0, 7.0]))
+        >>> metric.compute()
+        tensor(0.9487, dtype=torch.float64)
+    """
+
+    full_state_update = False
+    higher_is_better = True
+    first: list[Tensor]
+    second: list[Tensor]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("first", [], dist_reduce_fx="cat")
+        self.add_state("second", [], dist_reduce_fx="cat")
+
+    def update(self, first: Tensor, second: Tensor) -> None:
+        """Add two measurements of some things, each ``[N]``."""
+        self.first.append(first.detach())
+        self.second.append(second.detach())
+
+    def compute(self) -> Tensor:
+        """The correlation, a float64 scalar."""
+        return spearman(dim_zero_cat(self.first), dim_zero_cat(self.second))
