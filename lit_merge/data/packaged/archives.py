@@ -47,7 +47,7 @@ def members(
         read = {".whl": _zip, ".zip": _zip, ".tgz": _tar, ".deb": _deb}.get(path.suffix)
         if read is None:
             raise FileFormatError(f"{path}: expected a .whl, .zip, .tgz or .deb file. Name it as its registry does.")
-        yield from read(path, cast(BinaryIO, opened), wanted, largest)
+        yield from read(path, opened, wanted, largest)
 
 
 def expanded(content: bytes, name: str, largest: int = _LARGEST) -> bytes:

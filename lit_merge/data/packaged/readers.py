@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 from email.message import Message
 from pathlib import Path
 from types import MappingProxyType
+from typing import Literal
 
 from lit_merge.data.packaged.archives import expanded, members
 from lit_merge.errors import FileFormatError
@@ -54,7 +55,7 @@ def bbc_news(path: Path) -> Iterator[tuple[str, str]]:
         yield _decoded(found[name]), name.split("/")[-2]
 
 
-def _orange(name: str, quoting: int) -> Reader:
+def _orange(name: str, quoting: Literal[0, 3]) -> Reader:
     """Tab-separated tables of Orange, ``class<TAB>text``, after three lines of header; train, then test."""
 
     def read(path: Path) -> Iterator[tuple[str, str]]:
