@@ -90,6 +90,9 @@ class Depth:
     normalisation, its pooling) counts to the last of them, what precedes the decoder's (its embeddings) to what is
     before the blocks. Two encoders beside each other, as a CLIP has, share the depths.
 
+    The program published with LiNeS has vision transformers only. Its rule, the smallest i for which ``.i.`` is in the
+    name, takes the layers within a T5's blocks for blocks: 0, 1 and 2 for all of them.
+
     Args:
         names: of all parameters of the network, in any order.
 

@@ -16,10 +16,12 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader
 
+from lit_merge.callbacks import ExtractTaskVector
 from lit_merge.data.batch import OtherBatch
 from lit_merge.data.text.batch import TextBatch
+from lit_merge.errors import FileFormatError, StructureMismatchError
 from lit_merge.models import Attention, LinLR
-from lit_merge.models.language import CausalNetwork, Seq2SeqNetwork, TextEncoderNetwork
+from lit_merge.models.language import CausalNetwork, Seq2SeqNetwork, TaskClassifier, TextEncoderNetwork
 from lit_merge.models.lora import LoRA
 from lit_merge.modules import FineTuneModule, MergeModule, MultiTaskModule, TauJpPenalty
 from lit_merge.modules.passes import passes
@@ -278,7 +280,7 @@ def test_half_precision_and_recomputation_train_alike(name, linearized, network,
 def test_a_classifier_trains_with_its_task_and_is_no_part_of_the_vector(network, silent_trainer, tmp_path):
     base = network("bert", head="classifier")
     tuned = FineTuneModule(network=base, learning_rate=RATE, weight_decay=0.0)
-    trainer = silent_trainer(max_steps=2, **EXACT)
+    trainer = silent_trainer(max_steps=2, callbacks=[ExtractTaskVector()], **EXACT)
     trainer.fit(tuned, datamodule=Texts(base))
     fresh = base.head(SimpleNamespace(name="topics", classes=("a", "b c", "w1"), templates=()))
     assert not torch.allclose(tuned.head.weight, fresh.weight.double())
@@ -286,6 +288,17 @@ def test_a_classifier_trains_with_its_task_and_is_no_part_of_the_vector(network,
     trainer.save_checkpoint(tmp_path / "run.ckpt")
     again = FineTuneModule.load_from_checkpoint(tmp_path / "run.ckpt", network=network("bert", head="classifier"))
     torch.testing.assert_close(again.head.weight.double(), tuned.head.weight.detach(), check_dtype=False)
+    task = SimpleNamespace(name="topics", classes=("a", "b c", "w1"), templates=())
+    with_file = network("bert", head="classifier", heads=str(tmp_path / "run/task_vector.{task}.safetensors"))
+    (tmp_path / "run/task_vector.head.safetensors").rename(tmp_path / "run/task_vector.topics.safetensors")
+    torch.testing.assert_close(with_file.head(task).weight.double(), tuned.head.weight.detach(), check_dtype=False)
+    task.classes = ("a", "b", "c")
+    with pytest.raises(
+        StructureMismatchError, match=r"expected a classifier of the classes a, b, c, got a, b c, w1. Give"
+    ):
+        with_file.head(task)
+    with pytest.raises(FileFormatError, match="expected a task's classifier, got a file of format 'lit-merge/task-vec"):
+        TaskClassifier.load(tmp_path / "run/task_vector.safetensors")
 
 
 # Learning coefficients

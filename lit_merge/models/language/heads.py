@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from lit_merge.errors import ConfigurationError
+from lit_merge.errors import ConfigurationError, FileFormatError
+from lit_merge.files.store import LazyTensors, write_tensors
 from lit_merge.functional.tokens import answer_scores, token_losses
 from lit_merge.models.language.modules import PooledEncoder
 from lit_merge.models.language.tokenization import Tokenization
 
 __all__ = ["EncoderTexts", "LanguageHead", "TaskClassifier"]
+
+
+_FORMAT = "lit-merge/classifier/1"
 
 
 class LanguageHead(nn.Module):
@@ -55,6 +61,28 @@ class TaskClassifier(nn.Linear):
             torch.manual_seed(seed)
             super().__init__(features, len(classes))
         self.classes = tuple(classes)
+
+    def save(self, path: str | Path) -> None:
+        """Write weight, bias and classes as safetensors; the file appears when it is complete."""
+        tensors = {name: value.detach().float().cpu().contiguous() for name, value in self.state_dict().items()}
+        write_tensors(Path(path), tensors, {"format": _FORMAT, "classes": json.dumps(self.classes)})
+
+    @classmethod
+    def load(cls, path: str | Path) -> TaskClassifier:
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            FileFormatError: there is no such file, or it holds something else.
+        """
+        stored = LazyTensors(Path(path))
+        if stored.metadata.get("format") != _FORMAT:
+            raise FileFormatError(
+                f"{path}: expected a task's classifier, got a file of format {stored.metadata.get('format')!r}. Give "
+                "the file that a run wrote beside its task vector."
+            )
+        head = cls(stored.shape("weight")[1], json.loads(stored.metadata["classes"]))
+        head.load_state_dict({name: stored[name] for name in ("weight", "bias")})
+        return head
 
 
 class EncoderTexts:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_merge.checkpoints.opening import named_after
-from lit_merge.errors import ConfigurationError
+from lit_merge.errors import ConfigurationError, StructureMismatchError, first_few
 from lit_merge.functional.evaluation import evaluating
 from lit_merge.models.heads import build_head
 from lit_merge.models.language.heads import EncoderTexts, Head, LanguageHead, TaskClassifier
@@ -103,6 +103,8 @@ class TextEncoderNetwork(LanguageNetwork):
         pooling: ``mean`` over a text's tokens, or ``cls``, the first one's.
         normalize: whether features have length 1; heads of class names normalise by themselves.
         head: ``class_names`` or ``classifier``.
+        heads: files of trained classifiers: a path with ``{task}`` in it, or task -> path; tasks without one get a new
+            classifier, which is to be trained.
         logit_scale: factor of the cosine similarities, the inverse of the temperature: at 20, that of sentence
             encoders' training, 0.05.
         max_length: most tokens of a text; by default what model and tokenizer say.
@@ -124,6 +126,7 @@ class TextEncoderNetwork(LanguageNetwork):
         pooling: Pooling = "mean",
         normalize: bool = False,
         head: Head = "class_names",
+        heads: str | dict[str, str] | None = None,
         logit_scale: float = 20.0,
         max_length: int | None = None,
         dtype: DType = "float32",
@@ -133,7 +136,13 @@ class TextEncoderNetwork(LanguageNetwork):
         for name, value, valid in (("pooling", pooling, get_args(Pooling)), ("head", head, get_args(Head))):
             if value not in valid:
                 raise ConfigurationError(f"{name}: expected {' or '.join(valid)}, got {value!r}.")
+        if heads is not None and (head != "classifier" or (isinstance(heads, str) and "{task}" not in heads)):
+            raise ConfigurationError(
+                f"heads: expected a path with {{task}}, or task -> path, with head: classifier, got {heads!r} with "
+                f"head: {head}."
+            )
         self._pooling, self._normalize, self._head, self._scale = pooling, normalize, head, logit_scale
+        self._heads = heads
         super().__init__(path, max_length, 1, dtype, attention, dropout)
         _ = self._texts  # refuses a scale that is none
 
@@ -154,6 +163,7 @@ class TextEncoderNetwork(LanguageNetwork):
 
         Raises:
             ConfigurationError: the task has no classes.
+            LitMergeError: the file of its classifier is missing, or of other classes.
         """
         if not task.classes:
             raise ConfigurationError(
@@ -161,9 +171,23 @@ class TextEncoderNetwork(LanguageNetwork):
                 "network that predicts tokens."
             )
         if self._head == "classifier":
-            return TaskClassifier(self.module.config.hidden_size, task.classes)
+            return self._classifier(task)
         with evaluating(self.module):
             return build_head(self._texts, list(task.classes), list(task.templates))
+
+    def _classifier(self, task: TaskWords) -> TaskClassifier:
+        """The task's own, from its file if there is one."""
+        place = self._heads.get(task.name) if isinstance(self._heads, dict) else self._heads
+        if place is None:
+            return TaskClassifier(self.module.config.hidden_size, task.classes)
+        path = place.replace("{task}", task.name)
+        head = TaskClassifier.load(path)
+        if head.classes != tuple(task.classes):
+            raise StructureMismatchError(
+                f"{path}: expected a classifier of the classes {first_few(task.classes)}, got "
+                f"{first_few(head.classes)}. Give the file of this task."
+            )
+        return head
 
 
 class _TokenNetwork(LanguageNetwork):
