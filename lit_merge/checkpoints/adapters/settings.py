@@ -131,10 +131,10 @@ def read_settings(path: Path) -> Settings:
     except ValueError as error:
         raise FileFormatError(f"{path}: expected JSON, got something else. Copy the adapter again.") from error
     kind = content.get("peft_type") if isinstance(content, dict) else None
-    if kind not in KINDS:
+    if not isinstance(kind, str) or kind not in KINDS:
         advice = (
             "It adds to the input or chooses by it, and changes no weights that could be merged."
-            if kind in _NO_CHANGE
+            if isinstance(kind, str) and kind in _NO_CHANGE
             else "Merge it into its base with peft, and use the merged model."
         )
         raise FileFormatError(
