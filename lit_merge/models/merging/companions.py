@@ -98,17 +98,18 @@ class Companions:
         return [one for one in self.files.values() if isinstance(one, Path)]
 
     def with_entries(self, entries: Mapping[str, Any]) -> Companions:
-        """The same with other entries in ``config.json``.
+        """The same with other entries in ``config.json``, or open_clip's own.
 
         Args:
             entries: name -> value. A name without dot is set wherever the configuration of the model or of its text
-                part (``text_config``) has it, and in the text part, or else the model's, if neither has; with dots it
-                is exactly that one, e.g. ``vision_config.image_size``.
+                part has it (``text_config``, open_clip's ``text_cfg``); if neither has, in the text part, or else the
+                model's. With dots it is exactly that one, e.g. ``vision_config.image_size``.
 
         Returns:
-            These files with that ``config.json``; the others, and this one if nothing differs, are the base's.
+            These files with that configuration; the others, and this one if nothing differs, are the base's.
         """
-        if _CONFIG not in self.files or not self.config:
+        file = OPEN_CLIP_CONFIG if self.library == "open_clip" else _CONFIG
+        if file not in self.files or not self.config:
             return self
         config = json.loads(json.dumps(self.config))
         said = []
@@ -120,8 +121,8 @@ class Companions:
         if not said:
             return self
         content = (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
-        notes = (*self.notes, f"{_CONFIG}: {', '.join(dict.fromkeys(said))}")
-        return replace(self, files={**self.files, _CONFIG: content}, config=config, notes=notes)
+        notes = (*self.notes, f"{file}: {', '.join(dict.fromkeys(said))}")
+        return replace(self, files={**self.files, file: content}, config=config, notes=notes)
 
     def with_dtype(self, dtype: torch.dtype | None) -> Companions:
         """The same with the dtype that is written in the configuration; None leaves the base's."""
@@ -151,6 +152,7 @@ class Companions:
             library=library,
             stem=_STEMS.get(library, "model"),
             files={**kept, **made},
+            config=json.loads(made.get(OPEN_CLIP_CONFIG) or made.get(_CONFIG) or b"{}"),
             code=tuple(one for one in self.code if one in kept),
             notes=(*self.notes, *notes),
         )
@@ -361,7 +363,8 @@ def _places(config: dict[str, Any], name: str) -> list[tuple[dict[str, Any], str
         for one in outer:
             owner = owner.setdefault(one, {})
         return [(owner, key)]
-    text = config.get("text_config")
+    whole = config.get("model_cfg")  # of open_clip
+    text = whole.get("text_cfg") if isinstance(whole, dict) else config.get("text_config")
     parts = [config, *([text] if isinstance(text, dict) else [])]
     return [(part, name) for part in parts if name in part] or [(parts[-1], name)]
 

@@ -202,6 +202,16 @@ def test_entries_of_the_configuration(tmp_path):
     assert isinstance(entries(CONFIG, tmp_path / "same", {"vocab_size": 9}), Path)  # the base's own file
 
 
+def test_the_vocabulary_of_open_clip(tmp_path):
+    for config in ({"model_cfg": {"embed_dim": 4, "text_cfg": {"vocab_size": 9}}}, {"model_cfg": {"text_cfg": {}}}):
+        (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
+        changed = companions_of(tmp_path, ["open_clip_model.safetensors"]).with_entries({"vocab_size": 11})
+        content = changed.files["open_clip_config.json"]
+        assert isinstance(content, bytes)
+        config["model_cfg"]["text_cfg"]["vocab_size"] = 11
+        assert json.loads(content) == config
+
+
 def test_dtypes_of_the_configuration(tmp_path):
     config = {
         **{

@@ -276,6 +276,7 @@ def test_a_clip_of_open_clip_in_transformers(clip, tmp_path):
         model, info = CLIPModel.from_pretrained(str(result.output), output_loading_info=True)
         seen = AutoImageProcessor.from_pretrained(str(result.output))
     assert not any(info.values())
+    assert "CLIPModel.from_pretrained('.')" in (result.output / "README.md").read_text(encoding="utf-8")
     found = model.eval().double()(input_ids=TOKENS, pixel_values=IMAGES)
     torch.testing.assert_close(found.image_embeds, expected.encode_image(IMAGES, True), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(found.text_embeds, expected.encode_text(TOKENS, True), rtol=1e-5, atol=1e-6)
