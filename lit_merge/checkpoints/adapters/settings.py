@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -96,11 +97,12 @@ class Settings(dict[str, Any]):
         return float(fitting[0] if fitting else self.get(default, otherwise))
 
     def _fits(self, which: str, pattern: str, module: str) -> bool:
-        if _PLAIN_NAME.fullmatch(pattern):  # there may be one for every module: a dot stands for any character
+        if _is_plain(pattern):  # there may be one for every module: a dot stands for any character
             start = len(module) - len(pattern)
             if start and (start < 0 or module[start - 1] != "."):
                 return False
-            return all(wanted in (".", got) for wanted, got in zip(pattern, module[start:], strict=True))
+            end = module[start:]
+            return end == pattern or all(wanted in (".", got) for wanted, got in zip(pattern, end, strict=True))
         try:
             return re.match(rf"(.*\.)?({_harmless(pattern, module)})$", module) is not None
         except (ValueError, re.error, RecursionError, OverflowError) as error:
@@ -165,6 +167,11 @@ def _check_known(settings: Settings) -> None:
             f"{settings.path}: expected plain {plain}, got {first_few(unknown)}. "
             "Merge the adapter into its base with peft, and use the merged model."
         )
+
+
+@lru_cache(maxsize=4096)
+def _is_plain(pattern: str) -> bool:
+    return _PLAIN_NAME.fullmatch(pattern) is not None
 
 
 def _harmless(pattern: str, name: str) -> str:

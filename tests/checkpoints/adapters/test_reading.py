@@ -386,6 +386,10 @@ def test_other_kinds_of_adapters_are_refused(settings: Any, message: str, tmp_pa
             {"peft_type": "ADALORA", "init_r": "many"},
             "expected init_r to be a positive number, got 'many'. Save it again.",
         ),
+        (
+            {"peft_type": ["LORA"]},
+            r"expected an adapter with peft_type LORA, .*, got \['LORA'\]. Merge it into its base",
+        ),
         ({"lora_alpha": "16"}, "expected lora_alpha to be a positive number, got '16'. Save it again."),
         ({"lora_alpha": float("nan")}, "expected lora_alpha to be a positive number, got nan"),
         ({"r": 10**400}, "expected r to be a positive number, got 1000"),
