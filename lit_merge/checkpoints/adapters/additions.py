@@ -64,12 +64,14 @@ class Extended(LazyMapping):
 
     Args:
         tensors: the others.
-        additions: what is added; the embedding's difference is that of a head that was tied to it, too.
+        additions: what is added; the embedding's difference is that of a head that was tied to it, too, and the
+            reverse where the one tensor goes by the head's name.
     """
 
     def __init__(self, tensors: LazyMapping, additions: Additions) -> None:
         self._tensors = tensors
-        self._copies = {name: of for name, of in additions.copies.items() if name not in tensors and of in tensors}
+        pairs = [pair for name, of in additions.copies.items() for pair in ((name, of), (of, name))]
+        self._copies = {name: of for name, of in pairs if name not in tensors and of in tensors}
         self._zeros = {name: of for name, of in additions.zeros.items() if name not in tensors and of in tensors}
 
     def _of(self, name: str) -> str:

@@ -157,7 +157,7 @@ class Adapter:
         else:
             changed, other = (tables[0], head or "its output head") if tables else (heads[0], embedding)
         reason = _UNTIED.format(changed=changed.replace(".weight", ""), other=other.removesuffix(".weight"))
-        copies = {head: embedding} if head and head not in base else {}
+        copies = {head: embedding} if head else {}
         return Additions(copies, settings={"tie_word_embeddings": False}, reasons=(reason,))
 
     def _check_shared(self, base: LazyMapping) -> None:

@@ -35,7 +35,7 @@ def extended_base(rows: SameRows, inputs: Sequence[OpenedCheckpoint]) -> tuple[S
             total |= one.adapter.additions(base.parameters, config)
     if not total:
         return rows, total
-    added = [*total.copies, *total.zeros]
+    added = [name for name in (*total.copies, *total.zeros) if name not in base.parameters]
     entries = ", ".join(f"{name}: {str(value).lower()}" for name, value in total.settings.items())
     count = f"{len(added)} tensor{'s are' if len(added) != 1 else ' is'} added to the model ({first_few(added)})"
     notes = [f"{count}, whose config.json needs {entries}" if added else f"config.json needs {entries}"]
