@@ -11,7 +11,7 @@ are left out. Coordinates are computed in float64.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -110,20 +110,24 @@ def _check(transform: KnOTS | CoreSpace) -> None:
 
 def _output_bases(stack: Tensor, floor: float) -> Bases:
     """U of the vectors side by side; of a stack ``(T, m, n)`` and what counts as zero."""
-    return _left_vectors(stack.transpose(0, 1).flatten(1), floor), None
+    # [τ_1 … τ_T] has the left singular vectors and values of [U_1 S_1 … U_T S_T], which for low ranks is narrow.
+    parts = [left * values for left, values, _ in _triplets(stack, floor)]
+    return _left_vectors(torch.cat(parts, 1), floor), None
 
 
 def _core_bases(stack: Tensor, floor: float) -> Bases:
     """U of [B_1 … B_T] and V of [A_1; …; A_T]; of a stack ``(T, m, n)`` and what counts as zero."""
-    parts = [torch.linalg.svd(matrix, full_matrices=False) for matrix in stack]
-    scales = [_finite(values).sqrt().masked_fill(values <= floor, 0) for _, values, _ in parts]
-    sides: list[list[Tensor]] = [[], []]
-    for (left, _, right), scale in zip(parts, scales, strict=True):
-        kept = int(scale.count_nonzero())
-        sides[0].append(left[:, :kept] * scale[:kept])
-        sides[1].append(right[:kept].mT * scale[:kept])
-    left, right = (_left_vectors(torch.cat(side, 1), 0.0) for side in sides)
-    return left, right
+    parts = [(left * values.sqrt(), right.mT * values.sqrt()) for left, values, right in _triplets(stack, floor)]
+    outputs, inputs = (torch.cat(side, 1) for side in zip(*parts, strict=True))
+    return _left_vectors(outputs, 0.0), _left_vectors(inputs, 0.0)
+
+
+def _triplets(stack: Tensor, floor: float) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """The singular triplets of one matrix after the other, in float64, whose values are above the floor."""
+    for matrix in stack:
+        left, values, right = torch.linalg.svd(matrix.double(), full_matrices=False)
+        kept = int((_finite(values) > floor).sum())
+        yield left[:, :kept].clone(), values[:kept], right[:kept].clone()
 
 
 def _left_vectors(matrix: Tensor, floor: float) -> Tensor:
@@ -180,8 +184,8 @@ class _Spaces:
         return self._kept[name] if name in self._kept else self._compute(name)
 
     def _compute(self, name: str) -> Bases:
-        stack = self.vectors[name].double()
-        floor = torch.finfo(self.vectors.dtype(name)).eps * float(torch.linalg.vector_norm(stack))
+        stack = self.vectors[name]
+        floor = torch.finfo(stack.dtype).eps * float(torch.linalg.vector_norm(stack, dtype=torch.float64))
         return decomposed(type(self.transform).__name__, name, self._bases, stack, floor)
 
 
@@ -200,7 +204,9 @@ def _merged(transform: KnOTS | CoreSpace, bases: BasesOf, vectors: TaskVectors) 
     for index, task in enumerate(vectors.tasks):
         row = vectors.vector(index)
         known = {"base_fingerprint": vectors.base_fingerprint} if vectors.base_fingerprint else {}
-        rows.append(TaskVector(Computed(structure, partial(_coordinates, spaces, row)), row.tasks or task, metadata=known))
+        rows.append(
+            TaskVector(Computed(structure, partial(_coordinates, spaces, row)), row.tasks or task, metadata=known)
+        )
     return _Inside(spaces, transform.merge(TaskVectors(rows)))
 
 
@@ -223,17 +229,21 @@ def _lifted(transform: KnOTS | CoreSpace, inside: Statistic[_Inside], name: str,
     return (outside if right is None else outside @ right.mT).to(stack.dtype)
 
 
+def _side_work(tasks: int, side: int, rank: int) -> Work:
+    """Of the left vectors of T matrices of a rank, side by side."""
+    together = tasks * rank
+    work = decomposition(side, min(side, together), _DOUBLE)
+    reduction = 2.0 * side**2 * together if together > side else 0.0  # QR, Golub and Van Loan 2013, section 5.2
+    return Work(work.memory + 2 * side * together * _DOUBLE, work.operations + reduction)
+
+
 def _knots_work(tasks: int, rows: int, columns: int, itemsize: int) -> Work:
-    together = tasks * columns
-    small = min(rows, together)
-    work = decomposition(rows, small, _DOUBLE)
-    reduction = 2.0 * rows**2 * together if together > rows else 0.0  # QR, Golub and Van Loan 2013, section 5.2
-    return Work(work.memory + 2 * rows * together * _DOUBLE, work.operations + reduction)
+    each = [decomposition(rows, columns, _DOUBLE)] * tasks
+    return Work.together([*each, _side_work(tasks, rows, min(rows, columns))])  # at most: full rank
 
 
 def _core_work(tasks: int, rows: int, columns: int, itemsize: int) -> Work:
     rank = min(rows, columns)
-    parts = [decomposition(rows, columns, _DOUBLE)] * tasks
-    parts += [_knots_work(tasks, side, rank, itemsize) for side in (rows, columns)]
-    work = Work.together(parts)
-    return Work(work.memory + tasks * rows * columns * _DOUBLE, work.operations)
+    each = [decomposition(rows, columns, _DOUBLE)] * tasks
+    work = Work.together([*each, *(_side_work(tasks, side, rank) for side in (rows, columns))])
+    return Work(work.memory + tasks * (rows + columns) * rank * _DOUBLE, work.operations)
