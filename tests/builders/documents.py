@@ -68,6 +68,21 @@ def shrink(configs: Path) -> None:
         path.write_text(yaml.safe_dump(config), encoding="utf-8")
 
 
+def write_texts(folder: Path) -> None:
+    """Two tasks and some new texts as CSV, and a tiny sentence encoder where a packaged one would be."""
+    from builders.language_folders import language_folder
+
+    draw = np.random.default_rng(0)
+    for name, classes in {"reviews": ("bad", "good"), "tickets": ("bug", "question", "wish")}.items():
+        rows = [
+            f"{' '.join(f'w{word}' for word in draw.integers(0, 20, 5))},{classes[row % len(classes)]}"
+            for row in range(60)
+        ]
+        (folder / f"{name}.csv").write_text("\n".join(["text,label", *rows]) + "\n")
+    (folder / "new_texts.csv").write_text("text\nw1 w2\nw3 w4 w5\n")
+    language_folder(folder / "data" / "models" / "minilm", "bert")
+
+
 def draw_images(folder: Path, classes: tuple[str, ...] = ("red_apple", "green_pear"), count: int = 6) -> None:
     """Write a few images per class."""
     pixels = np.random.default_rng(0)
