@@ -119,7 +119,7 @@ def test_exact_match_and_rank_correlation(network, silent_trainer, tmp_path, mon
     assert written["results"]["one"] == {"exact_match": 0.5}
     assert written["settings"] == {
         **{"do_sample": False, "num_beams": 1, "num_return_sequences": 1, "early_stopping": False, "temperature": 1.0},
-        **{"top_k": 0, "top_p": 1.0, "typical_p": 1.0, "min_new_tokens": 0, "repetition_penalty": 1.0},
+        **{"top_k": 50, "top_p": 1.0, "typical_p": 1.0, "min_new_tokens": 0, "repetition_penalty": 1.0},
         **{"encoder_repetition_penalty": 1.0, "length_penalty": 1.0, "no_repeat_ngram_size": 0, "use_cache": True},
         **{"encoder_no_repeat_ngram_size": 0, "renormalize_logits": False, "max_new_tokens": 4, "pad_token_id": 0},
         **{"eos_token_id": 2, "bos_token_id": 1, "decoder_start_token_id": None},

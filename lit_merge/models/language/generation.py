@@ -25,7 +25,7 @@ __all__ = ["Generation", "expected_texts", "prompts"]
 
 _PINNED: dict[str, Any] = {
     **{"do_sample": False, "num_beams": 1, "num_return_sequences": 1, "early_stopping": False},
-    **{"temperature": 1.0, "top_k": 0, "top_p": 1.0, "typical_p": 1.0, "min_new_tokens": 0},
+    **{"temperature": 1.0, "top_k": 50, "top_p": 1.0, "typical_p": 1.0, "min_new_tokens": 0},
     **{"repetition_penalty": 1.0, "encoder_repetition_penalty": 1.0, "length_penalty": 1.0},
     **{"no_repeat_ngram_size": 0, "encoder_no_repeat_ngram_size": 0, "renormalize_logits": False, "use_cache": True},
 }

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from lit_merge.checkpoints.activation import activations_of
 from lit_merge.checkpoints.opening import open_model
 from lit_merge.errors import ConfigurationError, FileFormatError, LitMergeError, first_few, one_line
 from lit_merge.files.hub import Address, fetch, local_path, parse_address
 from lit_merge.models.language.tokenization import Kind
+from lit_merge.models.merging.companions import is_companion
 from lit_merge.params import check_finite
 
 if TYPE_CHECKING:
@@ -24,11 +27,6 @@ __all__ = ["LoadedModel", "load_language_model", "longest_input"]
 
 _AUTO = {"encoder": "AutoModel", "encoder_decoder": "AutoModelForSeq2SeqLM", "causal": "AutoModelForCausalLM"}
 _CLASSES = {"encoder": "TextEncoderNetwork", "encoder_decoder": "Seq2SeqNetwork", "causal": "CausalNetwork"}
-_BESIDE = (
-    *("tokenizer.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "special_tokens_map.json"),
-    *("vocab.txt", "vocab.json", "merges.txt", "added_tokens.json", "chat_template.jinja", "modules.json"),
-)
-"""Files of a repository that are wanted besides the weights and the configurations."""
 _TOKENIZERS = (
     "tokenizer.json",
     "tokenizer.model",
@@ -51,6 +49,7 @@ class LoadedModel:
         folder: where its files are; of an address on the Hub the snapshot in the cache.
         files: that the weights were read from.
         repository: ``owner/name`` on the Hub, if it came from there.
+        activations: the activation functions of its parts, as its configuration says.
     """
 
     model: nn.Module
@@ -58,6 +57,7 @@ class LoadedModel:
     folder: Path
     files: tuple[Path, ...]
     repository: str | None
+    activations: Mapping[str, str] = field(default_factory=dict)
 
 
 def load_language_model(
@@ -113,7 +113,8 @@ def load_language_model(
     stored = opened.without_prefix()
     model = _built(transformers, path, kind, config, stored, dtype, attention)
     _check_vocabulary(path, model, tokenizer)
-    return LoadedModel(_without_dropout(model, dropout), tokenizer, where, opened.files, repository)
+    activations = activations_of(opened)
+    return LoadedModel(_without_dropout(model, dropout), tokenizer, where, opened.files, repository, activations)
 
 
 def longest_input(model: nn.Module, tokenizer: Any) -> int | None:
@@ -144,18 +145,7 @@ def _transformers() -> Any:
 
 def _snapshot(address: Address) -> Path:
     """The folder, or the GGUF file, of an address in the cache, with all that a model needs."""
-    found = fetch(address)
-    folder = found.folder / address.path
-    if folder.is_file():
-        return folder
-    pinned = replace(address, revision=found.folder.name)
-    for name in _BESIDE:
-        inside = "/".join(filter(None, (address.path, name)))
-        try:
-            fetch(replace(pinned, path=inside))
-        except LitMergeError:
-            continue  # not every model has every one of them; what is needed is asked for below
-    return folder
+    return fetch(address, also=is_companion).folder / address.path
 
 
 def _from_gguf(transformers: Any, file: Path, kind: Kind, dtype: torch.dtype, attention: str) -> tuple[Any, Any, Any]:
@@ -164,6 +154,8 @@ def _from_gguf(transformers: Any, file: Path, kind: Kind, dtype: torch.dtype, at
         raise ConfigurationError(f"{file}: expected a folder for {_CLASSES[kind]}, got a GGUF file. Use CausalNetwork.")
     if not file.is_file():
         raise ConfigurationError(f"{file}: expected a GGUF file, got nothing. Check the path.")
+    if find_spec("gguf") is None:
+        raise ConfigurationError(f"{file}: expected the package gguf, got none. Install it: pip install gguf.")
     settings = {"gguf_file": file.name, "local_files_only": True, "trust_remote_code": False}
     with _refusals(str(file)):
         tokenizer = transformers.AutoTokenizer.from_pretrained(file.parent, **settings)

@@ -60,8 +60,9 @@ class LanguageNetwork(Network):
         if dtype not in get_args(DType):
             raise ConfigurationError(f"dtype: expected one of {', '.join(get_args(DType))}, got {dtype!r}.")
         loaded = load_language_model(path, self.kind, getattr(torch, dtype), attention, dropout)
-        self.name, self.folder, self.files = named_after(path), loaded.folder, loaded.files
-        self.repository = loaded.repository
+        self.name = named_after(path.removesuffix(".gguf"))
+        self.folder, self.files = loaded.folder, loaded.files
+        self.repository, self.activations = loaded.repository, loaded.activations
         self.preprocessing = self._tokenization(loaded, path, max_length, max_target_length)
         self.module = self._module(loaded.model)
 

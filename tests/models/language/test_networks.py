@@ -297,12 +297,17 @@ def test_settings_out_of_range(folder):
         TextEncoderNetwork(str(path)).head(SimpleNamespace(name="x", classes=(), templates=()))
 
 
-def test_gguf_files_are_of_causal_models(tmp_path):
+def test_gguf_files_are_of_causal_models(tmp_path, monkeypatch):
     assert refusal(TextEncoderNetwork, tmp_path / "m.gguf") == (
         f"{tmp_path / 'm.gguf'}: expected a folder for TextEncoderNetwork, got a GGUF file. Use CausalNetwork."
     )
     assert refusal(CausalNetwork, tmp_path / "m.gguf") == (
         f"{tmp_path / 'm.gguf'}: expected a GGUF file, got nothing. Check the path."
+    )
+    (tmp_path / "m.gguf").touch()
+    monkeypatch.setattr("lit_merge.models.language.loading.find_spec", lambda name: None)
+    assert refusal(CausalNetwork, tmp_path / "m.gguf") == (
+        f"{tmp_path / 'm.gguf'}: expected the package gguf, got none. Install it: pip install gguf."
     )
 
 
