@@ -339,7 +339,7 @@ class FileBase(Base):
         return changed
 
     @cached_property
-    def ties(self) -> Mapping[str, str]:  # type: ignore[override]
+    def ties(self) -> Mapping[str, str]:
         """Tables that the file stores twice; compared when it is first asked for."""
         return tied_names(self.opened)
 

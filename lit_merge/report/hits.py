@@ -45,7 +45,9 @@ def load_hits(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """
     stored = LazyTensors(Path(path), verify=True)
     try:
-        counts = json.loads(stored.metadata["examples"]) if stored.metadata.get("format") == FORMAT else None
+        if stored.metadata["format"] != FORMAT:
+            raise KeyError(FORMAT)
+        counts = json.loads(stored.metadata["examples"])
         found = {task: np.unpackbits(stored[task].numpy(), count=int(counts[task])) for task in stored}
     except (KeyError, TypeError, ValueError) as error:
         raise FileFormatError(f"{path}: expected format {FORMAT}, got something else. Test the model again.") from error

@@ -137,7 +137,7 @@ class _MemoryBase(Base):
         return as_lazy(self._state)
 
     @cached_property
-    def ties(self) -> Mapping[str, str]:  # type: ignore[override]
+    def ties(self) -> Mapping[str, str]:
         return tied_names(self._state)
 
     @cached_property
