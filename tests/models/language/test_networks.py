@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 from types import SimpleNamespace
 
 import pytest
 import torch
+from builders.hub_server import Repository, running_hub
 from builders.language_folders import language_folder, language_model, tokenizer
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
@@ -158,6 +160,37 @@ def test_dropout_and_recomputation(folder):
     for name, value in gradients[0].items():
         torch.testing.assert_close(value, gradients[1][name], msg=name)
     assert refusal(TextEncoderNetwork, path, dropout=1.5) == "dropout: expected a number in [0, 1), got 1.5."
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    from huggingface_hub import constants
+
+    for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
+        monkeypatch.setattr(constants, name, str(tmp_path / "hub"))
+    with running_hub() as server:
+        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        yield server
+
+
+def test_a_model_on_the_hub(folder, hub):
+    path = folder("gpt2")
+    hub.repositories["me/tiny"] = repository = Repository()
+    files = {one.name: one.read_bytes() for one in path.iterdir()}
+    repository.commit({**files, "own.py": b"raise SystemExit", "model.onnx": b"0" * 9})
+    network = CausalNetwork("hf://me/tiny")
+    assert network.fingerprint == CausalNetwork(str(path)).fingerprint
+    assert repr(network.preprocessing) == repr(CausalNetwork(str(path)).preprocessing)
+    assert (network.name, network.repository) == ("tiny", "me/tiny")
+    assert not any("model.onnx" in where for _, where in hub.requests)
+    repository.gated = True
+    repository.commit({"README.md": b"x"})
+    assert re.search(
+        r"^hf://me/tiny.*: expected the Hub to read this, got 40[13]: .*hf auth login",
+        refusal(CausalNetwork, "hf://me/tiny"),
+    )
 
 
 # Heads
