@@ -12,6 +12,7 @@ from typing import Any
 from lit_merge._version import __version__
 from lit_merge.data.published.task import PublishedSource
 from lit_merge.data.sources import Task
+from lit_merge.data.text.task import TextTask
 from lit_merge.errors import ConfigurationError, LitMergeError
 from lit_merge.files.cache import Cache
 from lit_merge.models.encoder import weights_path
@@ -80,7 +81,8 @@ class SuitePlan(SuiteSettings):
             sources = {name: build(f"sources.{name}", Task, source) for name, source in self.sources.items()}
             arguments = {**arguments, "sources": sources}
         data = MultiTaskDataModule(**arguments)
-        assert all(module.classes for module in data.tasks.values())
+        for module in data.tasks.values():
+            _ = module.classes  # found in a folder or file; there are none of texts that are only continued
         return data
 
     @cached_property
@@ -206,6 +208,8 @@ class SuitePlan(SuiteSettings):
             source = module.source
             if isinstance(source, PublishedSource):
                 found[task] = self.ledger.tree_digest(*_tops(source.location.paths, source.root))
+            elif isinstance(source, TextTask) and source.files:
+                found[task] = self.ledger.tree_digest(*source.files)
             elif task in self.sources:
                 found[task] = source.digest() if hasattr(source, "digest") else self.sources[task]
         return found
@@ -233,7 +237,9 @@ class SuitePlan(SuiteSettings):
         config = self.test_config(data, model)
         settings = self._settings(self.test_config(data, dict.fromkeys(model)), images)  # the model's content counts
         inputs = tuple(model.values())
-        return Stage(name, "test", config, settings, ("test_metrics.json", "test_hits.safetensors"), inputs, _devices(config))
+        return Stage(
+            name, "test", config, settings, ("test_metrics.json", "test_hits.safetensors"), inputs, _devices(config)
+        )
 
     def _learn(self, seed: int, name: str, vectors: Mapping[str, Path]) -> list[Stage]:
         recipe, inputs = self.recipes[name], tuple(vectors.values())

@@ -32,6 +32,30 @@ def tokenization(kind: str, words: str, max_length: int = 32, max_target_length:
     return Tokenization(fast, kind, max_length, max_target_length, **start, **settings)
 
 
+def character_tokenizer() -> Any:
+    """One number a character: the tab is 13."""
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    special = {name: place for place, name in enumerate(SPECIAL)}
+    numbers = {**special, **{chr(place): place + 4 for place in range(9, 127)}}
+    inner = Tokenizer(models.WordLevel(numbers, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.Split(Regex("[\\s\\S]"), "isolated")
+    inner.post_processor = processors.TemplateProcessing(
+        single="$A </s>", pair="$A </s> $B </s>", special_tokens=[("</s>", 2)]
+    )
+    names = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    return PreTrainedTokenizerFast(tokenizer_object=inner, **names)
+
+
+def characters(kind: str, max_length: int = 4000) -> Any:
+    """The tokenization of :func:`character_tokenizer`."""
+    from lit_merge.models.language import Tokenization
+
+    start = {"start_id": 0} if kind == "encoder_decoder" else {}
+    return Tokenization(character_tokenizer(), kind, max_length, 200, **start)
+
+
 def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> str:
     """Rows as the format that the path's ending says; a missing ending is what ``save_to_disk`` leaves."""
     path.parent.mkdir(parents=True, exist_ok=True)

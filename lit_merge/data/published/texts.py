@@ -76,6 +76,11 @@ class PublishedStore(Store):
         return ", ".join(map(str, self._folders))
 
     @property
+    def files(self) -> list[Path]:
+        """See :attr:`Store.files`."""
+        return [path for split in self._entry.counts for path in self._found(split)]
+
+    @property
     def _folders(self) -> list[Path]:
         names = (self._entry.folder, self._entry.hub, self._entry.name)
         return [self._root / name for name in dict.fromkeys(names)]

@@ -33,6 +33,11 @@ class Store(ABC):
     where: str
     divided = True
 
+    @property
+    def files(self) -> list[Path]:
+        """The files, or folders of them, that the tables are in; none if they are nowhere on the disk of their own."""
+        return []
+
     @abstractmethod
     def table(self, name: str) -> Table | None:
         """A stored split; None if there is none.
@@ -67,6 +72,11 @@ class FileStore(Store):
         self._files = {name: Path(path).expanduser() for name, path in named.items()}
         self.where, self._encoding = str(next(iter(self._files.values()))), encoding
 
+    @property
+    def files(self) -> list[Path]:
+        """See :attr:`Store.files`."""
+        return list(self._files.values())
+
     def table(self, name: str) -> Table | None:
         """See :meth:`Store.table`."""
         path = self._files.get(name if self.divided else "")
@@ -83,6 +93,11 @@ class FolderStore(Store):
     def divided(self) -> bool:  # type: ignore[override]
         """False of a single table that ``save_to_disk`` left."""
         return not (self._folder / "state.json").exists()
+
+    @property
+    def files(self) -> list[Path]:
+        """See :attr:`Store.files`."""
+        return [self._folder]
 
     def table(self, name: str) -> Table | None:
         """See :meth:`Store.table`."""

@@ -143,6 +143,11 @@ class TextTask(Task):
         self._tokens: dict[tuple[str, str], TextExamples] = {}
 
     @property
+    def files(self) -> list[Path]:
+        """The files or folders that hold the texts; empty of rows in memory, and of the Hub."""
+        return self._store.files
+
+    @property
     def classes(self) -> tuple[str, ...]:  # type: ignore[override]
         """Class names, in label order; empty for a task without classes.
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from builders.published_texts import row_of, write_text_task
-from builders.text_tables import tokenization
+from builders.text_tables import characters
 
 from lit_merge.commands.main import main
 from lit_merge.data import MultiTaskDataModule, TaskDataModule
@@ -35,23 +35,6 @@ PINNED = {
     "toxicity": "civil_comments wikitext103",
 }
 KINDS = {"encoder_decoder": "encoder_decoder", "causal": "causal", "classifier": "encoder"}
-
-
-def characters(kind: str, max_length: int = 4000):
-    """One number a character."""
-    made = tokenization(kind, "x", max_length, 200)
-    from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast
-
-    letters = {chr(place): place + 4 for place in range(9, 127)}
-    inner = Tokenizer(models.WordLevel({"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3, **letters}, unk_token="<unk>"))
-    inner.pre_tokenizer = pre_tokenizers.Split(Regex("[\\s\\S]"), "isolated")
-    inner.post_processor = processors.TemplateProcessing(
-        single="$A </s>", pair="$A </s> $B </s>", special_tokens=[("</s>", 2)]
-    )
-    names = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-    made.tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, **names)
-    return made
 
 
 def read(numbers) -> str:

@@ -43,6 +43,7 @@ def test_one_file_is_divided_by_the_hash_of_its_texts(tmp_path, suffix):
     assert {split: len(texts) for split, texts in parts.items()} == {"train": 48, "val": 6, "test": 6}
     assert set().union(*parts.values()) == {row["text"] for row in ROWS}
     assert (task.name, task.classes, task.templates) == ("reviews", ("neg", "pos"), ("{}",))
+    assert task.files == [tmp_path / f"reviews{suffix}"]
     # Where a row stands, and in which format, does not matter.
     other = TextTask(rows=ROWS[::-1], seed=3)
     assert {split: set(words(other, split)) for split in parts} == {split: set(own) for split, own in parts.items()}
