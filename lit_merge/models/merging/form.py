@@ -121,7 +121,8 @@ def form_of(
             )
     if not weights:
         return Form()
-    files = base.files if isinstance(base, FileBase) else ()
+    own = getattr(base, "folder", None)  # of a language network
+    files, path = base.files if own or isinstance(base, FileBase) else (), path or (own and str(own))
     found = companions_of(path, [one.name for one in files]) if files and path and not is_file else Companions()
     if write_as is None:
         found = found.with_dtype(dtype)

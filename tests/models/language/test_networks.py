@@ -13,6 +13,7 @@ from builders.language_folders import language_folder, language_model, tokenizer
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
+from lit_merge.commands.main import main
 from lit_merge.errors import LitMergeError
 from lit_merge.models.language import (
     CausalNetwork,
@@ -22,6 +23,7 @@ from lit_merge.models.language import (
     TextEncoderNetwork,
 )
 from lit_merge.params import fingerprint
+from lit_merge.vectors import TaskVector
 
 KINDS = {"bert": TextEncoderNetwork, "t5": Seq2SeqNetwork, "gpt2": CausalNetwork, "llama": CausalNetwork}
 TASK = SimpleNamespace(name="letters", classes=("a", "b c"), templates=("{} d", "w1 {}"))
@@ -160,6 +162,32 @@ def test_dropout_and_recomputation(folder):
     for name, value in gradients[0].items():
         torch.testing.assert_close(value, gradients[1][name], msg=name)
     assert refusal(TextEncoderNetwork, path, dropout=1.5) == "dropout: expected a number in [0, 1), got 1.5."
+
+
+def test_a_merge_of_a_network_is_a_folder_that_transformers_opens(folder, tmp_path, own_cache):
+    import transformers
+
+    path = folder("t5")
+    network, files = Seq2SeqNetwork(str(path)), []
+    for seed in range(2):
+        draw = torch.Generator().manual_seed(seed)
+        tau = {name: torch.randn(one.shape, generator=draw) for name, one in network.module.named_parameters()}
+        files.append(str(tmp_path / f"{seed}.safetensors"))
+        TaskVector(tau, str(seed), metadata={"base_fingerprint": network.fingerprint}).save(files[-1])
+    settings = f"{{class_path: lit_merge.models.language.Seq2SeqNetwork, init_args: {{path: {path}}}}}"
+    command = ["merge", "--network", settings, "--vectors", str(files), "--recipe", "task_arithmetic"]
+    assert main([*command, "--output", str(tmp_path / "merged")]) == 0
+    model, found = transformers.AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "merged", output_loading_info=True)
+    assert not found["missing_keys"]
+    assert not found["unexpected_keys"]
+    merged = dict(model.named_parameters())
+    first, second = (TaskVector.load(file) for file in files)
+    for name, value in network.module.named_parameters():
+        expected = value + 0.3 * (first[name] + second[name])
+        torch.testing.assert_close(merged[name].detach(), expected.detach(), rtol=1e-5, atol=1e-6)
+    assert model.lm_head.weight is model.shared.weight
+    again = Seq2SeqNetwork(str(tmp_path / "merged"))
+    assert repr(again.preprocessing) == repr(network.preprocessing)
 
 
 @pytest.fixture
