@@ -12,6 +12,7 @@ from builders.batch_recorder import Recorder, quiet_trainer
 from builders.text_tables import tokenization, write_rows
 
 from lit_merge.data import MultiTaskDataModule, OtherBatch, TaskDataModule, TextBatch, TextTask
+from lit_merge.data.other_tasks import OtherImages
 from lit_merge.errors import ConfigurationError, DataError
 from lit_merge.models import Preprocessing
 
@@ -524,3 +525,18 @@ def test_truncation_is_said_once_with_numbers(recwarn):
     assert said == ["texts/train: cut 24 of 48 texts to max_length 4 (targets: 16); the longest text has 5 tokens."]
     shorter = TextTask(rows=ROWS, max_length=3).split("train", network)
     assert (shorter.lengths.max(), network.max_length, shorter.preprocessing.max_length) == (3, 4, 3)
+
+
+@pytest.mark.parametrize("kind", ["encoder", "encoder_decoder", "causal"])
+def test_texts_of_other_tasks_beside_the_own_ones(kind):
+    network = tokenization(kind, ALL)
+    long = [{"text": f"{row['text']} Is it", "label": row["label"]} for row in ROWS]
+    others = {"one": TextTask(rows=ROWS), "two": TextTask(rows=long)}
+    images = OtherImages({name: task.split("train", network) for name, task in others.items()}, 8)
+    beside = images.__getitems__([(0, 0), (0, 3), (1, 1)])
+    assert (beside.tasks.tolist(), beside.targets.tolist()) == ([0, 0, 1], [-1, -1, -1])
+    own = TextTask(rows=ROWS).split("train", network).__getitems__([0, 1])
+    both = TextBatch.join([own, beside])
+    assert len(both) == 5
+    assert {len(one) for one in both.inputs} == {5}
+    assert (both.targets[2:] == -1).all()
