@@ -132,8 +132,23 @@ class MergedModel(nn.Module):
         return self._merged(tangent, out)
 
     def _merged(self, tangent: bool, out: Mapping[str, Tensor] | None) -> Params:
-        base = None if tangent else {name: own for name, own in self.module.named_parameters() if name in self.members}
-        return combine(base, self.vector_storage(), self.applied(), self._columns, out)
+        return combine(self.base_parameters(tangent), self.vector_storage(), self.applied(), self._columns, out)
+
+    def base_parameters(self, tangent: bool) -> Params | None:
+        """θ0 of the parameters that are merged; None of a tangent, which has no base."""
+        if tangent:
+            return None
+        return {name: own for name, own in self.module.named_parameters() if name in self.members}
+
+    def individual_parameters(self, row: int, tangent: bool = False, out: Mapping[str, Tensor] | None = None) -> Params:
+        """θ0 + τ_t of one task vector alone, whatever the coefficients; without gradients.
+
+        Args:
+            row: t, a position in :attr:`tasks`.
+            tangent: without θ0: τ_t itself.
+            out: results of an earlier call that nobody needs any more; their memory may be used again.
+        """
+        return self.vector_storage().add_one(row, self.base_parameters(tangent), out)
 
     def vector_storage(self) -> VectorStorage:
         """The task vectors where ``storage`` says; read when this is called for the first time on a device.

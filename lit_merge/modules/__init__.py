@@ -9,7 +9,7 @@ from lit_merge.modules.encoding import EncoderModule
 from lit_merge.modules.finetune import FineTuneModule
 from lit_merge.modules.merge import MergeModule
 from lit_merge.modules.multitask import MultiTaskModule
-from lit_merge.modules.objectives import CrossEntropy, Entropy, Objective
+from lit_merge.modules.objectives import Comparison, CrossEntropy, Entropy, Expert, Features, Objective, Outputs
 from lit_merge.modules.orthogonality import OrthoReg
 from lit_merge.modules.penalty import Penalty, TauJpPenalty
 from lit_merge.modules.pretrain import ContrastiveModule
@@ -18,16 +18,20 @@ from lit_merge.modules.sharpness import SAM
 
 __all__ = [
     "SAM",
+    "Comparison",
     "ContrastiveModule",
     "CrossEntropy",
     "EncoderModule",
     "Entropy",
+    "Expert",
+    "Features",
     "FineTuneModule",
     "FineTuningProtocol",
     "MergeModule",
     "MultiTaskModule",
     "Objective",
     "OrthoReg",
+    "Outputs",
     "Penalty",
     "TauJpPenalty",
 ]

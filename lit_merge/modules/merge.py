@@ -22,7 +22,8 @@ from lit_merge.models.linear_features import LinearFeatureCache, LinearFeatures
 from lit_merge.models.merged import MergedModel, swapped
 from lit_merge.models.network import Network
 from lit_merge.modules.chance import chance_warnings
-from lit_merge.modules.objectives import Objective, objective_of
+from lit_merge.modules.individual import IndividualModels
+from lit_merge.modules.objectives import Comparison, Objective, Outputs, objective_of
 from lit_merge.modules.passes import passes
 from lit_merge.modules.protocol import check_range
 from lit_merge.modules.task_heads import TaskHeads
@@ -60,7 +61,8 @@ class MergeModule(TaskHeads):
         parts: transforms that are applied to the vectors first, e.g. [{Trim: {density: 0.2}}, ElectSign], which makes
             it AdaMerging++.
         transform: instead of parts, any transform that leaves a vector per task.
-        objective: ``entropy``, of all images, ``cross_entropy``, of the labelled ones, or any other by class path.
+        objective: ``entropy``, of all images, ``cross_entropy``, of the labelled ones, ``expert`` or ``features``,
+            which compare the merge with the individual models, or any other by class path.
         learning_rate: of Adam.
         optimizer: another optimiser, from the parameters; learning_rate is ignored then.
         scheduler: of the learning rate, from the optimiser, per step.
@@ -82,6 +84,7 @@ class MergeModule(TaskHeads):
     Attributes:
         merged: the :class:`~lit_merge.models.merged.MergedModel` with the coefficients.
         merged_tasks: the vectors' tasks.
+        vector_tasks: of every vector its tasks, several if it was merged itself.
         transform: what is applied to the vectors first, or None.
 
     Raises:
@@ -148,7 +151,8 @@ class MergeModule(TaskHeads):
         self._inputs = TaskVectors(rows, base=self.initial_parameters)
         changed = self.transform(self._inputs) if self.transform else self._inputs
         _check_tasks(self._inputs.tasks, changed.tasks, self.transform)
-        self.merged_tasks = tuple(task for row in rows for task in row.tasks)
+        self.vector_tasks = tuple(row.tasks for row in rows)
+        self.merged_tasks = tuple(task for tasks in self.vector_tasks for task in tasks)
         start = Coefficients.load(init) if isinstance(init, str) else init
         self.merged = MergedModel(self.network, changed, granularity, start, clamp, storage, sharded)
         self.objective, self.learning_rate = chosen, learning_rate
@@ -159,6 +163,7 @@ class MergeModule(TaskHeads):
         if activation_checkpointing:
             self._checkpoint_activations()
         self.encoder.train(activation_checkpointing)
+        self.individuals = IndividualModels(self)
         self._held: Params | None = None
         self._spare: Params | None = None
         self._linear: dict[str, LinearFeatures] = {}
@@ -179,6 +184,11 @@ class MergeModule(TaskHeads):
                 f"activation_checkpointing: expected an encoder without dropout, got {first_few(droppers)}. "
                 "Set images_per_pass instead."
             )
+
+    @property
+    def plain_vectors(self) -> TaskVectors:
+        """The task vectors as they were fine-tuned, before any transform."""
+        return self._inputs
 
     @property
     def task(self) -> str:
@@ -234,6 +244,15 @@ class MergeModule(TaskHeads):
         """
         return self.objective(logits, batch)
 
+    def _loss(self, features: Tensor, individual: Tensor | None, batch: Any, task: str) -> Tensor:
+        """The objective of one task, from the merge's features and, for a comparison, the individual model's."""
+        logits = self.classify(features, task)
+        if individual is None or not isinstance(self.objective, Comparison):
+            return self.compute_loss(logits, batch, task)
+        with torch.no_grad():
+            own = self.classify(individual, task)
+        return self.objective.against(Outputs(features, logits), Outputs(individual, own), batch)
+
     def encode(self, inputs: Sequence[Any], weights: Mapping[str, Tensor]) -> Tensor:
         """Features ``[B, d]`` of inputs, e.g. images, under given weights; linearised, under a given τ."""
         with fast_attention(inputs[0].device):
@@ -285,6 +304,7 @@ class MergeModule(TaskHeads):
         self._spare = {name: value.detach() for name, value in weights.items()}  # until the next step
         leaves = {name: value.detach().requires_grad_() for name, value in weights.items()}
         losses: dict[str, Tensor] = {}
+        individual = self.individuals.features(present) if isinstance(self.objective, Comparison) else {}
         for tasks in passes(present, self.images_per_pass):
             with ExitStack() as stack:
                 parts = [present[task] for task in tasks]
@@ -295,7 +315,7 @@ class MergeModule(TaskHeads):
                     stack.enter_context(swapped(self.network, leaves))
                 slices = self.encode(inputs, leaves).split(list(map(len, parts)))
                 for task, features in zip(tasks, slices, strict=True):
-                    losses[task] = self.compute_loss(self.classify(features, task), present[task], task)
+                    losses[task] = self._loss(features, individual.get(task), present[task], task)
                 total = torch.stack([losses[task] for task in tasks]).sum()
                 with torch.autocast(total.device.type, enabled=False):
                     (total * scale).backward()
@@ -331,15 +351,18 @@ class MergeModule(TaskHeads):
         features = known.value[rows].to(self.device)
         for factor, name in zip(applied, self.merged.tasks, strict=True):
             features = features + factor * known.tangents[name][rows].to(self.device)
-        return self.compute_loss(self.classify(features, task), part, task)
+        row = next((row for row, tasks in enumerate(self.vector_tasks) if task in tasks), 0)
+        own = known.value[rows].to(self.device) + known.tangents[self.merged.tasks[row]][rows].to(self.device)
+        return self._loss(features, own, part, task)
 
     def on_fit_start(self) -> None:
         """Warn of heads at chance; of a linearised model with task-wise coefficients, compute what its images need."""
-        if not self.objective.needs_targets:
+        if not self.objective.needs_targets and not isinstance(self.objective, Comparison):
             for line in chance_warnings(self, self.trainer.datamodule, self.chance_examples):  # type: ignore[attr-defined]
                 rank_zero_warn(line)
         self._linear = {}
         kept = getattr(self.base, "vector_features", True)  # not logits over a vocabulary at every position
+        kept = kept and not (self.transform and isinstance(self.objective, Comparison))  # whose vectors are others
         if not (self.linearized and self.merged.granularity == "task" and kept):
             return
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
@@ -372,8 +395,9 @@ class MergeModule(TaskHeads):
             self.log("val/entropy", torch.stack(values).mean())
 
     def on_fit_end(self) -> None:
-        """Let go of the memory of the training's weights."""
+        """Free the memory of the training's weights."""
         self._spare = None
+        self.individuals.free()
 
     def on_validation_start(self) -> None:
         """Merge once for the whole validation."""

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, NamedTuple
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -16,7 +17,7 @@ from lit_merge.errors import ConfigurationError, did_you_mean
 from lit_merge.functional.tokens import prediction_entropy, token_losses
 from lit_merge.metrics.hits import UNLABELLED
 
-__all__ = ["CrossEntropy", "Entropy", "Objective", "objective_of"]
+__all__ = ["Comparison", "CrossEntropy", "Entropy", "Expert", "Features", "Objective", "Outputs", "objective_of"]
 
 
 class Objective(ABC):
@@ -84,11 +85,112 @@ class Entropy(Objective):
         return prediction_entropy(logits)[batch.indices >= 0].mean()
 
 
-_NAMED = {"cross_entropy": CrossEntropy, "entropy": Entropy}
+class Outputs(NamedTuple):
+    """What one model says about a batch of one task.
+
+    Attributes:
+        features: of the encoder, ``[B, d]``.
+        logits: of the task's head, ``[B, C]``; of a language model's next tokens ``[B, M, V]``.
+    """
+
+    features: Tensor
+    logits: Tensor
+
+
+class Comparison(Objective):
+    """An objective of a merge that compares it with the individual model ``θ0 + τ_t`` of the batch's task.
+
+    The individual model sees the same examples, has the same head, and gets no gradient. No labels are read.
+    """
+
+    needs_targets: ClassVar[bool] = False
+
+    @abstractmethod
+    def against(self, merged: Outputs, individual: Outputs, batch: Any) -> Tensor:
+        """The objective of a batch of one task.
+
+        Args:
+            merged: what the merge says, with gradients.
+            individual: what the individual model says.
+            batch: a :class:`lit_merge.data.Batch`, with ``indices`` -1 where an example only fills the batch up.
+
+        Returns:
+            A scalar.
+        """
+
+    def __call__(self, logits: Tensor, batch: Any) -> Tensor:
+        """Refuse logits alone.
+
+        Raises:
+            ConfigurationError: always; :meth:`against` is what a merge calls.
+        """
+        raise ConfigurationError(
+            f"objective {self!r}: expected a merge of individual models to compare with, got one model. Use it in "
+            "MergeModule, or objective cross_entropy here."
+        )
+
+
+@dataclass(frozen=True)
+class Expert(Comparison):
+    """The mean cross-entropy to the individual model's most probable class, where that is to be trusted.
+
+    SyMerge's self-labels (Jung et al. 2026; ``crosspseudoconf`` of the authors' program): an example counts if both
+    models agree, or if the individual one is at least as confident as the merge; the others are dropped. The mean is
+    over what counts, which with several processes is what each of them keeps itself; it is 0 if nothing does. Of next
+    tokens every position is an example.
+
+    Args:
+        keep: ``trusted``, as above, or ``all`` examples (``crosspseudo``).
+
+    Raises:
+        ConfigurationError: there is no such choice.
+    """
+
+    keep: Literal["trusted", "all"] = "trusted"
+
+    def __post_init__(self) -> None:
+        if self.keep not in ("trusted", "all"):
+            raise ConfigurationError(f"Expert.keep: expected trusted or all, got {self.keep!r}.")
+
+    def against(self, merged: Outputs, individual: Outputs, batch: Any) -> Tensor:
+        """See :class:`Comparison`."""
+        logits, expert = _precise(merged.logits), _precise(individual.logits)
+        kept = batch.indices >= 0
+        if logits.ndim == 3:  # logits are zero where nothing is predicted
+            kept = kept.unsqueeze(1) & (expert != 0).any(-1)
+        confidence, labels = expert.softmax(-1).max(-1)
+        own, guesses = logits.detach().softmax(-1).max(-1)
+        if self.keep == "trusted":
+            kept = kept & ((guesses == labels) | (confidence >= own))
+        losses = F.cross_entropy(logits.flatten(0, -2), labels.flatten(), reduction="none")
+        return torch.where(kept.flatten(), losses, 0).sum() / kept.sum().clamp(min=1)
+
+
+@dataclass(frozen=True)
+class Features(Comparison):
+    """The mean absolute difference between the merge's features and the individual model's (``l1feature`` of SyMerge).
+
+    Features are the encoder's, as the head gets them, before any normalisation; the mean is over examples and elements.
+    """
+
+    def against(self, merged: Outputs, individual: Outputs, batch: Any) -> Tensor:
+        """See :class:`Comparison`."""
+        real = batch.indices >= 0
+        difference = _precise(merged.features) - _precise(individual.features)
+        return difference[real].abs().mean()
+
+
+def _precise(values: Tensor) -> Tensor:
+    return values if values.dtype.itemsize >= 4 else values.float()
+
+
+_NAMED = {"cross_entropy": CrossEntropy, "entropy": Entropy, "expert": Expert, "features": Features}
 
 
 def objective_of(given: Objective | str) -> Objective:
-    """The objective that is given, or the one that a name stands for: ``entropy`` or ``cross_entropy``.
+    """The objective that is given, or the one that a name stands for.
+
+    Names are ``entropy``, ``cross_entropy``, and for merges ``expert`` and ``features``.
 
     Raises:
         ConfigurationError: there is no such name.
@@ -97,7 +199,7 @@ def objective_of(given: Objective | str) -> Objective:
         return given
     if given not in _NAMED:
         raise ConfigurationError(
-            f"objective: expected entropy, cross_entropy or an object by class path, got {given!r}. "
+            f"objective: expected {', '.join(sorted(_NAMED))} or an object by class path, got {given!r}. "
             f"{did_you_mean(given, _NAMED, 'Subclass lit_merge.modules.Objective for another one.')}"
         )
     return _NAMED[given]()

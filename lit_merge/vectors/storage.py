@@ -123,16 +123,29 @@ class VectorStorage:
         with torch.autocast(self._device.type, enabled=False):
             return self._gathered(weights, base) if self._group else self._added(weights, base, out)
 
-    def _added(self, weights: Tensor, base: Mapping[str, Tensor] | None, out: Mapping[str, Tensor] | None) -> Params:
+    @torch.no_grad()
+    def add_one(self, row: int, base: Mapping[str, Tensor] | None, out: Mapping[str, Tensor] | None = None) -> Params:
+        """``base[n] + τ_row[n]``, of one vector alone, which is all that is read; otherwise as :meth:`add_weighted`."""
+        weights = torch.ones(1, len(self._shapes), dtype=self._dtype, device=self._device)
+        with torch.autocast(self._device.type, enabled=False):
+            return self._gathered(weights, base, row) if self._group else self._added(weights, base, out, row)
+
+    def _added(
+        self,
+        weights: Tensor,
+        base: Mapping[str, Tensor] | None,
+        out: Mapping[str, Tensor] | None,
+        row: int | None = None,
+    ) -> Params:
         merged = {name: self._empty(name, base) if out is None else out[name].detach() for name in self._shapes}
         targets = {name: value.view(-1) for name, value in merged.items()}
-        self._run(partial(_weighted, weights, base, targets, {}))
+        self._run(partial(_weighted, weights, base, targets, {}), row)
         return merged
 
-    def _gathered(self, weights: Tensor, base: Mapping[str, Tensor] | None) -> Params:
+    def _gathered(self, weights: Tensor, base: Mapping[str, Tensor] | None, row: int | None = None) -> Params:
         own = torch.zeros(self._length, dtype=self._dtype, device=self._device)
         offsets = {segment.name: segment.offset - segment.start for segment in self._segments}
-        self._run(partial(_weighted, weights, base, dict.fromkeys(offsets, own), offsets))
+        self._run(partial(_weighted, weights, base, dict.fromkeys(offsets, own), offsets), row)
         whole = torch.empty(self._length * processes.get_world_size(), dtype=self._dtype, device=self._device)
         processes.all_gather_into_tensor(whole, own)
         sizes = [shape.numel() for shape in self._shapes.values()]
@@ -195,8 +208,8 @@ class VectorStorage:
             vectors.vector(index).save(path)
         return TaskVectors([TaskVector.load(path) for path in paths])
 
-    def _run(self, function: Callable[[_Segment, int, Tensor], _Result]) -> list[_Result]:
-        """``function(segment, start, chunk)`` of everything that this process holds, in order."""
+    def _run(self, function: Callable[[_Segment, int, Tensor], _Result], row: int | None = None) -> list[_Result]:
+        """``function(segment, start, chunk)`` of everything that this process holds, in order; of all rows or one."""
         on_cpu = self._device.type == "cpu"
         as_it_is = self._flat is not None and self._flat.dtype == self._dtype
         length = _COLUMNS if as_it_is else max(_ELEMENTS // len(self.tasks), 1 << 12)
@@ -209,7 +222,8 @@ class VectorStorage:
                     yield segment, start, min(start + step, segment.stop), read
 
         def apply(segment: _Segment, start: int, stop: int, read: Reader) -> _Result:
-            chunk = read(start, stop).to(self._device, non_blocking=True)
+            chunk = read(start, stop)[slice(None) if row is None else slice(row, row + 1)]
+            chunk = chunk.to(self._device, non_blocking=True)
             return function(segment, start, chunk.to(self._dtype))
 
         if on_cpu and not as_it_is:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import lightning as L
 import pytest
 import torch
 from builders.learned_merge import BlockEncoder
+from builders.merge_batches import CLASSES, SILENT, TASKS, Batches
 from torch import nn
 
 from lit_merge import Coefficients, MergeModule, TaskVector
@@ -22,50 +22,6 @@ from lit_merge.errors import ConfigurationError, DataError, NonFiniteError, Stru
 from lit_merge.functional import linearize, shannon_entropy
 from lit_merge.models import load_clip
 from lit_merge.vectors import LazyTensors
-
-TASKS = ["a", "b", "c"]
-CLASSES = {"a": 3, "b": 4, "c": 5}
-SILENT = {
-    "accelerator": "cpu",
-    "logger": False,
-    "enable_checkpointing": False,
-    "enable_progress_bar": False,
-    "enable_model_summary": False,
-    "limit_val_batches": 0,
-}
-
-
-class Batches(L.LightningDataModule):
-    """Random images of every task, always the same; a batch of one task may be missing."""
-
-    task_share = 1.0
-
-    def __init__(self, tasks=TASKS, size=4, steps=20, dtype=torch.float32, labelled=True):
-        super().__init__()
-        self.tasks = {task: SimpleNamespace(classes=list("qwert")[: CLASSES[task]], templates=["{}"]) for task in tasks}
-        self.steps, self.size, self.dtype, self.labelled = steps, size, dtype, labelled
-
-    @property
-    def task_names(self):
-        return tuple(self.tasks)
-
-    def batch(self, step):
-        generator = torch.Generator().manual_seed(step)
-        count = self.size
-        return {
-            task: ImageBatch(
-                torch.randn(count, 3, 4, 4, generator=generator).to(self.dtype),
-                torch.randint(CLASSES[task], (count,), generator=generator),
-                torch.arange(count),
-            )
-            for task in self.tasks
-        }
-
-    def train_dataloader(self):
-        return torch.utils.data.DataLoader([self.batch(step) for step in range(self.steps)], collate_fn=lambda x: x[0])
-
-    def val_dataloader(self):
-        return [torch.utils.data.DataLoader([self.batch(99)[task]], collate_fn=lambda x: x[0]) for task in self.tasks]
 
 
 @pytest.fixture(scope="module")
