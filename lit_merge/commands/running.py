@@ -21,6 +21,8 @@ RESOLVED: ContextVar[str] = ContextVar("resolved configuration", default="")
 """The configuration of a merge, as YAML with all defaults; empty where its function is called from Python."""
 
 _HELP = ("-h", "--help")
+_BY_SHORT_NAME = {"LightningDataModule": "lit_merge.data.multitask"}
+"""A costly type, and where the class is defined that is named without its module."""
 _PERMISSIONS = ("overwrite", "dry_run", "progress")  # of one command line, not of the configuration that it saves
 
 
@@ -140,6 +142,8 @@ def _typed(function: Callable[..., Any], named: set[str]) -> tuple[Callable[...,
             left_out.append(name)
             continue
         found = {one: getattr(import_module(costly[one][0]), costly[one][1]) for one in needed}
+        for module in _BY_SHORT_NAME.keys() & needed:
+            import_module(_BY_SHORT_NAME[module])
         types[name] = eval(text, {**function.__globals__, **found})  # an annotation of our own
     typed = FunctionType(function.__code__, function.__globals__, function.__name__, function.__defaults__)
     typed.__doc__, typed.__annotations__ = function.__doc__, types

@@ -1,9 +1,9 @@
-"""Collect what Fisher merging, RegMean and the trust region need of a task.
+"""Collect what Fisher merging, RegMean, the trust region and the Tak penalty need of a task.
 
 Examples:
   lit-merge statistics --kind fisher --task_vector runs/digits/task_vector.safetensors
   lit-merge statistics --kind gram --task_vector runs/digits/task_vector.safetensors --images 1024
-  lit-merge statistics --kind gradients --task_vector runs/digits/task_vector.safetensors --labels true
+  lit-merge statistics --kind kfac --data.task digits --output runs/digits/kfac.safetensors
   lit-merge statistics --kind gram --weights tuned.safetensors --data.task digits --model ViT-B-32 --pretrained openai
 """
 

@@ -11,7 +11,8 @@ from typing import Any
 
 from torch import Tensor
 
-from lit_merge.errors import ConfigurationError, FileFormatError
+from lit_merge.errors import FileFormatError
+from lit_merge.files.cache_directory import cache_directory
 from lit_merge.files.store import LazyTensors, write_tensors
 from lit_merge.files.text import read_json, write_text
 from lit_merge.params import Params
@@ -83,31 +84,3 @@ class Cache:
 
     def _path(self, key: str, ending: str) -> Path:
         return self.folder / f"{key}.{ending}"
-
-
-def cache_directory(*parts: str) -> Path:
-    """A folder of the cache, created if it does not exist.
-
-    It is in ``$LIT_MERGE_CACHE`` if that is set, else in ``$XDG_CACHE_HOME/lit-merge``, else in
-    ``~/.cache/lit-merge``. Everything in it may be deleted at any time.
-
-    Args:
-        *parts: folders below the cache's root, e.g. ``"heads"``.
-
-    Raises:
-        ConfigurationError: the folder cannot be created.
-    """
-    own, shared = os.environ.get("LIT_MERGE_CACHE"), os.environ.get("XDG_CACHE_HOME")
-    if own:
-        root = Path(own).expanduser()
-    else:
-        root = (Path(shared).expanduser() if shared else Path.home() / ".cache") / "lit-merge"
-    folder = root.joinpath(*parts)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigurationError(
-            f"cache: expected a folder that can be created at {folder}, got {error.strerror or error}. "
-            "Set LIT_MERGE_CACHE to a writable folder."
-        ) from error
-    return folder

@@ -602,10 +602,8 @@ def recipe(name: str, **fields: Any) -> Chain:
         ConfigurationError: the name or a field is unknown, or a value is refused.
     """
     if name not in RECIPES:
-        known = ", ".join(sorted(RECIPES))
-        raise ConfigurationError(
-            f"recipe: expected one of {known}, got {name!r}. {did_you_mean(name, RECIPES)}".rstrip()
-        )
+        hint = did_you_mean(name, RECIPES, f"Use one of {', '.join(sorted(RECIPES))}.")
+        raise ConfigurationError(f"recipe: expected the name of a method, got {name!r}. {hint}")
     check_call(f"recipe {name}", RECIPES[name], fields)
     return RECIPES[name](**fields)
 

@@ -162,7 +162,7 @@ def test_a_users_own_class_is_looked_for_in_its_own_module(refused) -> None:
         (["merge", "--vectors=[a]"], "the following arguments are required: output."),
         (
             [*MERGE, "--recipe=negation", "--kind=weigths"],
-            "kind: expected Literal['weights', 'task_vector'], got 'weigths'",
+            "kind: expected Literal['weights', 'task_vector', 'lora'], got 'weigths'",
         ),
         (MERGE, "recipe, transform and parts: expected exactly one of them, got none."),
         (["suite"], "the following arguments are required: output."),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -145,3 +147,12 @@ def test_a_study_from_the_shell(run):
     assert len(found["points"]) == 3
     assert all(0.2 <= value <= 0.4 for value in found["values"])
     assert found["best"] in found["values"]
+
+
+def test_the_data_module_is_named_without_its_module_in_a_process_of_its_own(tmp_path):
+    """Nothing else may have imported it before."""
+    line = ["merge", "--vectors=[a.safetensors]", "--output=m.safetensors", "--recipe=task_arithmetic", "--search={}"]
+    line += ["--data=MultiTaskDataModule", "--data.tasks=[digits]"]
+    command = [sys.executable, "-m", "lit_merge", *line]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert "a.safetensors: expected a checkpoint, got nothing" in done.stderr

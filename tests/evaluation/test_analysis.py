@@ -571,7 +571,7 @@ REFUSALS = {
     "data: expected a data module of several tasks, got TaskDataModule. Use MultiTaskDataModule.": [
         *("--analyses=[accuracy]", "--data=TaskDataModule", "--data.task=digits"),
     ],
-    "recipe: expected one of .*, got 'tie'": ["--analyses=[accuracy]", "--methods={m: {recipe: tie}}"],
+    "recipe: expected the name of a method, got 'tie'": ["--analyses=[accuracy]", "--methods={m: {recipe: tie}}"],
 }
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lit_merge.errors import ConfigurationError
-from lit_merge.files.cache import cache_directory
+from lit_merge.files.cache_directory import cache_directory
 from lit_merge.models import (
     ZeroShotHead,
     build_head,

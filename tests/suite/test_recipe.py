@@ -242,7 +242,7 @@ def test_a_recipe_may_be_a_list_of_parts() -> None:
         (["--recipes.learned.learned.granularty=task"], "granularty"),
         (["--recipes.learned.data.adapt=val"], "adapt"),
         (["--joint.trainer.max_step=3"], "max_step"),
-        (["--recipes.named=weight_avrage"], "recipes.named: recipe: expected one of adamerging, "),
+        (["--recipes.named=weight_avrage"], "recipes.named: recipe: expected the name of a method, got"),
         (["--recipes.listed=[Summ]"], "recipes.listed: part: expected a transform or recipe, got 'Summ'. Did you mean"),
         (["--recipes.odd=3"], "recipes"),
         (["--retries=-1"], "retries: expected a number of at least 0, got -1"),

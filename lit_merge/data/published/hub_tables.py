@@ -22,7 +22,7 @@ from lit_merge.data.published.class_names import checked_labels, labels_by_name,
 from lit_merge.data.published.image_list import ImageList
 from lit_merge.data.published.registry import DataSetEntry
 from lit_merge.errors import DataError
-from lit_merge.files.cache import cache_directory
+from lit_merge.files.cache_directory import cache_directory
 
 __all__ = [
     "OnTheHub",
