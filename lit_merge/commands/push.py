@@ -35,7 +35,7 @@ _WITH_A_MERGE = ("merge.yaml", "search.json", "soup.json")  # what merge and sou
 _KINDS = {
     "task-vector": "task vector",
     "coefficients": "coefficients",
-    **dict.fromkeys(("fisher", "gram", "gradients"), "statistics"),
+    **dict.fromkeys(("fisher", "gram", "gradients", "kfac"), "statistics"),
 }
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _PLAIN = re.compile(r"[\w+\-. ()=,]+(/[\w+\-. ()=,]+)*")  # nothing that could end a marker in the card

@@ -15,10 +15,43 @@ from lit_merge.files.store import LazyTensors, write_tensors
 from lit_merge.params import check_finite
 from lit_merge.vectors.task_vectors import TaskVectors
 
-__all__ = ["FORMATS", "StatisticsFiles", "open_statistics", "write_statistics"]
+__all__ = [
+    "FORMATS",
+    "INPUT_FACTOR",
+    "OUTPUT_FACTOR",
+    "WHOLE_FACTOR",
+    "Kind",
+    "StatisticsFiles",
+    "bias_of",
+    "open_one",
+    "open_statistics",
+    "row_blocks",
+    "write_statistics",
+]
 
-FORMATS = {"fisher": "lit-merge/fisher/1", "gram": "lit-merge/gram/1", "gradients": "lit-merge/gradients/1"}
+Kind = Literal["fisher", "gram", "gradients", "kfac"]
+
+FORMATS = {
+    "fisher": "lit-merge/fisher/1",
+    "gram": "lit-merge/gram/1",
+    "gradients": "lit-merge/gradients/1",
+    "kfac": "lit-merge/kfac/1",
+}
 """Kind -> the header's ``format``."""
+
+INPUT_FACTOR, OUTPUT_FACTOR, WHOLE_FACTOR = "A.", "G.", "F."
+"""What a name in a file of Kronecker factors begins with; after it comes a parameter's, and ``.T`` of ``x @ W``."""
+
+
+def bias_of(weight: str) -> str:
+    """The name of the bias that belongs to a weight, if it has one; "" for one that does not end in ``weight``."""
+    plain = weight.removesuffix(".T")
+    return plain.removesuffix("weight") + "bias" if plain.endswith("weight") else ""
+
+
+def row_blocks(weight: str) -> int:
+    """Into how many blocks of rows, with a factor each, a weight is divided: 3 of a packed query, key and value."""
+    return 3 if weight.endswith("in_proj_weight") else 1
 
 
 class StatisticsFiles(dict[str, str]):
@@ -57,7 +90,7 @@ class StatisticsFiles(dict[str, str]):
 
 def write_statistics(
     path: str | os.PathLike[str],
-    kind: Literal["fisher", "gram", "gradients"],
+    kind: Kind,
     tensors: Mapping[str, Tensor],
     task: str,
     base_fingerprint: str = "",
@@ -83,9 +116,7 @@ def write_statistics(
     write_tensors(path, tensors, {**(metadata or {}), **known})
 
 
-def open_statistics(
-    kind: Literal["fisher", "gram", "gradients"], files: Mapping[str, str], vectors: TaskVectors, what: str
-) -> list[LazyTensors]:
+def open_statistics(kind: Kind, files: Mapping[str, str], vectors: TaskVectors, what: str) -> list[LazyTensors]:
     """Open the files of all tasks of some vectors; every byte is verified once, tensors are read when asked for.
 
     Args:
@@ -118,10 +149,23 @@ def open_statistics(
             f"{what}: expected one file for each of the tasks {', '.join(tasks)}, got {' and '.join(got)}. "
             "Collect what is missing with lit-merge statistics, and name every task once."
         )
-    return [_open(kind, task, files[task], vectors) for task in tasks]
+    return [open_one(kind, task, files[task], vectors.base_fingerprint, "task vectors") for task in tasks]
 
 
-def _open(kind: str, task: str, path: str, vectors: TaskVectors) -> LazyTensors:
+def open_one(kind: Kind, task: str, path: str, base_fingerprint: str, of: str) -> LazyTensors:
+    """Open the file of one task; every byte is verified once, tensors are read when asked for.
+
+    Args:
+        kind: what it holds.
+        task: whose it has to be.
+        path: where it is.
+        base_fingerprint: of the base model that it has to belong to, if both are known.
+        of: what a message calls that base model's own, e.g. ``"task vectors"``.
+
+    Raises:
+        FileFormatError: the file is missing, damaged, or of another format.
+        StructureMismatchError: it belongs to another task or another base model.
+    """
     stored = LazyTensors(path)
     found = stored.metadata.get("format") or "none"
     if found != FORMATS[kind]:
@@ -135,10 +179,10 @@ def _open(kind: str, task: str, path: str, vectors: TaskVectors) -> LazyTensors:
             "Name the file of this task."
         )
     known = stored.metadata.get("base_fingerprint", "")
-    if known and vectors.base_fingerprint and known != vectors.base_fingerprint:
+    if known and base_fingerprint and known != base_fingerprint:
         raise StructureMismatchError(
-            f"{path}: expected statistics for the base model of the task vectors (fingerprint "
-            f"{vectors.base_fingerprint}), got fingerprint {known}. Collect them from a model of this base."
+            f"{path}: expected statistics for the base model of the {of} (fingerprint "
+            f"{base_fingerprint}), got fingerprint {known}. Collect them from a model of this base."
         )
     stored.verify()
     return stored

@@ -16,20 +16,24 @@ from lit_merge.evaluation.search import quiet, silent_trainer
 from lit_merge.evaluation.statistics.fisher import LABELS, collect_fisher
 from lit_merge.evaluation.statistics.gradients import collect_gradients
 from lit_merge.evaluation.statistics.gram import collect_gram
+from lit_merge.evaluation.statistics.kfac import collect_kfac
 from lit_merge.files.hub import address_entry, parse_address, pinned
 from lit_merge.models.network import Network
 from lit_merge.transforms.base import one_of, whole_number
 from lit_merge.vectors import LazyTensors, TaskVector, file_digest
-from lit_merge.vectors.statistics import FORMATS, write_statistics
+from lit_merge.vectors.statistics import FORMATS, Kind, write_statistics
 
 if TYPE_CHECKING:
     from lit_merge.data import TaskDataModule
 
 __all__ = ["statistics"]
 
+_OF_THE_BASE = ("gradients", "kfac")
+_WITHOUT_LABELS = ("gram", "kfac")
+
 
 def statistics(
-    kind: Literal["fisher", "gram", "gradients"],
+    kind: Kind,
     task_vector: str | None = None,
     weights: str | None = None,
     output: str | None = None,
@@ -44,30 +48,32 @@ def statistics(
     network: Network | None = None,
     linearized: bool = False,
     overwrite: bool = False,
+    normalised: bool = True,
 ) -> Path:
-    """Collect what Fisher merging, RegMean or a trust region needs of one task, and write it to a safetensors file.
+    """Collect what Fisher merging, RegMean, a trust region or a curvature penalty needs of one task, in one file.
 
     It runs in one process, on one device. The images are not augmented; which ones are taken depends on the seed alone.
 
     Args:
         kind: fisher for the diagonal Fisher information, gram for the Gram matrices of the linear layers' inputs,
-            gradients for the mean absolute gradients at θ0.
-        task_vector: file of the task's vector; the encoder is θ0 + τ, of gradients θ0.
+            gradients for the mean absolute gradients at θ0, kfac for Kronecker factors of the curvature there.
+        task_vector: file of the task's vector; the encoder is θ0 + τ, of gradients θ0. Not for kfac.
         weights: instead of it a file of the task's whole weights; then data has to be given.
         output: file to write, ending in .safetensors; by default <name>-<kind>.safetensors beside the vector or the
-            weights.
-        data: the task's images; by default the embedded task that the vector is named after.
+            weights, of kfac <task>-kfac.safetensors in the current folder.
+        data: the task's images; by default the embedded task that the vector is named after. kfac asks for it.
         split: which of them.
         images: how many, drawn from the split at random; null for all.
         labels: of fisher and gradients: expected (exact over the classes) and sampled (drawn from the model) read no
             labels; true is the empirical Fisher, and for gradients what the paper takes.
-        convolutions: of gram: also of 2-D convolutions, such as the patch embedding.
-        seed: of the choice of images, and of sampled labels.
+        convolutions: of gram and kfac: also of 2-D convolutions, such as the patch embedding.
+        seed: of the choice of images, of sampled labels, and of the probes of kfac.
         model: the base model that the vector starts from.
         pretrained: its weights.
         network: instead of both, any network, by class path.
         linearized: of fisher: whether the vector was trained linearised; the Fisher information is that of the tangent.
         overwrite: replace an existing output.
+        normalised: of kfac: whether the features are divided by their norm, as a zero-shot head does.
 
     Returns:
         The file.
@@ -75,7 +81,86 @@ def statistics(
     Raises:
         LitMergeError: inputs are missing, damaged or do not fit each other, or the output exists.
     """
-    _check_settings(kind, split, images, labels, convolutions, linearized)
+    _check_settings(kind, split, images, labels, convolutions, linearized, normalised)
+    _check_model(kind, task_vector, weights, data)
+    task_vector, weights = task_vector and pinned(task_vector), weights and pinned(weights)
+    source = task_vector or weights
+    task = "" if task_vector is None else TaskVector.load(task_vector).task
+    target = _check_output(source or f"{data.name if data else task}.safetensors", output, kind, overwrite)
+    from lit_merge.modules import FineTuneModule
+
+    files: dict[str, Any] = {} if kind in _OF_THE_BASE else {"task_vector": task_vector, "weights": weights}
+    module = FineTuneModule(model, pretrained, network=network, linearized=linearized, **files)
+    own = _data_of(task, data)
+    loader = _loader(own, module, split, images, seed)
+    with quiet():
+        device = silent_trainer().strategy.root_device
+    encoder = module.encoder.to(device)
+    if kind == "gram":
+        tensors = collect_gram(encoder, loader, convolutions, module.inputs)
+    elif kind == "kfac":
+        tensors = collect_kfac(encoder, loader, seed, normalised, convolutions, module.inputs)
+    else:
+        collect = collect_fisher if kind == "fisher" else collect_gradients
+        tensors = collect(encoder, loader, module.make_head(own).to(device), labels, seed, module.inputs)
+    read = "none" if kind in _WITHOUT_LABELS else labels
+    inputs = {} if source is None else {"inputs": _described(source)}
+    header = {
+        **module.base_description(),
+        "images": str(len(loader.sampler)),  # type: ignore[arg-type]
+        "split": split,
+        "labels": read,
+        "labels_read": "true" if read == "true" else "false",
+        "seed": str(seed),
+        **inputs,
+        "versions": json.dumps({"lit_merge": __version__, "torch": str(torch.__version__)}),
+    }
+    if kind == "kfac":
+        header["normalised"] = "true" if normalised else "false"
+    if linearized:
+        header["linearized"] = "true"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    write_statistics(target, kind, tensors, own.name, module.base_fingerprint, header)
+    LazyTensors(target, verify=True)
+    return target
+
+
+def _check_settings(
+    kind: str, split: str, images: int | None, labels: str, convolutions: bool, linearized: bool, normalised: bool
+) -> None:
+    one_of("kind", kind, FORMATS)
+    one_of("split", split, ("train", "val", "test"))
+    one_of("labels", labels, LABELS)
+    whole_number("images", images, minimum=1, optional=True)
+    if kind not in _WITHOUT_LABELS and convolutions:
+        raise ConfigurationError(f"convolutions: expected only with kind: gram, got it with {kind}. Remove it.")
+    if kind in _WITHOUT_LABELS and labels != "expected":
+        raise ConfigurationError(f"labels: expected only with kind: fisher, got {labels} with {kind}. Remove it.")
+    if kind != "kfac" and not normalised:
+        raise ConfigurationError(f"normalised: expected only with kind: kfac, got false with {kind}. Remove it.")
+    if kind in _OF_THE_BASE and linearized:
+        raise ConfigurationError(
+            f"linearized: expected only with kind: fisher, got it with {kind}, which at θ0 are the tangent's too. "
+            "Remove it."
+        )
+    if kind == "gram" and linearized:
+        raise ConfigurationError(
+            "linearized: expected only with kind: fisher, got it with gram, as the layers of a tangent have inputs of "
+            "two kinds. Remove it, or merge by Fisher information."
+        )
+
+
+def _check_model(kind: str, task_vector: str | None, weights: str | None, data: TaskDataModule | None) -> None:
+    """Refuse files that the kind is not about, and nothing to go by."""
+    if kind == "kfac" and (task_vector is not None or weights is not None):
+        raise ConfigurationError(
+            "task_vector and weights: expected none with kind: kfac, which is of the base model alone, got "
+            f"{task_vector or weights}. Remove it, and name the task by its data."
+        )
+    if kind == "kfac":
+        if data is None:
+            raise ConfigurationError("data: expected the task's images, got none. Set data, e.g. --data.task digits.")
+        return
     if kind == "gradients" and weights is not None:
         raise ConfigurationError(
             "weights: expected task_vector with kind: gradients, which are those of its base model, got weights. "
@@ -86,65 +171,11 @@ def statistics(
             f"task_vector and weights: expected exactly one of them, got {'none' if weights is None else 'both'}. "
             "Give the file of the task's fine-tuned model."
         )
-    task_vector, weights = task_vector and pinned(task_vector), weights and pinned(weights)
-    source = task_vector or weights
-    assert source is not None
-    target = _check_output(source, output, kind, overwrite)
-    task = "" if task_vector is None else TaskVector.load(task_vector).task
-    from lit_merge.modules import FineTuneModule
-
-    files: dict[str, Any] = {} if kind == "gradients" else {"task_vector": task_vector, "weights": weights}
-    module = FineTuneModule(model, pretrained, network=network, linearized=linearized, **files)
-    own = _data_of(task, data)
-    loader = _loader(own, module, split, images, seed)
-    with quiet():
-        device = silent_trainer().strategy.root_device
-    encoder = module.encoder.to(device)
-    if kind == "gram":
-        tensors = collect_gram(encoder, loader, convolutions, module.inputs)
-    else:
-        collect = collect_fisher if kind == "fisher" else collect_gradients
-        tensors = collect(encoder, loader, module.make_head(own).to(device), labels, seed, module.inputs)
-    read = "none" if kind == "gram" else labels
-    header = {
-        **module.base_description(),
-        "images": str(len(loader.sampler)),  # type: ignore[arg-type]
-        "split": split,
-        "labels": read,
-        "labels_read": "true" if read == "true" else "false",
-        "seed": str(seed),
-        "inputs": json.dumps({"file": Path(source).name, **address_entry(source), "sha256": _digests(source)}),
-        "versions": json.dumps({"lit_merge": __version__, "torch": str(torch.__version__)}),
-    }
-    if linearized:
-        header["linearized"] = "true"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    write_statistics(target, kind, tensors, own.name, module.base_fingerprint, header)
-    LazyTensors(target, verify=True)
-    return target
 
 
-def _check_settings(
-    kind: str, split: str, images: int | None, labels: str, convolutions: bool, linearized: bool
-) -> None:
-    one_of("kind", kind, FORMATS)
-    one_of("split", split, ("train", "val", "test"))
-    one_of("labels", labels, LABELS)
-    whole_number("images", images, minimum=1, optional=True)
-    if kind != "gram" and convolutions:
-        raise ConfigurationError(f"convolutions: expected only with kind: gram, got it with {kind}. Remove it.")
-    if kind == "gram" and labels != "expected":
-        raise ConfigurationError(f"labels: expected only with kind: fisher, got {labels} with gram. Remove it.")
-    if kind == "gradients" and linearized:
-        raise ConfigurationError(
-            "linearized: expected only with kind: fisher, got it with gradients, which at θ0 are the tangent's too. "
-            "Remove it."
-        )
-    if kind == "gram" and linearized:
-        raise ConfigurationError(
-            "linearized: expected only with kind: fisher, got it with gram, as the layers of a tangent have inputs of "
-            "two kinds. Remove it, or merge by Fisher information."
-        )
+def _described(source: str) -> str:
+    """The file that the encoder was made of, as a header has it."""
+    return json.dumps({"file": Path(source).name, **address_entry(source), "sha256": _digests(source)})
 
 
 def _digests(source: str) -> str | dict[str, str]:
@@ -154,6 +185,7 @@ def _digests(source: str) -> str | dict[str, str]:
 
 
 def _check_output(given: str, output: str | None, kind: str, overwrite: bool) -> Path:
+    """The file to write, for a source file, or one that is called like the task."""
     source = Path(given)
     if output is None:  # beside it, or in the current folder if it lies on the Hub
         name = f"{source.stem}-{kind}.safetensors"

@@ -15,7 +15,7 @@ from lit_merge.functional.evaluation import evaluating
 from lit_merge.params import Params, check_finite, working_dtype
 from lit_merge.transforms.base import one_of
 
-__all__ = ["LABELS", "collect_fisher", "mean_over_examples"]
+__all__ = ["LABELS", "collect_fisher", "mean_over_examples", "requiring_gradients"]
 
 LABELS = ("expected", "sampled", "true")
 """Where y comes from."""
@@ -82,7 +82,12 @@ def mean_over_examples(
     }
     generator = torch.Generator().manual_seed(seed)
     count = 0
-    with torch.inference_mode(False), torch.enable_grad(), evaluating(module, head), _watched(parameters.values()):
+    with (
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        evaluating(module, head),
+        requiring_gradients(parameters.values()),
+    ):
         for given, known in examples(loader, module, inputs):
             singles = zip(*(one.split(1) for one in given), strict=True)
             for single, label in zip(singles, known.tolist(), strict=True):
@@ -133,7 +138,7 @@ def _choose(log_probabilities: Tensor, labels: str, label: int, generator: torch
 
 
 @contextmanager
-def _watched(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+def requiring_gradients(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
     """Frozen parameters have gradients as well."""
     frozen = [value for value in parameters if not value.requires_grad]
     for value in frozen:

@@ -15,7 +15,7 @@ from lit_merge.evaluation.statistics.examples import examples
 from lit_merge.functional.evaluation import evaluating
 from lit_merge.params import Params, check_finite, working_dtype
 
-__all__ = ["collect_gram"]
+__all__ = ["LayerInputs", "collect_gram"]
 
 
 def collect_gram(
@@ -52,7 +52,7 @@ def collect_gram(
         DataError: there is no image.
         NonFiniteError: a value is NaN or infinite.
     """
-    mode = _Inputs(module, convolutions)
+    mode = LayerInputs(module, convolutions)
     with torch.no_grad(), evaluating(module), mode:
         for given, _ in examples(loader, module, inputs):
             module(*given)
@@ -66,18 +66,18 @@ def collect_gram(
     return grams
 
 
-class _Inputs(TorchFunctionMode):
+class LayerInputs(TorchFunctionMode):
     """Sums ``xᵀx`` of what comes together with a parameter; torch's fused attention turns itself off."""
 
     def __init__(self, module: nn.Module, convolutions: bool) -> None:
         super().__init__()
-        self._keys: dict[Any, tuple[str, torch.dtype]] = {}
+        self.keys: dict[Any, tuple[str, torch.dtype]] = {}
         for name, value in module.named_parameters():
             if value.ndim == 2 and value.numel():
-                self._keys.setdefault(_identity(value.t()), (f"{name}.T", value.dtype))
+                self.keys.setdefault(identity_of(value.t()), (f"{name}.T", value.dtype))
             if value.numel():
-                self._keys[_identity(value)] = (name, value.dtype)
-        self._rules: dict[Any, Callable[..., Any]] = {
+                self.keys[identity_of(value)] = (name, value.dtype)
+        self.rules: dict[Any, Callable[..., Any]] = {
             F.linear: self._linear,
             torch.matmul: self._matmul,
             Tensor.matmul: self._matmul,
@@ -91,11 +91,11 @@ class _Inputs(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Note the inputs on the way."""
-        return self._rules.get(func, func)(*args, **(kwargs or {}))
+        return self.rules.get(func, func)(*args, **(kwargs or {}))
 
     def _note(self, weight: Tensor, inputs: Tensor) -> None:
         """Add inputs ``[…, in]`` of a weight ``[out, in]``, if that is a parameter."""
-        key, dtype = self._keys.get(_identity(weight), (None, None))
+        key, dtype = self.keys.get(identity_of(weight), (None, None))
         if key is None or dtype is None:
             return
         rows = inputs.reshape(-1, inputs.shape[-1])
@@ -126,15 +126,20 @@ class _Inputs(TorchFunctionMode):
         dilation: Any = 1,
         groups: int = 1,
     ) -> Tensor:
-        if groups == 1:
-            if isinstance(padding, str):
-                raise ConfigurationError(
-                    f"convolutions: expected padding by a number of zeros, got {padding!r}. Set convolutions to false."
-                )
-            images = input if input.ndim == 4 else input.unsqueeze(0)
-            patches = F.unfold(images, weight.shape[2:], dilation, padding, stride)
-            self._note(weight, patches.mT)
-        return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
+        output = F.conv2d(input, weight, bias, stride, padding, dilation, groups)
+        if groups != 1:
+            return output
+        if isinstance(padding, str):
+            raise ConfigurationError(
+                f"convolutions: expected padding by a number of zeros, got {padding!r}. Set convolutions to false."
+            )
+        images = input if input.ndim == 4 else input.unsqueeze(0)
+        return self._convolved(weight, F.unfold(images, weight.shape[2:], dilation, padding, stride).mT, bias, output)
+
+    def _convolved(self, weight: Tensor, patches: Tensor, bias: Tensor | None, output: Tensor) -> Tensor:
+        """The output of a convolution, whose patches ``[B, L, in]`` are known."""
+        self._note(weight, patches)
+        return output
 
     def _attention(
         self,
@@ -180,6 +185,6 @@ class _Inputs(TorchFunctionMode):
         return self._linear(attended, out_proj_weight, out_proj_bias), weights
 
 
-def _identity(value: Tensor) -> tuple[Any, ...]:
+def identity_of(value: Tensor) -> tuple[Any, ...]:
     """What tells a parameter, or its transpose, from other tensors, also where it is another object."""
     return value.data_ptr(), tuple(value.shape), value.stride(), value.device
