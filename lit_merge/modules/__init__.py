@@ -15,6 +15,7 @@ from lit_merge.modules.penalty import Penalty, TauJpPenalty
 from lit_merge.modules.pretrain import ContrastiveModule
 from lit_merge.modules.protocol import FineTuningProtocol
 from lit_merge.modules.sharpness import SAM
+from lit_merge.modules.tak import Tak
 
 __all__ = [
     "SAM",
@@ -33,10 +34,11 @@ __all__ = [
     "OrthoReg",
     "Outputs",
     "Penalty",
+    "Tak",
     "TauJpPenalty",
 ]
 
 # A checkpoint's hyperparameters hold these settings: plain data, which ``weights_only=True`` may build again.
 torch.serialization.add_safe_globals(
-    [All, Attention, LastBlocks, Matching, ExpLR, LinLR, LoRA, TauJpPenalty, OrthoReg, SAM]
+    [All, Attention, LastBlocks, Matching, ExpLR, LinLR, LoRA, TauJpPenalty, OrthoReg, Tak, SAM]
 )

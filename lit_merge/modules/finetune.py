@@ -103,6 +103,8 @@ class FineTuneModule(FineTuningProtocol):
             self.task, self.classes = data.name or "", tuple(data.classes)
             if self.head is None or self._head_is_of_other_classes():
                 self.head = _prepared(self.make_head(data)).to(self.device)
+        if stage == "fit" and self.penalty is not None:
+            self.penalty.prepare(self)
         self.accuracy = nn.ModuleDict({split: ExampleMean() for split in ("fit", "val", "test")}).to(self.device)
         self.loss = nn.ModuleDict({split: ExampleMean() for split in ("val", "test")}).to(self.device)
         self.perplexity = nn.ModuleDict(

@@ -32,6 +32,13 @@ class Penalty(ABC):
     start_step: int = 0
     reads_other_tasks: ClassVar[bool] = False
 
+    def prepare(self, module: Any) -> None:  # noqa: B027 - most have nothing to do
+        """A fit of the module begins, and its optimiser is not made yet.
+
+        Args:
+            module: as for :meth:`of_module`; it knows its ``task``.
+        """
+
     def of_module(self, module: Any) -> Tensor | None:
         """The penalty of the module as it is, a scalar; None for one that is about other tasks' examples alone.
 

@@ -949,8 +949,8 @@ def test_a_resumed_run_ends_where_the_whole_one_does(settings, module, image_fol
 
 QUIET = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false", "--trainer.accelerator=cpu"]
 SHORT = ["--trainer.max_steps=2", "--trainer.limit_val_batches=0", "--data.batch_size=8"]
-OTHER_VECTORS = "evaluate_merge"  # needs those of other tasks: tests/test_evaluate_merge.py trains with such
-CONFIGS = sorted(path for path in (ROOT / "configs/finetune").glob("*.yaml") if path.stem != OTHER_VECTORS)
+OTHER_FILES = ("evaluate_merge", "tak")  # need those of other tasks: test_evaluate_merge.py and test_tak.py have such
+CONFIGS = sorted(path for path in (ROOT / "configs/finetune").glob("*.yaml") if path.stem not in OTHER_FILES)
 
 
 @pytest.fixture
