@@ -1,5 +1,6 @@
 """CLIP image encoders, zero-shot heads and what parameter names say. Importing this does not import open_clip."""
 
+from lit_merge.models.adarank import AdaRank
 from lit_merge.models.encoder import (
     ClipModel,
     Preprocessing,
@@ -18,6 +19,7 @@ from lit_merge.models.weights import save_clip
 from lit_merge.naming import block_of, is_after_blocks, is_attention, number_of_blocks
 
 __all__ = [
+    "AdaRank",
     "All",
     "Attention",
     "Base",

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lit_merge.errors import ConfigurationError, StructureMismatchError, first_few
 from lit_merge.functional import combine
 from lit_merge.functional.recomputation import call_once
+from lit_merge.models.adarank import AdaRank, SingularDirections, combine_singular
 from lit_merge.params import Params, compare, shapes_of
 from lit_merge.vectors.coefficients import Coefficients
 from lit_merge.vectors.groups import Granularity, group_names
@@ -48,9 +49,12 @@ class MergedModel(nn.Module):
             is zero; on its border it is not.
         storage: where the task vectors are, see :class:`lit_merge.vectors.storage.VectorStorage`.
         sharded: whether each process holds 1/W of every task vector only.
+        masks: learn which singular directions of the matrices take part, too.
 
     Attributes:
         coefficients: λ before clamping, ``(T, L)``, float32 or float64 whatever the module is converted to.
+        mask_logits: of ``masks``, ``(T, K)``, one per singular direction, in the coefficients' dtype; else None.
+        ranks: parameter -> the number of its singular directions, of those that have masks.
         tasks: the T tasks.
         groups: the L groups' names.
         members: parameter -> its group.
@@ -79,6 +83,7 @@ class MergedModel(nn.Module):
         clamp: tuple[float, float] | None = (0.0, 1.0),
         storage: Storage = "device",
         sharded: bool = False,
+        masks: AdaRank | None = None,
     ) -> None:
         super().__init__()
         own = dict(module.named_parameters())
@@ -97,9 +102,14 @@ class MergedModel(nn.Module):
         start = self._starting_values(init)
         wide = any(task_vectors.dtype(name) == torch.float64 for name in names)
         self.coefficients = nn.Parameter(start.to(torch.float64 if wide else torch.float32))
+        self.masks = masks
+        self.ranks = {} if masks is None else masks.ranks(self._vectors)
+        self.mask_logits = self._starting_masks(init)
+        self._plain_names = [name for name in names if name not in self.ranks]
         # Beside the registered modules: the coefficients are what trains and what a checkpoint holds.
         self._base = [module.requires_grad_(False)]
         self._stored: VectorStorage | None = None
+        self._singular: SingularDirections | None = None
 
     @property
     def module(self) -> nn.Module:
@@ -132,7 +142,16 @@ class MergedModel(nn.Module):
         return self._merged(tangent, out)
 
     def _merged(self, tangent: bool, out: Mapping[str, Tensor] | None) -> Params:
-        return combine(self.base_parameters(tangent), self.vector_storage(), self.applied(), self._columns, out)
+        base, applied = self.base_parameters(tangent), self.applied()
+        if self.masks is None:
+            return combine(base, self.vector_storage(), applied, self._columns, out)
+        column = dict(zip(self.members, self._columns, strict=True))
+        found: Params = {}
+        if self._plain_names:
+            found = combine(base, self.vector_storage(), applied, [column[name] for name in self._plain_names], out)
+        own = applied[:, [column[name] for name in self.ranks]]
+        found |= combine_singular(base, self.singular_directions(), own, self.applied_masks(), out)
+        return {name: found[name] for name in self.members}
 
     def base_parameters(self, tangent: bool) -> Params | None:
         """θ0 of the parameters that are merged; None of a tangent, which has no base."""
@@ -148,10 +167,43 @@ class MergedModel(nn.Module):
             tangent: without θ0: τ_t itself.
             out: results of an earlier call that nobody needs any more; their memory may be used again.
         """
-        return self.vector_storage().add_one(row, self.base_parameters(tangent), out)
+        base = self.base_parameters(tangent)
+        if self.masks is None:
+            return self.vector_storage().add_one(row, base, out)
+        plain = self.vector_storage().add_one(row, base, out) if self._plain_names else {}
+        whole = torch.ones(1, sum(self.ranks.values()))
+        return {**plain, **self.singular_directions().add_weighted(whole, base, out, row)}
+
+    def applied_masks(self) -> Tensor:
+        """Which singular directions take part, 0 or 1: ``(T, K)``, with a straight-through gradient.
+
+        Raises:
+            ConfigurationError: the model has no masks.
+        """
+        if self.masks is None or self.mask_logits is None:
+            raise ConfigurationError("masks: expected a model that learns them, got one without. Set masks: AdaRank.")
+        return self.masks.applied(self.mask_logits)
+
+    def learned_parameters(self) -> list[nn.Parameter]:
+        """What trains: the coefficients, and the masks if there are any."""
+        return [self.coefficients] if self.mask_logits is None else [self.coefficients, self.mask_logits]
+
+    def singular_directions(self) -> SingularDirections:
+        """The singular directions of the matrices that have masks; decomposed when first called on a device.
+
+        Raises:
+            ConfigurationError: a singular value decomposition fails.
+        """
+        device = self.coefficients.device
+        if self._singular is None or self._singular.device != device:
+            self._singular = None
+            self._singular = SingularDirections(self._vectors.restrict(list(self.ranks)), self.storage, device)
+        return self._singular
 
     def vector_storage(self) -> VectorStorage:
         """The task vectors where ``storage`` says; read when this is called for the first time on a device.
+
+        With masks, those of the parameters that have none.
 
         Raises:
             ConfigurationError: there is too little memory; the message says which storage would fit.
@@ -159,13 +211,17 @@ class MergedModel(nn.Module):
         device = self.coefficients.device
         if self._stored is None or self._stored.device != device:
             self._stored = None
-            self._stored = VectorStorage(self._vectors, self.storage, device, self.sharded)
+            plain = self._vectors if self.masks is None else self._vectors.restrict(self._plain_names)
+            self._stored = VectorStorage(plain, self.storage, device, self.sharded)
         return self._stored
 
     def to_coefficients(self, metadata: Mapping[str, str] | None = None) -> Coefficients:
-        """λ as it is used, with the tasks and parameters that it belongs to."""
-        values = self.applied().detach()
-        return Coefficients(values, self.tasks, self.groups, self.members, self.granularity, metadata or {})
+        """λ as it is used, and the masks, with the tasks and parameters that they belong to."""
+        values, masks = self.applied().detach(), {}
+        if self.masks is not None:
+            parts = self.applied_masks().detach().cpu().bool().split(list(self.ranks.values()), 1)
+            masks = dict(zip(self.ranks, parts, strict=True))
+        return Coefficients(values, self.tasks, self.groups, self.members, self.granularity, metadata or {}, masks)
 
     def forward(self, *inputs: Any, **keywords: Any) -> Tensor:
         """``f`` with merged weights; they are merged anew in every call, differentiably.
@@ -181,11 +237,35 @@ class MergedModel(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MergedModel:
         """Move or convert θ0 and the module's buffers too; λ keeps its precision, as small steps vanish in bfloat16."""
         self.module._apply(fn, recurse)
-        precise = self.coefficients.detach()
+        precise = [one.detach() for one in self.learned_parameters()]
         super()._apply(fn, recurse)
-        if self.coefficients.dtype.itemsize < precise.dtype.itemsize:
-            self.coefficients.data = precise.to(self.coefficients.device)
+        for one, before in zip(self.learned_parameters(), precise, strict=True):
+            if one.dtype.itemsize < before.dtype.itemsize:
+                one.data = before.to(one.device)
         return self
+
+    def _starting_masks(self, init: object) -> nn.Parameter | None:
+        known = init.masks if isinstance(init, Coefficients) else {}
+        if self.masks is None:
+            if known:
+                raise ConfigurationError(
+                    f"init: expected coefficients without masks, got masks of {first_few(known)}. Set masks: AdaRank."
+                )
+            return None
+        if self.sharded:
+            raise ConfigurationError(
+                "sharded: expected false with masks, whose directions every process needs whole, got true. Use storage "
+                "bfloat16 or mapped to save memory."
+            )
+        if known and set(known) != set(self.ranks):
+            others = sorted(set(known) ^ set(self.ranks))
+            raise ConfigurationError(
+                f"init: expected masks of {first_few(self.ranks)}, got others or none of {first_few(others)}. Set "
+                "AdaRank.include as it was."
+            )
+        kept = dict(init.for_tasks(self.tasks).masks) if isinstance(init, Coefficients) and known else None
+        logits = self.masks.logits(self.ranks, kept, len(self.tasks))
+        return nn.Parameter(logits.to(self.coefficients.dtype))
 
     def _starting_values(self, init: float | Sequence[float] | Mapping[str, float] | Coefficients) -> Tensor:
         shape = (len(self.tasks), len(self.groups))

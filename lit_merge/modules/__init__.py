@@ -2,6 +2,7 @@
 
 import torch
 
+from lit_merge.models.adarank import AdaRank
 from lit_merge.models.lora import LoRA
 from lit_merge.models.rates import ExpLR, LinLR
 from lit_merge.models.selection import All, Attention, LastBlocks, Matching
@@ -40,5 +41,5 @@ __all__ = [
 
 # A checkpoint's hyperparameters hold these settings: plain data, which ``weights_only=True`` may build again.
 torch.serialization.add_safe_globals(
-    [All, Attention, LastBlocks, Matching, ExpLR, LinLR, LoRA, TauJpPenalty, OrthoReg, Tak, SAM]
+    [AdaRank, All, Attention, LastBlocks, Matching, ExpLR, LinLR, LoRA, TauJpPenalty, OrthoReg, Tak, SAM]
 )

@@ -17,6 +17,7 @@ from lit_merge.functional.attention import fast_attention
 from lit_merge.functional.evaluation import evaluating
 from lit_merge.functional.tokens import prediction_entropy
 from lit_merge.metrics.example_mean import ExampleMean
+from lit_merge.models.adarank import AdaRank
 from lit_merge.models.encoder import Preprocessing
 from lit_merge.models.linear_features import LinearFeatureCache, LinearFeatures
 from lit_merge.models.merged import MergedModel, swapped
@@ -71,6 +72,7 @@ class MergeModule(TaskHeads):
         activation_checkpointing: whether the encoder's blocks are computed again on the way back, to save memory.
         storage: where the vectors are kept: ``device``, ``bfloat16``, ``host`` or ``mapped``.
         sharded: whether every process keeps only its share of every vector.
+        masks: also learn which singular directions of the vectors take part.
         model: architecture, as for :func:`lit_merge.models.load_clip`; a shorthand for a CLIP as ``network``.
         pretrained: weights, as for :func:`lit_merge.models.load_clip`.
         network: any network, by class path, instead of model and pretrained.
@@ -118,6 +120,7 @@ class MergeModule(TaskHeads):
         heads: Mapping[str, nn.Module] | None = None,
         preprocessing: Preprocessing | None = None,
         chance_examples: int = 256,
+        masks: AdaRank | None = None,
     ) -> None:
         check_range("learning_rate", learning_rate)
         whole_number("chance_examples", chance_examples, minimum=0)
@@ -154,7 +157,7 @@ class MergeModule(TaskHeads):
         self.vector_tasks = tuple(row.tasks for row in rows)
         self.merged_tasks = tuple(task for tasks in self.vector_tasks for task in tasks)
         start = Coefficients.load(init) if isinstance(init, str) else init
-        self.merged = MergedModel(self.network, changed, granularity, start, clamp, storage, sharded)
+        self.merged = MergedModel(self.network, changed, granularity, start, clamp, storage, sharded, masks)
         self.objective, self.learning_rate = chosen, learning_rate
         self._objective_name = objective if isinstance(objective, str) else repr(objective)
         self._optimizer, self._scheduler = optimizer, scheduler
@@ -285,8 +288,8 @@ class MergeModule(TaskHeads):
             losses = {task: self._loss_of_known(part, task) for task, part in present.items()}
             loss = self._checked(losses)
         else:
-            losses, gradient = self._accumulate(present)
-            loss = _KnownGradient.apply(self._checked(losses).detach(), self.merged.coefficients, gradient)
+            losses, gradients = self._accumulate(present)
+            loss = _KnownGradient.apply(self._checked(losses).detach(), *gradients, *self.merged.learned_parameters())
         share = getattr(getattr(self.trainer, "datamodule", None), "task_share", 1.0)
         count = sum(map(len, present.values()))
         for task, value in losses.items():
@@ -296,8 +299,8 @@ class MergeModule(TaskHeads):
         self.log("train/loss", loss.detach(), prog_bar=True, batch_size=count, sync_dist=True)
         return loss
 
-    def _accumulate(self, present: Mapping[str, Any]) -> tuple[dict[str, Tensor], Tensor]:
-        """The tasks' losses, and the gradient of their sum with respect to the coefficients."""
+    def _accumulate(self, present: Mapping[str, Any]) -> tuple[dict[str, Tensor], list[Tensor]]:
+        """The tasks' losses, and the gradients of their sum with respect to what is learned."""
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
         scale = float(scaler.get_scale()) if scaler is not None else 1.0
         weights = self.merged.merged_parameters(self.linearized, self._spare)
@@ -321,12 +324,17 @@ class MergeModule(TaskHeads):
                     (total * scale).backward()
             losses.update({task: losses[task].detach() for task in tasks})
         names = [name for name, leaf in leaves.items() if leaf.grad is not None]
+        learned = self.merged.learned_parameters()
         if not names:
-            return losses, torch.zeros_like(self.merged.coefficients)
-        (gradient,) = torch.autograd.grad(
-            [weights[name] for name in names], [self.merged.coefficients], [leaves[name].grad for name in names]
+            return losses, [torch.zeros_like(one) for one in learned]
+        found = torch.autograd.grad(
+            [weights[name] for name in names],
+            learned,
+            [leaves[name].grad for name in names],
+            allow_unused=True,
+            materialize_grads=True,
         )
-        return losses, gradient / scale
+        return losses, [one / scale for one in found]
 
     def _checked(self, losses: Mapping[str, Tensor]) -> Tensor:
         """Their sum; all processes stop together if one of them is not finite."""
@@ -363,7 +371,7 @@ class MergeModule(TaskHeads):
         self._linear = {}
         kept = getattr(self.base, "vector_features", True)  # not logits over a vocabulary at every position
         kept = kept and not (self.transform and isinstance(self.objective, Comparison))  # whose vectors are others
-        if not (self.linearized and self.merged.granularity == "task" and kept):
+        if not (self.linearized and self.merged.granularity == "task" and kept and self.merged.masks is None):
             return
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         directions = {task: self.merged.task_vectors.vector(task) for task in self.merged.tasks}
@@ -420,8 +428,8 @@ class MergeModule(TaskHeads):
             self._held = self.merged.merged_parameters(self.linearized)
 
     def configure_optimizers(self) -> Any:
-        """Adam with betas (0.9, 0.999) on the coefficients, or what was asked for."""
-        parameters = [self.merged.coefficients]
+        """Adam with betas (0.9, 0.999) on the coefficients and masks, or what was asked for."""
+        parameters = self.merged.learned_parameters()
         if self._optimizer is None:
             optimizer: torch.optim.Optimizer = torch.optim.Adam(parameters, lr=self.learning_rate, betas=(0.9, 0.999))
         else:
@@ -443,6 +451,8 @@ class MergeModule(TaskHeads):
             "learned_on": str(getattr(data, "adapt_on", "unknown")),
             "fraction": str(getattr(data, "fraction", 1.0)),
         }
+        if self.merged.masks is not None:
+            entries["masks"] = repr(self.merged.masks)
         if self.transform is not None:
             entries |= {"transform": repr(self.transform), "transform_config": json.dumps(self.transform.to_config())}
         return entries
@@ -453,6 +463,8 @@ class MergeModule(TaskHeads):
         state = checkpoint["state_dict"]
         checkpoint["state_dict"] = {name: value for name, value in state.items() if not name.startswith("encoder.")}
         checkpoint["merging"] = {"tasks": list(self.merged.tasks), "members": dict(self.merged.members)}
+        if self.merged.ranks:
+            checkpoint["merging"]["ranks"] = dict(self.merged.ranks)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Compare tasks and groups with those of this module, and take θ0 from it.
@@ -471,6 +483,11 @@ class MergeModule(TaskHeads):
                     f"checkpoint: expected one of coefficients for the {what} {wanted}, got {got or 'none'}. Use the "
                     "vectors, their order and the granularity of that run."
                 )
+        if saved.get("ranks", {}) != self.merged.ranks:
+            raise StructureMismatchError(
+                f"checkpoint: expected one with masks of {first_few(self.merged.ranks) or 'nothing'}, got masks of "
+                f"{first_few(saved.get('ranks', {})) or 'nothing'}. Set masks as that run did."
+            )
         own = {f"encoder.{name}": value for name, value in self.encoder.state_dict().items()}
         checkpoint["state_dict"] = {**own, **checkpoint["state_dict"]}
 
@@ -484,15 +501,15 @@ class _KnownGradient(torch.autograd.Function):
     """A scalar whose gradient has been computed already."""
 
     @staticmethod
-    def forward(ctx: Any, value: Tensor, coefficients: Tensor, gradient: Tensor) -> Tensor:
-        ctx.save_for_backward(gradient)
+    def forward(ctx: Any, value: Tensor, *gradients_and_parameters: Tensor) -> Tensor:
+        ctx.save_for_backward(*gradients_and_parameters[: len(gradients_and_parameters) // 2])
         return value.clone()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, factor: Tensor) -> Any:
-        (gradient,) = ctx.saved_tensors
-        return None, gradient * factor, None
+        gradients = ctx.saved_tensors
+        return None, *(None for _ in gradients), *(gradient * factor for gradient in gradients)
 
 
 def _check_tasks(before: Sequence[str], after: Sequence[str], transform: Transform | None) -> None:

@@ -9,13 +9,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lit_merge.errors import ConfigurationError, FileFormatError, StructureMismatchError
 from lit_merge.files.hub import pinned
 from lit_merge.transforms.base import OWN, PACKAGE, Transform
+from lit_merge.transforms.matrices import decomposed, decomposition
 from lit_merge.transforms.override import Override, WithOverrides
 from lit_merge.vectors import Coefficients, TaskVectors, file_digest
+from lit_merge.vectors.sources import Work
 
 __all__ = ["LearnedScale", "transform_before"]
 
@@ -23,6 +26,8 @@ __all__ = ["LearnedScale", "transform_before"]
 @dataclass(frozen=True)
 class LearnedScale(Transform):
     """λ[t, g(p)] τ_t[p]: one coefficient per task t and group g(p) of a parameter p (AdaMerging, Yang et al. 2024).
+
+    Where the file has masks, τ_t[p] is the sum of the singular directions that take part (AdaRank, Lee et al. 2026).
 
     It follows the transforms over whose vectors the coefficients were learned: the recipe ``adamerging`` puts it there,
     and a sum after it.
@@ -38,6 +43,7 @@ class LearnedScale(Transform):
             another one than ``content``.
         StructureMismatchError: on application, if the tasks, the parameters or the base model are others than those of
             the coefficients. The order of the tasks does not matter: rows are found by name.
+        ConfigurationError: on access, with masks, if a singular value decomposition fails.
     """
 
     path: str
@@ -69,6 +75,8 @@ class LearnedScale(Transform):
             raise StructureMismatchError(f"{self.path}: {error}") from error
         rows = coefficients.for_tasks(vectors.tasks)
         factors = {name: rows.of(name).unsqueeze(1) for name in vectors}
+        if rows.masks:
+            vectors = vectors.map(partial(_masked, rows.masks), work=partial(_masking_work, frozenset(rows.masks)))
         return vectors.map_elements(partial(_scaled_by_parameter, factors), note=self)
 
 
@@ -123,6 +131,22 @@ def _content(path: str) -> str:
 def _shortened(text: str, limit: int = 80) -> str:
     line = " ".join(text.split())
     return line if len(line) <= limit else f"{line[:limit]}…"
+
+
+def _masked(masks: Mapping[str, Tensor], name: str, stack: Tensor) -> Tensor:
+    if name not in masks:
+        return stack
+    left, values, right = decomposed("LearnedScale", name, partial(torch.linalg.svd, full_matrices=False), stack)
+    kept = values * masks[name].to(values.device, values.dtype)
+    return (left * kept.unsqueeze(1)) @ right
+
+
+def _masking_work(masked: frozenset[str], name: str, shape: torch.Size, itemsize: int) -> Work:
+    """All tasks' decompositions at once."""
+    if name not in masked:
+        return Work()
+    one = decomposition(shape[1], shape[2], itemsize)
+    return Work(one.memory * shape[0], one.operations * shape[0])
 
 
 def _scaled_by_parameter(factors: Mapping[str, Tensor], name: str, start: int, chunk: Tensor) -> Tensor:

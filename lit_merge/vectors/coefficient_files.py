@@ -22,10 +22,14 @@ if TYPE_CHECKING:
 __all__ = ["FORMAT", "OWN_ENTRIES", "read_coefficients", "write_coefficients"]
 
 FORMAT = "lit-merge/coefficients/1"
+MASKED_FORMAT = "lit-merge/coefficients/2"
+"""With masks, which programs that know only the former must not pass over."""
+
 OWN_ENTRIES = frozenset({"format", "granularity", "members", "tasks", CONTENT_KEY})
 """Entries of the header that are not metadata."""
 
 _TENSOR = "coefficients"
+_MASK = "mask:"
 
 
 def write_coefficients(path: str | os.PathLike[str], coefficients: Coefficients) -> None:
@@ -34,22 +38,30 @@ def write_coefficients(path: str | os.PathLike[str], coefficients: Coefficients)
     as_json = _is_json(target)
     if not target.parent.is_dir():
         raise ConfigurationError(f"{target}: expected an existing folder to write into, got none. Create it first.")
+    masks = coefficients.masks
+    form = MASKED_FORMAT if masks else FORMAT
     if not as_json:
         header = {
-            "format": FORMAT,
+            "format": form,
             "granularity": coefficients.granularity,
             "tasks": json.dumps(coefficients.tasks),
             "members": json.dumps(coefficients.members),
         }
-        write_tensors(target, {_TENSOR: coefficients.values}, {**coefficients.metadata, **header})
+        tensors = {_TENSOR: coefficients.values, **{f"{_MASK}{name}": mask.byte() for name, mask in masks.items()}}
+        write_tensors(target, tensors, {**coefficients.metadata, **header})
         return
     rows = (dict(zip(coefficients.groups, row, strict=True)) for row in coefficients.values.tolist())
+    bits = {
+        name: {task: "".join(map(str, row)) for task, row in zip(coefficients.tasks, mask.int().tolist(), strict=True)}
+        for name, mask in masks.items()
+    }
     plain = {
-        "format": FORMAT,
+        "format": form,
         "granularity": coefficients.granularity,
         "coefficients": dict(zip(coefficients.tasks, rows, strict=True)),
         "members": coefficients.members,
         "metadata": coefficients.metadata,
+        **({"masks": bits} if masks else {}),
     }
     write_text(target, json.dumps(plain, indent=2, ensure_ascii=False) + "\n")
 
@@ -76,15 +88,16 @@ def _is_json(path: Path) -> bool:
 
 def _read_safetensors(path: Path) -> dict[str, Any]:
     stored = LazyTensors(path)
-    _check_format(path, stored.metadata.get("format"))
+    _check_format(path, stored.metadata.get("format"), any(name.startswith(_MASK) for name in stored))
     stored.verify()
     try:
         tasks, members = (json.loads(stored.metadata[key]) for key in ("tasks", "members"))
         values, granularity = stored[_TENSOR], stored.metadata["granularity"]
+        masks = {name.removeprefix(_MASK): stored[name].bool() for name in stored if name.startswith(_MASK)}
     except (KeyError, ValueError, RecursionError) as error:
         raise _malformed(path) from error
     metadata = {key: value for key, value in stored.metadata.items() if key not in OWN_ENTRIES}
-    return _arguments(path, values, tasks, members, granularity, metadata)
+    return {**_arguments(path, values, tasks, members, granularity, metadata), "masks": masks}
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -96,7 +109,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         ) from error
     except ValueError as error:
         raise FileFormatError(f"{path}: expected JSON, got something else. Copy or write it again.") from error
-    _check_format(path, plain.get("format") if isinstance(plain, dict) else None)
+    _check_format(path, *((plain.get("format"), "masks" in plain) if isinstance(plain, dict) else (None, False)))
     try:
         rows, members = plain["coefficients"], plain["members"]
         groups = list(dict.fromkeys(members.values()))
@@ -104,9 +117,21 @@ def _read_json(path: Path) -> dict[str, Any]:
             raise _malformed(path)
         numbers = [[float(row[group]) for group in groups] for row in rows.values()]
         values = torch.tensor(numbers, dtype=torch.float64)
-        return _arguments(path, values, list(rows), members, plain["granularity"], plain["metadata"])
+        masks = {name: _mask(given, list(rows)) for name, given in plain.get("masks", {}).items()}
+        return {
+            **_arguments(path, values, list(rows), members, plain["granularity"], plain["metadata"]),
+            "masks": masks,
+        }
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise _malformed(path) from error
+
+
+def _mask(given: Any, tasks: list[str]) -> Tensor:
+    """From a string of 0 and 1 per task to booleans ``(T, r)``; anything else raises one of Python's errors."""
+    rows = [given[task] for task in tasks]
+    if len(given) != len(rows) or any(set(row) - {"0", "1"} for row in rows):
+        raise ValueError
+    return torch.tensor([[one == "1" for one in row] for row in rows])
 
 
 def _arguments(
@@ -127,11 +152,12 @@ def _arguments(
     }
 
 
-def _check_format(path: Path, found: object) -> None:
-    if found != FORMAT:
+def _check_format(path: Path, found: object, masked: bool) -> None:
+    expected = MASKED_FORMAT if masked else FORMAT
+    if found != expected:
         got = printable(found) if isinstance(found, str) and found else "none"
         raise FileFormatError(
-            f"{path}: expected format {FORMAT}, got {got}. "
+            f"{path}: expected format {expected}, got {got}. "
             "Use a file that Coefficients.save wrote, or Coefficients.from_published for bare numbers."
         )
 

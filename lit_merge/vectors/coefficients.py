@@ -41,10 +41,12 @@ class Coefficients:
         granularity: how the parameters were grouped.
         metadata: string entries that are kept with the coefficients, such as ``base_fingerprint``, and
             ``transform_config`` of what was applied to the task vectors before.
+        masks: parameter -> bool ``(T, r)``: which singular directions of each task's matrix, the largest first, take
+            part (AdaRank); all of what is not named.
 
     Raises:
         ConfigurationError: the shape, the tasks, the groups and the members do not fit each other, or an entry of the
-            metadata is no string or has a name that the file's own header uses.
+            metadata is no string or has a name that the file's own header uses, or masks are of another kind.
         NonFiniteError: a coefficient is NaN or infinite.
     """
 
@@ -54,11 +56,12 @@ class Coefficients:
     members: Mapping[str, str]
     granularity: str = "tensor"
     metadata: Mapping[str, str] = field(default_factory=dict)
+    masks: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name, kept in (("tasks", tuple(self.tasks)), ("groups", tuple(self.groups))):
             object.__setattr__(self, name, kept)
-        for name in ("members", "metadata"):
+        for name in ("members", "metadata", "masks"):
             object.__setattr__(self, name, dict(getattr(self, name)))
         object.__setattr__(self, "values", self.values.detach().to("cpu", torch.float64, copy=True))
         self._check()
@@ -66,7 +69,7 @@ class Coefficients:
     def __repr__(self) -> str:
         return (
             f"Coefficients(tasks={self.tasks!r}, granularity={self.granularity!r}, groups={len(self.groups)}, "
-            f"parameters={len(self.members)})"
+            f"parameters={len(self.members)}{f', masks={len(self.masks)}' if self.masks else ''})"
         )
 
     def of(self, name: str) -> Tensor:
@@ -99,8 +102,9 @@ class Coefficients:
         """Write the coefficients, atomically: what was at ``path`` stays until the new file is complete.
 
         Args:
-            path: the file, in an existing folder; ``.safetensors`` (one tensor ``coefficients``, everything else in the
-                header, with a content digest) or ``.json`` (task -> group -> coefficient, to be read by people).
+            path: the file, in an existing folder; ``.safetensors`` (one tensor ``coefficients`` and one per mask,
+                everything else in the header, with a content digest) or ``.json`` (task -> group -> coefficient, to be
+                read by people).
 
         Raises:
             ConfigurationError: the ending is another one, or the folder is missing.
@@ -190,7 +194,8 @@ class Coefficients:
                 f"Name the task vectors as they were when the coefficients were learned: {', '.join(self.tasks)}."
             )
         order = [self.tasks.index(task) for task in tasks]
-        return replace(self, values=self.values[order], tasks=tuple(tasks))
+        masks = {name: mask[order] for name, mask in self.masks.items()}
+        return replace(self, values=self.values[order], tasks=tuple(tasks), masks=masks)
 
     def check_fits(self, vectors: TaskVectors) -> None:
         """Refuse task vectors that these coefficients are not for.
@@ -207,6 +212,12 @@ class Coefficients:
                 f"coefficients: expected the {len(vectors.model_names)} parameters of the task vectors, got {found}. "
                 "Use coefficients that were learned for this network."
             )
+        for name, mask in self.masks.items():
+            if name in vectors and mask.shape[1] != min((*vectors.shape(name)[1:],), default=0):
+                raise StructureMismatchError(
+                    f"masks: expected one per singular value of {name}, of shape {tuple(vectors.shape(name)[1:])}, got "
+                    f"{mask.shape[1]}. Use coefficients that were learned for this network."
+                )
         known = self.metadata.get("base_fingerprint", "")
         if known and vectors.base_fingerprint and known != vectors.base_fingerprint:
             raise StructureMismatchError(
@@ -243,3 +254,11 @@ class Coefficients:
                 f"metadata: expected strings under other names than {', '.join(sorted(OWN_ENTRIES))}, got "
                 f"{first_few(map(repr, wrong))}. Use json.dumps for other values."
             )
+        for name, mask in self.masks.items():
+            right = isinstance(mask, Tensor) and mask.dtype == torch.bool and mask.ndim == 2
+            if name not in self.members or not right or len(mask) != len(self.tasks):
+                got = f"{mask.dtype} of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else repr(mask)
+                raise ConfigurationError(
+                    f"masks: expected of some of the parameters a row of booleans for each of {len(self.tasks)} tasks, "
+                    f"got {name}: {got}. Give bool tensors (T, r)."
+                )
