@@ -28,6 +28,10 @@ WAYS = {  # what two processes divide: settings of the two, with 16 images per t
     "tasks": ["--data.batch_size=16", "--data.divide=tasks"],
     "tasks, vectors sharded": ["--data.batch_size=16", "--data.divide=tasks", "--model.sharded=true"],
 }
+COMPARED = {  # with the individual models, and with masks whose logits the plain descent below moves
+    "masks": ["--model.objective=features", "--model.masks.start=1e-4", "--model.masks.rank_fraction=0.5"],
+    "sharded": ["--model.objective=features"],
+}
 pytestmark = [
     pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo"),
     pytest.mark.usefixtures("few_images"),
@@ -73,6 +77,10 @@ def learned(fit, fork_server):
     folder, command = fit
     two = ["--trainer.devices=2", "--trainer.strategy=ddp"]
     commands = [command(name, *settings, *two) for name, settings in WAYS.items()]
+    commands.append(command("masks by two", *WAYS["images"], *COMPARED["masks"], *two, "--trainer.max_steps=2"))
+    commands.append(
+        command("sharded by two", *WAYS["tasks, vectors sharded"], *COMPARED["sharded"], *two, "--trainer.max_steps=2")
+    )
     codes, said = run_on_two(fork_server, PROGRAM.format(commands=commands))
     assert codes == [0, 0], "\n".join(said)
     # Both look at the start's accuracy, and the first says it: that of 32 images, which tells nothing from chance.
@@ -80,6 +88,9 @@ def learned(fit, fork_server):
     assert warned[0]
     assert not warned[1]
     assert main(command("one", "--data.batch_size=16", "--trainer.devices=1")) == 0
+    for name, settings in COMPARED.items():
+        settings = [*settings, "--data.batch_size=16", "--trainer.devices=1", "--trainer.max_steps=2"]
+        assert main(command(name, *settings)) == 0
     return folder
 
 
@@ -90,6 +101,19 @@ def test_two_processes_learn_what_one_does(name, learned):
     assert one.metadata["step"] == two.metadata["step"] == "5"
     assert (one.values - 0.3).abs().max() > 0.01
     assert (one.values - two.values).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("name", COMPARED)
+def test_two_processes_compare_with_the_individual_models_as_one_does(name, learned):
+    one, two = (Coefficients.load(learned / run / "coefficients.safetensors") for run in (name, f"{name} by two"))
+    assert (one.values - 0.3).abs().max() > 1e-3
+    assert (one.values - two.values).abs().max() <= 1e-5
+    assert set(one.masks) == set(two.masks)
+    assert bool(one.masks) == (name == "masks")
+    for parameter, mask in one.masks.items():
+        assert torch.equal(mask, two.masks[parameter])
+    if one.masks:
+        assert any((mask != (torch.arange(mask.shape[1]) < mask.shape[1] // 2)).any() for mask in one.masks.values())
 
 
 def test_a_process_that_dies_ends_the_run_which_can_be_resumed(fit, fork_server, learned):
