@@ -19,8 +19,9 @@ from torch import Tensor
 from lit_merge.checkpoints.layouts.towers import Recognised, image_tower, recognise, whole_clip
 from lit_merge.checkpoints.pickles.torch_files import TorchFile, is_torch_file, open_torch_file
 from lit_merge.errors import ConfigurationError, FileFormatError, StructureMismatchError, first_few
-from lit_merge.files.hub import local_path, parse_address
+from lit_merge.files.hub import parse_address
 from lit_merge.files.lazy import LazyMapping, Selected, Slicer
+from lit_merge.files.remote import files_in, is_folder, is_remote, located
 from lit_merge.files.shards import INDEX_ENDING, ShardedTensors, open_tensors
 from lit_merge.files.store import LazyTensors
 
@@ -239,12 +240,12 @@ def open_checkpoint(path: str | os.PathLike[str], section: str | None = None) ->
         FileFormatError: there is no such file, or not just one in the folder, or it is damaged or something else.
         ConfigurationError: ``section`` is given for a file that has no sections.
     """
-    found = local_path(path)
-    if not found.exists():
+    found = located(path)
+    if not (found.exists() or is_remote(found) or is_folder(found)):
         raise FileFormatError(f"{found}: expected a checkpoint, got nothing (No such file or folder). Check the path.")
-    if not found.is_dir():
+    if not is_folder(found):
         return OpenedCheckpoint(found, _tensors(found, section))
-    names = [one.name for one in found.iterdir() if one.is_file()]
+    names = files_in(found)
     weights = any(name.endswith((".safetensors", INDEX_ENDING, *_TORCH_SUFFIXES)) for name in names)
     if _ADAPTER in names or not weights:
         from lit_merge.checkpoints.adapters.reading import adapter_folder, open_adapter
@@ -293,7 +294,8 @@ def _tensors(path: Path, section: str | None) -> LazyMapping:
     if path.suffix == ".json":
         _no_section(path, section)
         return ShardedTensors(path)
-    if is_torch_file(path) or (path.suffix in _TORCH_SUFFIXES and not _has_safetensors_header(path)):
+    remote = is_remote(path)  # which is safetensors
+    if not remote and (is_torch_file(path) or (path.suffix in _TORCH_SUFFIXES and not _has_safetensors_header(path))):
         return open_torch_file(path, section)
     _no_section(path, section)
     return LazyTensors(path)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from lit_merge.commands.running import RESOLVED, warn
 from lit_merge.errors import ConfigurationError
-from lit_merge.models.merging.merge import Merge
+from lit_merge.models.merging.opening import open_merge, remote_sources
 from lit_merge.models.merging.output import beside
 from lit_merge.models.merging.plan import MergePlan
 from lit_merge.models.network import Network
@@ -87,6 +87,7 @@ def merge(
     recalibrate: Recalibration | None = None,
     write_as: str | None = None,
     rank: int | None = None,
+    remote: Literal["download", "stream"] = "download",
     dry_run: bool = False,
     progress: bool = True,
 ) -> MergeResult:
@@ -135,6 +136,8 @@ def merge(
             In a folder its configuration is written too, if that of the base is known.
         rank: of an adapter's factors, at most. By default the inputs' ranks add up, which is exact for sums of LoRA
             adapters, with any coefficients; otherwise the best approximation is written, and its error said.
+        remote: how inputs on the Hub (hf://) are read that are not in its cache: download brings them there, when
+            everything is known to fit; stream reads ranges of them as they are needed, in each pass, without a copy.
         dry_run: print what would be done, its passes over the inputs and the memory it takes, and write nothing; no
             tensor of the vectors is read, nor of a base that is given as weights, but for a few thousand elements of
             each, for the warnings. A search is not counted.
@@ -149,31 +152,27 @@ def merge(
         raise ConfigurationError(
             "search: expected a CLIP, which can be evaluated, got base. Use model and pretrained, or remove search."
         )
-    job = Merge(
-        *(vectors, output, model, pretrained, network, base, kind, dtype, tasks, shard_size, device, linearized),
-        verify=verify and not dry_run,
-        leave_out=leave_out,
-        heads=heads,
-        rows=rows,
-        running_statistics=running_statistics,
-        write_as=write_as,
-        rank=rank,
-        recalibrate=recalibrate,
-    )
-    planned = job.plan(chosen, dry=dry_run)
-    job.check(planned, overwrite)
-    said = planned.plan.warnings
-    warn(said)
     if search is not None:
         search.check(chosen)
-    if dry_run:
-        return MergeResult(job.target.path, chosen, None, planned.plan, written=False)
-    if search is not None:  # the refusals come before, as this may take long
-        from lit_merge.evaluation.search import search_coefficient
+    opened = {
+        **{"vectors": vectors, "output": output, "model": model, "pretrained": pretrained, "network": network},
+        **{"base": base, "kind": kind, "dtype": dtype, "tasks": tasks, "shard_size": shard_size, "device": device},
+        **{"linearized": linearized, "verify": verify, "leave_out": leave_out, "heads": heads, "rows": rows},
+        **{"running_statistics": running_statistics, "write_as": write_as, "rank": rank, "recalibrate": recalibrate},
+    }
+    with remote_sources(remote) as sources:
+        job, planned = open_merge(opened, chosen, sources, overwrite, dry_run)
+        said = planned.plan.warnings
+        warn(said)
+        if dry_run:
+            return MergeResult(job.target.path, chosen, None, planned.plan, written=False)
+        if search is not None:  # the refusals come before, as this may take long
+            from lit_merge.evaluation.search import search_coefficient
 
-        found = search_coefficient(job.vectors, chosen, search, data=data, linearized=linearized, network=job.network())
-        planned = job.plan(found.transform, found=found)
-        warn(line for line in planned.plan.warnings if line not in said)
-    settings_file = {beside(job.target.path, "merge.yaml").name: RESOLVED.get()} if RESOLVED.get() else {}
-    warn(job.write(planned, overwrite, progress, settings_file, data))
+            settled: dict[str, Any] = {"data": data, "linearized": linearized, "network": job.network()}
+            found = search_coefficient(job.vectors, chosen, search, **settled)
+            planned = job.plan(found.transform, found=found)
+            warn(line for line in planned.plan.warnings if line not in said)
+        settings_file = {beside(job.target.path, "merge.yaml").name: RESOLVED.get()} if RESOLVED.get() else {}
+        warn(job.write(planned, overwrite, progress, settings_file, data))
     return MergeResult(job.target.path, planned.transform, planned.found, planned.plan, outcome=job.outcome)

@@ -6,6 +6,7 @@ import mmap
 import os
 import weakref
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -13,9 +14,35 @@ from torch import Tensor
 from lit_merge.errors import FileFormatError
 from lit_merge.files.lazy import Slicer
 
-__all__ = ["COPY_AGAIN", "FileParts", "OpenFile", "bytes_of", "one_line", "printable"]
+__all__ = ["COPY_AGAIN", "FileParts", "OpenFile", "Parts", "Slices", "bytes_of", "one_line", "printable"]
 
 COPY_AGAIN = "Copy or write it again."
+
+
+class Parts(Protocol):
+    """A file of which tensors and bytes are read by their position, wherever it is."""
+
+    path: Path
+    size: int
+
+    def bytes(self, start: int, length: int) -> bytes:
+        """A few bytes of the file."""
+
+    def tensor(self, name: str, dtype: torch.dtype, shape: torch.Size, start: int) -> Tensor:
+        """A tensor of its own, whose elements are contiguous from byte ``start`` on."""
+
+    def slicer(self, name: str, dtype: torch.dtype, start: int) -> Slicer:
+        """A function that reads parts of one flattened tensor, whose elements start at byte ``start`` on."""
+
+    def filling(self, what: str) -> Filling:
+        """What reads into memory, while it lives."""
+
+
+class Filling(Protocol):
+    """What fills memory from a position on."""
+
+    def fill(self, memory: memoryview, offset: int, what: str) -> None:
+        """Read into memory from that byte on."""
 
 
 class FileParts:
@@ -93,7 +120,11 @@ class FileParts:
 
         Nothing but ``out`` is filled: parts that have been read do not add up in memory, as those of a map would.
         """
-        return _Slices(self.opened(name), name, dtype, start)
+        return Slices(self.opened(name), name, dtype, start)
+
+    def filling(self, what: str) -> Filling:
+        """As :meth:`opened`."""
+        return self.opened(what)
 
     def opened(self, what: str) -> OpenFile:
         """The open file, which all reads share and which is closed when nobody holds it.
@@ -145,11 +176,21 @@ class OpenFile:
             return file.readinto(memory)
 
 
-class _Slices:
-    def __init__(self, file: OpenFile, name: str, dtype: torch.dtype, start: int) -> None:
+class Slices:
+    """Reads parts of one flattened tensor.
+
+    Args:
+        file: what they are read from.
+        name: of the tensor, for messages.
+        dtype: its own.
+        start: the file's byte that it starts at.
+    """
+
+    def __init__(self, file: Filling, name: str, dtype: torch.dtype, start: int) -> None:
         self._file, self._name, self._dtype, self._start = file, name, dtype, start
 
     def __call__(self, start: int, stop: int, out: Tensor) -> None:
+        """Write elements ``start`` to ``stop`` into ``out``, 1-D, of any dtype and device."""
         if start == stop:
             return
         direct = out.dtype == self._dtype and out.device.type == "cpu" and out.is_contiguous()

@@ -13,7 +13,7 @@ import os
 import posixpath
 import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,11 @@ from lit_merge.errors import ConfigurationError, HubError, LitMergeError, first_
 
 __all__ = [
     "Address",
+    "Contents",
     "Snapshot",
     "address_entry",
+    "contents",
+    "download",
     "fetch",
     "hub_api",
     "local_path",
@@ -33,6 +36,8 @@ __all__ = [
     "parse_address",
     "pinned",
     "refusals",
+    "shards_of",
+    "snapshot_folder",
 ]
 
 _FORM = re.compile(
@@ -100,6 +105,21 @@ class Snapshot:
     names: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class Contents:
+    """What an address stands for, before anything of it is downloaded.
+
+    Attributes:
+        commit: that its revision is now.
+        names: paths of the files of the one model in the repository; of an index without its shards.
+        listing: paths of all files of the repository.
+    """
+
+    commit: str
+    names: tuple[str, ...]
+    listing: tuple[str, ...]
+
+
 def parse_address(path: str | os.PathLike[str]) -> Address | None:
     """The address that a path is, or None if it is an ordinary path.
 
@@ -161,11 +181,19 @@ def local_path(path: str | os.PathLike[str]) -> Path:
 def pinned(path: str | os.PathLike[str]) -> str:
     """A path as it can be written down: an address on the Hub with the commit that it stands for now.
 
+    Nothing is downloaded, unless the Hub does not answer; then the cache must have it.
+
     Raises:
         LitMergeError: as for :func:`local_path`.
     """
     address = parse_address(path)
-    return str(path) if address is None else str(replace(address, revision=fetch(address).folder.name))
+    if address is None:
+        return str(path)
+    found = contents(address)
+    if found is None:
+        return str(replace(address, revision=fetch(address).folder.name))
+    _remember(address, found.commit)
+    return str(replace(address, revision=found.commit))
 
 
 def address_entry(path: str | None) -> dict[str, str]:
@@ -173,13 +201,70 @@ def address_entry(path: str | None) -> dict[str, str]:
     return {} if path is None or parse_address(path) is None else {"address": path}
 
 
-def fetch(address: Address, everything: bool = False, also: Callable[[str], bool] | None = None) -> Snapshot:
+def contents(address: Address) -> Contents | None:
+    """Ask the Hub what an address stands for; None if the cache is to be asked: it knows, or the Hub does not answer.
+
+    Raises:
+        HubError: the Hub refuses, or there is not one model in the folder.
+    """
+    with refusals(address, "read"):
+        if _known(address):
+            return None
+        try:
+            commit, listing = _listing(address)
+        except Exception as error:
+            if _is_answer(error):
+                raise
+            return None
+        return Contents(commit, tuple(_choose(address, listing, False)), tuple(listing))
+
+
+def snapshot_folder(address: Address) -> Path:
+    """The folder in the cache of the commit that an address names; it need not exist."""
+    return _repository_folder(address) / "snapshots" / str(address.revision)
+
+
+def _repository_folder(address: Address) -> Path:
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HUB_CACHE, f"models--{address.repository.replace('/', '--')}")
+
+
+def _remember(address: Address, commit: str) -> None:
+    """Write down which commit a branch or tag is, as the library does, so that it is known without network, too."""
+    ref = _repository_folder(address) / "refs" / (address.revision or "main")
+    with suppress(OSError):  # a cache that cannot be written to is refused where something is downloaded
+        if address.revision != commit and not (ref.is_file() and ref.read_text(encoding="utf-8") == commit):
+            ref.parent.mkdir(parents=True, exist_ok=True)
+            ref.write_text(commit, encoding="utf-8")
+
+
+def download(address: Address, names: Sequence[str]) -> Path:
+    """Bring certain files of a repository into the cache.
+
+    Returns:
+        The folder that the repository's paths start from.
+
+    Raises:
+        HubError: they cannot be reached or read, or there is no room.
+    """
+    with refusals(address, "read"):
+        return _download(address, names, None)
+
+
+def fetch(
+    address: Address,
+    everything: bool = False,
+    also: Callable[[str], bool] | None = None,
+    weights: bool = True,
+) -> Snapshot:
     """Bring what an address stands for into the cache.
 
     Args:
         address: what to bring.
         everything: of a folder or repository all files, rather than those of the one model in it.
         also: which files of the folder or repository, by their paths in it, besides those of the one model.
+        weights: whether the files of the one model's weights are brought; otherwise the configuration alone is.
 
     Raises:
         HubError: it cannot be reached or read, or (without ``everything``) there is not one model in the folder.
@@ -188,20 +273,24 @@ def fetch(address: Address, everything: bool = False, also: Callable[[str], bool
         if found := _known(address):
             return found
         offline: Exception | None = None
+        commit = ""
         try:
-            listing = _listing(address)
+            commit, listing = _listing(address)
         except Exception as error:
-            status = _status(error)
-            if isinstance(error, LitMergeError) or (status is not None and status < 500):  # an answer
+            if _is_answer(error):
                 raise
             offline, listing = error, _cached_listing(address, error)
         names = _choose(address, listing, everything)
+        if not weights and address.path not in listing:
+            names = [name for name in names if name.endswith("config.json")]
         if also is not None and address.path not in listing:
             start = f"{address.path}/" if address.path else ""
             inside = [name for name in listing if name.startswith(start) and also(name.removeprefix(start))]
             names = list(dict.fromkeys([*names, *inside]))
+        if not names and commit:
+            return Snapshot(snapshot_folder(replace(address, revision=commit)), ())
         folder = _download(address, names, offline)
-        if not everything and (shards := _shards(folder, names, listing)):
+        if not everything and (shards := shards_of(folder, names, listing)):
             names += shards
             _download(address, names, offline)
         return Snapshot(folder, tuple(names))
@@ -293,10 +382,16 @@ def _line(error: BaseException) -> str:
     return _SECRETS.sub("…", " ".join(str(text).split()).replace(token or "\0", "…"))[:200].rstrip(". ")
 
 
-def _listing(address: Address) -> list[str]:
-    """All files of a revision; without network it fails at once, as this request is not repeated."""
-    files = hub_api().model_info(address.repository, revision=address.revision).siblings or []
-    names = [file.rfilename for file in files]
+def _is_answer(error: Exception) -> bool:
+    """Whether the Hub, or what checks its answers, has refused; otherwise there was no answer."""
+    status = _status(error)
+    return isinstance(error, LitMergeError) or (status is not None and status < 500)
+
+
+def _listing(address: Address) -> tuple[str, list[str]]:
+    """Commit and files of a revision; without network it fails at once, as this request is not repeated."""
+    info = hub_api().model_info(address.repository, revision=address.revision)
+    names = [file.rfilename for file in info.siblings or []]
     if len(names) >= _MANY:  # of which the Hub may not have said all
         names = list(hub_api().list_repo_files(address.repository, revision=address.revision))
     wrong = [name for name in names if name.startswith("/") or "\\" in name or ".." in name.split("/")]
@@ -304,7 +399,7 @@ def _listing(address: Address) -> list[str]:
         raise HubError(
             f"{address}: expected files inside the repository, got {first_few(map(repr, wrong))}. Do not trust it."
         )
-    return names
+    return str(info.sha), names
 
 
 def _known(address: Address) -> Snapshot | None:
@@ -383,7 +478,7 @@ def _choose(address: Address, listing: Sequence[str], everything: bool) -> list[
     )
 
 
-def _shards(folder: Path, names: Sequence[str], listing: Sequence[str]) -> list[str]:
+def shards_of(folder: Path, names: Sequence[str], listing: Sequence[str]) -> list[str]:
     """The files that an index names; what else is wrong with it is said when it is opened."""
     shards: list[str] = []
     for index in (name for name in names if name.endswith(".index.json")):

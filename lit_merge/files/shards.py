@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from lit_merge.errors import ConfigurationError, FileFormatError, first_few
-from lit_merge.files.hub import local_path
 from lit_merge.files.lazy import Computed, LazyMapping, Selected, Slicer
+from lit_merge.files.remote import files_in, is_folder, is_remote, located
 from lit_merge.files.staging import staged
 from lit_merge.files.store import Draft, LazyTensors
 from lit_merge.files.text import read_json, write_text
@@ -54,7 +54,8 @@ class ShardedTensors(LazyMapping):
         self.path = Path(index)
         file_of = _read_index(self.path)
         names = sorted(set(file_of.values()))
-        missing = [name for name in names if not (self.path.parent / name).is_file()]
+        places = {name: self.path.parent / name for name in names}
+        missing = [name for name, place in places.items() if not (place.is_file() or is_remote(place))]
         if missing:
             raise FileFormatError(
                 f"{self.path}: expected {len(names)} shards in its folder, got none of {len(missing)} "
@@ -135,8 +136,8 @@ def open_tensors(path: str | os.PathLike[str], verify: bool = False) -> LazyTens
     Raises:
         FileFormatError: there is no such file or not just one, or it is damaged or something else.
     """
-    file = local_path(path)
-    if file.is_dir():
+    file = located(path)
+    if is_folder(file):
         file = _in_folder(file)
     return ShardedTensors(file, verify) if file.suffix == ".json" else LazyTensors(file, verify)
 
@@ -235,10 +236,10 @@ def bytes_of(tensors: Mapping[str, Tensor], name: str) -> int:
 
 
 def _in_folder(folder: Path) -> Path:
+    files = [folder / name for name in files_in(folder)]
     for name in (f"model{INDEX_ENDING}", "model.safetensors"):
-        if (folder / name).is_file():
+        if folder / name in files:
             return folder / name
-    files = sorted(path for path in folder.iterdir() if path.is_file())
     indices = [path for path in files if path.name.endswith(INDEX_ENDING)]
     found = indices or [path for path in files if path.suffix == ".safetensors"]
     if len(found) != 1:

@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 from lit_merge.errors import ConfigurationError, FileFormatError
-from lit_merge.files.file_parts import FileParts, bytes_of, printable
-from lit_merge.files.hub import local_path
+from lit_merge.files.file_parts import bytes_of, printable
 from lit_merge.files.lazy import LazyMapping, Slicer, stream
+from lit_merge.files.remote import RemoteParts, parts_of
 from lit_merge.files.tensor_header import DTYPES, LONGEST_HEADER, read_header
 from lit_merge.files.writing import new_file
 from lit_merge.params import dtype_of, shape_of
@@ -128,8 +128,8 @@ class LazyTensors(LazyMapping):
     """
 
     def __init__(self, path: str | os.PathLike[str], verify: bool = False) -> None:
-        self.path = local_path(path)
-        self._parts = FileParts(self.path, _WHAT)
+        self._parts = parts_of(path, _WHAT)
+        self.path = self._parts.path
         header = read_header(self._parts)
         self.metadata: dict[str, str] = header.metadata
         self.content_digest: str | None = self.metadata.pop(CONTENT_KEY, None)
@@ -160,8 +160,9 @@ class LazyTensors(LazyMapping):
     def __repr__(self) -> str:
         return f"LazyTensors({str(self.path)!r})"
 
-    def __reduce__(self) -> tuple[type[LazyTensors], tuple[Path]]:
-        return (type(self), (self.path,))
+    def __reduce__(self) -> tuple[type[LazyTensors], tuple[Path | str]]:
+        remote = isinstance(self._parts, RemoteParts)  # another process has to download it
+        return (type(self), (str(self._parts.address) if remote else self.path,))  # type: ignore[attr-defined]
 
     def shape(self, name: str) -> torch.Size:
         """Shape of one tensor, from the header."""
@@ -177,6 +178,8 @@ class LazyTensors(LazyMapping):
         Raises:
             FileFormatError: there is no digest, or the content differs from what was written.
         """
+        if isinstance(self._parts, RemoteParts) and self._parts.deferred:
+            return  # until it is fetched, and opened again
         if self.content_digest is None:
             raise FileFormatError(
                 f"{self.path}: expected a content digest in the header, got none. "
@@ -209,10 +212,13 @@ def file_digest(path: str | os.PathLike[str]) -> str:
     Raises:
         FileFormatError: there is no such file.
     """
-    digest = hashlib.sha256()
-    with FileParts(local_path(path), _WHAT).path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
+    digest, parts = hashlib.sha256(), parts_of(path, _WHAT)
+    memory = bytearray(min(1 << 20, parts.size))
+    file = parts.filling("its content")
+    for start in range(0, parts.size, len(memory) or 1):
+        chunk = memoryview(memory)[: parts.size - start]
+        file.fill(chunk, start, "its content")
+        digest.update(chunk)
     return digest.hexdigest()
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from lit_merge.errors import FileFormatError
-from lit_merge.files.file_parts import COPY_AGAIN, FileParts, printable
+from lit_merge.files.file_parts import COPY_AGAIN, Parts, printable
 from lit_merge.files.text import unique_items
 
 __all__ = ["DTYPES", "LONGEST_HEADER", "TensorHeader", "read_header"]
@@ -57,7 +57,7 @@ class TensorHeader:
     metadata: dict[str, str]
 
 
-def read_header(parts: FileParts) -> TensorHeader:
+def read_header(parts: Parts) -> TensorHeader:
     """Read the header of a safetensors file.
 
     Raises:
@@ -133,7 +133,7 @@ def _shape(value: Any) -> tuple[int, ...]:
     return tuple(value)
 
 
-def _check_order(parts: FileParts, offsets: dict[str, tuple[int, int]]) -> None:
+def _check_order(parts: Parts, offsets: dict[str, tuple[int, int]]) -> None:
     """Every byte of the data belongs to one tensor."""
     end = 0
     for name, (start, stop) in sorted(offsets.items(), key=lambda item: item[1]):
@@ -145,7 +145,7 @@ def _check_order(parts: FileParts, offsets: dict[str, tuple[int, int]]) -> None:
         end = stop
 
 
-def _dtype(parts: FileParts, name: str, kind: str) -> torch.dtype:
+def _dtype(parts: Parts, name: str, kind: str) -> torch.dtype:
     if kind not in DTYPES:
         raise FileFormatError(
             f"{parts.path}: expected one of the dtypes {', '.join(DTYPES)}, got {printable(kind)} for "

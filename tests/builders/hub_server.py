@@ -5,9 +5,10 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import re
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -43,7 +44,19 @@ class Repository:
 
 
 class HubServer(ThreadingHTTPServer):
-    """Attributes: repositories by owner/name, requests as (method, path), and what is answered instead, if anything."""
+    """A hub.
+
+    Attributes:
+        repositories: by owner/name.
+        requests: as (method, path).
+        tokens: that were sent.
+        readers: tokens that may read private repositories; None for all.
+        instead: (method, part of path) -> what is answered instead.
+        ranges: whether parts of files are given.
+        sent: of files, as (path, first byte, byte after the last one).
+        statuses: of the next answers to requests for a range, instead.
+        breaks: how many bytes the next answers with a range have, before they break off.
+    """
 
     daemon_threads = True
 
@@ -51,9 +64,13 @@ class HubServer(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.repositories: dict[str, Repository] = {}
         self.requests: list[tuple[str, str]] = []
-        self.tokens: set[str] = set()  # that were sent
-        self.readers: set[str] | None = None  # tokens that may read private repositories; None for all
-        self.instead: dict[tuple[str, str], tuple[int, dict[str, str], str]] = {}  # (method, part of path) -> answer
+        self.tokens: set[str] = set()
+        self.readers: set[str] | None = None
+        self.instead: dict[tuple[str, str], tuple[int, dict[str, str], str]] = {}
+        self.ranges = True
+        self.sent: list[tuple[str, int, int]] = []
+        self.statuses: list[int] = []
+        self.breaks: list[int] = []
 
     @property
     def url(self) -> str:
@@ -80,6 +97,7 @@ def running_hub() -> Iterator[HubServer]:
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # otherwise a body waits 40 ms for its header to be acknowledged
     server: HubServer
 
     def log_message(self, *_: Any) -> None:
@@ -162,17 +180,32 @@ class _Handler(BaseHTTPRequestHandler):
     def _resolve(self, oid: str, files: dict[str, bytes], path: str) -> None:
         if path not in files:
             return self._answer(404, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": oid}, "Entry not found")
-        self.send_response(200)
+        content, partial = files[path], self._range(len(files[path]))
+        if self.server.statuses and "Range" in self.headers:
+            return self._answer(self.server.statuses.pop(0), {}, "busy")
+        start, stop = partial or (0, len(content))
+        self.send_response(206 if partial else 200)
         for key, value in (
             ("X-Repo-Commit", oid),
-            ("ETag", f'"{blob_id(files[path])}"'),
-            ("Content-Length", str(len(files[path]))),
-            ("Accept-Ranges", "bytes"),
+            ("ETag", f'"{blob_id(content)}"'),
+            ("Content-Length", str(stop - start)),
+            *([("Accept-Ranges", "bytes")] if self.server.ranges else []),
+            *([("Content-Range", f"bytes {start}-{stop - 1}/{len(content)}")] if partial else []),
         ):
             self.send_header(key, value)
         self.end_headers()
         if self.command == "GET":
-            self.wfile.write(files[path])
+            if self.server.breaks and partial:
+                stop, self.close_connection = min(stop, start + self.server.breaks.pop(0)), True
+            self.server.sent.append((path, start, stop))
+            with suppress(ConnectionError):  # whoever asked has seen enough
+                self.wfile.write(content[start:stop])
+
+    def _range(self, size: int) -> tuple[int, int] | None:
+        found = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "")
+        if not self.server.ranges or found is None or int(found[1]) >= size:
+            return None
+        return int(found[1]), min(size, int(found[2]) + 1 if found[2] else size)
 
     def _commit(self, name: str, found: Repository, branch: str, head: str) -> None:
         lines = [json.loads(line) for line in self.body.splitlines()]

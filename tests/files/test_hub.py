@@ -14,7 +14,6 @@ import huggingface_hub
 import pytest
 import torch
 import yaml
-from builders.hub_server import running_hub
 from huggingface_hub import constants
 from safetensors.torch import save_file
 
@@ -52,27 +51,6 @@ def vector_file(folder: Path, task: str, seed: int = 0, **header: str) -> Path:
 
 def equal(first, second) -> bool:
     return set(first) == set(second) and all(torch.equal(first[name], second[name]) for name in second)
-
-
-@pytest.fixture
-def cache(tmp_path, monkeypatch):
-    """An empty cache, and a user who is not logged in; the current folder is the test's own."""
-    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_OIDC_RESOURCE"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path / "cache"
-
-
-@pytest.fixture
-def hub(cache, monkeypatch):
-    with running_hub() as server:
-        monkeypatch.setattr(constants, "ENDPOINT", server.url)
-        template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        yield server
 
 
 @pytest.fixture

@@ -30,6 +30,7 @@ from lit_merge.checkpoints.layouts.views import as_lazy
 from lit_merge.checkpoints.pickles.torch_files import open_torch_file
 from lit_merge.errors import FileFormatError, StructureMismatchError, first_few
 from lit_merge.files.lazy import LazyMapping
+from lit_merge.files.remote import is_remote
 from lit_merge.files.store import LazyTensors
 
 __all__ = ["CONFIGURATION", "Adapter", "adapter_folder", "open_adapter"]
@@ -266,7 +267,7 @@ def open_adapter(folder: str | os.PathLike[str]) -> Adapter:
     path = Path(folder)
     settings = read_settings(path / CONFIGURATION)
     files = [path / f"adapter_model.{ending}" for ending in ("safetensors", "bin")]
-    file = next((file for file in files if file.is_file()), None)
+    file = next((file for file in files if file.is_file() or is_remote(file)), None)
     if file is None:
         raise FileFormatError(
             f"{path}: expected adapter_model.safetensors or adapter_model.bin with its configuration, got neither. "

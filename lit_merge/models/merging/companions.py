@@ -196,7 +196,7 @@ def companions_of(path: str | os.PathLike[str], weights: Sequence[str] = ()) -> 
         HubError: the files cannot be downloaded.
     """
     address = parse_address(path)
-    folder = Path(path) if address is None else fetch(address, also=is_companion).folder / address.path
+    folder = Path(path) if address is None else fetch(address, also=is_companion, weights=False).folder / address.path
     if not folder.is_dir():
         return Companions()
     main = weights[0] if weights else ""

@@ -19,6 +19,7 @@ from lit_merge.checkpoints.pairing.differences import Rules
 from lit_merge.checkpoints.pairs import pair_of
 from lit_merge.errors import ConfigurationError, StructureMismatchError, first_few
 from lit_merge.files.lazy import Computed, LazyMapping, Selected
+from lit_merge.files.remote import size_of
 from lit_merge.models.merging.extensions import extended_base
 from lit_merge.models.merging.vocabularies import SameRows, same_rows
 from lit_merge.models.network import Base, FileBase, Network, network_of
@@ -66,7 +67,7 @@ class Input:
     @property
     def size(self) -> int:
         """Bytes of all files."""
-        return sum(path.stat().st_size for path in self.files)
+        return sum(size_of(path) for path in self.files)
 
 
 def open_base(

@@ -213,7 +213,13 @@ class Merge:
         chosen._set_inputs([self.inputs[row] for row in rows])
         return chosen
 
-    def plan(self, transform: Transform, dry: bool = False, found: Any = None) -> Planned:
+    @property
+    def addresses(self) -> dict[str, Any]:
+        """The arguments that say where inputs and base are, those on the Hub with their commits."""
+        origin = {name: self._settings[name] for name in ("base", "pretrained") if self._settings.get(name)}
+        return {"vectors": [one.path for one in self.inputs], **origin}
+
+    def plan(self, transform: Transform, dry: bool = False, found: Any = None, values: bool = True) -> Planned:
         """What a chain will read, need and write.
 
         Args:
@@ -221,6 +227,7 @@ class Merge:
             dry: whether this is all that is asked for: then no tensor is read, not even for the base's fingerprint, but
                 for a few thousand elements, from which losses by rounding are estimated.
             found: what a search has chosen, for the header.
+            values: whether the inputs' values may be looked at, for the warnings.
 
         Raises:
             StructureMismatchError: the vectors, or statistics that the chain reads, belong to another base.
@@ -230,7 +237,7 @@ class Merge:
         fingerprint = self.base.fingerprint if fingerprinted else ""
         check_base(self._known, fingerprint, self.base.name, self.base.activation)
         merged = transform(self.vectors)
-        cautions = self._cautions(dry).with_more(
+        cautions = (self._cautions(dry) if values else Cautions()).with_more(
             statistics_cautions(transform, self._known.base_fingerprint, fingerprint)
         )
         metadata = self._provenance(transform, found, fingerprinted)
@@ -325,7 +332,7 @@ class Merge:
         read = [*self.base.files, *self.form.companions.sources, *(path for one in self.inputs for path in one.files)]
         taken = {path.resolve() for path in read}
         for path in [*replaced, *written]:
-            if path.resolve() in taken or (path.exists() and any(path.samefile(one) for one in read)):
+            if path.resolve() in taken or (path.exists() and any(path.samefile(one) for one in read if one.exists())):
                 raise ConfigurationError(
                     f"output: expected another file than the inputs, got {path}. Choose another name."
                 )
