@@ -114,7 +114,7 @@ def fit_to_base(
     _refuse_quantised([*(name for name in base if name not in parameters)], lazy_base, what)
     taken = set(names.values())
     extra = [name for name in tuned if name not in taken]
-    left = _left_out(rules.leave_out, [*parameters, *extra])
+    left = _left_out(rules.leave_out, {**{name: names.get(name, name) for name in parameters}, **{n: n for n in extra}})
     left_extra = {name for name in extra if name in left.names}
     extra = [name for name in extra if name not in left_extra]
     notes += _buffers(lazy_base, lazy, names, extra)
@@ -152,8 +152,14 @@ class _LeftOut:
     patterns: frozenset[str]
 
 
-def _left_out(patterns: Sequence[str], names: Iterable[str]) -> _LeftOut:
-    found = [(name, pattern) for name in names for pattern in patterns if fnmatchcase(name, pattern)]
+def _left_out(patterns: Sequence[str], names: Mapping[str, str]) -> _LeftOut:
+    """Patterns fit the base's names or the checkpoint's own."""
+    found = [
+        (name, pattern)
+        for name, own in names.items()
+        for pattern in patterns
+        if fnmatchcase(name, pattern) or fnmatchcase(own, pattern)
+    ]
     return _LeftOut(frozenset(name for name, _ in found), frozenset(pattern for _, pattern in found))
 
 

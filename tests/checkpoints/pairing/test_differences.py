@@ -81,6 +81,15 @@ def test_heads_that_only_a_fine_tune_has():
     assert torch.equal(fitted.heads["classifier.weight"], head["classifier.weight"])
 
 
+def test_patterns_fit_the_names_of_either_side():
+    tuned = {f"model.{name}": value for name, value in network(1.0).items()}
+    for pattern in ("layers.1.*", "model.layers.1.*"):
+        fitted, note = said(network(), tuned, leave_out=(pattern,))
+        assert "layers.1.self_attn.q_proj.weight" not in fitted.tuned
+        assert len(fitted.tuned) == 4
+        assert "left out as asked: 1 tensors (layers.1.self_attn.q_proj.weight)" in note
+
+
 def test_heads_of_another_shape():
     base, tuned = network(**{"score.weight": torch.ones(2, 2)}), network(1.0, **{"score.weight": torch.ones(5, 2)})
     with pytest.raises(StructureMismatchError, match=r"score\.weight \(5, 2\).*Set leave_out to \[score\.\*\] to merge "
