@@ -189,8 +189,10 @@ def test_separate_and_other_projections_of_attention() -> None:
         def __init__(self, **settings) -> None:
             super().__init__()
             self.attention = nn.MultiheadAttention(4, 2, batch_first=True, dtype=DOUBLE, **settings)
+            self.aside = nn.Linear(4, 2, dtype=DOUBLE)
 
         def forward(self, tokens):
+            self.aside(tokens)  # which the features do not depend on
             keys = tokens[..., : self.attention.kdim]
             return self.attention(tokens, keys, keys.clone())[0].mean(1)
 

@@ -46,9 +46,12 @@ def collect_kfac(
     As in the authors' program the rows of a packed projection of query, key and value (``in_proj_weight``) have a G
     each and one A. Other than there also linear layers that are no part of a transformer block have factors, and means
     are stored instead of sums. Found is what :func:`collect_gram` finds, and ``torch.addmm`` (GPT-2's layers); a bias
-    is taken with its weight if its name ends in ``bias`` where that of the weight ends in ``weight``. Evaluation mode
-    is used whatever the module's own, and nothing about the module has changed afterwards. Products are computed in the
-    activations' own precision, float32 at least, and summed in float64 where there is one. One process only.
+    is taken with its weight if its name ends in ``bias`` where that of the weight ends in ``weight``. Embeddings,
+    positions, other normalisations and layers that the features do not depend on have no factors.
+
+    Evaluation mode is used whatever the module's own, and nothing about the module has changed afterwards. Products are
+    computed in the activations' own precision, float32 at least, and summed in float64 where there is one. One process
+    only.
 
     Args:
         module: ``[B, …]`` -> features ``[B, …, d]``; its parameters are θ0.
@@ -87,7 +90,11 @@ def collect_kfac(
             f"collect_kfac: expected a module with linear layers on parameters of its own, got {type(module).__name__} "
             "without. Give the encoder itself, neither linearised nor with LoRA."
         )
-    factors = {name: (total / count).to(mode.dtypes[name]).cpu() for name, total in mode.totals.items()}
+    factors = {
+        name: (total / count).to(mode.dtypes[name]).cpu()
+        for name, total in mode.totals.items()
+        if not name.startswith(INPUT_FACTOR) or OUTPUT_FACTOR + name[2:] in mode.totals  # reaches the features
+    }
     check_finite(factors, "Kronecker factors")
     return factors
 
@@ -270,19 +277,24 @@ class _Factors(LayerInputs):
     ) -> tuple[Tensor, Tensor | None]:
         """``nn.MultiheadAttention``: its projections here, the rest of it between identities."""
         identity = torch.eye(embed_dim_to_check, dtype=out_proj_weight.dtype, device=out_proj_weight.device)
-        separate = others.pop("use_separate_proj_weight", False)
-        projected: tuple[Tensor, ...] = (query, key, value)
-        if separate:
-            biases = (None,) * 3 if in_proj_bias is None else in_proj_bias.chunk(3)
-            weights = [others.pop(f"{which}_proj_weight") for which in "qkv"]
-            projected = tuple(map(self._linear, projected, weights, biases))
+        projected = True
+        if others.get("use_separate_proj_weight"):
+            biases = (None, None, None) if in_proj_bias is None else in_proj_bias.chunk(3)
+            query, key, value = (
+                self._linear(given, others[f"{which}_proj_weight"], bias)
+                for which, given, bias in zip("qkv", (query, key, value), biases, strict=True)
+            )
         elif query is key and key is value and in_proj_weight is not None:
-            projected = self._linear(query, in_proj_weight, in_proj_bias).chunk(3, -1)
-        if projected[0] is not query:
+            query, key, value = self._linear(query, in_proj_weight, in_proj_bias).chunk(3, -1)
+        else:
+            projected = False
+        if projected:
             in_proj_weight = in_proj_bias = None
             others |= {"use_separate_proj_weight": True, **{f"{which}_proj_weight": identity for which in "qkv"}}
-        attended, weights_of_tokens = F.multi_head_attention_forward(
-            *projected,
+        attended, weights = F.multi_head_attention_forward(
+            query,
+            key,
+            value,
             embed_dim_to_check,
             num_heads,
             in_proj_weight,
@@ -295,4 +307,4 @@ class _Factors(LayerInputs):
             None,
             **others,
         )
-        return self._linear(attended, out_proj_weight, out_proj_bias), weights_of_tokens
+        return self._linear(attended, out_proj_weight, out_proj_bias), weights
