@@ -13,6 +13,7 @@ from lit_merge.transforms.conflicts.trust_region import TrustRegion
 from lit_merge.transforms.conflicts.variance import SCE
 from lit_merge.transforms.covariance import ACE
 from lit_merge.transforms.depth import LiNeS, ScaleBlocks
+from lit_merge.transforms.directions import CalibratedDirections, CARTDirections, TSVDirections
 from lit_merge.transforms.essential import ESM
 from lit_merge.transforms.fields import replace_field
 from lit_merge.transforms.geometry import KarcherMean, ModelStock, Slerp
@@ -90,7 +91,9 @@ __all__ = [
     "RECIPES",
     "SCE",
     "WUDI",
+    "CARTDirections",
     "Calibrate",
+    "CalibratedDirections",
     "Chain",
     "Clip",
     "ConsensusMask",
@@ -126,6 +129,7 @@ __all__ = [
     "Slerp",
     "SpectralWUDI",
     "Sum",
+    "TSVDirections",
     "TSVMerge",
     "TallMask",
     "Transform",

@@ -19,7 +19,7 @@ from lit_merge.commands.merge import merge
 from lit_merge.errors import StructureMismatchError
 from lit_merge.functional import shannon_entropy
 from lit_merge.models import AdaRank, load_clip
-from lit_merge.transforms import LearnedScale, Sum, chain
+from lit_merge.transforms import CART, LearnedScale, Mean, Sum, TSVDirections, TSVMerge, adamerging, chain
 from lit_merge.vectors import LazyTensors
 
 MASKS = AdaRank(rank_fraction=0.6, temperature=0.5, include="blocks")
@@ -51,7 +51,8 @@ class Later(Batches):
 
 def learned(files, steps=4, callbacks=(), path=None, masks=MASKS, folder=None, **settings):
     encoder, heads = parts()
-    module = MergeModule(files, encoder=encoder, heads=heads, learning_rate=0.05, clamp=None, masks=masks, **settings)
+    settings = {"learning_rate": 0.05, "clamp": None, **settings}
+    module = MergeModule(files, encoder=encoder, heads=heads, masks=masks, **settings)
     kept = {"enable_checkpointing": True} if callbacks else {}
     trainer = L.Trainer(
         **{**SILENT, **kept}, precision="64-true", max_steps=steps, callbacks=list(callbacks), default_root_dir=folder
@@ -140,6 +141,45 @@ def test_what_is_resumed_and_written(files, tmp_path):
     for name, own in encoder.named_parameters():
         torch.testing.assert_close(written[name], expected[name], rtol=1e-9, atol=1e-10)
         torch.testing.assert_close(own + again[name], expected[name], rtol=1e-9, atol=1e-10)
+
+
+def close_to(found, encoder, moved):
+    for name, own in encoder.named_parameters():
+        torch.testing.assert_close(found[name], own + moved[name], rtol=1e-9, atol=1e-10)
+
+
+def test_learning_starts_from_a_merge_and_acts_on_its_directions(files, tmp_path):
+    """On the parts of TSV-M from λ = 1, with masks over their singular values, by the labels of the plain models."""
+    encoder, _ = parts()
+    given = TaskVectors([TaskVector.load(path) for path in files])
+    settings = {"transform": TSVDirections(), "init": 1.0, "objective": "expert", "masks": AdaRank(include="blocks")}
+    started = learned(files, steps=0, **settings)
+    close_to(started.merged.merged_parameters(), encoder, TSVMerge()(given).single())
+    moved = learned(files, callbacks=[WriteMerge()], folder=tmp_path, **settings)
+    assert (moved.merged.coefficients - 1).abs().max() > 0.01
+    for row, vector in enumerate(files):
+        close_to(moved.individuals.parameters(row), encoder, TaskVector.load(vector))
+    again = adamerging(str(tmp_path / "coefficients.safetensors"))(given).single()
+    close_to(moved.merged.merged_parameters(), encoder, again)
+
+
+def test_with_the_average_as_the_base_masks_start_from_cart(files, tmp_path):
+    """The published program's other start: departures from the average, of which the first directions take part."""
+    encoder, heads = parts()
+    own = dict(encoder.named_parameters())
+    given = TaskVectors([TaskVector.load(path) for path in files])
+    expected = {name: own[name].detach() + one for name, one in CART(0.4, 2.3)(given).single().items()}
+    average = {name: own[name].detach() + one for name, one in Mean()(given).single().items()}
+    paths = []
+    for row, task in enumerate(TASKS):
+        individual = {name: own[name].detach() + given[name][row] for name in own}
+        paths.append(str(tmp_path / f"{task}.safetensors"))
+        TaskVector.from_checkpoints(average, individual, task).save(paths[-1])
+    encoder.load_state_dict(average)
+    masks = AdaRank(0.4, include=r"\.weight")
+    merged = MergeModule(paths, encoder=encoder, heads=heads, init=2.3, clamp=None, masks=masks).merged
+    for name, value in merged.merged_parameters().items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-9, atol=1e-10)
 
 
 def test_the_command_learns_masks_and_merge_writes_the_same(tmp_path, few_images, clip_config, clip_weights):
