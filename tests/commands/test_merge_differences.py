@@ -156,3 +156,49 @@ def test_rows_of_vocabularies(save, tmp_path):
     assert merged[name].shape == (5, 4)
     _, merged = run(tmp_path, base, fewer, rows="base")
     torch.testing.assert_close(merged[name], torch.cat([encoder(0.5)[name][:5], encoder()[name][5:]]))
+
+
+def tower(shift=0.0, prefix="", projection=True):
+    """The names of transformers' CLIPVisionModel: version 4 puts ``vision_model.`` before them, version 5 nothing."""
+    torch.manual_seed(1)
+    tensors = {
+        "embeddings.class_embedding": torch.randn(4),
+        **{f"encoder.layers.{i}.self_attn.{part}_proj.weight": torch.randn(4, 4) for i in range(2) for part in "qkv"},
+        "post_layernorm.weight": torch.ones(4),
+    }
+    head = {"visual_projection.weight": torch.randn(3, 4) + shift} if projection else {}
+    return {prefix + name: value + shift for name, value in tensors.items()} | head
+
+
+@pytest.mark.parametrize(("base_prefix", "prefix"), [("vision_model.", ""), ("", "vision_model.")])
+def test_image_towers_of_two_versions_of_transformers(save, tmp_path, base_prefix, prefix):
+    base, tuned = save("base", tower(prefix=base_prefix)), save("tuned", tower(0.5, prefix))
+    _, merged = run(tmp_path, base, tuned)
+    assert merged.keys() == tower(prefix=base_prefix).keys()
+    for name, value in tower(0.5, base_prefix).items():
+        torch.testing.assert_close(merged[name], value)
+
+
+def test_image_towers_without_the_projection(save, tmp_path):
+    with_it, without = save("with", tower(0.5)), save("without", tower(0.5, projection=False))
+    result, merged = run(tmp_path, save("base", tower()), without)
+    assert "without: no 1 of 9 parameters (visual_projection.weight): unchanged there" in result.describe()
+    assert torch.equal(merged["visual_projection.weight"], tower()["visual_projection.weight"])
+    base = save("base", tower(projection=False))
+    with pytest.raises(
+        StructureMismatchError, match=r"1 unexpected \(visual_projection\.weight\).*set leave_out to what"
+    ):
+        run(tmp_path, base, with_it)
+    _, merged = run(tmp_path, base, with_it, leave_out=["visual_projection.weight"])
+    assert merged.keys() == tower(projection=False).keys()
+
+
+def test_position_indices_of_another_dtype_or_shifted(save, tmp_path):
+    name, own = "embeddings.position_ids", torch.arange(5)[None]
+    base = save("base", encoder(**{name: own}))
+    result, merged = run(tmp_path, base, save("same", encoder(0.5, **{name: own.int()})))
+    assert torch.equal(merged[name], own)
+    assert "position_ids" not in result.describe()
+    result, merged = run(tmp_path, base, save("shifted", encoder(0.5, **{name: own + 1})))
+    assert torch.equal(merged[name], own)
+    assert "shifted: other values of 1 buffer (embeddings.position_ids) than the base: the base's" in result.describe()

@@ -83,7 +83,11 @@ def align(base: Iterable[str], other: Iterable[str]) -> Alignment:
         found = _joined(mine, its, removed, added)
         if len(found) >= needed and len(found) > len(best.names):
             best = Alignment(found, removed, added)
-    return best
+    # What is outside the prefix on both sides, such as a projection or a head, has one name.
+    taken = set(best.names.values())
+    same = {name: its[plain] for plain, name in mine.items() if name not in best.names and plain in its}
+    rest = {name: other for name, other in same.items() if other not in taken}
+    return Alignment({**best.names, **rest}, best.removed, best.added)
 
 
 def _plain(names: Iterable[str]) -> dict[str, str]:
