@@ -420,7 +420,7 @@ def test_a_task_without_images_is_refused(colour_folder, clip_config, clip_weigh
         data.setup("fit")
 
 
-@pytest.mark.parametrize("name", ["layer_wise", "task_wise", "plus_plus", "supervised", "large", "expert"])
+@pytest.mark.parametrize("name", ["layer_wise", "task_wise", "plus_plus", "supervised", "large"])
 def test_every_configuration_runs(name, embedded, clip_config, clip_weights):
     config = Path(__file__).parents[2] / "configs/adamerging" / f"{name}.yaml"
     vectors = f"[{embedded}/digits.safetensors,{embedded}/letters.safetensors]"
