@@ -17,7 +17,7 @@ from lit_merge.commands.running import warn
 from lit_merge.errors import ConfigurationError
 from lit_merge.evaluation.soup import SoupResult, greedy_soup
 from lit_merge.metrics.scores import mean_accuracy
-from lit_merge.models.merging.merge import Merge
+from lit_merge.models.merging.opening import open_merge, remote_sources
 from lit_merge.models.merging.output import beside
 from lit_merge.models.network import Network
 from lit_merge.transforms import weight_average
@@ -89,11 +89,14 @@ def soup(
     from lit_merge.evaluation.accuracies import Evaluation, in_memory, validation_loaders
     from lit_merge.modules.multitask import MultiTaskModule
 
-    job = Merge(vectors, output, model, pretrained, network, None, kind, dtype, tasks, linearized=linearized)
-    curve = beside(job.target.path, "soup.json")
+    opened = {
+        **{"vectors": vectors, "output": output, "model": model, "pretrained": pretrained, "network": network},
+        **{"kind": kind, "dtype": dtype, "tasks": tasks, "linearized": linearized},
+    }
     # What the merge would refuse, it refuses before anything is evaluated.
-    intended = job.plan(weight_average(), dry=True)
-    job.check(intended, overwrite)
+    with remote_sources("download") as sources:
+        job, intended = open_merge(opened, weight_average(), sources, overwrite)
+    curve = beside(job.target.path, "soup.json")
     warn(intended.cautions.lasting)
     if curve.exists() and not overwrite:
         raise ConfigurationError(

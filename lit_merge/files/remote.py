@@ -57,7 +57,8 @@ __all__ = [
 BLOCK = 8 << 20
 """Bytes of one request while tensors are streamed."""
 
-_KEPT = 4  # blocks of one model: those that threads are in, and the next one
+_AHEAD = 2  # blocks that are fetched while one is used, as soon as it follows on another
+_KEPT = 4  # blocks of one model: those that threads are in, and those ahead
 _SMALL = 64 << 10  # bytes of a read that is no part of a stream, such as a sample's
 _TRIES = 4  # without a single byte, before a file is given up
 _WAIT = 1.0  # seconds before the first repetition; then twice as long
@@ -257,11 +258,10 @@ class _Blocks:
     Attributes:
         active: whether reads go through blocks; before, what is asked for is fetched and nothing else.
         models: how many are read side by side.
-        fetched: bytes of all blocks that were asked for.
     """
 
     def __init__(self) -> None:
-        self.active, self.models, self.fetched = False, 0, 0
+        self.active, self.models = False, 0
         self._lock = threading.Lock()
         self._kept: OrderedDict[tuple[RemoteFile, int], Future[bytearray]] = OrderedDict()
         self._threads: ThreadPoolExecutor | None = None
@@ -272,12 +272,14 @@ class _Blocks:
         return _KEPT * BLOCK * self.models
 
     def get(self, file: RemoteFile, index: int) -> bytearray:
-        """One block, and the next one asked for."""
+        """One block; if the one before it is known, the next ones are asked for."""
         with self._lock:
+            follows = index == 0 or (file, index - 1) in self._kept
             found = self._asked(file, index)
-            if (index + 1) * BLOCK < file.size:
-                self._asked(file, index + 1)
             self._kept.move_to_end((file, index))
+            for ahead in range(index + 1, index + 1 + _AHEAD if follows else 0):
+                if ahead * BLOCK < file.size:
+                    self._asked(file, ahead)
             while len(self._kept) > max(_KEPT, _KEPT * self.models):
                 _, oldest = self._kept.popitem(last=False)
                 oldest.cancel()
@@ -297,8 +299,6 @@ class _Blocks:
     def _read(self, file: RemoteFile, index: int) -> bytearray:
         block = bytearray(min(BLOCK, file.size - index * BLOCK))
         file.fill(memoryview(block), index * BLOCK)
-        with self._lock:
-            self.fetched += len(block)
         return block
 
     def close(self) -> None:

@@ -11,10 +11,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from functools import lru_cache
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
 
+@lru_cache(maxsize=256)
 def blob_id(content: bytes) -> str:
     """As git names a file's content."""
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()

@@ -13,13 +13,15 @@ from pathlib import Path
 import pytest
 import torch
 
+import lit_merge
 from lit_merge.commands.main import main
-from lit_merge.errors import ConfigurationError, FileFormatError, HubError
+from lit_merge.errors import ConfigurationError, FileFormatError, HubError, StructureMismatchError
 from lit_merge.files import remote
 from lit_merge.files.hub import parse_address, snapshot_folder
 from lit_merge.files.remote import RemoteFile, RemoteSources, located
 from lit_merge.files.shards import open_tensors, plan_shards, write_shards
 from lit_merge.files.store import LazyTensors, file_digest, write_tensors
+from lit_merge.models.merging.opening import remote_sources
 from lit_merge.vectors import TaskVector
 
 SETTINGS = ["--progress=false", "--output=out"]
@@ -123,7 +125,7 @@ def test_full_disks_are_noticed_before(models, cache, monkeypatch, capsys):
             assert merged("--recipe=ties") == 2
             assert re.search(expected, capsys.readouterr().err)
     with monkeypatch.context() as patched:
-        patched.setattr(os, "access", lambda path, mode: "cache" not in str(path) and path.name != "cache")
+        patched.setattr(os, "access", lambda path, mode: path.name != "cache")
         patched.setattr(remote, "_existing", lambda folder: cache)
         cache.mkdir(exist_ok=True)
         assert merged("--recipe=ties") == 2
@@ -303,8 +305,31 @@ def test_adapters_are_opened_by_their_headers(models, cache, tmp_path):
     torch.testing.assert_close(open_tensors("out")["layers.1.weight"], tensors(9)["layers.1.weight"] + 1.0)
 
 
-def test_another_way_is_refused(models, capsys):
-    from lit_merge.models.merging.opening import remote_sources
+def test_in_python_the_headers_come_first_too(models, cache):
+    paths = [f"hf://me/tuned/{name}.safetensors" for name in ("a", "narrow")]
+    with pytest.raises(StructureMismatchError, match=r"layers\.0\.weight"):
+        lit_merge.merge("hf://me/base", paths, recipe="task_arithmetic")
+    with pytest.raises(ConfigurationError, match=r"density"):
+        lit_merge.merge("hf://me/base", paths[:1], recipe="ties", density=3.0)
+    assert of_tensors(models) == 0
+    assert cached(cache) == set()
+    found = lit_merge.merge("hf://me/base", paths[:1], recipe="task_arithmetic", coefficient=0.5)
+    expected = {name: value + 0.5 * (tensors(0)[name] - value) for name, value in tensors(9).items()}
+    torch.testing.assert_close(found, expected)
+    assert of_tensors(models) == 2 * sum(value.numel() * 4 for value in expected.values())
 
+
+def test_an_output_that_may_not_be_written_to_is_noticed_before(models, monkeypatch, capsys):
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "access", lambda path, mode: False)
+        assert merged("--recipe=ties") == 2
+    said = capsys.readouterr().err
+    assert re.search(
+        r"output: expected a folder that can be created or written to, got out \(Permission denied\)\.", said
+    )
+    assert of_tensors(models) == 0
+
+
+def test_another_way_is_refused():
     with pytest.raises(ConfigurationError, match=r"remote: expected download or stream, got 'mount'\. Use one of them"):
         remote_sources("mount")

@@ -18,7 +18,9 @@ from lit_merge.checkpoints.pairing.differences import RowRule, Rules
 from lit_merge.checkpoints.pairing.ties import tied_names
 from lit_merge.checkpoints.pairs import Checkpoint, pair_of
 from lit_merge.errors import ConfigurationError, StructureMismatchError
+from lit_merge.files.hub import parse_address, pinned
 from lit_merge.files.lazy import LazyMapping
+from lit_merge.files.remote import RemoteSources
 from lit_merge.models.merging.cautions import cautions_of
 from lit_merge.models.merging.inputs import Input, open_inputs
 from lit_merge.models.merging.output import MergedWeights
@@ -101,8 +103,14 @@ def merge(
         )
         return _one_or_several(merged, {task: merged.vector(index) for index, task in enumerate(merged.tasks)})
     rules = Rules(tuple(leave_out), False, rows)
-    start: Base = FileBase(os.fspath(base)) if isinstance(base, (str, os.PathLike)) else _MemoryBase(base)
-    inputs, same = _inputs(start, vectors, named, rules)
+    base, vectors = (_pinned(one) for one in (base, list(vectors)))
+    with RemoteSources() as sources:
+        inputs, same = _opened(base, vectors, named, rules)
+        if sources.pending:  # what fits by the headers is downloaded, and opened as files are
+            chosen(TaskVectors([one.vector for one in inputs], base=same.base.parameters))
+            sources.check_room()
+            sources.fetch()
+            inputs, same = _opened(base, vectors, named, rules)
     start = same.base
     stacks = TaskVectors([one.vector for one in inputs], base=start.parameters, device=device)
     check_base(stacks, start.fingerprint if stacks.base_fingerprint else "", start.name, start.activation)
@@ -116,6 +124,20 @@ def merge(
         warnings.warn(line, UserWarning, stacklevel=2)
     outcomes = {task: _like(base, one) for task, one in zip(merged.tasks, weights, strict=True)}
     return _one_or_several(merged, outcomes)
+
+
+def _pinned(one: Any) -> Any:
+    """Addresses on the Hub with the commits that they stand for now."""
+    if isinstance(one, list):
+        return [_pinned(inner) for inner in one]
+    return pinned(one) if isinstance(one, (str, os.PathLike)) and parse_address(one) else one
+
+
+def _opened(
+    base: Checkpoint, vectors: Sequence[Any], tasks: Sequence[str | None], rules: Rules
+) -> tuple[list[Input], SameRows]:
+    start: Base = FileBase(os.fspath(base)) if isinstance(base, (str, os.PathLike)) else _MemoryBase(base)
+    return _inputs(start, vectors, tasks, rules)
 
 
 class _MemoryBase(Base):

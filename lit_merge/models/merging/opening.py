@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Literal, get_args
 
+from lit_merge.checkpoints.opening import open_checkpoint
 from lit_merge.errors import ConfigurationError
-from lit_merge.files.hub import parse_address
+from lit_merge.files.hub import parse_address, pinned
 from lit_merge.files.remote import RemoteSources
 from lit_merge.models.merging.merge import Merge, Planned
 from lit_merge.transforms import Transform
@@ -63,6 +64,9 @@ def open_merge(
     paths = [*settings["vectors"], settings.get("base"), settings.get("pretrained")]
     if any(path and parse_address(path) for path in paths):
         first = {**settings, "verify": False}
+    if settings.get("pretrained") and parse_address(settings["pretrained"]):  # which a network reads as a whole
+        for path in settings["vectors"]:
+            open_checkpoint(pinned(path))
     job = Merge(**first)
     if sources.pending or first["verify"] != verify:
         planned = job.plan(transform, dry=True, values=not sources.pending)

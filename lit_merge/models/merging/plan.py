@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import shutil
 import time
 from collections.abc import Iterable, Sequence
@@ -166,12 +168,17 @@ def plan_merge(
 
 
 def check_space(plan: MergePlan, folder: Path) -> None:
-    """Refuse what the disk has no room for, before the work is done.
+    """Refuse what the disk has no room for, or where nothing may be written, before the work is done.
 
     Raises:
-        ConfigurationError: less is free than is to be written.
+        ConfigurationError: less is free than is to be written, or the folder is not writable.
     """
     existing = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        reason = os.strerror(errno.EACCES if existing.is_dir() else errno.ENOTDIR)
+        raise ConfigurationError(
+            f"output: expected a folder that can be created or written to, got {folder} ({reason}). Choose another one."
+        )
     free = shutil.disk_usage(existing).free
     if free < plan.written:
         raise ConfigurationError(
