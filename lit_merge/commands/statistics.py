@@ -4,7 +4,6 @@ Examples:
   lit-merge statistics --kind fisher --task_vector runs/digits/task_vector.safetensors
   lit-merge statistics --kind gram --task_vector runs/digits/task_vector.safetensors --images 1024
   lit-merge statistics --kind kfac --data.task digits --output runs/digits/kfac.safetensors
-  lit-merge statistics --kind gram --weights tuned.safetensors --data.task digits --model ViT-B-32 --pretrained openai
 """
 
 from lit_merge.evaluation.statistics.command import statistics

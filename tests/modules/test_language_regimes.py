@@ -394,7 +394,7 @@ def test_the_gradient_of_the_coefficients_is_that_of_the_entropy(
     (gradient,) = torch.autograd.grad(total, coefficients)
     torch.testing.assert_close(trainer.callback_metrics["train/loss"].double(), total.detach(), rtol=1e-6, atol=1e-6)
     _, found = merged._accumulate(batches)
-    torch.testing.assert_close(found[:, 0], gradient, rtol=1e-8, atol=1e-10)
+    torch.testing.assert_close(found[0][:, 0], gradient, rtol=1e-8, atol=1e-10)
 
 
 @pytest.mark.parametrize(

@@ -80,7 +80,7 @@ def test_overrides():
         (["elect_sign"], r"Did you mean ElectSign\?"),
         (["LINES"], r"Did you mean LiNeS or lines\?"),
         ([{"task_arithmetc": {}}], r"Did you mean task_arithmetic\?"),
-        (["xyzzy"], r"got 'xyzzy'\. Use one of ACE, CART, Calibrate, .* and \d+ more\."),
+        (["xyzzy"], r"got 'xyzzy'\. Use one of ACE, CART, CARTDirections, .* and \d+ more\."),
         (["Chain"], "part: expected a transform or recipe, got 'Chain'"),
         (
             [{"Trim": {"densty": 0.1}}],

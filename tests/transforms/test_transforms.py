@@ -140,7 +140,7 @@ def test_recipes_are_built_from_a_config(name):
 
 def test_recipe_suggests_the_nearest_name():
     with pytest.raises(
-        ConfigurationError, match=r"expected one of .*got 'task_arithmetics'\. Did you mean task_arithmetic"
+        ConfigurationError, match=r"the name of a method, got 'task_arithmetics'\. Did you mean task_arithmetic"
     ):
         recipe("task_arithmetics")
     with pytest.raises(ConfigurationError, match=r"got 'zzz'\."):
