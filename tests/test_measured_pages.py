@@ -33,6 +33,7 @@ def script(name: str) -> ModuleType:
         ("adamerging", "learned_merges", "learned_merges", "table"),
         ("checkpoints", "checkpoints", "checkpoints", "table"),
         ("checkpoints", "architectures", "architectures", "table"),
+        ("downloaded", "real_pair", "real_pair", "table"),
     ],
 )
 def test_the_page_says_what_was_measured(page: str, name: str, source: str, written: str) -> None:
