@@ -668,7 +668,7 @@ def test_statistics_merge_the_vectors_that_they_were_made_for(vector, model, tmp
     [
         ({}, ["task_vector and weights: expected exactly one of them, got none"]),
         ({"task_vector": "V", "weights": "V"}, ["exactly one of them, got both"]),
-        ({"task_vector": "V", "kind": "hessian"}, ["kind: expected fisher or gram or gradients or kfac, got 'hessian'"]),
+        ({"task_vector": "V", "kind": "hessian"}, ["expected fisher or gram or gradients or kfac, got 'hessian'"]),
         ({"task_vector": "V", "split": "dev"}, ["split: expected train or val or test, got 'dev'"]),
         ({"task_vector": "V", "labels": "all"}, ["labels: expected expected or sampled or true, got 'all'"]),
         ({"task_vector": "V", "images": 0}, ["images: expected a whole number of at least 1 or null, got 0"]),
