@@ -1,0 +1,159 @@
+"""The real text suite: a suite's outcome on all-MiniLM-L6-v2 and eight real tasks, and the papers' claims judged by it.
+
+    lit-merge data prepare text8
+    lit-merge suite --config configs/suite/text_full.yaml
+    python benchmarks/text_suite.py runs/text_full
+
+Reads results.json and every test's hits; writes the JSON, the hits that the verdicts follow from (a bit each, one file
+per method and seed), and the tables of docs/text_results.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+from verdicts import HOLDS, NOT, UNDECIDED, judge
+
+from lit_merge.files.text import write_text
+from lit_merge.report.hits import load_hits
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks/results/text_suite.json"
+HITS = ROOT / "benchmarks/results/text_hits"
+PAGE = ROOT / "docs/text_results.md"
+BEGIN, END = "<!-- text suite: written by benchmarks/text_suite.py -->", "<!-- end of text suite -->"
+ZERO_SHOT, INDIVIDUAL = "zero_shot", "individual"
+
+CLAIMS: tuple[tuple[str, str, float, str, str], ...] = (
+    ("weight_average", ZERO_SHOT, 0.0, "averaging weights improves the pre-trained model", "Wortsman et al. 2022"),
+    (
+        "task_arithmetic",
+        "weight_average",
+        0.0,
+        "task arithmetic is above the average: 69.1, 65.8",
+        "Ilharco et al. 2023",
+    ),
+    ("ties", "task_arithmetic", 0.0, "TIES is above task arithmetic: 72.4, 69.1", "Yadav et al. 2023"),
+    ("adamerging", "task_arithmetic", 0.0, "AdaMerging is above task arithmetic: 80.1, 69.1", "Yang et al. 2024"),
+    ("adamerging", "ties", 0.0, "AdaMerging is above TIES: 80.1, 72.4", "Yang et al. 2024"),
+    ("svc", "task_arithmetic", 3.0, "SVC adds 3 points to task arithmetic: 81.9, 68.9", "Li et al. 2026"),
+    ("tsv_m", "task_arithmetic", 0.0, "TSV-M is above task arithmetic: 84.0, 69.1", "Gargiulo et al. 2025"),
+    ("tsv_m", "adamerging", 0.0, "TSV-M, without data, is above AdaMerging: 84.0, 80.1", "Gargiulo et al. 2025"),
+    ("iso_c", "task_arithmetic", 0.0, "Iso-C is above task arithmetic: 82.8, 69.1", "Marczak et al. 2025"),
+    ("iso_c", "tsv_m", 0.0, "Iso-C is above TSV-M", "Marczak et al. 2025"),
+    ("aswudi", "tsv_m", 0.5, "a spectral WUDI is half a point above TSV-M", "Wei et al. 2026"),
+    (INDIVIDUAL, "tsv_m", 0.0, "the best merge stays below the individual models", "Gargiulo et al. 2025"),
+)
+"""The first method is better than the second by more than the margin in points; in words with the published numbers of
+ViT-B/32 on eight image tasks where they were seen; whose claim it is."""
+
+
+def collected(suite: Path) -> dict[str, Any]:
+    """The suite's numbers, and its hits, copied."""
+    results = json.loads((suite / "results.json").read_text(encoding="utf-8"))
+    shutil.rmtree(HITS, ignore_errors=True)
+    HITS.mkdir(parents=True)
+    shutil.copy(suite / "zero-shot/test_hits.safetensors", HITS / f"{ZERO_SHOT}.safetensors")
+    for seed, found in results["seeds"].items():
+        for task in results["tasks"]:
+            source = suite / f"seed-{seed}/individual/{task}/test_hits.safetensors"
+            shutil.copy(source, HITS / f"{INDIVIDUAL}-{seed}-{task}.safetensors")
+        for name in found["merged"]:
+            shutil.copy(suite / f"seed-{seed}/test/{name}/test_hits.safetensors", HITS / f"{name}-{seed}.safetensors")
+    return {
+        **{key: results[key] for key in ("model", "tasks", "settings", "versions", "hardware", "zero_shot", "seeds")},
+        "claims": judged(list(results["seeds"])),
+    }
+
+
+def hits_of(method: str, seeds: list[str]) -> list[dict[str, Any]]:
+    """One mapping per seed; the pre-trained model is the same on every seed."""
+    if method == ZERO_SHOT:
+        return [load_hits(HITS / f"{ZERO_SHOT}.safetensors")] * len(seeds)
+    if method != INDIVIDUAL:
+        return [load_hits(HITS / f"{method}-{seed}.safetensors") for seed in seeds]
+    found = []
+    for seed in seeds:
+        parts = [load_hits(path) for path in sorted(HITS.glob(f"{INDIVIDUAL}-{seed}-*.safetensors"))]
+        found.append({task: hits for part in parts for task, hits in part.items()})
+    return found
+
+
+def judged(seeds: list[str]) -> list[dict[str, Any]]:
+    """Every claim by the one rule, from the stored hits."""
+    rows = []
+    for first, second, margin, text, source in CLAIMS:
+        found = judge(hits_of(first, seeds), hits_of(second, seeds), margin / 100)
+        rows.append(
+            {
+                **{"first": first, "second": second, "margin": margin, "claim": text, "source": source},
+                **{"effect": round(100 * found.effect, 3), "error": round(100 * found.error, 3)},
+                "interval": [round(100 * found.low, 3), round(100 * found.high, 3)],
+                "by_seed": [round(100 * one, 3) for one in found.by_seed],
+                "verdict": found.verdict,
+            }
+        )
+    return rows
+
+
+def tables(measured: dict[str, Any]) -> str:
+    """The part of the page that is made of numbers."""
+    tasks, seeds = measured["tasks"], measured["seeds"]
+    count = len(seeds)
+    methods = [ZERO_SHOT, *next(iter(seeds.values()))["merged"], INDIVIDUAL]
+    lines = [f"| method | {' | '.join(tasks)} | mean | chosen |", "| :-- |" + " --: |" * (len(tasks) + 1) + " :-- |"]
+    for method in methods:
+        rows = [_accuracies(measured, seed, method) for seed in seeds]
+        means = [sum(row[task] for row in rows) / count for task in tasks]
+        cells = " | ".join(f"{100 * one:.1f}" for one in [*means, sum(means) / len(means)])
+        lines.append(f"| {method.replace('_', ' ')} | {cells} | {_chosen(measured, method)} |")
+    verdicts = [row["verdict"] for row in measured["claims"]]
+    said = ", ".join(f"{verdicts.count(one)} {one}" for one in (HOLDS, NOT, UNDECIDED))
+    lines += [
+        "",
+        f"Test accuracy in percent, {count} fine-tuning seed{'s' * (count > 1)}. {len(verdicts)} claims: {said}; at 95 % each,",
+        f"about {len(verdicts) / 20:.1f} verdicts of true zero differences are expected to be wrong.",
+        "",
+        "| claim, published numbers | source | difference, points | 95 % interval | by seed | verdict |",
+        "| :-- | :-- | --: | :-- | :-- | :-- |",
+    ]
+    for row in measured["claims"]:
+        low, high = row["interval"]
+        by_seed = ", ".join(f"{one:+.2f}" for one in row["by_seed"])
+        numbers = f"{row['effect']:+.2f} | {low:+.2f} to {high:+.2f} | {by_seed}"
+        lines.append(f"| {row['claim']} | {row['source']} | {numbers} | {row['verdict']} |")
+    return "\n".join(lines)
+
+
+def _accuracies(measured: dict[str, Any], seed: str, method: str) -> dict[str, float]:
+    found = measured["seeds"][seed]
+    if method == ZERO_SHOT:
+        return measured["zero_shot"]
+    return found["individual"] if method == INDIVIDUAL else found["merged"][method]["accuracy"]
+
+
+def _chosen(measured: dict[str, Any], method: str) -> str:
+    found = [one["merged"].get(method, {}) for one in measured["seeds"].values()]
+    return ", ".join(f"{one['coefficient']:g}" for one in found if one.get("search") and one.get("coefficient"))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("suite", type=Path, help="the suite's output")
+    options = parser.parse_args()
+    measured = collected(options.suite)
+    write_text(RESULTS, json.dumps(measured, indent=1) + "\n")
+    text = PAGE.read_text(encoding="utf-8")
+    before, after = text.partition(BEGIN)[0], text.partition(END)[2]
+    write_text(PAGE, f"{before}{BEGIN}\n\n{tables(measured)}\n\n{END}{after}")
+    print(tables(measured))
+
+
+if __name__ == "__main__":
+    main()
