@@ -114,11 +114,12 @@ def tables(measured: dict[str, Any]) -> str:
         cells = " | ".join(f"{100 * one:.1f}" for one in [*means, sum(means) / len(means)])
         lines.append(f"| {method.replace('_', ' ')} | {cells} | {_chosen(measured, method)} |")
     verdicts = [row["verdict"] for row in measured["claims"]]
+    fits = f"{count} fine-tuning seed{'s' if count > 1 else ''}"
     said = ", ".join(f"{verdicts.count(one)} {one}" for one in (HOLDS, NOT, UNDECIDED))
     lines += [
         "",
-        f"Test accuracy in percent, {count} fine-tuning seed{'s' * (count > 1)}. {len(verdicts)} claims: {said}; at 95 % each,",
-        f"about {len(verdicts) / 20:.1f} verdicts of true zero differences are expected to be wrong.",
+        f"Test accuracy in percent, {fits}. {len(verdicts)} claims: {said};",
+        f"at 95 % each, about {len(verdicts) / 20:.1f} verdicts of true zero differences are expected to be wrong.",
         "",
         "| claim, published numbers | source | difference, points | 95 % interval | by seed | verdict |",
         "| :-- | :-- | --: | :-- | :-- | :-- |",
