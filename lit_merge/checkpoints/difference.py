@@ -15,7 +15,7 @@ from lit_merge.checkpoints.pairing.differences import Rules
 from lit_merge.checkpoints.pairing.ties import differing
 from lit_merge.checkpoints.pairs import Checkpoint, Names, Pair, pair_of
 from lit_merge.errors import ConfigurationError, NonFiniteError, StructureMismatchError, first_few
-from lit_merge.files.lazy import Computed, LazyMapping, Slicer, Structure
+from lit_merge.files.lazy import Computed, LazyMapping, Slicer, Structure, zeros
 from lit_merge.params import dtype_of, fingerprint, is_finite, shape_of, working_dtype
 
 __all__ = ["Checkpoint", "DifferenceSlicer", "checkpoint_difference", "difference_of"]
@@ -114,7 +114,7 @@ class _Difference(Computed):
     def slicer(self, name: str) -> Slicer:
         """Differences part by part; whoever reads them checks that they are finite."""
         if name not in self._tuned:
-            return _zeros
+            return zeros
         return DifferenceSlicer(self._tuned.slicer(name), self._base.slicer(name), self._base, self._base.dtype(name))
 
     def stream(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
@@ -161,10 +161,6 @@ def _difference(base: Mapping[str, Tensor], tuned: Mapping[str, Tensor], structu
         return torch.zeros(shape, dtype=dtype, device=base[name].device)
     first, second = base[name].detach(), tuned[name].detach()
     return _finite(second.to(dtype) - first.to(second.device, dtype), name)
-
-
-def _zeros(start: int, stop: int, out: Tensor) -> None:
-    out.zero_()
 
 
 def _finite(difference: Tensor, name: str) -> Tensor:

@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-__all__ = ["Computed", "LazyMapping", "Selected", "Slicer", "Structure", "stream"]
+__all__ = ["Computed", "LazyMapping", "Selected", "Slicer", "Structure", "stream", "zeros"]
 
 Slicer = Callable[[int, int, Tensor], object]
 """``(start, stop, out)``: writes those elements of a flattened tensor into ``out``, 1-D, of any dtype and device."""
@@ -139,6 +139,11 @@ def stream(tensors: Mapping[str, Tensor], names: Iterable[str]) -> Iterator[tupl
     else:
         for name in names:
             yield name, tensors[name].reshape(-1)
+
+
+def zeros(start: int, stop: int, out: Tensor) -> None:
+    """The :data:`Slicer` of a tensor of zeros, which is not made first."""
+    out.zero_()
 
 
 def _copy_slice(flat: Tensor, start: int, stop: int, out: Tensor) -> None:

@@ -17,7 +17,7 @@ from lit_merge.checkpoints.difference import checkpoint_difference
 from lit_merge.checkpoints.pairing.differences import Rules
 from lit_merge.checkpoints.pairs import Checkpoint, Names
 from lit_merge.errors import ConfigurationError, FileFormatError, StructureMismatchError, first_few
-from lit_merge.files.lazy import Computed, LazyMapping, Slicer, Structure, stream
+from lit_merge.files.lazy import Computed, LazyMapping, Slicer, Structure, stream, zeros
 from lit_merge.files.rounding import Rounded
 from lit_merge.files.shards import ShardedTensors, open_tensors
 from lit_merge.files.store import LazyTensors, write_tensors
@@ -288,8 +288,8 @@ class TaskVector(LazyMapping):
             tensors: Mapping[str, Tensor] = _Completed(self._tensors, structure)
         else:
             device = next(iter(self._tensors.values())).device
-            zeros = {name: torch.zeros(shape, dtype=dtype, device=device) for name, (shape, dtype) in structure.items()}
-            tensors = {**self._tensors, **zeros}
+            added = {name: torch.zeros(shape, dtype=dtype, device=device) for name, (shape, dtype) in structure.items()}
+            tensors = {**self._tensors, **added}
         return TaskVector(tensors, self.tasks, metadata=self.metadata)
 
     def dot(self, other: Mapping[str, Tensor]) -> float:
@@ -368,11 +368,7 @@ class _Completed(Computed):
 
     def slicer(self, name: str) -> Slicer:
         """Zeros are not made first."""
-        return self._tensors.slicer(name) if name in self._tensors else _zeros
-
-
-def _zeros(start: int, stop: int, out: Tensor) -> None:
-    out.zero_()
+        return self._tensors.slicer(name) if name in self._tensors else zeros
 
 
 def joined_task(tasks: Iterable[str]) -> str:

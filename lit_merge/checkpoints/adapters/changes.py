@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lit_merge.checkpoints.adapters.updates import LowRank, Update
 from lit_merge.errors import NonFiniteError, StructureMismatchError, first_few
-from lit_merge.files.lazy import Computed, LazyMapping, Slicer, Structure
+from lit_merge.files.lazy import Computed, LazyMapping, Slicer, Structure, zeros
 from lit_merge.params import is_finite, working_dtype
 
 __all__ = ["AdapterParts", "Change", "adapter_difference"]
@@ -269,7 +269,7 @@ class _Difference(Computed):
 
     def slicer(self, name: str) -> Slicer:
         """Zeros are not computed first."""
-        return super().slicer(name) if name in self._changes else _zeros
+        return super().slicer(name) if name in self._changes else zeros
 
 
 def _value(
@@ -337,7 +337,3 @@ def _updated(
 
 def _without(modules: Mapping[str, _What], left: set[str]) -> dict[str, _What]:
     return {module: what for module, what in modules.items() if f"{module}.weight" not in left}
-
-
-def _zeros(start: int, stop: int, out: Tensor) -> None:
-    out.zero_()
