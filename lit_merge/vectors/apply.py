@@ -39,7 +39,7 @@ def apply_vector(
         )
     ties = tied_names(target)
     copies = {name: first for name, first in ties.items() if name not in vector}
-    required = [name for name in parameter_names(target, ties) if name not in ties]
+    required = parameter_names(target, ties)
     check_same_structure(target, vector, "task vector", "the target's parameters", _ADVICE, required)
     changed = {
         name: check_variance(name, add_scaled(target[name].detach(), vector[name], float(coefficient)))

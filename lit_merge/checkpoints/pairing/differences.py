@@ -111,7 +111,8 @@ def fit_to_base(
     alignment = align(base, tuned)
     names, notes = dict(alignment.names), [note] if (note := alignment.describe()) else []
     parameters = parameter_names(base, ties)
-    _refuse_quantised([*(name for name in base if name not in parameters)], lazy_base, what)
+    known = set(parameters)
+    _refuse_quantised([name for name in base if name not in known], lazy_base, what)
     taken = set(names.values())
     extra = [name for name in tuned if name not in taken]
     left = _left_out(rules.leave_out, {**{name: names.get(name, name) for name in parameters}, **{n: n for n in extra}})
@@ -125,7 +126,7 @@ def fit_to_base(
     present = {name: names[name] for name in parameters if name in names and name not in left.names}
     surplus = [name for name in extra if not (rules.keep_heads and name in heads)]
     merged = [name for name in parameters if name not in left.names]
-    others = {name: other for name, other in names.items() if name not in parameters}
+    others = {name: other for name, other in names.items() if name not in known}
     _refuse(lazy_base, lazy, merged, others, present, surplus, what)
     absent = [name for name in parameters if name not in present]
     _refuse_other_depth(parameters, [name for name in absent if name not in left.names], what)
@@ -289,19 +290,22 @@ def _advice(wrong: Sequence[str], extra: Sequence[str], shapes: Shapes, got: Sha
 
 def _refuse_other_depth(parameters: Sequence[str], absent: Sequence[str], what: str) -> None:
     """A checkpoint that is whole but for the last blocks is one of another depth, no partial fine-tune."""
-    if not absent:
-        return
-    missing = {block_of(name) for name in absent}
-    blocks = {block for name in parameters if (block := block_of(name)) is not None}
-    lacking = {block for block in missing if block is not None}
-    whole = all(block_of(name) in lacking for name in absent) and all(
-        name in set(absent) for name in parameters if block_of(name) in lacking
-    )
-    last = lacking and lacking == set(range(min(lacking), len(blocks))) and min(lacking) > 0
-    if whole and last:
+    gone, dropped, tails = set(absent), set[str](), True
+    stacks: dict[bool, dict[int, list[str]]] = {False: {}, True: {}}  # an encoder or the only one, and a decoder
+    for name in parameters if absent else ():
+        if (block := block_of(name)) is not None:
+            stacks["decoder" in name.split(".")].setdefault(block, []).append(name)
+    for blocks in stacks.values():
+        lacking = sorted(block for block, names in blocks.items() if gone.issuperset(names))
+        dropped.update(name for block in lacking for name in blocks[block])
+        left = len(blocks) - len(lacking)
+        tails = tails and (not lacking or (left > 0 and lacking == list(range(left, len(blocks)))))
+    if dropped and tails and gone == dropped:
+        total = sum(map(len, stacks.values()))
+        fewer = sum(not gone.issuperset(names) for blocks in stacks.values() for names in blocks.values())
         raise StructureMismatchError(
-            f"{what}: expected the {len(blocks)} blocks of the base, got a whole network of {min(lacking)}. Use the "
-            "base model of the same depth."
+            f"{what}: expected the {total} blocks of the base, got a whole network of {fewer}. Use the base model of "
+            "the same depth."
         )
 
 

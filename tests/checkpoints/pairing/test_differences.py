@@ -65,6 +65,20 @@ def test_a_shallower_network_is_no_partial_fine_tune():
         fit_to_base(network(), shallow)
 
 
+@pytest.mark.parametrize("shorter", [("decoder",), ("encoder",), ("encoder", "decoder")])
+def test_a_shorter_stack_of_an_encoder_decoder_is_none_either(shorter):
+    names = [f"{stack}.block.{i}.layer.0.SelfAttention.q.weight" for stack in ("encoder", "decoder") for i in range(3)]
+    base = {"shared.weight": torch.ones(3, 2), **{name: torch.ones(2, 2) for name in names}}
+    lacking = {f"{stack}.block.2.layer.0.SelfAttention.q.weight" for stack in shorter}
+    tuned = {name: value for name, value in base.items() if name not in lacking}
+    with pytest.raises(
+        StructureMismatchError, match=rf"the 6 blocks of the base, got a whole network of {6 - len(lacking)}"
+    ):
+        fit_to_base(base, tuned)
+    part = {name: value for name, value in tuned.items() if name != "shared.weight"}
+    assert set(fit_to_base(base, part).absent) == {*lacking, "shared.weight"}
+
+
 def test_heads_that_only_a_fine_tune_has():
     head = {"classifier.weight": torch.ones(3, 2), "classifier.bias": torch.ones(3)}
     with pytest.raises(
