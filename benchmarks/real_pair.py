@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import tempfile
 import warnings
 from pathlib import Path
@@ -20,6 +21,9 @@ from typing import Any
 
 import torch
 from torch.nn import functional as F
+
+sys.path.insert(0, str(Path(__file__).parent))
+from text_zero_shot import Encoder
 
 from lit_merge.commands.merge import merge
 from lit_merge.data.packaged.registry import PACKAGED, PACKAGED_TASKS
@@ -50,31 +54,9 @@ RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-class Encoder:
-    """Normalised mean-pooled features of a folder, as transformers opens it."""
-
-    def __init__(self, folder: Path) -> None:
-        from transformers import AutoModel, AutoTokenizer
-
-        self.tokenizer = AutoTokenizer.from_pretrained(folder)
-        self.model = AutoModel.from_pretrained(folder).eval()
-
-    @torch.no_grad()
-    def __call__(self, texts: list[str]) -> torch.Tensor:
-        features = torch.empty(len(texts), self.model.config.hidden_size)
-        order = sorted(range(len(texts)), key=lambda index: len(texts[index]))
-        for start in range(0, len(texts), 64):
-            places = order[start : start + 64]
-            rows = [texts[index] for index in places]
-            batch = self.tokenizer(rows, truncation=True, max_length=LONGEST, padding=True, return_tensors="pt")
-            hidden, mask = self.model(**batch).last_hidden_state, batch["attention_mask"].unsqueeze(-1)
-            features[places] = F.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1)
-        return features
-
-
 def measured(folder: Path, root: Path) -> dict[str, Any]:
     """Retrieval on the pairs, and accuracy of the class-name heads."""
-    encoder = Encoder(folder)
+    encoder = Encoder(folder, LONGEST)
     first, second = (encoder([pair[side] for pair in PAIRS]) for side in (0, 1))
     cosines = first @ second.T
     own = torch.arange(len(PAIRS))
@@ -120,7 +102,7 @@ def opened_by_sentence_transformers(folder: Path) -> float:
     theirs = SentenceTransformer(str(folder), device="cpu").encode(
         texts, convert_to_tensor=True, normalize_embeddings=True
     )
-    return float((theirs - Encoder(folder)(texts)).abs().max())
+    return float((theirs - Encoder(folder, LONGEST)(texts)).abs().max())
 
 
 def main() -> None:

@@ -31,11 +31,12 @@ LONGEST = 128
 
 
 class Encoder:
-    """Normalised mean-pooled features of the prepared network, without padding's part in the mean."""
+    """Normalised mean-pooled features of a network in a folder, without padding's part in the mean."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, longest: int = LONGEST) -> None:
         from transformers import AutoModel, AutoTokenizer
 
+        self.longest = longest
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
         self.model = AutoModel.from_pretrained(folder).eval()
 
@@ -48,7 +49,7 @@ class Encoder:
             batch = self.tokenizer(
                 [texts[index] for index in places],
                 truncation=True,
-                max_length=LONGEST,
+                max_length=self.longest,
                 padding=True,
                 return_tensors="pt",
             )
