@@ -12,7 +12,7 @@ from lit_merge.models.encoder import (
 from lit_merge.models.heads import ZeroShotHead, build_head, zero_shot_weights
 from lit_merge.models.lora import LoRA
 from lit_merge.models.network import Base, ClipNetwork, ModuleNetwork, Network
-from lit_merge.models.parametrisations import Direct, Linearised, LowRank, Parametrisation
+from lit_merge.models.parametrisations import Direct, Linearised, LinearisedLowRank, LowRank, Parametrisation
 from lit_merge.models.rates import ExpLR, LinLR, Rates
 from lit_merge.models.selection import All, Attention, LastBlocks, Matching, Selection
 from lit_merge.models.weights import save_clip
@@ -30,6 +30,7 @@ __all__ = [
     "LastBlocks",
     "LinLR",
     "Linearised",
+    "LinearisedLowRank",
     "LoRA",
     "LowRank",
     "Matching",

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from lit_merge.errors import ConfigurationError, first_few
 from lit_merge.functional import linearize
+from lit_merge.models.lora import LoRA
 from lit_merge.params import Params, check_same_structure
 
-__all__ = ["LinearizedModel"]
+__all__ = ["LinearizedLowRank", "LinearizedModel"]
 
 
 class LinearizedModel(nn.Module):
@@ -52,13 +53,25 @@ class LinearizedModel(nn.Module):
         # Beside the registered modules: what is registered is what trains and what a checkpoint holds.
         self._base = [module.requires_grad_(False).eval()]
         chosen = set(names)
-        for name, value in own.items():
-            if name in chosen:
-                *path, leaf = name.split(".")
-                holder: nn.Module = self
-                for part in path:  # by its dictionary: a part may be called like a method of this class
-                    holder = holder._modules.setdefault(part, nn.Module())  # type: ignore[assignment]
-                holder._parameters[leaf] = nn.Parameter(torch.zeros_like(value))
+        self._trained = tuple(name for name in own if name in chosen)
+        for name in self._trained:
+            holder, leaf = self._holder_of(name)
+            self._register(holder, leaf, name, own[name])
+
+    def _holder_of(self, name: str) -> tuple[nn.Module, str]:
+        """Where what trains of a parameter is registered, and as what."""
+        *path, leaf = name.split(".")
+        holder: nn.Module = self
+        for part in path:  # by its dictionary: a part may be called like a method of this class
+            holder = holder._modules.setdefault(part, nn.Module())  # type: ignore[assignment]
+        return holder, leaf
+
+    def _register(self, holder: nn.Module, leaf: str, name: str, value: Tensor) -> None:
+        holder._parameters[leaf] = nn.Parameter(torch.zeros_like(value))
+
+    def changes(self) -> Params:
+        """The τ of what trains, under the module's names, with its gradient."""
+        return dict(self.named_parameters())
 
     @property
     def module(self) -> nn.Module:
@@ -71,7 +84,7 @@ class LinearizedModel(nn.Module):
 
     def task_vector(self) -> Params:
         """τ under all of the module's names; zeros where nothing trains."""
-        trained = dict(self.named_parameters())
+        trained = self.changes()
         return {
             name: trained[name].detach() if name in trained else torch.zeros_like(value)
             for name, value in self.initial_parameters().items()
@@ -106,7 +119,7 @@ class LinearizedModel(nn.Module):
         Raises:
             LitMergeError: the module uses an operator without a forward-mode derivative, or returns no tensor.
         """
-        return linearize(self.module, {}, dict(self.named_parameters()), *inputs, **keywords)
+        return linearize(self.module, {}, self.changes(), *inputs, **keywords)
 
     def tangent(self, *inputs: Any, **keywords: Any) -> Tensor:
         """``J_θ f(x; θ0) · τ``, of the shape of the module's output."""
@@ -122,3 +135,55 @@ class LinearizedModel(nn.Module):
         self.module._apply(fn, recurse)
         super()._apply(fn, recurse)
         return self
+
+
+class LinearizedLowRank(LinearizedModel):
+    """``f(x; θ0) + J_φ f(x; φ0) (φ − φ0)``, φ the factors of low-rank updates (L-LoRA, Tang et al. 2024, eq. 2).
+
+    φ0 = (A0, B0 = 0), so that the derivative along A is zero and what remains is ``f(x; θ0) + J_θ f(x; θ0) · τ`` with
+    ``τ_W = α/r · B A0``: the linearised network of :class:`LinearizedModel`, whose τ lies in a space of low rank and is
+    linear in B, which trains. A0 is drawn once, stays, and is part of the state dict. The authors' program linearises
+    every adapted layer by itself, whose output is the same function of B, but not the network on top of them.
+
+    Args:
+        module: ``f``, as for :class:`LinearizedModel`; it is not changed.
+        lora: rank, scale and which weights.
+
+    Raises:
+        ConfigurationError: the selection names what LoRA cannot adapt, or updates would drop inputs out.
+    """
+
+    def __init__(self, module: nn.Module, lora: LoRA) -> None:
+        if lora.dropout:
+            raise ConfigurationError(
+                f"lora.dropout: expected 0 of a linearised network, which has no dropout, got {lora.dropout}. Set it "
+                "to 0."
+            )
+        self._updates = lora.updates_of(module)
+        super().__init__(module, self._updates)
+
+    def _register(self, holder: nn.Module, leaf: str, name: str, value: Tensor) -> None:
+        self._updates[name].A.requires_grad_(False)
+        holder._modules[leaf] = self._updates[name]
+
+    def changes(self) -> Params:
+        """See :class:`LinearizedModel`: the dense updates, with the gradient of B."""
+        own = dict(self.module.named_parameters())
+        return {name: update.dense(own[name]) for name, update in self._updates.items()}
+
+    def load_task_vector(self, vector: Mapping[str, Tensor], coefficient: float = 1.0) -> None:
+        """Refuse it, unless it is zero: a dense vector has no factors with this A0.
+
+        Raises:
+            StructureMismatchError: names or shapes differ.
+            ConfigurationError: the vector is not zero.
+        """
+        check_same_structure(self.initial_parameters(), vector, "task vector")
+        if coefficient and any(bool(value.any()) for value in vector.values()):
+            raise ConfigurationError(
+                "task vector: expected to start at θ0 with lora and linearized, got a vector, which the drawn factors "
+                "cannot hold. Start without it, or remove lora."
+            )
+        with torch.no_grad():
+            for update in self._updates.values():
+                update.B.zero_()

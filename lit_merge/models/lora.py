@@ -24,7 +24,7 @@ from lit_merge.errors import ConfigurationError, first_few
 from lit_merge.models.selection import Attention, Selection
 from lit_merge.params import working_dtype
 
-__all__ = ["LoRA", "clear_updates", "own_parameters", "update_of", "updates"]
+__all__ = ["LoRA", "Update", "clear_updates", "own_parameters", "update_of", "updates"]
 
 
 _ALWAYS_SHOWN = ("rank", "alpha", "dropout", "on")
@@ -106,18 +106,30 @@ class LoRA:
             ConfigurationError: it has updates already, or the selection names what LoRA cannot adapt; then the encoder
                 is as it was.
         """
+        updates = self.updates_of(encoder)
+        encoder.requires_grad_(False)
+        for name, update in updates.items():
+            owner, _, leaf = name.rpartition(".")
+            register_parametrization(encoder.get_submodule(owner), leaf, update)
+        return tuple(updates)
+
+    def updates_of(self, encoder: nn.Module) -> dict[str, Update]:
+        """Updates of an encoder's selected weights, which are zero, by the weights' own names; it stays as it is.
+
+        Raises:
+            ConfigurationError: as for :meth:`inject`.
+        """
         if next(_adapted(encoder), None) is not None:
             raise ConfigurationError("LoRA: expected an encoder without LoRA, got one that has it already.")
         weights = dict(encoder.named_parameters())
         names = (self.on or Attention(1))(weights)
         _check_adaptable(names, weights, encoder)
-        encoder.requires_grad_(False)
+        found = {}
         for name in names:
             owner, _, leaf = name.rpartition(".")
-            layer = encoder.get_submodule(owner)
-            update = _Update(weights[name], self, owner, type(layer).__name__ == _TRANSPOSED and leaf == "weight")
-            register_parametrization(layer, leaf, update)
-        return names
+            transposed = type(encoder.get_submodule(owner)).__name__ == _TRANSPOSED and leaf == "weight"
+            found[name] = Update(weights[name], self, owner, transposed)
+        return found
 
 
 def own_parameters(encoder: nn.Module) -> dict[str, nn.Parameter]:
@@ -170,7 +182,7 @@ def clear_updates(encoder: nn.Module) -> None:
         nn.init.zeros_(update.B)
 
 
-class _Update(nn.Module):
+class Update(nn.Module):
     """The parametrisation W -> W + α/r · B A; of a transposed weight Wᵀ -> Wᵀ + α/r · B A."""
 
     def __init__(self, weight: Tensor, settings: LoRA, layer: str = "", transposed: bool = False) -> None:
@@ -200,10 +212,10 @@ class _Update(nn.Module):
         return total.to(weight.dtype).view_as(weight)
 
 
-def _adapted(encoder: nn.Module) -> Iterator[tuple[str, Tensor, _Update]]:
+def _adapted(encoder: nn.Module) -> Iterator[tuple[str, Tensor, Update]]:
     """Own name, frozen weight and update of every adapted weight."""
     for path, part in encoder.named_modules():
-        if isinstance(part, ParametrizationList) and isinstance(part[0], _Update):
+        if isinstance(part, ParametrizationList) and isinstance(part[0], Update):
             owner, _, leaf = path.rpartition(".")
             yield owner.removesuffix("parametrizations") + leaf, part.original, part[0]
 

@@ -17,14 +17,14 @@ from torch.nn.utils.parametrize import is_parametrized
 from lit_merge.errors import ConfigurationError
 from lit_merge.files.lazy import Computed
 from lit_merge.functional import linearize
-from lit_merge.models.linearized import LinearizedModel
+from lit_merge.models.linearized import LinearizedLowRank, LinearizedModel
 from lit_merge.models.lora import LoRA, clear_updates, own_parameters, update_of, updates
 from lit_merge.models.selection import Selection
 from lit_merge.params import Params, check_same_structure
 from lit_merge.vectors.apply import apply_vector
 from lit_merge.vectors.task_vector import TaskVector
 
-__all__ = ["Direct", "Linearised", "LowRank", "Parametrisation", "parametrisation_of"]
+__all__ = ["Direct", "Linearised", "LinearisedLowRank", "LowRank", "Parametrisation", "parametrisation_of"]
 
 
 class Parametrisation(ABC):
@@ -255,7 +255,7 @@ class Linearised(Parametrisation):
 
     def departures(self) -> Iterator[tuple[str, Tensor]]:
         """See :class:`Parametrisation`: τ."""
-        yield from ((name, value) for name, value in self.encoder.named_parameters() if value.requires_grad)
+        yield from ((name, value) for name, value in self.encoder.changes().items() if value.requires_grad)
 
     def load_parameters(self, parameters: Mapping[str, Tensor]) -> None:
         """See :class:`Parametrisation`: τ becomes θ − θ0."""
@@ -273,6 +273,31 @@ class Linearised(Parametrisation):
 
     def __repr__(self) -> str:
         return f"Linearised({self.trainable!r})"
+
+
+class LinearisedLowRank(Linearised):
+    """``α/r · B A0`` trains as τ of the linearised network (L-LoRA, Tang et al. 2024).
+
+    See :class:`~lit_merge.models.linearized.LinearizedLowRank`.
+
+    Args:
+        lora: rank, scale and which weights; without dropout.
+    """
+
+    def __init__(self, lora: LoRA) -> None:
+        super().__init__()
+        self.lora = lora
+
+    def prepared(self, module: nn.Module) -> LinearizedModel:
+        """See :class:`Parametrisation`."""
+        return LinearizedLowRank(module, self.lora)
+
+    def departures(self) -> Iterator[tuple[str, Tensor]]:
+        """See :class:`Parametrisation`: the dense updates, also where no gradients are recorded."""
+        yield from self.encoder.changes().items()
+
+    def __repr__(self) -> str:
+        return f"LinearisedLowRank({self.lora!r})"
 
 
 class LowRank(Parametrisation):
@@ -324,7 +349,7 @@ def parametrisation_of(
         parametrisation: any of its own.
         linearized: shorthand for :class:`Linearised`.
         trainable: of it, or of :class:`Direct`.
-        lora: shorthand for :class:`LowRank`.
+        lora: shorthand for :class:`LowRank`; together with ``linearized`` for :class:`LinearisedLowRank`.
 
     Raises:
         ConfigurationError: settings exclude each other.
@@ -337,12 +362,10 @@ def parametrisation_of(
             )
         return parametrisation
     if lora is not None:
-        if len(given) > 1:
-            reason = (
-                "the encoder is not linear in LoRA's factors. Remove one."
-                if linearized
-                else "LoRA's factors are what trains. Remove one, or choose weights by lora.on."
+        if trainable is not None:
+            raise ConfigurationError(
+                "lora and trainable: expected one of them, got both: LoRA's factors are what trains. Remove one, or "
+                "choose weights by lora.on."
             )
-            raise ConfigurationError(f"lora and {given[0]}: expected one of them, got both: {reason}")
-        return LowRank(lora)
+        return LinearisedLowRank(lora) if linearized else LowRank(lora)
     return Linearised(trainable) if linearized else Direct(trainable)

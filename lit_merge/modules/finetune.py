@@ -65,10 +65,10 @@ class FineTuneModule(FineTuningProtocol):
                 "objective's own settings."
             )
         needs_tangent = penalty is not None and penalty.reads_other_tasks
-        if needs_tangent and settings.get("lora") is not None:
+        if needs_tangent and settings.get("lora") is not None and not settings.get("linearized"):
             raise ConfigurationError(
                 "penalty and lora: expected one of them, got both: the tangent is not linear in LoRA's factors. "
-                "Remove one, or choose parameters by trainable."
+                "Remove one, set linearized, or choose parameters by trainable."
             )
         super().__init__(model, pretrained, **settings)
         if needs_tangent and not self.parametrisation.has_tangent:

@@ -48,10 +48,10 @@ class MultiTaskModule(FineTuningProtocol, TaskHeads):
         objective: Objective | None = None,
         **settings: Any,
     ) -> None:
-        if tau_jp and settings.get("lora") is not None:
+        if tau_jp and settings.get("lora") is not None and not settings.get("linearized"):
             raise ConfigurationError(
                 "tau_jp and lora: expected one of them, got both: the tangent is not linear in LoRA's factors. Remove "
-                "one, or measure the task vector in a module without lora."
+                "one, set linearized, or measure the task vector in a module without lora."
             )
         super().__init__(model, pretrained, task_vector=task_vector, weights=weights, tau_jp=tau_jp, **settings)
         if tau_jp and not self.parametrisation.has_tangent:

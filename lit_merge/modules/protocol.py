@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lit_merge.errors import ConfigurationError
-from lit_merge.models.parametrisations import Direct, Linearised, LowRank
+from lit_merge.models.parametrisations import Direct, Linearised, LinearisedLowRank, LowRank
 from lit_merge.models.rates import Rates
 from lit_merge.modules.encoding import EncoderModule
 from lit_merge.modules.sharpness import SAM, SharpnessAware
@@ -136,7 +136,8 @@ class FineTuningProtocol(EncoderModule):
         shares = self.rates(name for name, _ in self.network.named_parameters()) if self.rates else {}
         groups: dict[float, list[nn.Parameter]] = {}
         for name, parameter in trained:
-            groups.setdefault(shares.get(name, 1.0), []).append(parameter)
+            own = name if name in shares else name.rpartition(".")[0]  # of a factor the weight's
+            groups.setdefault(shares.get(own, 1.0), []).append(parameter)
         optimizer: torch.optim.Optimizer = torch.optim.AdamW(
             [{"params": group, "lr": self.learning_rate * share} for share, group in groups.items()],
             eps=_EPSILON,
@@ -162,7 +163,11 @@ class FineTuningProtocol(EncoderModule):
     def regime(self) -> str:
         """How the encoder is trained, as a task vector's header has it: ``full``, or e.g. ``linearized, All()``."""
         shorthands = (self.trainable, self.lora)
-        given = self.parametrisation if type(self.parametrisation) not in (Direct, Linearised, LowRank) else None
+        given = (
+            self.parametrisation
+            if type(self.parametrisation) not in (Direct, Linearised, LinearisedLowRank, LowRank)
+            else None
+        )
         parts = [repr(part) for part in (*shorthands, given, self.rates, self.sam) if part is not None]
         wrapped = [] if self._wrapped is None else [self._wrapped]
         return ", ".join([*(["linearized"] if self.linearized else []), *parts, *wrapped]) or "full"

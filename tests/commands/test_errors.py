@@ -357,7 +357,10 @@ REGIMES = [
     ("--model.trainable=Attention --model.trainable.paradigm=5", "paradigm: expected Literal[1, 2, 3, 4], got '5'"),
     ("--model.trainable=Attention --model.trainable.paradim=2", "Did you mean paradigm?"),
     ("--model.trainable=Attenton", "trainable: expected a class, got 'Attenton', which there is not."),
-    ("--model.lora.rank=4 --model.linearized=true", f"lora and linearized: {ONE}: the encoder is not linear in LoRA's"),
+    (
+        "--model.lora.rank=4 --model.lora.dropout=0.1 --model.linearized=true",
+        "lora.dropout: expected 0 of a linearised",
+    ),
     ("--model.lora.rank=4 --model.trainable=Attention", f"lora and trainable: {ONE}: LoRA's factors are what trains."),
     ("--model.lora.rank=4 --model.penalty.schedule=strict", f"penalty and lora: {ONE}: the tangent is not linear in"),
     ("--model.lora.rank=0", "LoRA.rank: expected an integer of at least 1, got 0."),

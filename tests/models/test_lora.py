@@ -18,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lit_merge.errors import ConfigurationError
 from lit_merge.models import All, Attention, Matching, Selection, load_clip
-from lit_merge.models.lora import LoRA, _Update, clear_updates, own_parameters, update_of, updates
+from lit_merge.models.lora import LoRA, Update, clear_updates, own_parameters, update_of, updates
 
 IMAGES = torch.randn(6, 3, 32, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
@@ -323,7 +323,7 @@ def test_the_modes_of_the_encoder_are_kept(plain):
     after = dict(encoder.named_modules())
     assert {name: after[name].training for name in before} == before
     for name, part in after.items():
-        if isinstance(part, _Update):
+        if isinstance(part, Update):
             assert part.training == ("resblocks.1" in name)
 
 
@@ -333,7 +333,7 @@ def test_the_modes_of_the_encoder_are_kept(plain):
 @pytest.mark.parametrize("kind", ["open_clip, with MLPs", "convolutions"])
 def test_updates_have_the_rank_and_the_scale(kind, adapted):
     encoder = train(adapted(kind, rank=2, alpha=5.0))
-    parts = [part for part in encoder.modules() if isinstance(part, _Update)]
+    parts = [part for part in encoder.modules() if isinstance(part, Update)]
     dense = dict(updates(encoder))
     assert len(parts) == len(dense)
     for update, part in zip(dense.values(), parts, strict=True):
@@ -347,13 +347,13 @@ def test_updates_have_the_rank_and_the_scale(kind, adapted):
 
 
 def test_updates_are_computed_one_at_a_time(adapted, monkeypatch):
-    encoder, count, compute = adapted(), [], _Update.dense
+    encoder, count, compute = adapted(), [], Update.dense
 
     def counted(self, weight):
         count.append(self)
         return compute(self, weight)
 
-    monkeypatch.setattr(_Update, "dense", counted)
+    monkeypatch.setattr(Update, "dense", counted)
     iterator = updates(encoder)
     assert not count
     alive = []
@@ -366,9 +366,9 @@ def test_updates_are_computed_one_at_a_time(adapted, monkeypatch):
 
 
 def test_one_update_by_name(adapted, monkeypatch):
-    encoder, count, compute = train(adapted()), [], _Update.dense
+    encoder, count, compute = train(adapted()), [], Update.dense
     expected = dict(updates(encoder))
-    monkeypatch.setattr(_Update, "dense", lambda self, weight: count.append(self) or compute(self, weight))
+    monkeypatch.setattr(Update, "dense", lambda self, weight: count.append(self) or compute(self, weight))
     assert len(expected) == 4
     same({name: update_of(encoder, name) for name in expected}, expected)
     assert len(count) == 4

@@ -804,9 +804,8 @@ def test_the_other_tasks_heads_are_frozen_and_no_part_of_a_checkpoint(clip_modul
     ("settings", "message"),
     [
         (
-            {"lora": LoRA(), "linearized": True},
-            "lora and linearized: expected one of them, got both: the encoder is not linear in LoRA's factors. "
-            "Remove one.",
+            {"lora": LoRA(dropout=0.1, on=Matching("weight")), "linearized": True},
+            "lora.dropout: expected 0 of a linearised network, which has no dropout, got 0.1. Set it to 0.",
         ),
         (
             {"lora": LoRA(), "trainable": All()},
@@ -816,7 +815,7 @@ def test_the_other_tasks_heads_are_frozen_and_no_part_of_a_checkpoint(clip_modul
         (
             {"lora": LoRA(), "penalty": TauJpPenalty()},
             "penalty and lora: expected one of them, got both: the tangent is not linear in LoRA's factors. Remove "
-            "one, or choose parameters by trainable.",
+            "one, set linearized, or choose parameters by trainable.",
         ),
         (
             {"rates": LinLR()},
@@ -846,6 +845,7 @@ SETTINGS = {
     "last blocks, linear rates": {"trainable": LastBlocks(fraction=0.5), "rates": LinLR()},
     "exponential rates": {"trainable": All(), "rates": ExpLR(0.5)},
     "low rank": {"lora": LoRA(rank=2, on=Matching("attn.*weight"))},
+    "linearised, low rank": {"linearized": True, "lora": LoRA(rank=2, on=Matching("attn.*weight")), "rates": LinLR()},
     "penalty": {"penalty": TauJpPenalty("strict", tasks=["one"]), "trainable": Matching("attn")},
 }
 
@@ -910,6 +910,11 @@ RESUMED = {
     "direct, cyclic, later": {"penalty": TauJpPenalty("cyclic", batch_size=2, start_step=5)},
     "a part, strict": {"trainable": INNER, "penalty": TauJpPenalty("strict", batch_size=2)},
     "low rank": {"lora": LoRA(2, on=Matching("inner.weight"))},
+    "linearised, low rank, strict": {
+        "linearized": True,
+        "lora": LoRA(2, on=Matching("inner.weight")),
+        "penalty": TauJpPenalty("strict", batch_size=2),
+    },
 }
 
 

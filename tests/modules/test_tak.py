@@ -150,6 +150,7 @@ REGIMES = {
     "biases": {"trainable": Matching("bias")},
     "linearised": {"linearized": True},
     "low rank": {"lora": LoRA(rank=2, on=Matching("weight"))},
+    "linearised low rank": {"linearized": True, "lora": LoRA(rank=2, on=Matching("weight"))},
 }
 
 
