@@ -18,7 +18,10 @@ from lit_merge.models.network import Base
 from lit_merge.transforms import LearnedScale, Sum, chain
 from lit_merge.transforms.base import whole_number
 
-__all__ = ["WriteMerge"]
+__all__ = ["LEARNED", "WriteMerge"]
+
+LEARNED = ("objective", "learned_on", "fraction", "examples", "step")
+"""What a learned merge says about how it was learned, in the headers of its files."""
 
 
 class WriteMerge(EverySteps):
@@ -86,12 +89,14 @@ class WriteMerge(EverySteps):
     def _write_weights(self, pl_module: Any, coefficients: Path, path: Path) -> None:
         base: Base = pl_module.base
         vectors = chain(LearnedScale(str(coefficients)), Sum())(pl_module.merged.task_vectors)
+        described = pl_module.describe()
         metadata = {
             "format": "lit-merge/weights/1",
             "base_model": base.name,
             "base_fingerprint": base.fingerprint,
             "inputs": json.dumps(list(vectors.provenance)),
             "lit_merge": __version__,
+            **{name: described[name] for name in LEARNED if name in described},
             **({"linearized": "true"} if pl_module.linearized else {}),
         }
         write_tensors(path, MergedWeights(base, vectors, None), metadata)

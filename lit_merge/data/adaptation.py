@@ -76,6 +76,11 @@ class MergeDataModule(MultiTaskDataModule):
         self.adapted_tasks: tuple[str, ...] = ()
 
     @property
+    def examples(self) -> dict[str, int]:
+        """Task -> how many examples it is learned on; after ``setup("fit")``."""
+        return {name: len(self.tasks[name].datasets["train"]) for name in self.adapted_tasks}
+
+    @property
     def task_share(self) -> float:
         """The share of the tasks that one process has in its batches: 1, or 1/W where W processes divide them."""
         return 1.0 if self.divide == "images" or self.trainer is None else 1.0 / self.trainer.world_size

@@ -450,6 +450,7 @@ class MergeModule(TaskHeads):
             "inputs": json.dumps(self._inputs.provenance),
             "learned_on": str(getattr(data, "adapt_on", "unknown")),
             "fraction": str(getattr(data, "fraction", 1.0)),
+            "examples": json.dumps(dict(getattr(data, "examples", {}))),
         }
         if self.merged.masks is not None:
             entries["masks"] = repr(self.merged.masks)

@@ -116,17 +116,22 @@ def _merged(directory: Path, stage: Path, recipe: Recipe) -> dict[str, Any]:
 
 
 def _learned(directory: Path, stage: Path, recipe: Recipe) -> dict[str, Any]:
-    """As of a recipe, and every task's mean coefficient."""
+    """As of a recipe, how it was learned, on which split and how many examples, and every task's mean coefficient."""
     path = stage / "coefficients.safetensors"
     coefficients = Coefficients.load(path)
+    header = coefficients.metadata
     group = "" if coefficients.granularity == "task" else f" and {coefficients.granularity}"
-    steps = [*_steps_before(path, coefficients.metadata), f"learned λ per task{group}", "Sum()"]
-    config = json.loads(coefficients.metadata.get("transform_config", "null"))
+    steps = [*_steps_before(path, header), f"learned λ per task{group}", "Sum()"]
+    config = json.loads(header.get("transform_config", "null"))
     means = coefficients.values.mean(dim=1).tolist()
     return {
         "transform": _without(directory, f"chain({', '.join(steps)})", config),
         "coefficient": None,
         "search": None,
+        "learned": {
+            **{key: header[key] for key in ("objective", "learned_on") if key in header},
+            **{key: json.loads(header[key]) for key in ("fraction", "examples", "step") if key in header},
+        },
         "mean_coefficients": {task: round(mean, 6) for task, mean in zip(coefficients.tasks, means, strict=True)},
     }
 

@@ -11,9 +11,10 @@ from lit_merge.transforms.conflicts.largest import LargestMagnitude, SignMask
 from lit_merge.transforms.conflicts.overlap import RAM
 from lit_merge.transforms.conflicts.trust_region import TrustRegion
 from lit_merge.transforms.conflicts.variance import SCE
+from lit_merge.transforms.continual import ProjectedSum, RunningMean
 from lit_merge.transforms.covariance import ACE
 from lit_merge.transforms.depth import LiNeS, ScaleBlocks
-from lit_merge.transforms.directions import CalibratedDirections, CARTDirections, TSVDirections
+from lit_merge.transforms.directions import CalibratedDirections, CARTDirections, Departures, TSVDirections
 from lit_merge.transforms.essential import ESM
 from lit_merge.transforms.fields import replace_field
 from lit_merge.transforms.geometry import KarcherMean, ModelStock, Slerp
@@ -33,6 +34,8 @@ from lit_merge.transforms.recipes import (
     cart,
     consensus_ta,
     consensus_ties,
+    continual,
+    continual_average,
     core_space,
     dare_linear,
     dare_ties,
@@ -99,6 +102,7 @@ __all__ = [
     "ConsensusMask",
     "CoreSpace",
     "DCMerge",
+    "Departures",
     "DisjointMean",
     "DisjointSum",
     "Drop",
@@ -121,8 +125,10 @@ __all__ = [
     "OrthoMerge",
     "Override",
     "Polarise",
+    "ProjectedSum",
     "RegMean",
     "Rescale",
+    "RunningMean",
     "Scale",
     "ScaleBlocks",
     "SignMask",
@@ -146,6 +152,8 @@ __all__ = [
     "chain",
     "consensus_ta",
     "consensus_ties",
+    "continual",
+    "continual_average",
     "core_space",
     "dare_linear",
     "dare_ties",

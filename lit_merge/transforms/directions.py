@@ -2,7 +2,7 @@
 
 Learned coefficients scale the rows that a chain leaves, and most merges leave one. These leave one per task, so that
 ``chain(TSVDirections(), Sum())`` is :class:`~lit_merge.transforms.TSVMerge`, and coefficients that are learned after
-``TSVDirections()`` start from that merge at λ = 1.
+``TSVDirections()`` start from that merge at λ = 1. :class:`Departures` does the same for any merge.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from lit_merge.transforms.base import Transform
+from lit_merge.transforms.base import Transform, check_transform
 from lit_merge.transforms.magnitudes import count_of
+from lit_merge.transforms.masks import merged_by
 from lit_merge.transforms.matrices import (
     check_pattern,
     decomposed,
@@ -25,10 +26,11 @@ from lit_merge.transforms.matrices import (
     triplets,
     work_of_matrices,
 )
+from lit_merge.transforms.reduce import Sum
 from lit_merge.vectors import TaskVectors
 from lit_merge.vectors.sources import Work
 
-__all__ = ["CARTDirections", "CalibratedDirections", "TSVDirections"]
+__all__ = ["CARTDirections", "CalibratedDirections", "Departures", "TSVDirections"]
 
 
 @dataclass(frozen=True)
@@ -128,6 +130,36 @@ class CARTDirections(Transform):
         return _by_task(self, self.exclude, vectors, centre, _averaged)
 
 
+@dataclass(frozen=True)
+class Departures(Transform):
+    """Each task's part of any merge M: ``M / T + c (τ_t − τ̄)``, its departure from the mean τ̄ beside a T-th of M.
+
+    The sum is M, whichever it is and whatever data or files it reads: coefficients that are learned on the parts start
+    from it at λ = 1, scale it by their mean, and move it towards tasks by their differences. For merges that divide
+    into parts themselves there are :class:`TSVDirections`, :class:`CalibratedDirections` and :class:`CARTDirections`.
+
+    Args:
+        merge: M, any transform that leaves one vector.
+        coefficient: c, how far a difference of one between coefficients moves the merge.
+
+    Raises:
+        ConfigurationError: ``merge`` is no transform, or c no finite number; on application, if ``merge`` leaves
+            several vectors.
+    """
+
+    merge: Transform = Sum()  # noqa: RUF009 - frozen, so it can be shared
+    coefficient: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_transform("Departures.merge", self.merge)
+        self._number("coefficient")
+
+    def __call__(self, vectors: TaskVectors) -> TaskVectors:
+        """Map stacks ``(T, *shape)`` to stacks of the same shape."""
+        merged = merged_by(self, self.merge, vectors)
+        return vectors.map_elements(partial(_departed, self.coefficient), note=self, others=[merged])
+
+
 _Stacks = Callable[[Tensor], Tensor]
 
 
@@ -147,6 +179,10 @@ def _work(tasks: int, rows: int, columns: int, itemsize: int) -> Work:
     """Of every task's triplets, and of two decompositions of what they make together, in float64 at most."""
     work = Work.together([decomposition(rows, columns, 8)] * (tasks + 2))
     return Work(work.memory + (tasks + 3) * rows * columns * 8, work.operations)
+
+
+def _departed(coefficient: float, name: str, start: int, chunk: Tensor, merged: Tensor) -> Tensor:
+    return chunk.sub_(chunk.mean(0)).mul_(coefficient).add_(merged, alpha=1 / len(chunk))
 
 
 def _averaged(stack: Tensor) -> Tensor:

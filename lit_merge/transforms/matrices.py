@@ -54,6 +54,7 @@ def reduce_matrices(
     vectors: TaskVectors,
     merge: Callable[[Tensor], Tensor],
     work: Callable[[int, int, int, int], Work],
+    rest: Callable[[Tensor], Tensor] | None = None,
 ) -> TaskVectors:
     """Apply ``merge``, ``(T, m, n)`` -> ``(m, n)``, to every matrix; all other parameters are averaged.
 
@@ -63,11 +64,12 @@ def reduce_matrices(
         vectors: stacks ``(T, *shape)``.
         merge: may raise ``torch.linalg.LinAlgError``.
         work: from T, m, n and the itemsize to what ``merge`` takes.
+        rest: instead of the average, ``(T, *shape)`` -> ``(*shape)``, of all other parameters.
 
     Returns:
         Stacks ``(1, *shape)``.
     """
-    function = partial(_matrices_merged, type(transform).__name__, exclude, merge)
+    function = partial(_matrices_merged, type(transform).__name__, exclude, merge, rest or partial(torch.mean, dim=0))
     works = partial(work_of_matrices, exclude, work)
     return vectors.map(function, tasks=[vectors.merged_tasks], note=transform, work=works)
 
@@ -133,8 +135,13 @@ def nearest_orthogonal(matrix: Tensor) -> Tensor:
 
 
 def _matrices_merged(
-    who: str, exclude: str | None, merge: Callable[[Tensor], Tensor], name: str, stack: Tensor
+    who: str,
+    exclude: str | None,
+    merge: Callable[[Tensor], Tensor],
+    rest: Callable[[Tensor], Tensor],
+    name: str,
+    stack: Tensor,
 ) -> Tensor:
     if not is_matrix(exclude, name, stack.shape):
-        return stack.mean(0, keepdim=True)
+        return rest(stack).unsqueeze(0)
     return decomposed(who, name, merge, stack).unsqueeze(0)

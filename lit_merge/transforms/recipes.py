@@ -15,6 +15,7 @@ from lit_merge.transforms.conflicts.largest import LargestMagnitude, SignMask
 from lit_merge.transforms.conflicts.overlap import RAM
 from lit_merge.transforms.conflicts.trust_region import TrustRegion
 from lit_merge.transforms.conflicts.variance import SCE
+from lit_merge.transforms.continual import ProjectedSum, RunningMean
 from lit_merge.transforms.covariance import ACE
 from lit_merge.transforms.depth import LiNeS
 from lit_merge.transforms.essential import ESM
@@ -45,6 +46,8 @@ __all__ = [
     "check_fields",
     "consensus_ta",
     "consensus_ties",
+    "continual",
+    "continual_average",
     "core_space",
     "dare_linear",
     "dare_ties",
@@ -506,6 +509,22 @@ def svc(merge: Transform | None = None, alpha: float | None = None) -> Chain:
 _CALIBRATED: dict[type[Transform], float] = {TSVMerge: 1.0, WUDI: 1.0, OptMerge: 1.0, SpectralWUDI: 1.0, IsoCTS: 0.2}
 
 
+def continual(alpha: float = 0.5, order: Sequence[str] | None = None, coefficient: float = 1.0) -> Chain:
+    """One vector after another, each beside the strongest directions of what is merged (OPCM, Tang et al. 2025).
+
+    Args:
+        alpha: fraction of the singular values' sum that is protected.
+        order: of the tasks, the first one first; by default as the vectors come.
+        coefficient: of the mean norm of the vectors, which the merge is brought to.
+    """
+    return chain(ProjectedSum(alpha, order), Rescale(), Scale(coefficient))
+
+
+def continual_average() -> Chain:
+    """The running average over tasks: of a merge of n tasks and a new vector, (n M + τ) / (n + 1)."""
+    return chain(RunningMean())
+
+
 def slerp(fraction: float = 0.5, space: Space = "weights") -> Chain:
     """A point of the arc between two models (Shoemake 1985); for exactly two vectors.
 
@@ -582,6 +601,7 @@ RECIPES: dict[str, Callable[..., Chain]] = {
         *(magmax, emr, pcb, sce, ram, ram_plus, tatr, doge, nearswap, knots, core_space),
         *(tsv_m, iso_c, iso_cts, wudi, slerp, karcher, model_stock),
         *(iwudi, swudi, aswudi, actmerge, ace, optmerge, cart, esm, dc_merge, orthomerge, svc),
+        *(continual, continual_average),
         *(fisher, regmean, adamerging),
     )
 }

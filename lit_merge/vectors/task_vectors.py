@@ -103,6 +103,11 @@ class TaskVectors(LazyMapping):
         return tuple(task for row in self._row_tasks for task in row)
 
     @property
+    def row_tasks(self) -> tuple[tuple[str, ...], ...]:
+        """The tasks of each row: one, or those that it was merged from."""
+        return self._row_tasks
+
+    @property
     def names(self) -> tuple[str, ...]:
         """The parameter names, in the order of the first vector."""
         return tuple(self._structure)

@@ -17,7 +17,8 @@ from lit_merge.data import Batch
 from lit_merge.errors import ConfigurationError
 from lit_merge.functional import linearize
 from lit_merge.modules import Expert, Features, Outputs
-from lit_merge.transforms import Trim
+from lit_merge.transforms import Trim, ties, tsv_m
+from lit_merge.vectors import TaskVectors
 
 FEATURES = torch.zeros(5, 2, dtype=torch.float64)
 EXPERT = torch.tensor([[2.0, 0, 0], [0, 2, 0], [0, 1, 0], [0, 3, 0], [9, 0, 0]], dtype=torch.float64)
@@ -191,3 +192,20 @@ def test_one_vector_is_read_alone_and_exactly(files) -> None:
         found = module.individuals.parameters(row)
         for name, own in module.network.named_parameters():
             assert torch.equal(found[name], own + vector[name])
+
+
+@pytest.mark.parametrize(
+    ("parts", "merge"),
+    [(["TSVDirections"], tsv_m()), ([{"Departures": {"merge": {"ties": {"density": 0.3}}}}], ties(0.3))],
+)
+def test_a_fit_starts_from_any_merge_and_acts_on_its_parts(files, parts, merge) -> None:
+    before = learned(files, steps=0, parts=parts, init=1.0, objective="expert")
+    rows = TaskVectors([TaskVector.load(path) for path in files])
+    expected = merge(rows).single()
+    for name, value in before.merged.merged_parameters(tangent=True).items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-9, atol=1e-11)
+    module = learned(files, steps=1, parts=parts, init=1.0, objective="expert")
+    assert not torch.equal(module.merged.coefficients, before.merged.coefficients)
+    own = {n: v.detach() + TaskVector.load(files[1])[n] for n, v in module.network.named_parameters()}
+    for name, value in module.individuals.parameters(1).items():
+        torch.testing.assert_close(value, own[name])

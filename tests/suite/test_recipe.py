@@ -92,6 +92,12 @@ def test_a_learned_recipe_is_tested_with_its_merged_weights(place, clip_weights)
     ties = "Trim(density=0.5, scope='global'), ElectSign(weighting='mass')"
     assert found["transform"] == f"chain({ties}, learned λ per task and block, Sum())"
     assert (found["coefficient"], found["search"]) == (None, None)
+    said = found["learned"]
+    assert (said["objective"], said["learned_on"], said["fraction"], said["step"]) == ("entropy", "val", 1.0, 2)
+    assert set(said["examples"]) == {"digits", "signs"}
+    assert min(said["examples"].values()) > 0
+    header = LazyTensors(folder / "merged.safetensors").metadata
+    assert (header["learned_on"], json.loads(header["examples"])) == ("val", said["examples"])
     assert found["mean_coefficients"]["signs"] == pytest.approx(
         float(coefficients.values[coefficients.tasks.index("signs")].mean()), abs=1e-6
     )

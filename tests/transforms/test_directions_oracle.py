@@ -14,12 +14,15 @@ from lit_merge.transforms import (
     Calibrate,
     CalibratedDirections,
     CARTDirections,
+    Departures,
+    IsoC,
     Scale,
     Sum,
     TSVDirections,
     TSVMerge,
     adamerging,
     chain,
+    ties,
 )
 
 TASKS = ("a", "b", "c")
@@ -30,6 +33,8 @@ SAME = [
     (CARTDirections(0.4, 2.3, "skip"), CART(0.4, 2.3, "skip")),
     (CalibratedDirections(exclude="skip"), chain(Sum(), Scale(0.3), Calibrate(exclude="skip"))),
     (CalibratedDirections(1.0, 1.0), chain(Sum(), Calibrate(1.0))),
+    (Departures(ties(0.3)), ties(0.3)),
+    (Departures(IsoC(), 0.4), IsoC()),
 ]
 
 
@@ -60,9 +65,12 @@ def test_a_part_is_its_tasks_own():
     torch.testing.assert_close(turned[0] - left @ left.mT @ turned[0], 0.3 * (given[0] - left @ left.mT @ given[0]))
     departure = CARTDirections(0.4)(vectors())["blocks.0.weight"][2] - given.mean(0) / 3
     assert torch.linalg.matrix_rank(departure) == 2
+    own = Departures(TSVMerge(), 0.3)(vectors())["blocks.0.weight"][1]
+    merged = TSVMerge()(vectors())["blocks.0.weight"][0]
+    torch.testing.assert_close(own, merged / 3 + 0.3 * (given[1] - given.mean(0)))
 
 
-@pytest.mark.parametrize("parts", [TSVDirections(), CARTDirections(0.4, 2.3), CalibratedDirections()], ids=repr)
+@pytest.mark.parametrize("parts", [TSVDirections(), CARTDirections(0.4, 2.3), Departures(ties(0.3))], ids=repr)
 def test_coefficients_that_were_learned_on_the_parts_find_them_again(parts, tmp_path):
     values = torch.tensor([[0.5, 1.0, 2.0, 1.0, 1.0], [1.0] * 5, [0.0, 1.0, 1.5, 1.0, 0.2]], dtype=torch.float64)
     metadata = {"transform_config": json.dumps(parts.to_config())}
@@ -77,6 +85,9 @@ def test_refused():
     for make, said in (
         (lambda: TSVDirections(0.0), "TSVDirections.rank_fraction: expected"),
         (lambda: CARTDirections(2.0), "CARTDirections.rank_fraction: expected"),
+        (lambda: Departures(merge=Sum), "Departures.merge: expected a transform"),
+        (lambda: Departures(coefficient="a"), "Departures.coefficient: expected"),
+        (lambda: Departures(Scale(1.0))(vectors()), "Departures.merge: expected a transform that leaves one vector"),
         (lambda: CARTDirections(coefficient="a"), "CARTDirections.coefficient: expected"),
         (lambda: CalibratedDirections(0.0), "CalibratedDirections.alpha: expected"),
         (lambda: CalibratedDirections(exclude="("), r"CalibratedDirections\.exclude: expected a regular expression"),
