@@ -50,10 +50,12 @@ class Evaluation:
     Args:
         module: evaluates, as it is set: the encoder, or its tangent at θ0.
         loaders: task -> validation loader, from :func:`validation_loaders`.
+        precision: 32-true, bf16-mixed or 16-mixed.
     """
 
-    def __init__(self, module: MultiTaskModule, loaders: Mapping[str, Any]) -> None:
+    def __init__(self, module: MultiTaskModule, loaders: Mapping[str, Any], precision: str = "32-true") -> None:
         self.loaders = dict(loaders)
+        self.precision = precision
         self.model = PlacedModel(module)
         self._cache: Cache | None = None
         if all(hasattr(getattr(loader, "dataset", None), "digest") for loader in loaders.values()):
@@ -63,6 +65,7 @@ class Evaluation:
                 *(_VERSION, __version__, torch.__version__, module.device.type, torch.get_float32_matmul_precision()),
                 *(module.base_name, module.base_fingerprint, str(module.network), module.linearized),
                 *(fingerprint(dict(module.network.named_buffers())), fingerprint(module.heads.state_dict())),
+                *([] if precision == "32-true" else [precision]),
             ]
 
     @property
@@ -101,9 +104,14 @@ class Evaluation:
 
     def _measure(self, task: str) -> float:
         module, head = self.module, self.module.head_of(task)
-        with torch.inference_mode():
+        with torch.inference_mode(), self._autocast():
             placed = (batch.to(module.device) for batch in self.loaders[task])
             return _accuracy(hits_of(head, head(module.features(batch)), batch) for batch in placed)
+
+    def _autocast(self) -> torch.autocast:
+        """As the trainer does it at this precision."""
+        kind = torch.float16 if self.precision == "16-mixed" else torch.bfloat16
+        return torch.autocast(self.module.device.type, kind, enabled=self.precision != "32-true")
 
 
 class LinearEvaluation(Evaluation):
@@ -113,12 +121,17 @@ class LinearEvaluation(Evaluation):
         module: a linearised one.
         loaders: task -> validation loader of images that have a ``digest()``.
         individual: task -> its own vector; their tangents are computed in the same pass as the merged vector's.
+        precision: 32-true, bf16-mixed or 16-mixed.
     """
 
     def __init__(
-        self, module: MultiTaskModule, loaders: Mapping[str, Any], individual: Mapping[str, TaskVector]
+        self,
+        module: MultiTaskModule,
+        loaders: Mapping[str, Any],
+        individual: Mapping[str, TaskVector],
+        precision: str = "32-true",
     ) -> None:
-        super().__init__(module, loaders)
+        super().__init__(module, loaders, precision)
         self._individual = individual
         self._merged: TaskVector | None = None
         self._features: dict[str, LinearFeatures] = {}
@@ -144,17 +157,18 @@ class LinearEvaluation(Evaluation):
         names = {task: f"task {task}" for task in self._individual}
         directions = {"merged": vector, **{names[task]: own for task, own in self._individual.items()}}
         cache = LinearFeatureCache(self.module.network, directions, inputs=self.module.inputs)
-        self._features = {
-            task: cache.of(loader, ["merged", *([names[task]] if task in names else [])])
-            for task, loader in self.loaders.items()
-        }
+        with self._autocast():
+            self._features = {
+                task: cache.of(loader, ["merged", *([names[task]] if task in names else [])])
+                for task, loader in self.loaders.items()
+            }
         self._merged = vector
 
     def _at(self, task: str, coefficients: Mapping[str, float]) -> float:
         features, head = self._features[task], self.module.head_of(task)
         parts = features.batches(self.loaders[task].batch_size or len(features))
         batches = (part.to(self.module.device) for part in parts)
-        with torch.inference_mode():
+        with torch.inference_mode(), self._autocast():
             return _accuracy(hits(head(part.features(coefficients)), part.labels) for part in batches)
 
 

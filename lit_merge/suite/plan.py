@@ -7,13 +7,14 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from lit_merge._version import __version__
 from lit_merge.data.published.task import PublishedSource
 from lit_merge.data.sources import Task
 from lit_merge.data.text.task import TextTask
 from lit_merge.errors import ConfigurationError, LitMergeError
+from lit_merge.evaluation.search import CoefficientSearch, Precision
 from lit_merge.files.cache import Cache
 from lit_merge.models.encoder import weights_path
 from lit_merge.models.network import ClipNetwork, Network
@@ -263,7 +264,7 @@ class SuitePlan(SuiteSettings):
             "settings": given["settings"],
             "transform": recipe.transform.to_config() if recipe.transform else None,
             **{key: given[key] for key in ("parts", "overrides") if given[key]},
-            "search": recipe.search.to_config() if recipe.search else None,
+            "search": self._search(recipe.search),
             "data": self.all_data() if recipe.search else None,
             **({"linearized": True} if self.evaluated_linearized else {}),
         }
@@ -276,6 +277,12 @@ class SuitePlan(SuiteSettings):
         outputs = (*(["merged-search.json"] if recipe.search else []), _MERGED)
         devices = 1 if recipe.search else 0
         return [*before, Stage(stage, "merge", {**config, **paths}, settings, outputs, inputs, devices)]
+
+    def _search(self, search: CoefficientSearch | None) -> dict[str, Any] | None:
+        """A coefficient is chosen in the precision that the merged model is tested in."""
+        tested = self.test.get("trainer", {}).get("precision")
+        precision = {"precision": tested} if tested in get_args(Precision) else {}
+        return None if search is None else {**precision, **search.to_config()}
 
     def _statistics(self, seed: int, name: str, task: str, vector: Path) -> Stage:
         recipe, stage = self.recipes[name], f"seed-{seed}/statistics/{name}/{task}"

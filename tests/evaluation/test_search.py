@@ -472,6 +472,25 @@ def test_a_repeated_search_reads_no_image(vectors, data, counted, clip_config, c
     assert linear.accuracy != direct.accuracy
 
 
+@pytest.mark.parametrize("linearized", [False, True])
+def test_another_precision_is_measured_anew(linearized, vectors, data, counted, clip_config, clip_weights, monkeypatch):
+    settings = {"model": clip_config, "pretrained": clip_weights, "data": data, "linearized": linearized}
+    kinds = []
+    features = MultiTaskModule.features
+
+    def spied(self, batch):
+        kinds.append(torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None)
+        return features(self, batch)
+
+    monkeypatch.setattr(MultiTaskModule, "features", spied)
+    search_coefficient(vectors, task_arithmetic(), CoefficientSearch([0.2]), **settings)
+    seen = counted["read"]
+    search_coefficient(vectors, task_arithmetic(), CoefficientSearch([0.2], precision="bf16-mixed"), **settings)
+    assert counted["read"] == 2 * seen
+    if not linearized:
+        assert set(kinds) == {None, torch.bfloat16}
+
+
 def test_an_interrupted_search_goes_on(vectors, data, counted, clip_config, clip_weights, monkeypatch):
     settings = {"model": clip_config, "pretrained": clip_weights, "data": data}
     measure, left = Evaluation._measure, [7]

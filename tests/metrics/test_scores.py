@@ -141,6 +141,10 @@ def test_a_grid_of_several_fields_is_every_combination():
         ({"control_share": 0.0}, "search.control_share: expected a share above 0 and at most 1, got 0."),
         ({"control_share": 95}, "search.control_share: expected a finite number at least 0 and at most 1, got 95."),
         (
+            {"precision": "bf16"},
+            "search.precision: expected 32-true, bf16-mixed or 16-mixed, got 'bf16'. Use one of them.",
+        ),
+        (
             {"fields": {"p": [0.1]}, "values": [0.2]},
             "search: expected one of values with field, fields, and optuna, got fields and values or field.",
         ),

@@ -11,6 +11,7 @@ from torch import nn
 from lit_merge import FineTuneModule
 from lit_merge.data.sources import Task
 from lit_merge.errors import ConfigurationError
+from lit_merge.evaluation.search import CoefficientSearch
 from lit_merge.models.network import Network
 from lit_merge.suite.plan import SuitePlan
 from lit_merge.suite.recipe import Recipe
@@ -228,3 +229,23 @@ def test_all_tasks_are_tested_by_the_module_that_test_names() -> None:
     both = settings(test={"model": {"init_args": {"linearized": True}}})
     for data in (both.all_data(), both.task_data("digits", 0)):
         assert both.test_config(data, {})["model"]["init_args"]["linearized"] is True
+
+
+# Precision
+
+
+@pytest.mark.parametrize(
+    ("tested", "own_choice", "expected"),
+    [
+        (None, {}, None),
+        ("bf16-mixed", {}, "bf16-mixed"),
+        ("bf16-mixed", {"precision": "16-mixed"}, "16-mixed"),
+        ("64-true", {}, None),
+    ],
+)
+def test_a_coefficient_is_chosen_in_the_precision_of_the_tests(tested, own_choice, expected) -> None:
+    searched = {"searched": Recipe("task_arithmetic", search=CoefficientSearch(**own_choice))}
+    test = {"trainer": {"precision": tested}} if tested else {}
+    plan = settings(SuitePlan, tasks=["digits"], recipes=searched, test=test)
+    stage = next(stage for stage in plan.stages if stage.name == "seed-0/merge/searched")
+    assert stage.config["search"].get("precision") == expected

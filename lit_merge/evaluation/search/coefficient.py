@@ -161,8 +161,8 @@ class _Search:
         told = all(hasattr(getattr(loader, "dataset", None), "digest") for loader in loaders.values())
         kept = getattr(self.module.base, "vector_features", True)  # not logits over a vocabulary at every position
         if self.module.linearized and self.factor is not None and told and kept:
-            return LinearEvaluation(self.module, loaders, self._own)
-        return Evaluation(self.module, loaders)
+            return LinearEvaluation(self.module, loaders, self._own, self.search.precision)
+        return Evaluation(self.module, loaders, self.search.precision)
 
     @cached_property
     def individual(self) -> dict[str, float] | None:

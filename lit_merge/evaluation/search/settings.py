@@ -13,9 +13,11 @@ from lit_merge.errors import ConfigurationError
 from lit_merge.transforms import Transform, replace_field
 from lit_merge.transforms.base import finite_number, whole_number
 
-__all__ = ["CONTROLLED", "CoefficientSearch", "Criterion", "OptunaStudy", "with_fields"]
+__all__ = ["CONTROLLED", "CoefficientSearch", "Criterion", "OptunaStudy", "Precision", "with_fields"]
 
 Criterion = Literal["normalised", "absolute", "target_control", "negation"]
+
+Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
 
 CONTROLLED = ("target_control", "negation")
 """The criteria that need control tasks."""
@@ -85,6 +87,7 @@ class CoefficientSearch:
         control: tasks that are not to suffer; by default the others of the data.
         control_share: s, in (0, 1].
         target_weight: w, at least 0.
+        precision: that the models are evaluated in; a suite takes that of its tests.
 
     Raises:
         ConfigurationError: a grid is empty, there is no such criterion, a number is out of its range, or the points
@@ -100,6 +103,7 @@ class CoefficientSearch:
     control: list[str] | None = None
     control_share: float = 0.95
     target_weight: float = 2.0
+    precision: Precision = "32-true"
 
     def __post_init__(self) -> None:
         one_field = self.values != _grid() or self.field != "coefficient"
@@ -121,6 +125,11 @@ class CoefficientSearch:
             raise ConfigurationError(
                 f"search.criterion: expected {', '.join(get_args(Criterion)[:-1])} or {get_args(Criterion)[-1]}, got "
                 f"{self.criterion!r}. Use one of them."
+            )
+        if self.precision not in get_args(Precision):
+            raise ConfigurationError(
+                f"search.precision: expected {', '.join(get_args(Precision)[:-1])} or {get_args(Precision)[-1]}, got "
+                f"{self.precision!r}. Use one of them."
             )
         if self.target == []:
             raise ConfigurationError("search.target: expected at least one task, got none. Leave it out, or name one.")
