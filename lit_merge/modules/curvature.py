@@ -12,9 +12,27 @@ from torch import Tensor
 from lit_merge.errors import FileFormatError, StructureMismatchError, first_few
 from lit_merge.params import Params, check_finite
 from lit_merge.vectors import LazyTensors
-from lit_merge.vectors.statistics import INPUT_FACTOR, OUTPUT_FACTOR, WHOLE_FACTOR, bias_of, row_blocks
+from lit_merge.vectors.statistics import (
+    EIGENVALUES,
+    INPUT_BASIS,
+    INPUT_FACTOR,
+    OUTPUT_BASIS,
+    OUTPUT_FACTOR,
+    WHOLE_FACTOR,
+    bias_of,
+    row_blocks,
+)
 
-__all__ = ["Curvature", "LayerCurvature", "ParameterCurvature", "aggregated", "curvatures", "kronecker_form"]
+__all__ = [
+    "Curvature",
+    "EigenCurvature",
+    "LayerCurvature",
+    "ParameterCurvature",
+    "aggregated",
+    "curvatures",
+    "curvatures_of_files",
+    "kronecker_form",
+]
 
 
 class Curvature(ABC):
@@ -59,6 +77,14 @@ class LayerCurvature(Curvature):
 
     def of(self, changes: Mapping[str, Tensor]) -> Tensor | None:
         """See :class:`Curvature`; of weight and bias one may have no change."""
+        rows = self._rows(changes)
+        return None if rows is None else self._form(rows)
+
+    def _form(self, rows: Tensor) -> Tensor:
+        return kronecker_form(rows, self.inputs, self.outputs)
+
+    def _rows(self, changes: Mapping[str, Tensor]) -> Tensor | None:
+        """Δ."""
         weight, bias = changes.get(self.weight), changes.get(self.bias)
         if weight is None and bias is None:
             return None
@@ -69,11 +95,36 @@ class LayerCurvature(Curvature):
             rows = weight.mT if self.transposed else weight.flatten(1)
         if self.bias:
             rows = torch.cat([rows, (rows.new_zeros(len(rows)) if bias is None else bias).unsqueeze(1)], 1)
-        return kronecker_form(rows, self.inputs, self.outputs)
+        return rows
 
     def to(self, device: torch.device, dtype: torch.dtype) -> LayerCurvature:
         """See :class:`Curvature`."""
         return replace(self, inputs=self.inputs.to(device, dtype), outputs=self.outputs.to(device, dtype))
+
+
+@dataclass(frozen=True)
+class EigenCurvature(LayerCurvature):
+    """``Σ_ij D_ij (Vᵀ Δ U)²_ij`` of a linear layer (EK-FAC, George et al. 2018), as :class:`LayerCurvature`.
+
+    Args:
+        weight: its name.
+        bias: of its bias, "" for none.
+        transposed: whether the weight is stored as ``[in, out]``.
+        inputs: U, eigenvectors of A in its columns.
+        outputs: V, those of G, or of its blocks.
+        values: D, ``[out, in]``, or ``[k, out/k, in]``.
+    """
+
+    values: Tensor
+
+    def _form(self, rows: Tensor) -> Tensor:
+        with torch.autocast(rows.device.type, enabled=False):
+            wide = rows.to(self.inputs.dtype).unflatten(0, (-1, self.outputs.shape[-1]))
+            return (self.values * (self.outputs.mT @ wide @ self.inputs).square()).sum()
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> EigenCurvature:
+        """See :class:`Curvature`."""
+        return replace(super().to(device, dtype), values=self.values.to(device, dtype))  # type: ignore[return-value]
 
 
 @dataclass(frozen=True)
@@ -140,15 +191,8 @@ def aggregated(files: Sequence[LazyTensors]) -> Params:
         StructureMismatchError: the files are of different layers or shapes.
         NonFiniteError: a value is NaN or infinite.
     """
+    _check_same_layers(files)
     first, counts = files[0], [_examples(file) for file in files]
-    for file in files[1:]:
-        missing, more = sorted(set(first) - set(file)), sorted(set(file) - set(first))
-        if missing or more:
-            got = f"nothing for {first_few(missing)}" if missing else f"others ({first_few(more)})"
-            raise StructureMismatchError(
-                f"{file.path}: expected factors of the same layers as in {first.path}, got {got}. Collect both files "
-                "with the same settings."
-            )
     factors: Params = {}
     for name in first:
         total = torch.zeros((), dtype=torch.float64)
@@ -165,11 +209,40 @@ def aggregated(files: Sequence[LazyTensors]) -> Params:
     return factors
 
 
+def curvatures_of_files(files: Sequence[LazyTensors], parameters: Mapping[str, Tensor]) -> list[Curvature]:
+    r"""What the factors of several tasks are about in a network, put together.
+
+    Of plain factors that is one set whatever the number of tasks (:func:`aggregated`). With corrected eigenvalues every
+    task has bases of its own: what is kept and computed grows with T, and forms are weighed by ``n_t / N``.
+
+    Args:
+        files: one for each task, as ``lit-merge statistics --kind kfac`` writes them.
+        parameters: the network's, for their names and shapes.
+
+    Raises:
+        FileFormatError: a file does not say of how many examples it is.
+        StructureMismatchError: the files are of different layers, shapes or kinds, or of another network.
+        NonFiniteError: a value is NaN or infinite.
+    """
+    path = str(files[0].path)
+    if not any(name.startswith(EIGENVALUES) for name in files[0]):
+        return curvatures(aggregated(files), parameters, path)
+    _check_same_layers(files)
+    counts = [_examples(file) for file in files]
+    found: list[Curvature] = []
+    for file, count in zip(files, counts, strict=True):
+        share = count / sum(counts)
+        scaled = {n: value * (1 if n[:2] in (INPUT_BASIS, OUTPUT_BASIS) else share) for n, value in file.items()}
+        check_finite(scaled, "Kronecker factors")
+        found += curvatures(scaled, parameters, str(file.path))
+    return found
+
+
 def curvatures(factors: Mapping[str, Tensor], parameters: Mapping[str, Tensor], path: str) -> list[Curvature]:
     """What aggregated factors are about in a network.
 
     Args:
-        factors: of :func:`aggregated`.
+        factors: of :func:`aggregated`, or of a file with corrected eigenvalues.
         parameters: the network's, for their names and shapes.
         path: of one of the files, for messages.
 
@@ -180,32 +253,58 @@ def curvatures(factors: Mapping[str, Tensor], parameters: Mapping[str, Tensor], 
     for key, factor in factors.items():
         kind, name = key[:2], key[2:]
         weight = name.removesuffix(".T")
-        if kind not in (INPUT_FACTOR, OUTPUT_FACTOR, WHOLE_FACTOR) or weight not in parameters:
+        if kind not in (*_INPUTS, *_OTHERS, WHOLE_FACTOR) or weight not in parameters:
             raise StructureMismatchError(
                 f"{path}: expected factors of the network's parameters, got {key}. Collect them from this network."
             )
         if kind == WHOLE_FACTOR:
             _check_shape(key, factor, (parameters[name].numel(),) * 2, path)
             found.append(ParameterCurvature(name, factor))
-        elif kind == INPUT_FACTOR:
-            found.append(_layer(name, factors, parameters, path))
-        elif INPUT_FACTOR + name not in factors:
-            raise _half(path, key, INPUT_FACTOR + name)
+        elif kind in _INPUTS:
+            found.append(_layer(kind, name, factors, parameters, path))
+        elif _OTHERS[kind] + name not in factors:
+            raise _half(path, key, _OTHERS[kind] + name)
     return found
 
 
-def _layer(name: str, factors: Mapping[str, Tensor], parameters: Mapping[str, Tensor], path: str) -> LayerCurvature:
-    inputs, outputs = factors[INPUT_FACTOR + name], factors.get(OUTPUT_FACTOR + name)
-    if outputs is None:
-        raise _half(path, INPUT_FACTOR + name, OUTPUT_FACTOR + name)
+_INPUTS = {INPUT_FACTOR: OUTPUT_FACTOR, INPUT_BASIS: OUTPUT_BASIS}
+_OTHERS = {OUTPUT_FACTOR: INPUT_FACTOR, OUTPUT_BASIS: INPUT_BASIS, EIGENVALUES: INPUT_BASIS}
+
+
+def _layer(
+    kind: str, name: str, factors: Mapping[str, Tensor], parameters: Mapping[str, Tensor], path: str
+) -> LayerCurvature:
+    needed = [_INPUTS[kind], *([EIGENVALUES] if kind == INPUT_BASIS else [])]
+    for other in needed:
+        if other + name not in factors:
+            raise _half(path, kind + name, other + name)
+    inputs, (outputs, *values) = factors[kind + name], [factors[other + name] for other in needed]
     weight, transposed = parameters[name.removesuffix(".T")], name.endswith(".T")
     rows, columns = weight.mT.shape if transposed else weight.flatten(1).shape
     bias = bias_of(name) if len(inputs) == columns + 1 and bias_of(name) in parameters else ""
-    _check_shape(INPUT_FACTOR + name, inputs, (columns + bool(bias),) * 2, path)
+    width = columns + bool(bias)
+    _check_shape(kind + name, inputs, (width, width), path)
     blocks = row_blocks(name)
     size = rows // blocks
-    _check_shape(OUTPUT_FACTOR + name, outputs, (size, size) if blocks == 1 else (blocks, size, size), path)
-    return LayerCurvature(name.removesuffix(".T"), bias, transposed, inputs, outputs)
+    several = () if blocks == 1 else (blocks,)
+    _check_shape(needed[0] + name, outputs, (*several, size, size), path)
+    common = (name.removesuffix(".T"), bias, transposed, inputs, outputs)
+    if not values:
+        return LayerCurvature(*common)
+    _check_shape(EIGENVALUES + name, values[0], (*several, size, width), path)
+    return EigenCurvature(*common, values[0])
+
+
+def _check_same_layers(files: Sequence[LazyTensors]) -> None:
+    first = files[0]
+    for file in files[1:]:
+        missing, more = sorted(set(first) - set(file)), sorted(set(file) - set(first))
+        if missing or more:
+            got = f"nothing for {first_few(missing)}" if missing else f"others ({first_few(more)})"
+            raise StructureMismatchError(
+                f"{file.path}: expected factors of the same layers as in {first.path}, got {got}. Collect both files "
+                "with the same settings."
+            )
 
 
 def _half(path: str, there: str, other: str) -> StructureMismatchError:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lit_merge.errors import ConfigurationError, first_few
 from lit_merge.files.hub import pinned
-from lit_merge.modules.curvature import Curvature, LayerCurvature, aggregated, curvatures
+from lit_merge.modules.curvature import Curvature, LayerCurvature, curvatures_of_files
 from lit_merge.modules.penalty import Penalty
 from lit_merge.transforms.base import finite_number, one_of, whole_number
 from lit_merge.vectors.statistics import StatisticsFiles, open_one
@@ -27,11 +27,13 @@ class Tak(Penalty):
     Kronecker factors at θ0 come from ``lit-merge statistics --kind kfac``, a file for each task. They are put together
     into one set (:func:`~lit_merge.modules.curvature.aggregated`), so that neither memory nor time depends on their
     number. The penalty is quadratic in τ, whether the network is linearised or not, and costs two products per layer.
+    Files with corrected eigenvalues (``--corrected true``, EK-FAC) are taken as they are: they fit better, are kept for
+    each task, and cost four products per layer and task.
 
     Args:
         files: task -> file of its factors. That of the task which is trained is left out, so that all runs of a suite
             may name the same files.
-        weight: λ; the authors' value for CLIP.
+        weight: λ; the authors' value for CLIP, with corrected eigenvalues 500 (and ``projection`` 0.1).
         vectors: what the forms of normalisations and tokens, those with an F, are multiplied by.
         projection: what the forms of projections out of the network are multiplied by.
         projections: a regular expression for their names.
@@ -132,4 +134,4 @@ class Tak(Penalty):
                 "others with lit-merge statistics --kind kfac."
             )
         files = [open_one("kfac", task, pinned(path), module.base_fingerprint, "run") for task, path in others.items()]
-        return curvatures(aggregated(files), module.initial_parameters, str(files[0].path))
+        return curvatures_of_files(files, module.initial_parameters)

@@ -16,8 +16,11 @@ from lit_merge.params import check_finite
 from lit_merge.vectors.task_vectors import TaskVectors
 
 __all__ = [
+    "EIGENVALUES",
     "FORMATS",
+    "INPUT_BASIS",
     "INPUT_FACTOR",
+    "OUTPUT_BASIS",
     "OUTPUT_FACTOR",
     "WHOLE_FACTOR",
     "Kind",
@@ -41,6 +44,9 @@ FORMATS = {
 
 INPUT_FACTOR, OUTPUT_FACTOR, WHOLE_FACTOR = "A.", "G.", "F."
 """What a name in a file of Kronecker factors begins with; after it comes a parameter's, and ``.T`` of ``x @ W``."""
+
+INPUT_BASIS, OUTPUT_BASIS, EIGENVALUES = "U.", "V.", "D."
+"""The same of a file with corrected eigenvalues: eigenvectors of A and of G, and the curvature along their products."""
 
 
 def bias_of(weight: str) -> str:

@@ -146,6 +146,64 @@ def test_factors_are_those_of_single_examples(normalised, tower, tokens) -> None
     assert found["A.attention.in_proj_weight"].shape == (WIDTH + 1, WIDTH + 1)
 
 
+def test_corrected_eigenvalues_are_mean_squares_of_single_gradients(tower, tokens) -> None:
+    probes, found = probes_of(3, 4), collect_kfac(tower, [tokens], seed=3, corrected=True)
+    plain = collect_kfac(tower, [tokens], seed=3)
+    names = [name[2:] for name in plain if name.startswith("A.")]
+    assert {name for name in found if name[0] != "F"} == {f"{kind}.{name}" for kind in "UVD" for name in names}
+    assert all(torch.equal(found[name], plain[name]) for name in plain if name[0] == "F")
+    squares = dict.fromkeys(names, torch.zeros((), dtype=DOUBLE))
+    whole = dict.fromkeys(names, torch.zeros((), dtype=DOUBLE))
+    for example, probe in zip(tokens, probes, strict=True):
+        features, kept = by_hand(tower, example)
+        ((features / features.norm()) @ probe).backward()
+        for name, (inputs, output) in kept.items():
+            gradient = output.grad.T @ inputs  # of weight and bias, summed over the tokens
+            outer = torch.block_diag(*found[f"V.{name}"]) if "in_proj" in name else found[f"V.{name}"]
+            squares[name] = squares[name] + (outer.T @ gradient @ found[f"U.{name}"]).square() / 4
+            whole[name] = whole[name] + torch.outer(gradient.flatten(), gradient.flatten()) / 4
+    tower.zero_grad()
+    for name in names:
+        torch.testing.assert_close(found[f"D.{name}"].reshape(squares[name].shape), squares[name])
+        for basis, factor in (("U", "A"), ("V", "G")):
+            turned = found[f"{basis}.{name}"].mT @ plain[f"{factor}.{name}"] @ found[f"{basis}.{name}"]
+            torch.testing.assert_close(turned, torch.diag_embed(turned.diagonal(dim1=-2, dim2=-1)))
+        # The diagonal of the whole matrix in the basis V ⊗ U, and so its best approximation there.
+        outer = torch.block_diag(*found[f"V.{name}"]) if "in_proj" in name else found[f"V.{name}"]
+        both = torch.kron(outer.contiguous(), found[f"U.{name}"].contiguous())
+        torch.testing.assert_close(found[f"D.{name}"].flatten(), (both.T @ whole[name] @ both).diagonal())
+
+
+def test_corrected_of_other_layouts_and_of_layers_used_twice(tower, tokens) -> None:
+    first = Tower(first=True).double()
+    first.load_state_dict(tower.state_dict())
+    with refused(ConfigurationError, "expected inputs of mlp.2.weight.T that lie along one dimension"):
+        collect_kfac(first, [tokens], corrected=True)  # token by token, examples side by side
+    first.mlp = tower.mlp = nn.Linear(WIDTH, WIDTH, dtype=DOUBLE)
+    whole = collect_kfac(tower, [tokens], corrected=True)
+    for network, batches in ((tower, list(tokens.split(3))), (first, [tokens])):
+        other = collect_kfac(network, batches, corrected=True)
+        for name in (one for one in whole if one.startswith("D.")):  # bases have signs of their own
+            torch.testing.assert_close(other[name].sum(), whole[name].sum())
+
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(WIDTH, WIDTH, bias=False, dtype=DOUBLE)
+
+        def forward(self, tokens):
+            return self.layer(torch.tanh(self.layer(tokens))).sum(1)
+
+    network = Twice()
+    found = collect_kfac(network, [tokens], normalised=False, corrected=True)
+    total, generator = 0.0, torch.Generator().manual_seed(0)
+    for example in tokens:
+        probe = torch.randn(WIDTH, dtype=DOUBLE, generator=generator)
+        (gradient,) = torch.autograd.grad(network(example[None])[0] @ probe, [network.layer.weight])
+        total += float(gradient.square().sum()) / len(tokens)
+    assert float(found["D.layer.weight"].sum()) == pytest.approx(total)
+
+
 def test_neither_batches_nor_layout_matter_and_nothing_changes(tower, tokens) -> None:
     first = Tower(first=True).double()
     first.load_state_dict(tower.state_dict())
@@ -281,6 +339,7 @@ def test_the_command_writes_what_python_collects(model, tmp_path, monkeypatch, c
         ({"labels": "true"}, ["labels: expected only with kind: fisher, got true with kfac"]),
         ({"linearized": True}, ["linearized: expected only with kind: fisher, got it with kfac"]),
         ({"kind": "gram", "task_vector": "V", "normalised": False}, ["normalised: expected only with kind: kfac"]),
+        ({"kind": "gram", "task_vector": "V", "corrected": True}, ["corrected: expected only with kind: kfac"]),
         ({"data": "digits", "output": "a.pt"}, ["output: expected a file ending in .safetensors, got a.pt"]),
     ],
     ids=str,

@@ -144,6 +144,40 @@ def test_tasks_are_put_together_once(write) -> None:
     assert all(torch.equal(one[name], stored["lines"][name]) for name in one)
 
 
+def test_corrected_eigenvalues_are_exact_for_independent_probes(module, tiny_encoder, tmp_path) -> None:
+    """Of one task and one example the layer's matrix is g gᵀ, and the form (g · τ)² in the right basis."""
+    encoder, paths, exact = tiny_encoder(dtype=DOUBLE), {}, 0.0
+    tuned = module(linearized=True, trainable=Matching("outer"))
+    with torch.no_grad():
+        for parameter in tuned.encoder.parameters():
+            parameter.normal_()
+    tau, share = tuned.task_vector(), {"lines": 1 / 4, "colours": 3 / 4}
+    for task, count in (("lines", 1), ("colours", 3)):
+        images = torch.randn(count, 3, 4, 4, dtype=DOUBLE)
+        factors = collect_kfac(encoder, [images], normalised=False, corrected=True)
+        known = {"base_fingerprint": tuned.base_fingerprint, "metadata": {"images": str(count)}}
+        paths[task] = str(tmp_path / f"{task}.safetensors")
+        write_statistics(paths[task], "kfac", factors, task, **known)
+        rows = torch.cat([tau["outer.weight"], tau["outer.bias"][:, None]], 1)
+        turned = factors["V.outer.weight"].T @ rows @ factors["U.outer.weight"]
+        exact += share[task] * float((factors["D.outer.weight"] * turned.square()).sum())
+        if count == 1:
+            probe = torch.randn(6, dtype=DOUBLE, generator=torch.Generator().manual_seed(0))
+            hidden = torch.cat([torch.tanh(encoder.inner(images.flatten(1))), torch.ones(1, 1, dtype=DOUBLE)], 1)
+            form = (factors["D.outer.weight"] * turned.square()).sum()
+            torch.testing.assert_close(form, (probe @ rows @ hidden[0]).square().detach())
+    penalty = Tak(paths, weight=1.0)
+    penalty.prepare(tuned)
+    found = penalty.of_module(tuned)
+    torch.testing.assert_close(float(found.detach()), exact)
+    found.backward()
+    assert tuned.encoder.outer.weight.grad.any()
+    plain = dict(collect_kfac(encoder, [torch.randn(3, 3, 4, 4, dtype=DOUBLE)]))
+    write_statistics(paths["colours"], "kfac", plain, "colours", metadata={"images": "3"})
+    with refused(StructureMismatchError, "factors of the same layers as in", "got nothing for D.inner.weight"):
+        Tak(paths).prepare(tuned)
+
+
 REGIMES = {
     "direct": {},
     "selected": {"trainable": Matching("outer")},
@@ -314,6 +348,8 @@ def test_files_that_do_not_fit_are_refused(written, error, parts, module, write)
         ({"F.inner.bias": torch.eye(4)}, (), [r"shape \(5, 5\) for F.inner.bias, got \(4, 4\)"]),
         ({}, ("G.inner.weight",), ["expected G.inner.weight beside A.inner.weight, got nothing"]),
         ({}, ("A.inner.weight",), ["expected A.inner.weight beside G.inner.weight, got nothing"]),
+        ({"D.inner.weight": torch.eye(4)}, (), ["expected U.inner.weight beside D.inner.weight, got nothing"]),
+        ({"U.inner.weight": torch.eye(49)}, (), ["expected V.inner.weight beside U.inner.weight, got nothing"]),
     ],
     ids=str,
 )

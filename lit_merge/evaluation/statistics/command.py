@@ -49,6 +49,7 @@ def statistics(
     linearized: bool = False,
     overwrite: bool = False,
     normalised: bool = True,
+    corrected: bool = False,
 ) -> Path:
     """Collect what Fisher merging, RegMean, a trust region or a curvature penalty needs of one task, in one file.
 
@@ -74,6 +75,7 @@ def statistics(
         linearized: of fisher: whether the vector was trained linearised; the Fisher information is that of the tangent.
         overwrite: replace an existing output.
         normalised: of kfac: whether the features are divided by their norm, as a zero-shot head does.
+        corrected: of kfac: whether it has corrected eigenvalues (EK-FAC); the images are read twice.
 
     Returns:
         The file.
@@ -81,7 +83,7 @@ def statistics(
     Raises:
         LitMergeError: inputs are missing, damaged or do not fit each other, or the output exists.
     """
-    _check_settings(kind, split, images, labels, convolutions, linearized, normalised)
+    _check_settings(kind, split, images, labels, convolutions, linearized, normalised, corrected)
     _check_model(kind, task_vector, weights, data)
     task_vector, weights = task_vector and pinned(task_vector), weights and pinned(weights)
     source = task_vector or weights
@@ -99,7 +101,7 @@ def statistics(
     if kind == "gram":
         tensors = collect_gram(encoder, loader, convolutions, module.inputs)
     elif kind == "kfac":
-        tensors = collect_kfac(encoder, loader, seed, normalised, convolutions, module.inputs)
+        tensors = collect_kfac(encoder, loader, seed, normalised, convolutions, module.inputs, corrected)
     else:
         collect = collect_fisher if kind == "fisher" else collect_gradients
         tensors = collect(encoder, loader, module.make_head(own).to(device), labels, seed, module.inputs)
@@ -117,6 +119,7 @@ def statistics(
     }
     if kind == "kfac":
         header["normalised"] = "true" if normalised else "false"
+        header |= {"corrected": "true"} if corrected else {}
     if linearized:
         header["linearized"] = "true"
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -126,7 +129,14 @@ def statistics(
 
 
 def _check_settings(
-    kind: str, split: str, images: int | None, labels: str, convolutions: bool, linearized: bool, normalised: bool
+    kind: str,
+    split: str,
+    images: int | None,
+    labels: str,
+    convolutions: bool,
+    linearized: bool,
+    normalised: bool,
+    corrected: bool,
 ) -> None:
     one_of("kind", kind, FORMATS)
     one_of("split", split, ("train", "val", "test"))
@@ -138,6 +148,8 @@ def _check_settings(
         raise ConfigurationError(f"labels: expected only with kind: fisher, got {labels} with {kind}. Remove it.")
     if kind != "kfac" and not normalised:
         raise ConfigurationError(f"normalised: expected only with kind: kfac, got false with {kind}. Remove it.")
+    if kind != "kfac" and corrected:
+        raise ConfigurationError(f"corrected: expected only with kind: kfac, got true with {kind}. Remove it.")
     if kind in _OF_THE_BASE and linearized:
         raise ConfigurationError(
             f"linearized: expected only with kind: fisher, got it with {kind}, which at θ0 are the tangent's too. "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
@@ -9,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 
 from lit_merge.errors import ConfigurationError
 from lit_merge.evaluation.statistics.examples import examples
@@ -17,7 +17,16 @@ from lit_merge.evaluation.statistics.fisher import requiring_gradients
 from lit_merge.evaluation.statistics.gram import LayerInputs, identity_of
 from lit_merge.functional.evaluation import evaluating
 from lit_merge.params import Params, check_finite, working_dtype
-from lit_merge.vectors.statistics import INPUT_FACTOR, OUTPUT_FACTOR, WHOLE_FACTOR, bias_of, row_blocks
+from lit_merge.vectors.statistics import (
+    EIGENVALUES,
+    INPUT_BASIS,
+    INPUT_FACTOR,
+    OUTPUT_BASIS,
+    OUTPUT_FACTOR,
+    WHOLE_FACTOR,
+    bias_of,
+    row_blocks,
+)
 
 __all__ = ["collect_kfac"]
 
@@ -31,6 +40,7 @@ def collect_kfac(
     normalised: bool = True,
     convolutions: bool = False,
     inputs: Callable[[Any], tuple[Any, ...]] | None = None,
+    corrected: bool = False,
 ) -> Params:
     r"""Kronecker factors A and G of the Gauss-Newton matrix of the features (TAK, ICLR 2026; Martens and Grosse 2015).
 
@@ -49,21 +59,30 @@ def collect_kfac(
     is taken with its weight if its name ends in ``bias`` where that of the weight ends in ``weight``. Embeddings,
     positions, other normalisations and layers that the features do not depend on have no factors.
 
+    Corrected (EK-FAC, George et al. 2018, section 3), the curvature of a layer is ``V ⊗ U diag(D) (V ⊗ U)ᵀ``: U and V
+    are the eigenvectors of A and G, and ``D = (1/N) Σ_n (Vᵀ ∇_n U)²`` the exact mean squares of single examples'
+    gradients ``∇_n = Σ_t g_nt a_ntᵀ`` along them, instead of products of eigenvalues. It reads the examples twice. As
+    ∇ is a sum over tokens, D grows with their number, and padding, whose g is zero, adds nothing.
+
     Evaluation mode is used whatever the module's own, and nothing about the module has changed afterwards. Products are
     computed in the activations' own precision, float32 at least, and summed in float64 where there is one. One process
     only.
 
     Args:
         module: ``[B, …]`` -> features ``[B, …, d]``; its parameters are θ0.
-        loader: gives :class:`lit_merge.data.Batch`, pairs ``(images, labels)``, or images alone.
+        loader: gives :class:`lit_merge.data.Batch`, pairs ``(images, labels)``, or images alone; corrected, the same
+            ones again when it is iterated a second time.
         seed: of the probes. Which one an example has depends on its place in the loader, not on the batch size.
         normalised: whether the features are divided by their norm over the last dimension, as a zero-shot head does.
         convolutions: also take 2-D convolutions without groups, as linear layers on patches.
         inputs: the module's arguments of a batch; by default its ``inputs``.
+        corrected: whether eigenvectors and corrected eigenvalues take the place of A and G.
 
     Returns:
         ``A.<weight>`` -> ``[in, in]``, or ``[in + 1, in + 1]`` with the bias; ``G.<weight>`` -> ``[out, out]``, or
-        ``[3, out/3, out/3]`` of packed projections; ``F.<parameter>`` -> ``[d, d]``. For a weight ``[in, out]`` that is
+        ``[3, out/3, out/3]`` of packed projections; ``F.<parameter>`` -> ``[d, d]``. Corrected ``U.``
+        and ``V.<weight>`` of the shapes of A and G, and ``D.<weight>`` -> ``[out, in]``, with the bias ``[out, in +
+        1]``, or ``[3, out/3, in + 1]``. For a weight ``[in, out]`` that is
         used as ``x @ W`` the name ends in ``.T``. In float32, or float64 for float64 parameters, on the CPU.
 
     Raises:
@@ -72,31 +91,51 @@ def collect_kfac(
         DataError: there is no example.
         NonFiniteError: a value is NaN or infinite.
     """
+    passed = partial(_passed, module=module, loader=loader, seed=seed, normalised=normalised, inputs=inputs)
     mode = _Factors(module, convolutions)
-    generator = torch.Generator().manual_seed(seed)
-    count, axes = 0, None
-    parameters = [value for value in module.parameters() if value.is_floating_point()]
-    with torch.inference_mode(False), torch.enable_grad(), evaluating(module), requiring_gradients(parameters):
-        for given, _ in examples(loader, module, inputs):
-            axes = _axes_of_examples(module, given) if axes is None else axes
-            for chunk in zip(*(one.split(_CHUNK) for one in given), strict=True):
-                mode.begin(len(chunk[0]), axes)
-                with mode:
-                    features = module(*chunk)
-                mode.collect(_probed(features, len(chunk[0]), normalised, generator))
-                count += len(chunk[0])
+    passed(mode)
     if not any(name.startswith(OUTPUT_FACTOR) for name in mode.totals):
         raise ConfigurationError(
             f"collect_kfac: expected a module with linear layers on parameters of its own, got {type(module).__name__} "
             "without. Give the encoder itself, neither linearised nor with LoRA."
         )
     factors = {
-        name: (total / count).to(mode.dtypes[name]).cpu()
-        for name, total in mode.totals.items()
+        name: total
+        for name, total in mode.means().items()
         if not name.startswith(INPUT_FACTOR) or OUTPUT_FACTOR + name[2:] in mode.totals  # reaches the features
     }
     check_finite(factors, "Kronecker factors")
-    return factors
+    if corrected:
+        bases = {name: torch.linalg.eigh(one)[1] for name, one in factors.items() if not name.startswith(WHOLE_FACTOR)}
+        values = _Eigenvalues(module, convolutions, bases)
+        passed(values)
+        whole = {name: factor for name, factor in factors.items() if name.startswith(WHOLE_FACTOR)}
+        renamed = {INPUT_FACTOR: INPUT_BASIS, OUTPUT_FACTOR: OUTPUT_BASIS}
+        factors = {**{renamed[n[:2]] + n[2:]: basis for n, basis in bases.items()}, **values.means(), **whole}
+        check_finite(factors, "corrected eigenvalues")
+    return {name: factor.cpu() for name, factor in factors.items()}
+
+
+def _passed(
+    mode: _Factors,
+    module: nn.Module,
+    loader: Iterable[Any],
+    seed: int,
+    normalised: bool,
+    inputs: Callable[[Any], tuple[Any, ...]] | None,
+) -> None:
+    """Let a mode see all examples, with the gradients along their probes."""
+    generator = torch.Generator().manual_seed(seed)
+    parameters = [value for value in module.parameters() if value.is_floating_point()]
+    with torch.inference_mode(False), torch.enable_grad(), evaluating(module), requiring_gradients(parameters):
+        for given, _ in examples(loader, module, inputs):
+            if mode.axes is None:
+                mode.find_axes(module, given)
+            for chunk in zip(*(one.split(_CHUNK) for one in given), strict=True):
+                mode.begin(len(chunk[0]))
+                with mode:
+                    features = module(*chunk)
+                mode.collect(_probed(features, len(chunk[0]), normalised, generator))
 
 
 def _probed(features: Any, count: int, normalised: bool, generator: torch.Generator) -> Tensor:
@@ -113,38 +152,6 @@ def _probed(features: Any, count: int, normalised: bool, generator: torch.Genera
     return (wide * torch.stack(drawn).to(wide)).sum()
 
 
-class _Shapes(TorchFunctionMode):
-    """Notes the shapes of what comes into layer normalisations, in the order of the calls."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: list[torch.Size] = []
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Note the shape on the way."""
-        if func is F.layer_norm:
-            self.found.append((args[0] if args else kwargs["input"]).shape)
-        return func(*args, **(kwargs or {}))
-
-
-def _axes_of_examples(module: nn.Module, given: tuple[Any, ...]) -> list[int | None]:
-    """Along which dimension the examples lie in every layer normalisation: the one that grows with their number.
-
-    Sizes alone would not tell tokens from examples where there are as many of them. None where it is not one dimension.
-    """
-    found = []
-    for copies in (1, 2):
-        shapes = _Shapes()
-        with torch.no_grad(), shapes:
-            module(*(one[:1].repeat(copies, *[1] * (one.ndim - 1)) for one in given))
-        found.append(shapes.found)
-    axes: list[int | None] = []
-    for one, two in zip(*found, strict=True):
-        grown = [axis for axis, (few, many) in enumerate(zip(one[:-1], two[:-1], strict=True)) if many == 2 * few]
-        axes.append(grown[0] if len(grown) == 1 else None)
-    return axes
-
-
 class _Factors(LayerInputs):
     """Sums the factors of what comes together with a parameter."""
 
@@ -157,10 +164,46 @@ class _Factors(LayerInputs):
             if value.ndim and value.numel() and value.numel() == value.shape[-1]
         }
 
-    def begin(self, count: int, axes: list[int | None]) -> None:
+        self.axes: list[int | None] | None = None
+        self.count = 0
+        self._shapes: list[tuple[torch.Size, Tensor | None]] | None = None
+
+    def find_axes(self, module: nn.Module, given: tuple[Any, ...]) -> None:
+        """Find along which dimension the examples lie, at every call that asks: the one that grows with their number.
+
+        Sizes alone would not tell tokens from examples where there are as many of them. None where it is not one
+        dimension, or where examples and tokens lie along one, a token of all examples after the other.
+        """
+        found = []
+        for copies in (1, 2):
+            self._shapes = []
+            with torch.no_grad(), self:
+                module(*(one[:1].repeat(copies, *[1] * (one.ndim - 1)) for one in given))
+            found.append(self._shapes)
+        self._shapes, self.axes = None, []
+        for one, two in zip(*found, strict=True):
+            grown = [
+                axis for axis, (few, many) in enumerate(zip(one[0][:-1], two[0][:-1], strict=True)) if many == 2 * few
+            ]
+            apart = two[1] is None or torch.allclose(*two[1].chunk(2), rtol=1e-3, atol=1e-5)
+            self.axes.append(grown[0] if len(grown) == 1 and apart else None)
+
+    def _measures(self, shape: torch.Size, rows: Tensor | None = None) -> bool:
+        """Whether axes are being looked for, for which a shape is all that counts, and rows ``[R, k]`` themselves."""
+        if self._shapes is None:
+            return False
+        self._shapes.append((shape, rows if rows is not None and rows.ndim == 2 else None))
+        return True
+
+    def begin(self, count: int) -> None:
         """Expect a batch of so many examples."""
-        self._count, self._axes = count, iter(axes)
+        self._count, self._calls = count, iter(self.axes or ())
         self._outputs: list[tuple[Tensor, Callable[[Tensor], None]]] = []
+        self.count += count
+
+    def means(self) -> Params:
+        """The sums over the number of examples."""
+        return {name: (total / self.count).to(self.dtypes[name]) for name, total in self.totals.items()}
 
     def collect(self, target: Tensor) -> None:
         """Add the factors of the gradients of ``target``, with respect to the outputs since :meth:`begin`."""
@@ -198,19 +241,26 @@ class _Factors(LayerInputs):
     def _layer(self, weight: Tensor, inputs: Tensor, bias: Tensor | None, output: Tensor, axis: int = -1) -> Tensor:
         """The output of a weight, watched if that is a parameter ``[out, in]``; its channels lie along ``axis``."""
         key, dtype = self.keys.get(identity_of(weight), (None, None))
-        if key is None or dtype is None:
+        if key is None or dtype is None or self._measures(output.shape, inputs):
             return output
-        rows = inputs.detach().reshape(-1, inputs.shape[-1])
-        tokens = len(rows) / self._count
+        given, example = inputs.detach(), next(self._calls, None)
         if bias is not None and self.keys.get(identity_of(bias), ("",))[0] == bias_of(key):
-            rows = torch.cat([rows, rows.new_ones(len(rows), 1)], 1)
+            given = torch.cat([given, given.new_ones(*given.shape[:-1], 1)], -1)
+        return self._watch(output, self._note_of(key, dtype, given, axis, example))
+
+    def _note_of(
+        self, key: str, dtype: torch.dtype, given: Tensor, axis: int, example: int | None
+    ) -> Callable[[Tensor], None]:
+        """What is done with the gradient at a layer's output; its inputs ``[…, in]`` have a 1 for the bias."""
+        rows = given.reshape(-1, given.shape[-1])
+        tokens = len(rows) / self._count
         self._add(INPUT_FACTOR + key, rows, dtype, tokens)
 
         def note(gradient: Tensor) -> None:
             own = gradient.movedim(axis, -1).flatten(0, -2)
             self._add(OUTPUT_FACTOR + key, own, dtype, tokens, row_blocks(key))
 
-        return self._watch(output, note)
+        return note
 
     def _linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return self._layer(weight, input, bias, F.linear(input, weight, bias))
@@ -234,7 +284,9 @@ class _Factors(LayerInputs):
         eps: float = 1e-5,
     ) -> Tensor:
         output = F.layer_norm(input, normalized_shape, weight, bias, eps)
-        axis = next(self._axes, None)
+        if self._measures(input.shape):
+            return output
+        axis = next(self._calls, None)
         found = [None if one is None else self.keys.get(identity_of(one)) for one in (weight, bias)]
         if axis is None or len(normalized_shape) != 1 or not any(found):
             return output
@@ -250,6 +302,8 @@ class _Factors(LayerInputs):
 
     def _expand(self, input: Tensor, *sizes: Any, **settings: Any) -> Tensor:
         output = input.expand(*sizes, **settings)
+        if self._shapes is not None:
+            return output
         known = self._vectors.get((input.data_ptr(), input.numel(), input.device))
         if known is None or output.numel() != self._count * input.numel() or output.shape[-1] != input.numel():
             return output
@@ -308,3 +362,62 @@ class _Factors(LayerInputs):
             **others,
         )
         return self._linear(attended, out_proj_weight, out_proj_bias), weights
+
+
+class _Eigenvalues(_Factors):
+    """Sums the squares of single examples' gradients along the products of two bases."""
+
+    def __init__(self, module: nn.Module, convolutions: bool, bases: Params) -> None:
+        super().__init__(module, convolutions)
+        del self.rules[F.layer_norm], self.rules[Tensor.expand]
+        self._bases = bases
+
+    def begin(self, count: int) -> None:
+        """See :class:`_Factors`."""
+        super().begin(count)
+        self._uses: Counter[str] = Counter()
+        self._gradients: dict[str, Tensor] = {}
+
+    def collect(self, target: Tensor) -> None:
+        """See :class:`_Factors`; of a layer that is used several times the gradients have been added up."""
+        super().collect(target)
+        for name, gradient in self._gradients.items():
+            self._add_squares(name, gradient)
+
+    def _add_squares(self, name: str, gradients: Tensor) -> None:
+        squares = gradients.square().sum(0)
+        squares = squares if squares.device.type == "mps" else squares.double()
+        self.totals[name] = self.totals[name].add_(squares) if name in self.totals else squares
+
+    def _note_of(
+        self, key: str, dtype: torch.dtype, given: Tensor, axis: int, example: int | None
+    ) -> Callable[[Tensor], None]:
+        """See :class:`_Factors`."""
+        if INPUT_FACTOR + key not in self._bases:
+            return lambda gradient: None
+        if example is None:
+            raise ConfigurationError(
+                f"collect_kfac: expected inputs of {key} that lie along one dimension for every example, got others. "
+                "Collect without corrected."
+            )
+        name, blocks = EIGENVALUES + key, row_blocks(key)
+        self.dtypes[name] = working_dtype(dtype)
+        self._uses[name] += 1
+
+        def single(values: Tensor) -> Tensor:
+            return values.movedim(example, 0).reshape(self._count, -1, values.shape[-1]).to(working_dtype(values.dtype))
+
+        def note(gradient: Tensor) -> None:
+            with torch.autocast(given.device.type, enabled=False):
+                rows, own = single(given), single(gradient.movedim(axis, -1))
+                sides = self._bases[INPUT_FACTOR + key].to(rows), self._bases[OUTPUT_FACTOR + key].to(own)
+                outer = sides[1] if blocks > 1 else sides[1][None]
+                along = torch.einsum("nlbk,bkj->nblj", own.unflatten(-1, (blocks, -1)), outer)
+                whole = along.mT @ (rows @ sides[0])[:, None]
+            whole = whole if blocks > 1 else whole[:, 0]
+            if self._uses[name] == 1:
+                self._add_squares(name, whole)  # at once: those of all layers together would be large
+            else:
+                self._gradients[name] = self._gradients[name] + whole if name in self._gradients else whole
+
+        return note
