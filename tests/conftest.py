@@ -14,10 +14,15 @@ from typing import Any
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import torch
+
+# Read when triton is imported, which Lightning does.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 import lightning as L
 import numpy as np
 import pytest
-import torch
 from builders.fork_server import ForkServer
 from PIL import Image
 from torch import Tensor, nn

@@ -6,6 +6,9 @@ returns a dual result. The value has no graph; the tangent has one, through whic
 
 from __future__ import annotations
 
+import functools
+import importlib.util
+import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
@@ -22,7 +25,12 @@ __all__ = ["FastTangents"]
 
 
 class FastTangents(TorchFunctionMode):
-    """Sends the functions that have a rule to it; torch's fused attention, which has no formula, turns itself off."""
+    """Sends the functions that have a rule to it; torch's fused attention, which has no formula, turns itself off.
+
+    Attention keeps no matrix of weights on a GPU where Triton runs (:mod:`lit_merge.functional.flash`). As for torch's
+    own kernels, ``with sdpa_kernel(SDPBackend.MATH)`` or ``torch.backends.cuda.enable_flash_sdp(False)`` asks for the
+    dense rule, which everything else uses: a CPU, float64, dropout, wide heads, a mask that has a tangent.
+    """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Call the rule, or the function itself."""
@@ -218,6 +226,10 @@ def _attention(
             )
     q, k, v, dq, dk, dv = _as_autocast_does(q.device.type, q, k, v, dq, dk, dv)
     dm = dm if dm is None else dm.to(q.dtype)
+    if dm is None and _flash_fits(q, k, v, mask) and _flash_runs(q.device):
+        from lit_merge.functional.flash import attend
+
+        return forward_ad.make_dual(*attend(q, k, v, dq, dk, dv, mask, is_causal, scale))
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if groups > 1:  # [heads, length, width] -> [keys' heads, queries of one, length, width]
         q, dq = (one if one is None else one.unflatten(-3, (-1, groups)) for one in (q, dq))
@@ -233,6 +245,45 @@ def _attention(
         p.masked_fill_(scores == -torch.inf, 0)  # torch, too, has zeros where a query may see no key
     y, dy = p @ v, _AttentionTangent.apply(scale, p, q, k, v, dq, dk, dv, dm)
     return forward_ad.make_dual(y, dy) if groups == 1 else forward_ad.make_dual(y.flatten(-4, -3), dy.flatten(-4, -3))
+
+
+_WIDEST = 128  # head of which a block's sums of value and tangent fit into registers
+
+
+def _flash_fits(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> bool:
+    """Whether these are shapes and dtypes that the kernels know, and torch's switch is on."""
+    return (
+        torch.backends.cuda.flash_sdp_enabled()
+        and q.ndim == 4
+        and q.dtype in (torch.float32, torch.bfloat16, torch.float16)
+        and q.dtype == k.dtype == v.dtype
+        and q.shape[-1] == v.shape[-1] <= _WIDEST
+        and min(q.numel(), k.numel()) > 0
+        and (mask is None or mask.ndim <= 4)
+    )
+
+
+@functools.cache
+def _flash_runs(device: torch.device) -> bool:
+    """Whether Triton compiles the kernels there, which takes a C compiler besides; tried once."""
+    if device.type != "cuda" or torch.version.hip is not None or importlib.util.find_spec("triton") is None:
+        return False
+    if torch.cuda.get_device_capability(device) < (8, 0):  # no bfloat16
+        return False
+    try:
+        from lit_merge.functional.flash import attend
+
+        one = torch.zeros(1, 1, 1, 16, dtype=torch.bfloat16, device=device)
+        attend(one, one, one, one, one, one)
+    except Exception as error:  # of many kinds, whatever is missing
+        warnings.warn(
+            f"linearised attention: Triton compiles nothing on {device} ({type(error).__name__}: "
+            f"{str(error).splitlines()[0] if str(error) else 'no message'}), so the matrices of weights are kept, of "
+            "queries × keys per head. Install triton and a C compiler.",
+            stacklevel=2,
+        )
+        return False
+    return True
 
 
 def _grouped(mask: Tensor, groups: int) -> Tensor:
