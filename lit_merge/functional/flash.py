@@ -236,13 +236,26 @@ class _Blocks(NamedTuple):
     stages: int
 
 
-def _blocks(width: int, itemsize: int, backward: bool) -> _Blocks:
-    """Fit into 99 KB of shared memory, the least of the GPUs with bfloat16; ``width`` is a power of two."""
-    if itemsize == 4:
-        return _Blocks(32, 32, 4, 1) if width > 64 else _Blocks(64, 32, 4, 1)
-    if width > 64:
-        return _Blocks(64, 32, 4, 2)
-    return _Blocks(64, 64, 4, 2)
+# By kernel, width of a head up to, and bytes of an element: without spilled registers but for float32, and within the
+# 99 KB of shared memory of the smallest GPUs with bfloat16.
+_BLOCKS = {
+    ("forward", 64, 2): _Blocks(64, 64, 4, 2),
+    ("forward", 128, 2): _Blocks(64, 32, 4, 2),
+    ("forward", 64, 4): _Blocks(64, 32, 4, 1),
+    ("forward", 128, 4): _Blocks(32, 32, 4, 1),
+    ("queries", 64, 2): _Blocks(64, 64, 4, 2),
+    ("queries", 128, 2): _Blocks(64, 32, 4, 2),
+    ("queries", 64, 4): _Blocks(64, 32, 4, 1),
+    ("queries", 128, 4): _Blocks(32, 32, 4, 1),
+    ("keys", 64, 2): _Blocks(64, 64, 4, 2),
+    ("keys", 128, 2): _Blocks(32, 64, 4, 2),
+    ("keys", 64, 4): _Blocks(32, 64, 4, 1),
+    ("keys", 128, 4): _Blocks(32, 32, 8, 1),
+}
+
+
+def _blocks(kernel: str, q: Tensor) -> _Blocks:
+    return _BLOCKS[kernel, 64 if q.shape[-1] <= 64 else 128, q.element_size()]
 
 
 class _Attend(torch.autograd.Function):
@@ -263,7 +276,7 @@ class _Attend(torch.autograd.Function):
             "PRECISION": "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32",
         }
         sizes = (heads, length_q, k.shape[2], width, scale)
-        blocks = _blocks(settings["WIDTH"], q.element_size(), False)
+        blocks = _blocks("forward", q)
         y, dy = torch.empty_like(q), torch.empty_like(q)
         top, inverse = torch.empty(2, batch, heads, length_q, device=q.device, dtype=torch.float32)
         tangents = [value if one is None else one for one, value in ((dq, q), (dk, k), (dv, v))]
@@ -284,8 +297,6 @@ class _Attend(torch.autograd.Function):
         q, k, v, mask, y, top, inverse = ctx.saved_tensors
         of_q, of_k, of_v = ctx.needs_input_grad[6:]
         g = g if g.stride(-1) == 1 else g.contiguous()
-        blocks = _blocks(ctx.settings["WIDTH"], q.element_size(), True)
-        programs = q.shape[0] * q.shape[1] * triton.cdiv(q.shape[2], blocks.queries)
         dq, dk, dv = (torch.empty_like(one) if wanted else None for one, wanted in ((q, of_q), (k, of_k), (v, of_v)))
         delta = torch.empty_like(top)
         common = (*_strides(q, k, v), *_mask_strides(mask))
@@ -293,11 +304,14 @@ class _Attend(torch.autograd.Function):
         with torch.cuda.device_of(q):
             if of_q or of_k:
                 out = q if dq is None else dq
+                blocks = _blocks("queries", q)
+                programs = q.shape[0] * q.shape[1] * triton.cdiv(q.shape[2], blocks.queries)
                 _backward_queries[(programs,)](
                     q, k, v, mask, y, top, inverse, g, delta, out, *common, *_strides(y, g, out), *ctx.sizes,
                     **ctx.settings, OF_Q=of_q, **_launched(blocks),
                 )  # fmt: skip
             if of_k or of_v:
+                blocks = _blocks("keys", q)
                 programs = k.shape[0] * k.shape[1] * triton.cdiv(k.shape[2], blocks.keys)
                 outs = [like if one is None else one for one, like in ((dk, k), (dv, v))]
                 _backward_keys[(programs,)](
