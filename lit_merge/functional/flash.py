@@ -242,7 +242,7 @@ _BLOCKS = {
     ("forward", 64, 2): _Blocks(64, 64, 4, 2),
     ("forward", 128, 2): _Blocks(64, 32, 4, 2),
     ("forward", 64, 4): _Blocks(64, 32, 4, 1),
-    ("forward", 128, 4): _Blocks(32, 32, 4, 1),
+    ("forward", 128, 4): _Blocks(16, 32, 4, 1),
     ("queries", 64, 2): _Blocks(64, 64, 4, 2),
     ("queries", 128, 2): _Blocks(64, 32, 4, 2),
     ("queries", 64, 4): _Blocks(64, 32, 4, 1),
