@@ -1,4 +1,4 @@
-"""Exact match by generation: what a language model writes, compared with what it should have written."""
+"""What a language model writes: compared with what it should have written, and rewarded."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ import torch
 from lit_merge.errors import ConfigurationError
 from lit_merge.files.text import write_text
 from lit_merge.metrics.example_mean import ExampleMean
+from lit_merge.metrics.rewards import Reward, checked_rewards
 from lit_merge.metrics.spearman import Spearman
-from lit_merge.models.language.generation import Generation, expected_texts, prompts
+from lit_merge.models.language.generation import Generation, expected_texts, prompt_texts, prompts
 from lit_merge.models.merged import swapped
 
 __all__ = ["GeneratedAnswers"]
@@ -25,20 +26,30 @@ class GeneratedAnswers(L.Callback):
 
     Logs ``test/{task}/exact_match``, the fraction of answers that are letter by letter the expected ones, and of tasks
     whose answers are all numbers ``test/{task}/spearman``, their rank correlation (STS-B), where what is no number
-    counts as 0. All settings of the generation are written beside the metrics.
+    counts as 0. With ``rewards`` it also logs ``test/{task}/reward/{name}``, the mean reward of what was written, e.g.
+    the toxicity that a classifier finds in it. All settings of the generation are written beside the metrics.
 
     Args:
         max_new_tokens: most tokens of an answer.
         tasks: which tasks; None for all that predict tokens.
         path: the file with settings and results, relative to the run's directory.
+        rewards: name -> reward of prompts and what was written, by class path.
 
     Raises:
         ConfigurationError: a number is out of its range; in evaluation, the network predicts no tokens, or is
             linearised, of which there is no next token to go on from that is linear.
     """
 
-    def __init__(self, max_new_tokens: int = 32, tasks: list[str] | None = None, path: str = "generation.json") -> None:
+    def __init__(
+        self,
+        max_new_tokens: int = 32,
+        tasks: list[str] | None = None,
+        path: str = "generation.json",
+        rewards: dict[str, Reward] | None = None,
+    ) -> None:
         self.generation, self.tasks, self.path = Generation(max_new_tokens), tasks, path
+        self.rewards = dict(rewards or {})
+        self._rewarded: dict[tuple[str, str], ExampleMean] = {}
         self._matches: dict[str, ExampleMean] = {}
         self._numbers: dict[str, Spearman] = {}
         self._unreadable: dict[str, ExampleMean] = {}
@@ -64,7 +75,7 @@ class GeneratedAnswers(L.Callback):
                 "GeneratedAnswers: expected a model that is not linearised, got one that is. Rank answers instead, or "
                 "set linearized to false."
             )
-        self._matches, self._numbers, self._unreadable = {}, {}, {}
+        self._matches, self._numbers, self._unreadable, self._rewarded = {}, {}, {}, {}
 
     def on_validation_batch_end(
         self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
@@ -85,7 +96,12 @@ class GeneratedAnswers(L.Callback):
         tokenization = pl_module.base.preprocessing
         held = getattr(pl_module, "_held", None)
         with swapped(pl_module.network, held) if held is not None else nullcontext():
-            written = self.generation(pl_module.network, tokenization, prompts(batch, tokenization))
+            given = prompts(batch, tokenization)
+            written = self.generation(pl_module.network, tokenization, given)
+        for name, reward in self.rewards.items():
+            values = checked_rewards(name, reward, prompt_texts(given, tokenization), written).to(pl_module.device)
+            mean = self._rewarded.setdefault((task, name), ExampleMean().to(pl_module.device))
+            mean.update(values, batch.indices >= 0)
         pairs = [
             (got, expected)
             for got, expected, index in zip(
@@ -112,7 +128,9 @@ class GeneratedAnswers(L.Callback):
         """Log the results, and write them with the settings."""
         found = self._log(pl_module, "test")
         if trainer.is_global_zero:
-            content = {"settings": self.generation.settings(pl_module.base.preprocessing), "results": found}
+            rewards = {"rewards": {name: repr(reward) for name, reward in self.rewards.items()}} if self.rewards else {}
+            settings = self.generation.settings(pl_module.base.preprocessing)
+            content = {"settings": settings, **rewards, "results": found}
             write_text(Path(trainer.default_root_dir) / self.path, json.dumps(content, indent=2) + "\n")
 
     def _log(self, pl_module: Any, split: str) -> dict[str, dict[str, float]]:
@@ -122,6 +140,8 @@ class GeneratedAnswers(L.Callback):
             numbers = self._numbers[task].compute()
             if float(self._unreadable[task].compute()) == 0:
                 found[task]["spearman"] = float(numbers)
+            own = {name: mean for (one, name), mean in self._rewarded.items() if one == task}
+            found[task] |= {f"reward/{name}": float(mean.compute()) for name, mean in own.items()}
             for name, value in found[task].items():
                 whose = f"{split}/{task}/{name}" if hasattr(pl_module, "tasks") else f"{split}/{name}"
                 pl_module.log(whose, value, rank_zero_only=False)

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     import lightning as L
     from torch import Tensor
 
+    from lit_merge.evaluation.measures import Measure
     from lit_merge.models.linear_features import LinearFeatures
     from lit_merge.modules.multitask import MultiTaskModule
 
@@ -51,16 +52,28 @@ class Evaluation:
         module: evaluates, as it is set: the encoder, or its tangent at θ0.
         loaders: task -> validation loader, from :func:`validation_loaders`.
         precision: 32-true, bf16-mixed or 16-mixed.
+        measures: task -> what it is measured by, of the tasks whose accuracy is not meant.
     """
 
-    def __init__(self, module: MultiTaskModule, loaders: Mapping[str, Any], precision: str = "32-true") -> None:
-        self.loaders = dict(loaders)
+    def __init__(
+        self,
+        module: MultiTaskModule,
+        loaders: Mapping[str, Any],
+        precision: str = "32-true",
+        measures: Mapping[str, Measure] | None = None,
+    ) -> None:
+        self.loaders, self.measures = dict(loaders), dict(measures or {})
         self.precision = precision
         self.model = PlacedModel(module)
         self._cache: Cache | None = None
-        if all(hasattr(getattr(loader, "dataset", None), "digest") for loader in loaders.values()):
+        known = all(measure.key is not None for measure in self.measures.values())
+        if known and all(hasattr(getattr(loader, "dataset", None), "digest") for loader in loaders.values()):
             self._cache = Cache("accuracies")
-            self._images = {task: loader.dataset.digest() for task, loader in loaders.items()}
+            keys = {task: measure.key for task, measure in self.measures.items()}
+            self._images = {
+                task: [loader.dataset.digest(), keys[task]] if task in keys else loader.dataset.digest()
+                for task, loader in loaders.items()
+            }
             self._identity = [
                 *(_VERSION, __version__, torch.__version__, module.device.type, torch.get_float32_matmul_precision()),
                 *(module.base_name, module.base_fingerprint, str(module.network), module.linearized),
@@ -76,7 +89,7 @@ class Evaluation:
     def accuracy(
         self, vector: TaskVector | None, coefficient: float = 1.0, tasks: Sequence[str] | None = None
     ) -> dict[str, float]:
-        """Task -> accuracy, in [0, 1].
+        """Task -> accuracy, in [0, 1], or what else the task is measured by.
 
         Args:
             vector: τ, which is read twice; None for the pre-trained model.
@@ -106,6 +119,8 @@ class Evaluation:
         module, head = self.module, self.module.head_of(task)
         with torch.inference_mode(), self._autocast():
             placed = (batch.to(module.device) for batch in self.loaders[task])
+            if task in self.measures:
+                return self.measures[task](module, task, placed)
             return _accuracy(hits_of(head, head(module.features(batch)), batch) for batch in placed)
 
     def _autocast(self) -> torch.autocast:

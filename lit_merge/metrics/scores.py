@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 
 from lit_merge.errors import DataError
 
 __all__ = [
     "best_point",
+    "hypervolume",
+    "kept_share",
     "mean_accuracy",
     "negation_score",
     "normalised_accuracy",
@@ -82,6 +85,38 @@ def negation_score(target: float, control: float, pretrained_control: float, con
     return -target if control >= required else -1 - (required - control)
 
 
+def kept_share(
+    found: Mapping[str, float], pretrained: Mapping[str, float], tasks: Sequence[str], alone: Sequence[str] = ()
+) -> float:
+    """The share that a model keeps of what the pre-trained one has on control tasks of several measures.
+
+    It is the smallest of the ratios found / pretrained: of the mean over the tasks that are measured alike, by their
+    accuracies, and of each of the others by itself. Of ``1 / perplexity`` the ratio is ``perplexity(θ0) /
+    perplexity(θ)``, so that to keep 95 % is ``perplexity(θ) ≤ perplexity(θ0) / 0.95``.
+
+    Args:
+        found: task -> measure, the more the better.
+        pretrained: task -> that of the pre-trained model.
+        tasks: the control tasks, at least one.
+        alone: those among them that are not measured by accuracy.
+
+    Raises:
+        DataError: the pre-trained model has nothing to keep.
+    """
+    together = [task for task in tasks if task not in alone]
+    groups = [[task] for task in tasks if task in alone] + ([together] if together else [])
+    shares = []
+    for group in groups:
+        before = mean_accuracy(pretrained, group)
+        if before <= 0:
+            raise DataError(
+                f"control: expected a positive measure of the pre-trained model, got {before:.4g} for "
+                f"{', '.join(group)}. Leave it out of control."
+            )
+        shares.append(mean_accuracy(found, group) / before)
+    return min(shares)
+
+
 def pareto_front(points: Sequence[Sequence[float]]) -> list[int]:
     """The points that no other one dominates.
 
@@ -99,6 +134,32 @@ def pareto_front(points: Sequence[Sequence[float]]) -> list[int]:
         return tuple(one) != tuple(other) and all(a >= b for a, b in zip(one, other, strict=True))
 
     return [index for index, point in enumerate(points) if not any(dominates(other, point) for other in points)]
+
+
+def hypervolume(points: Sequence[Sequence[float]], reference: Sequence[float]) -> float:
+    """The volume that is dominated by some of the points, and dominates a reference point (Zitzler and Thiele 1998).
+
+    That is the volume of the union of the boxes from the reference to each point; a point that is not above the
+    reference in every coordinate has none. It is computed exactly, by slices along the last coordinate.
+
+    Args:
+        points: N points of d coordinates each, to be high; as many as a front has: time grows as N^d.
+        reference: d coordinates.
+
+    Examples:
+        >>> hypervolume([(2.0, 1.0), (1.0, 3.0)], (0.0, 0.0))
+        4.0
+    """
+    above = [tuple(point) for point in points if all(a > b for a, b in zip(point, reference, strict=True))]
+    if not above:
+        return 0.0
+    if len(reference) == 1:
+        return max(point[0] for point in above) - reference[0]
+    volume, upper = 0.0, [*sorted({point[-1] for point in above}, reverse=True), reference[-1]]
+    for high, low in itertools.pairwise(upper):
+        slice_ = [point[:-1] for point in above if point[-1] >= high]
+        volume += (high - low) * hypervolume(slice_, reference[:-1])
+    return volume
 
 
 def best_point(scores: Sequence[float], values: Sequence[Sequence[float]]) -> int:

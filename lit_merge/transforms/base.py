@@ -41,6 +41,7 @@ __all__ = [
     "check_transform",
     "finite_number",
     "one_of",
+    "plain_object",
     "whole_number",
 ]
 
@@ -75,8 +76,7 @@ class Transform(ABC):
 
     def to_config(self) -> dict[str, Any]:
         """The transform as plain data, ``{"class_path": …, "init_args": {…}}``, as jsonargparse reads it."""
-        arguments = {field.name: _plain(getattr(self, field.name)) for field in fields(self) if field.init}
-        return {"class_path": _import_path(type(self)), "init_args": arguments}
+        return plain_object(self)
 
     def _number(
         self, field: str, minimum: float | None = None, maximum: float | None = None, below: float | None = None
@@ -206,6 +206,20 @@ def check_transform(what: str, value: object) -> None:
         raise ConfigurationError(
             f"{what}: expected a transform, got {value!r}. Pass an instance, such as Sum() rather than Sum."
         )
+
+
+def plain_object(value: Any) -> dict[str, Any]:
+    """A dataclass as plain data, ``{"class_path": …, "init_args": {…}}``, as jsonargparse reads it.
+
+    Raises:
+        ConfigurationError: it is no dataclass, or one of its fields cannot be written down.
+    """
+    if not is_dataclass(value) or isinstance(value, type):
+        raise ConfigurationError(
+            f"to_config: expected a dataclass, whose fields are its settings, got {value!r}. Make it one."
+        )
+    arguments = {field.name: _plain(getattr(value, field.name)) for field in fields(value) if field.init}
+    return {"class_path": _import_path(type(value)), "init_args": arguments}
 
 
 def _plain(value: Any) -> Any:

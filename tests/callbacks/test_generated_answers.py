@@ -14,7 +14,7 @@ from transformers import GenerationConfig
 from lit_merge.callbacks import GeneratedAnswers
 from lit_merge.data.text.batch import TextBatch
 from lit_merge.errors import ConfigurationError
-from lit_merge.metrics import spearman
+from lit_merge.metrics import WordCount, spearman
 from lit_merge.models.language import CausalNetwork, Seq2SeqNetwork, TextEncoderNetwork
 from lit_merge.models.language.generation import Generation, expected_texts, prompts
 from lit_merge.modules import FineTuneModule, MultiTaskModule
@@ -110,13 +110,16 @@ def test_exact_match_and_rank_correlation(network, silent_trainer, tmp_path, mon
     numbers = ["4.5", "1", "x"]  # what the model is made to write for the second task
     batches = [answered(base, TEXTS, [own[0], "w19", "a"]), answered(base, TEXTS[:2] * 2, ["w1", "w2", "w3", "w1"])]
     module = MultiTaskModule(network=base)
-    callback = GeneratedAnswers(max_new_tokens=4)
+    callback = GeneratedAnswers(max_new_tokens=4, rewards={"words": WordCount(2)})
     trainer = silent_trainer(callbacks=[callback])
     metrics = trainer.test(module, datamodule=Answers(batches, ("one", "two")), verbose=False)[0]
     assert metrics["test/one/exact_match"] == 0.5
     assert "test/one/spearman" not in metrics
     written = json.loads((tmp_path / "run/generation.json").read_text())
-    assert written["results"]["one"] == {"exact_match": 0.5}
+    reward = sum(-abs(len(text.split()) - 2) / 2 for text in own[:2]) / 2
+    assert written["results"]["one"] == {"exact_match": 0.5, "reward/words": pytest.approx(reward)}
+    assert metrics["test/one/reward/words"] == pytest.approx(reward)
+    assert written["rewards"] == {"words": "WordCount(words=2)"}
     assert written["settings"] == {
         **{"do_sample": False, "num_beams": 1, "num_return_sequences": 1, "early_stopping": False, "temperature": 1.0},
         **{"top_k": 50, "top_p": 1.0, "typical_p": 1.0, "min_new_tokens": 0, "repetition_penalty": 1.0},

@@ -19,6 +19,8 @@ from lit_merge.evaluation.search.result import SearchPoint, SearchResult
 from lit_merge.evaluation.search.settings import CONTROLLED, CoefficientSearch, with_fields
 from lit_merge.metrics.scores import (
     best_point,
+    hypervolume,
+    kept_share,
     mean_accuracy,
     negation_score,
     normalised_accuracy,
@@ -75,8 +77,10 @@ def search_coefficient(
 
     Raises:
         ConfigurationError: the chain has no such field, the tasks are not in the data, the criterion needs other tasks
-            or vectors, Optuna is not installed, or no point keeps the control accuracy.
+            or vectors, Optuna is not installed, no point keeps the control accuracy, or a task cannot be measured as
+            the search says.
         DataError: a task has no validation images, or an accuracy to divide by is 0.
+        NonFiniteError: a reward is NaN or infinite.
         StructureMismatchError: the vectors belong to another base or architecture.
     """
     from lit_merge.modules.multitask import MultiTaskModule
@@ -142,6 +146,15 @@ class _Search:
 
     def __post_init__(self) -> None:
         self.points: list[SearchPoint] = []
+        self.measures = self.search.measures()
+        named = [task for task in self.measures if task not in [*self.target, *self.control]]
+        kinds = {self.search.measured(task) for task in self.target}
+        if named or len(kinds) > 1:
+            what = f"{named[0]!r}, which is neither" if named else f"targets measured by {' and '.join(sorted(kinds))}"
+            raise ConfigurationError(
+                "search.perplexity and search.rewards: expected target and control tasks, all targets measured alike, "
+                f"got {what}. Name the tasks of data, and the targets by search.target."
+            )
         varied = self.search.varied
         self.factor = next((name for name in varied if direction_of(self.transform, name) is not None), None)
         self._merged: tuple[Transform, TaskVector] | None = None
@@ -160,21 +173,22 @@ class _Search:
         loaders = validation_loaders(self.module, self.data, [*self.target, *self.control])
         told = all(hasattr(getattr(loader, "dataset", None), "digest") for loader in loaders.values())
         kept = getattr(self.module.base, "vector_features", True)  # not logits over a vocabulary at every position
-        if self.module.linearized and self.factor is not None and told and kept:
+        if self.module.linearized and self.factor is not None and told and kept and not self.measures:
             return LinearEvaluation(self.module, loaders, self._own, self.search.precision)
-        return Evaluation(self.module, loaders, self.search.precision)
+        return Evaluation(self.module, loaders, self.search.precision, self.measures)
 
     @cached_property
     def individual(self) -> dict[str, float] | None:
         """Target task -> accuracy of its own vector, where the criterion or the report of one task each needs it."""
-        if self.search.criterion == "negation" or len(self._own) < len(self.target):
+        of_rewards = any(task in (self.search.rewards or {}) for task in self.target)  # that have no ratios
+        if self.search.criterion == "negation" or len(self._own) < len(self.target) or of_rewards:
             return None
         return {task: self.evaluation.accuracy(own, tasks=[task])[task] for task, own in self._own.items()}
 
     @cached_property
     def zero_shot(self) -> dict[str, float] | None:
-        """Task -> accuracy of the pre-trained model, where the criterion needs it."""
-        return self.evaluation.accuracy(None) if self.search.criterion in CONTROLLED else None
+        """Task -> accuracy of the pre-trained model, where the criterion or a measure needs it."""
+        return self.evaluation.accuracy(None) if self.search.criterion in CONTROLLED or self.measures else None
 
     def evaluate(self, point: dict[str, float]) -> float:
         """The score of a point, which is kept."""
@@ -182,10 +196,18 @@ class _Search:
         own = {task: accuracy[task] for task in self.target}
         normalised = None if self.individual is None else normalised_accuracy(own, self.individual)
         absolute = mean_accuracy(accuracy, self.target)
-        control = mean_accuracy(accuracy, self.control) if self.control else None
+        control = self._control(accuracy) if self.control else None
         score = self._score(accuracy, normalised, absolute, control)
         self.points.append(SearchPoint(point, accuracy, absolute, normalised, control, score))
         return score
+
+    def _control(self, accuracy: Mapping[str, float]) -> float:
+        """The mean accuracy of the control tasks; the share that is kept, where they are not all measured by it."""
+        alone = [task for task in self.control if task in self.measures]
+        if not alone:
+            return mean_accuracy(accuracy, self.control)
+        assert self.zero_shot is not None
+        return kept_share(accuracy, self.zero_shot, self.control, alone)
 
     def result(self) -> SearchResult:
         """The choice among the points."""
@@ -194,14 +216,20 @@ class _Search:
         forgetting = self.search.criterion == "negation"
         if forgetting and chosen.score < -1:
             assert self.zero_shot is not None
-            kept = mean_accuracy(self.zero_shot, self.control)
+            kept, what = self._control(self.zero_shot), "accuracy"
+            what = "measures" if any(task in self.measures for task in self.control) else what
             raise ConfigurationError(
-                f"search: expected a point that keeps {self.search.control_share:g} of the control accuracy "
+                f"search: expected a point that keeps {self.search.control_share:g} of the control {what} "
                 f"{kept:.4g}, got at most {chosen.control:.4g} ({_named(chosen.fields)}). "
                 "Add smaller values; 0 keeps all of it."
             )
         signs = {task: -1 if forgetting and task in self.target else 1 for task in chosen.accuracy}
-        front = pareto_front([[signs[task] * point.accuracy[task] for task in signs] for point in self.points])
+        places = [[signs[task] * point.accuracy[task] for task in signs] for point in self.points]
+        front, volume = pareto_front(places), None
+        if self.measures:
+            assert self.zero_shot is not None
+            start = [signs[task] * self.zero_shot[task] for task in signs]
+            volume = hypervolume([places[index] for index in front], start)
         return SearchResult(
             points=self.points,
             chosen=best,
@@ -213,6 +241,9 @@ class _Search:
             control=self.control,
             individual=self.individual,
             zero_shot=self.zero_shot,
+            measures={task: measure.describe() for task, measure in self.measures.items()},
+            perplexity=list(self.search.perplexity or []),
+            hypervolume=volume,
         )
 
     def _accuracy(self, point: Mapping[str, float]) -> dict[str, float]:
@@ -236,7 +267,12 @@ class _Search:
         assert control is not None
         assert self.zero_shot is not None
         if self.search.criterion == "negation":
-            kept = mean_accuracy(self.zero_shot, self.control)
+            kept = self._control(self.zero_shot)
+            if not 0 <= absolute <= 1:
+                raise ConfigurationError(
+                    f"search.rewards: expected a target of negation in [0, 1], such as a probability, got "
+                    f"{absolute:.4g}. Set score of the classifier to softmax or sigmoid."
+                )
             return negation_score(absolute, control, kept, self.search.control_share)
         assert self.individual is not None
         zero_shot = {task: self.zero_shot[task] for task in self.control}

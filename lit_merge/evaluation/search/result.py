@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
+from dataclasses import field as dataclass_field
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,12 @@ class SearchPoint:
 
     Attributes:
         fields: address of a field -> its value.
-        accuracy: task -> accuracy on the validation split, of the target and the control tasks.
+        accuracy: task -> accuracy on the validation split, of the target and the control tasks; of those that are
+            measured otherwise 1 / perplexity, or the mean reward.
         absolute: mean accuracy of the target tasks.
         normalised: mean normalised accuracy of the target tasks; None where the single models were not evaluated.
-        control: mean accuracy of the control tasks; None if there are none.
+        control: mean accuracy of the control tasks, or the share that is kept (:func:`~lit_merge.metrics.kept_share`)
+            where they are measured otherwise; None if there are none.
         score: what the criterion makes of it; the highest one is chosen.
     """
 
@@ -50,6 +53,9 @@ class SearchResult:
         control: the control tasks.
         individual: task -> accuracy of its single fine-tuned model; None where that was not needed.
         zero_shot: task -> accuracy of the pre-trained model; None where that was not needed.
+        measures: task -> what stands for its accuracy, in words.
+        perplexity: the tasks that are measured by it.
+        hypervolume: of the front above the pre-trained model, in the same coordinates; None where all is accuracy.
     """
 
     points: list[SearchPoint]
@@ -62,6 +68,9 @@ class SearchResult:
     control: list[str]
     individual: dict[str, float] | None = None
     zero_shot: dict[str, float] | None = None
+    measures: dict[str, str] = dataclass_field(default_factory=dict)
+    perplexity: list[str] = dataclass_field(default_factory=list)
+    hypervolume: float | None = None
 
     @property
     def fields(self) -> dict[str, float]:
@@ -117,6 +126,10 @@ class SearchResult:
         if len(self.fields) == 1:
             one = {"field": self.field, "best": self.best, "values": self.values}
             one |= {"absolute": self.absolute, "normalised": self.normalised or None}
+        if self.measures:
+            one |= {"measures": self.measures, "hypervolume": self.hypervolume}
+            one |= {"perplexities": [self._perplexities(point.accuracy) for point in self.points]}
+            one |= {"perplexities_of_base": self._perplexities(self.zero_shot or {})}
         return {
             "criterion": self.criterion,
             "split": self.split,
@@ -131,6 +144,9 @@ class SearchResult:
             "zero_shot": self.zero_shot,
             "points": [asdict(point) for point in self.points],
         }
+
+    def _perplexities(self, found: dict[str, float]) -> dict[str, float]:
+        return {task: 1 / found[task] if found[task] else float("inf") for task in self.perplexity}
 
     def save(self, path: Path) -> None:
         """Write :meth:`plain` as JSON, whole or not at all."""

@@ -5,13 +5,16 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.util import find_spec
 from typing import Any, Literal, get_args
 
 from lit_merge.errors import ConfigurationError
+from lit_merge.evaluation.measures import MeanReward, Measure, TokenProbability
+from lit_merge.metrics.rewards import Reward
+from lit_merge.models.language.generation import Generation
 from lit_merge.transforms import Transform, replace_field
-from lit_merge.transforms.base import finite_number, whole_number
+from lit_merge.transforms.base import finite_number, plain_object, whole_number
 
 __all__ = ["CONTROLLED", "CoefficientSearch", "Criterion", "OptunaStudy", "Precision", "with_fields"]
 
@@ -75,6 +78,12 @@ class CoefficientSearch:
     - ``negation``: the lowest mean accuracy on the target tasks among the points that keep the share
       ``control_share`` of the pre-trained model's mean accuracy on the control tasks (Ilharco et al. 2023, section 3).
 
+    A task can be measured by something else than its accuracy. By ``perplexity``, ``1 / perplexity`` stands for the
+    accuracy everywhere: a control keeps the share s where ``perplexity(θ) ≤ perplexity(θ0) / s``, each such control by
+    itself, and the target is forgotten where its perplexity is highest. By ``rewards``, it is the mean reward of what
+    is written after its prompts (``absolute``, or the target of ``negation`` if it is a probability). The points then
+    come with their Pareto front and its hypervolume above the pre-trained model's.
+
     Among equals the point with the smallest values is taken.
 
     Args:
@@ -88,6 +97,9 @@ class CoefficientSearch:
         control_share: s, in (0, 1].
         target_weight: w, at least 0.
         precision: that the models are evaluated in; a suite takes that of its tests.
+        perplexity: tasks of texts that are measured by a language model's perplexity.
+        rewards: task -> the reward of responses to its prompts, by class path, which it is measured by.
+        max_new_tokens: most tokens of such a response.
 
     Raises:
         ConfigurationError: a grid is empty, there is no such criterion, a number is out of its range, or the points
@@ -104,6 +116,9 @@ class CoefficientSearch:
     control_share: float = 0.95
     target_weight: float = 2.0
     precision: Precision = "32-true"
+    perplexity: list[str] | None = None
+    rewards: dict[str, Reward] | None = None
+    max_new_tokens: int = 32
 
     def __post_init__(self) -> None:
         one_field = self.values != _grid() or self.field != "coefficient"
@@ -138,6 +153,34 @@ class CoefficientSearch:
             raise ConfigurationError(
                 "search.control_share: expected a share above 0 and at most 1, got 0. Use e.g. 0.95."
             )
+        if both := [task for task in self.perplexity or [] if task in (self.rewards or {})]:
+            raise ConfigurationError(
+                f"search.perplexity and search.rewards: expected a task in one of them, got {both[0]!r} in both."
+            )
+        if self.rewards and self.criterion not in ("absolute", "negation"):
+            raise ConfigurationError(
+                f"search.rewards: expected the criterion absolute or negation, as rewards have no ratios, got "
+                f"{self.criterion}. Set criterion to absolute."
+            )
+        self.measures()  # refuses its settings
+
+    def measures(self) -> dict[str, Measure]:
+        """Task -> what it is measured by, of the tasks whose accuracy is not meant."""
+        generation = Generation(self.max_new_tokens)
+        return {
+            **{task: TokenProbability() for task in self.perplexity or []},
+            **{task: MeanReward(task, reward, generation) for task, reward in (self.rewards or {}).items()},
+        }
+
+    def measured(self, task: str) -> str:
+        """What a task is measured by: ``accuracy``, ``perplexity`` or ``reward``."""
+        return (
+            "perplexity"
+            if task in (self.perplexity or [])
+            else "reward"
+            if task in (self.rewards or {})
+            else "accuracy"
+        )
 
     @property
     def varied(self) -> list[str]:
@@ -174,7 +217,10 @@ class CoefficientSearch:
         defaults = asdict(CoefficientSearch())
         several = self.fields is not None or self.optuna is not None
         always = {"criterion"} if several else {"values", "field", "criterion"}
-        given = {name: value for name, value in asdict(self).items() if name in always or value != defaults[name]}
+        whole = asdict(replace(self, rewards=None))
+        given = {name: value for name, value in whole.items() if name in always or value != defaults[name]}
+        if self.rewards:
+            given["rewards"] = {task: plain_object(reward) for task, reward in self.rewards.items()}
         plain: dict[str, Any] = json.loads(json.dumps(given))
         return plain
 

@@ -21,7 +21,7 @@ from lit_merge.models.language.tokenization import Tokenization
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["Generation", "expected_texts", "prompts"]
+__all__ = ["Generation", "expected_texts", "prompt_texts", "prompts"]
 
 _PINNED: dict[str, Any] = {
     **{"do_sample": False, "num_beams": 1, "num_return_sequences": 1, "early_stopping": False},
@@ -100,6 +100,12 @@ def prompts(batch: Any, tokenization: Tokenization) -> list[Tensor]:
         return [row[: int(known.sum())] for row, known in zip(ids, mask, strict=True)]
     first = batch.inputs[2].flatten(1)[:, 0]  # it predicts the first token of what follows
     return [row[: int(place) + 1] for row, place in zip(ids if ids.ndim == 2 else ids[:, 0], first, strict=True)]
+
+
+def prompt_texts(texts: Sequence[Tensor], tokenization: Tokenization) -> list[str]:
+    """Prompts as texts again, without special tokens."""
+    decode = tokenization.tokenizer.decode
+    return [decode(one.tolist(), skip_special_tokens=True).strip() for one in texts]
 
 
 def expected_texts(batch: Any, tokenization: Tokenization) -> list[str | None]:

@@ -23,9 +23,12 @@ from lit_merge.params import check_finite
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["LoadedModel", "load_language_model", "longest_input"]
+__all__ = ["LoadedModel", "load_classifier", "load_language_model", "longest_input"]
 
-_AUTO = {"encoder": "AutoModel", "encoder_decoder": "AutoModelForSeq2SeqLM", "causal": "AutoModelForCausalLM"}
+_AUTO = {
+    **{"encoder": "AutoModel", "encoder_decoder": "AutoModelForSeq2SeqLM", "causal": "AutoModelForCausalLM"},
+    "classifier": "AutoModelForSequenceClassification",
+}
 _CLASSES = {"encoder": "TextEncoderNetwork", "encoder_decoder": "Seq2SeqNetwork", "causal": "CausalNetwork"}
 _TOKENIZERS = (
     "tokenizer.json",
@@ -90,8 +93,37 @@ def load_language_model(
     address = parse_address(path)
     where, repository = (local_path(path), None) if address is None else (_snapshot(address), address.repository)
     if where.suffix == ".gguf":
-        config, tokenizer, model = _from_gguf(transformers, where, kind, dtype, attention)
+        tokenizer, model = _from_gguf(transformers, where, kind, dtype, attention)
         return LoadedModel(_without_dropout(model, dropout), tokenizer, where.parent, (where,), repository)
+    loaded = _from_folder(transformers, path, where, repository, kind, dtype, attention)
+    _without_dropout(loaded.model, dropout)
+    return loaded
+
+
+def load_classifier(path: str) -> LoadedModel:
+    """Load a sequence classifier with its own head, e.g. a reward model, and its tokenizer; in float32.
+
+    Args:
+        path: a folder of transformers, or ``hf://owner/name``.
+
+    Raises:
+        LitMergeError: as for :func:`load_language_model`, or the folder has no head.
+    """
+    transformers, address = _transformers(), parse_address(path)
+    where, repository = (local_path(path), None) if address is None else (_snapshot(address), address.repository)
+    return _from_folder(transformers, path, where, repository, "classifier", torch.float32, None)
+
+
+def _from_folder(
+    transformers: Any,
+    path: str,
+    where: Path,
+    repository: str | None,
+    kind: str,
+    dtype: torch.dtype,
+    attention: str | None,
+) -> LoadedModel:
+    """A model of transformers in its folder; ``classifier`` is a kind as well."""
     if not (where / "config.json").is_file():
         got = "nothing" if not where.exists() else "no config.json in it" if where.is_dir() else "a file"
         raise ConfigurationError(
@@ -108,13 +140,14 @@ def load_language_model(
         tokenizer = transformers.AutoTokenizer.from_pretrained(
             where, use_fast=True, local_files_only=True, trust_remote_code=False
         )
-    _check_kind(path, config, kind)
+    if kind != "classifier":
+        _check_kind(path, config, kind)
     opened = open_model(where)
-    stored = opened.without_prefix()
+    stored = opened if kind == "classifier" else opened.without_prefix()
     model = _built(transformers, path, kind, config, stored, dtype, attention)
     _check_vocabulary(path, model, tokenizer)
     activations = activations_of(opened)
-    return LoadedModel(_without_dropout(model, dropout), tokenizer, where, opened.files, repository, activations)
+    return LoadedModel(model, tokenizer, where, opened.files, repository, activations)
 
 
 def longest_input(model: nn.Module, tokenizer: Any) -> int | None:
@@ -148,8 +181,8 @@ def _snapshot(address: Address) -> Path:
     return fetch(address, also=is_companion).folder / address.path
 
 
-def _from_gguf(transformers: Any, file: Path, kind: Kind, dtype: torch.dtype, attention: str) -> tuple[Any, Any, Any]:
-    """Configuration, tokenizer and model of a GGUF file."""
+def _from_gguf(transformers: Any, file: Path, kind: Kind, dtype: torch.dtype, attention: str) -> tuple[Any, Any]:
+    """Tokenizer and model of a GGUF file."""
     if kind != "causal":
         raise ConfigurationError(f"{file}: expected a folder for {_CLASSES[kind]}, got a GGUF file. Use CausalNetwork.")
     if not file.is_file():
@@ -162,10 +195,10 @@ def _from_gguf(transformers: Any, file: Path, kind: Kind, dtype: torch.dtype, at
         model = transformers.AutoModelForCausalLM.from_pretrained(
             file.parent, dtype=dtype, attn_implementation=attention, **settings
         )
-    return model.config, tokenizer, model.eval()
+    return tokenizer, model.eval()
 
 
-def _check_kind(path: str, config: Any, kind: Kind) -> None:
+def _check_kind(path: str, config: Any, kind: str) -> None:
     if getattr(config, "quantization_config", None):
         raise ConfigurationError(
             f"{path}: expected floating-point weights, got quantised ones (quantization_config). Use the model "
@@ -184,11 +217,11 @@ def _check_kind(path: str, config: Any, kind: Kind) -> None:
 def _built(
     transformers: Any,
     path: str,
-    kind: Kind,
+    kind: str,
     config: Any,
     stored: Mapping[str, Tensor],
     dtype: torch.dtype,
-    attention: str,
+    attention: str | None,
 ) -> Any:
     """The model with these weights; nothing in it is left as it was drawn."""
     check_finite(stored, path)
