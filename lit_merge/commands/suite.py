@@ -53,6 +53,7 @@ def suite(
     ray_gpus: float | None = None,
     network: dict | None = None,
     sources: dict[str, dict] | None = None,
+    control: list[str] | None = None,
 ) -> dict[str, Any]:
     """Fine-tune every task, extract, merge with every recipe and evaluate; print a table, write JSON and a figure.
 
@@ -88,6 +89,8 @@ def suite(
         network: instead of model and pretrained, a network of your own: class_path and init_args of a
             lit_merge.models.network.Network, which every stage is given.
         sources: tasks of your own, by name: class_path and init_args of a lit_merge.data.sources.Task each.
+        control: those among all tasks that nothing is fine-tuned on: they are what a search with the criterion negation
+            or target_control is to keep, and are evaluated with every model.
 
     Returns:
         The content of results.json.
@@ -104,12 +107,18 @@ def suite(
     if recipes is None:
         searched = Recipe("task_arithmetic", search=CoefficientSearch())
         recipes = {"weight_average": Recipe("weight_average"), "task_arithmetic": searched}
+    every = task_names(tasks, paths, sources)
+    if unknown := [task for task in control or [] if task not in every]:
+        raise ConfigurationError(
+            f"control: expected some of the tasks ({', '.join(every)}), got {unknown[0]!r}. Add it to tasks, paths or "
+            "sources."
+        )
     plan = SuitePlan(
         name=name,
         directory=Path(output),
         model=model,
         pretrained=pretrained,
-        tasks=task_names(tasks, paths, sources),
+        tasks=[task for task in every if task not in (control or [])],
         paths=dict(paths or {}),
         seeds=list(seeds),
         fit=_nested(fit or {}),
@@ -120,6 +129,7 @@ def suite(
         data=_nested(data or {}),
         network=network,
         sources=dict(sources or {}),
+        control=list(dict.fromkeys(control or [])),
     )
     plan.check(check_configuration)
     if engine == "ray" or parallel not in (None, 1):

@@ -118,6 +118,7 @@ class SuitePlan(SuiteSettings):
                 standard error.
         """
         self._check_names()
+        self._check_control()
         for name, recipe in self.recipes.items():
             try:
                 recipe.check(self.directory)
@@ -163,6 +164,16 @@ class SuitePlan(SuiteSettings):
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise ConfigurationError(f"seeds: expected at least one, each once, got {self.seeds}. Use e.g. [0, 1, 2].")
 
+    def _check_control(self) -> None:
+        if not self.control:
+            return
+        trained = [name for name, recipe in self.recipes.items() if recipe.learned]
+        if not self.tasks or self.joint is not None or trained:
+            got = "no other task" if not self.tasks else "joint" if self.joint is not None else f"learned {trained[0]}"
+            raise ConfigurationError(
+                f"control: expected tasks to be kept, that nothing is trained on, beside others, got {got}. Remove one."
+            )
+
     def description(self) -> dict[str, Any]:
         """The resolved settings as plain data."""
         names = ("paths", "seeds", "fit", "test")
@@ -170,7 +181,7 @@ class SuitePlan(SuiteSettings):
         settings |= {name: getattr(self, name) for name in names}
         settings["recipes"] = {name: recipe.description() for name, recipe in self.recipes.items()}
         optional = {"linearized": self.linearized, "joint": self.joint}
-        optional |= {"data": self.data or None, "sources": self.sources or None}
+        optional |= {"data": self.data or None, "sources": self.sources or None, "control": self.control or None}
         settings |= {name: value for name, value in optional.items() if value is not None}
         plain: dict[str, Any] = json.loads(json.dumps(settings))
         return plain
@@ -184,7 +195,8 @@ class SuitePlan(SuiteSettings):
             "name": self.name,
             "model": self.model_description,
             "tasks": self.tasks,
-            "classes": {task: len(module.classes) for task, module in self.data_module.tasks.items()},
+            "classes": {task: len(self.data_module.tasks[task].classes) for task in self.tasks},
+            **({"control": self.control} if self.control else {}),
             "settings": {**settings, **({"joint": self.joint} if self.joint is not None else {})},
         }
         joint = self.joint is not None

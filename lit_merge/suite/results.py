@@ -33,7 +33,7 @@ def suite_results(
     """The content of results.json. It depends on the stages' outputs alone, not on who ran them, where and when.
 
     Args:
-        known: what is known without them: name, model, tasks, classes, settings.
+        known: what is known without them: name, model, tasks, classes, settings, perhaps control tasks.
         directory: the suite's.
         seeds: of fine-tuning.
         recipes: name -> how it merges.
@@ -44,6 +44,7 @@ def suite_results(
         LitMergeError: a test has left no accuracy.
     """
     tasks: list[str] = known["tasks"]
+    every = [*tasks, *known.get("control", [])]
 
     def of_seed(seed: int) -> dict[str, Any]:
         stages = directory / f"seed-{seed}"
@@ -57,6 +58,7 @@ def suite_results(
                 name: {
                     **(_learned if recipe.learned else _merged)(directory, stages / "merge" / name, recipe),
                     "accuracy": _accuracies(stages / "test" / name, tasks),
+                    **_perplexities(stages / "test" / name, every, "perplexity"),
                 }
                 for name, recipe in recipes.items()
             },
@@ -64,13 +66,14 @@ def suite_results(
 
     return {
         "schema": 1,
-        **{key: known[key] for key in ("name", "model", "tasks", "classes")},
+        **{key: known[key] for key in ("name", "model", "tasks", "classes", "control") if key in known},
         "evaluated_on": "test",
         "coefficients_chosen_on": "val",
         "settings": known["settings"],
         "versions": versions(),
         "hardware": hardware(),
         "zero_shot": _accuracies(directory / "zero-shot", tasks),
+        **_perplexities(directory / "zero-shot", every, "zero_shot_perplexity"),
         "seeds": {str(seed): of_seed(seed) for seed in seeds},
     }
 
@@ -87,6 +90,14 @@ def _accuracy(stage: Path, key: str) -> float:
 
 def _accuracies(stage: Path, tasks: Sequence[str]) -> dict[str, float]:
     return {task: _accuracy(stage, f"test/{task}/accuracy") for task in tasks}
+
+
+def _perplexities(stage: Path, tasks: Sequence[str], key: str) -> dict[str, dict[str, float]]:
+    """Of tasks in which a language model predicts tokens; nothing of others."""
+    logged = json.loads((stage / "test_metrics.json").read_text(encoding="utf-8"))
+    named = {task: f"test/{task}/perplexity" for task in tasks}
+    found = {task: round(logged[name], 6) for task, name in named.items() if name in logged}
+    return {key: found} if found else {}
 
 
 def _measures(paths: Sequence[Path], ledger: FileLedger) -> dict[str, Any]:

@@ -53,11 +53,13 @@ class SuiteSettings:
     data: dict[str, Any] = field(default_factory=dict)
     network: dict[str, Any] | None = None
     sources: dict[str, dict[str, Any]] = field(default_factory=dict)
+    control: list[str] = field(default_factory=list)
 
     @property
     def named_tasks(self) -> list[str]:
-        """The tasks that a name says all of: embedded ones and published data sets."""
-        return [task for task in self.tasks if task not in self.paths and task not in self.sources]
+        """The tasks that a name says all of: embedded ones and published data sets; control tasks are among them."""
+        every = [*self.tasks, *self.control]
+        return [task for task in every if task not in self.paths and task not in self.sources]
 
     @property
     def trained_linearized(self) -> bool:

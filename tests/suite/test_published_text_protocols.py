@@ -40,14 +40,14 @@ def test_numbers(name: str) -> None:
     texts = data["batch_size"] * trainer.get("accumulate_grad_batches", 1)
     assert (settings["learning_rate"], settings["weight_decay"], texts, config["seeds"][0]) == PROTOCOLS[name]
     assert set(config["tasks"]) <= set(TEXT_SUITES[name].tasks)
-    if name != "toxicity":  # whose second task is the control
-        assert tuple(config["tasks"]) == TEXT_SUITES[name].tasks
+    assert tuple(config["tasks"]) == TEXT_SUITES[name].tasks
+    assert config.get("control", []) == (["toxicity-wikitext103"] if name == "toxicity" else [])
     assert config["name"] == name
 
 
 @pytest.mark.parametrize(
     ("name", "tasks"),
-    [("t5_7", "paws quartz"), ("glue8_roberta", "rte cola"), ("toxicity", "civil_comments")],
+    [("t5_7", "paws quartz"), ("glue8_roberta", "rte cola"), ("toxicity", "civil_comments wikitext103")],
 )
 def test_from_end_to_end(name: str, tasks: str, tmp_path, monkeypatch, capfd) -> None:
     """Both kinds of head, ranked answers, language modelling: fine-tuned, merged, evaluated."""
@@ -60,12 +60,23 @@ def test_from_end_to_end(name: str, tasks: str, tmp_path, monkeypatch, capfd) ->
     lengths = {"roberta": {"max_position_embeddings": 140}, "gpt2": {"n_positions": 1024}}.get(kind, {})
     language_folder(tmp_path / "model", kind, vocab_size=140, **lengths)
     character_tokenizer().save_pretrained(tmp_path / "model")
-    network = {**config["network"], "init_args": {**config["network"]["init_args"], "path": "model"}}
+    shorter = {"max_length": 128} if name == "toxicity" else {}
+    network = {**config["network"], "init_args": {**config["network"]["init_args"], "path": "model", **shorter}}
     recipe = next(iter(config["recipes"]))
+    if name == "toxicity":
+        config["recipes"][recipe]["search"]["values"] = [0.0, 0.5, 1.0]
     config["fit"]["trainer"] = {"max_steps": 1, "precision": "32-true"}
     config["fit"]["data"]["init_args"]["batch_size"] = 4
     config |= {"tasks": chosen, "network": network, "recipes": {recipe: config["recipes"][recipe]}}
     Path("suite.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
     assert main(["suite", "--config", "suite.yaml", "--output", "runs/S"]) == 0, capfd.readouterr().err[-2000:]
     results = json.loads(Path("runs/S/results.json").read_text(encoding="utf-8"))
-    assert recipe in json.dumps(results)
+    merged = results["seeds"][str(config["seeds"][0])]["merged"][recipe]
+    assert list(merged["accuracy"]) == [task for task in chosen if task not in config.get("control", [])]
+    if "control" in config:
+        found = json.loads(next(Path("runs/S").rglob("merged-search.json")).read_text(encoding="utf-8"))
+        control, kept = config["control"][0], found["perplexities_of_base"]
+        allowed = [one for one in found["perplexities"] if one[control] <= kept[control] / 0.95]
+        chosen_at = found["perplexities"][found["chosen"]]
+        assert chosen_at == max(allowed, key=lambda one: one[chosen[0]])
+        assert list(merged["perplexity"]) == list(results["zero_shot_perplexity"]) == chosen

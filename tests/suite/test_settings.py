@@ -9,6 +9,7 @@ import pytest
 from torch import nn
 
 from lit_merge import FineTuneModule
+from lit_merge.commands.suite import suite
 from lit_merge.data.sources import Task
 from lit_merge.errors import ConfigurationError
 from lit_merge.evaluation.search import CoefficientSearch
@@ -176,6 +177,27 @@ def test_the_names_of_all_tasks() -> None:
     assert len(task_names(None, None, None)) == 8
     with pytest.raises(ConfigurationError, match="tasks: expected every task once, got 'odd' twice"):
         task_names(["odd"], None, SOURCES)
+
+
+def test_control_tasks_are_evaluated_and_not_trained_on() -> None:
+    average = {"average": RECIPES["average"]}
+    plan = own(SuitePlan, tasks=["odd"], control=["digits", "even"], joint=None, recipes=average)
+    several = plan.all_data()["init_args"]
+    assert (several["tasks"], several["sources"]) == (["digits"], SOURCES)
+    stages = [stage.name for stage in plan.stages]
+    assert stages[1:] == ["seed-0/fit/odd", "seed-0/individual/odd", "seed-0/merge/average", "seed-0/test/average"]
+    assert plan.description()["control"] == ["digits", "even"]
+    for given, got in (
+        ({"tasks": []}, "no other task"),
+        ({"joint": {}}, "joint"),
+        ({"recipes": RECIPES}, "learned learned"),
+    ):
+        with pytest.raises(ConfigurationError, match=f"control: expected tasks to be kept, .* got {got}. Remove one"):
+            own(SuitePlan, **{"tasks": ["odd"], "joint": None, "recipes": average, "control": ["even"]} | given).check(
+                lambda *_: None
+            )
+    with pytest.raises(ConfigurationError, match=r"control: expected some of the tasks \(digits\), got 'land'\. Add"):
+        suite("nowhere", tasks=["digits"], control=["land"])
 
 
 def test_a_tasks_content_counts() -> None:
