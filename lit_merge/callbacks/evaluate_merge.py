@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lit_merge.callbacks.steps import EverySteps
-from lit_merge.data.embedded.tasks import EMBEDDED_TASKS
+from lit_merge.data.embedded.tasks import DRAWN_TASKS
 from lit_merge.data.multitask import MultiTaskDataModule, task_names
 from lit_merge.data.published.task import is_published
 from lit_merge.errors import ConfigurationError, DataError, first_few
@@ -185,7 +185,7 @@ class EvaluateMerge(EverySteps):
                 f"{first_few(repeated)} again. Remove it."
             )
         if self.data is None:
-            unknown = [name for name in names if name not in EMBEDDED_TASKS and not is_published(name)]
+            unknown = [name for name in names if name not in DRAWN_TASKS and not is_published(name)]
             if unknown:
                 raise ConfigurationError(
                     f"data: expected a data module, as {first_few(unknown)} is no task of a known name, got none. "

@@ -9,13 +9,13 @@ if TYPE_CHECKING:
     from lit_merge.data.adaptation import MergeDataModule
     from lit_merge.data.batch import Batch, ImageBatch, OtherBatch
     from lit_merge.data.embedded.sheet import contact_sheet
-    from lit_merge.data.embedded.tasks import EMBEDDED_TASKS, load_split
+    from lit_merge.data.embedded.tasks import DRAWN_TASKS, EMBEDDED_TASKS, load_split
     from lit_merge.data.examples import Examples, TensorExamples
     from lit_merge.data.multitask import MultiTaskDataModule
     from lit_merge.data.pretraining import CaptionDataModule
     from lit_merge.data.published.registry import REGISTRY, SUITES
     from lit_merge.data.published.task import PublishedSource
-    from lit_merge.data.sources import Task
+    from lit_merge.data.sources import EmbeddedSource, Task
     from lit_merge.data.task import TaskDataModule
     from lit_merge.data.templates import templates_for
     from lit_merge.data.text.batch import TextBatch
@@ -23,11 +23,13 @@ if TYPE_CHECKING:
     from lit_merge.data.text.task import TextTask
 
 __all__ = [
+    "DRAWN_TASKS",
     "EMBEDDED_TASKS",
     "REGISTRY",
     "SUITES",
     "Batch",
     "CaptionDataModule",
+    "EmbeddedSource",
     "Examples",
     "ImageBatch",
     "MergeDataModule",
@@ -46,11 +48,13 @@ __all__ = [
 ]
 
 _HOMES = {
+    "DRAWN_TASKS": "embedded.tasks",
     "EMBEDDED_TASKS": "embedded.tasks",
     "REGISTRY": "published.registry",
     "SUITES": "published.registry",
     "Batch": "batch",
     "CaptionDataModule": "pretraining",
+    "EmbeddedSource": "sources",
     "Examples": "examples",
     "ImageBatch": "batch",
     "MergeDataModule": "adaptation",

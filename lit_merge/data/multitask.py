@@ -11,7 +11,7 @@ from lightning.pytorch.utilities import CombinedLoader
 from torch.utils.data import DataLoader
 
 from lit_merge.data.batch import Batch
-from lit_merge.data.embedded.tasks import EMBEDDED_TASKS
+from lit_merge.data.embedded.tasks import EMBEDDED_TASKS, FINE_SUITE
 from lit_merge.data.packaged.registry import PACKAGED_SUITES
 from lit_merge.data.published.registry import SUITES
 from lit_merge.data.published.task import is_published
@@ -43,8 +43,8 @@ class MultiTaskDataModule(L.LightningDataModule):
     :attr:`task_names`.
 
     Args:
-        tasks: tasks of the embedded suite, published data sets, or suites of these, e.g. ``clip8`` or ``t5_7``; None
-            for all of the embedded suite, or for none if there are ``paths`` or ``sources``.
+        tasks: tasks of the embedded suite, published data sets, or suites of these, e.g. ``clip8``, ``t5_7`` or
+            ``embedded20``; None for all of the embedded suite, or for none if there are ``paths`` or ``sources``.
         paths: name -> folder of own images, see :class:`~lit_merge.data.TaskDataModule`.
         batch_size: training images per task, process and batch.
         evaluation_batch_size: images per process and batch in validation and test.
@@ -92,7 +92,7 @@ class MultiTaskDataModule(L.LightningDataModule):
     ) -> None:
         super().__init__()
         named = list(tasks) if tasks is not None else ([] if paths or sources else list(EMBEDDED_TASKS))
-        suites = {**SUITES, **PACKAGED_SUITES, **{suite: one.tasks for suite, one in TEXT_SUITES.items()}}
+        suites = {**FINE_SUITE, **SUITES, **PACKAGED_SUITES, **{suite: one.tasks for suite, one in TEXT_SUITES.items()}}
         named = [name for given in named for name in suites.get(given, (given,))]
         folders = dict(paths or {})
         names = [*named, *folders, *(sources or {})]

@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 from torch.utils.data.distributed import DistributedSampler
 
 from lit_merge.data.batch import OtherBatch
-from lit_merge.data.embedded.tasks import EMBEDDED_TASKS, SPLITS
+from lit_merge.data.embedded.tasks import EMBEDDED_TASKS, FINE_TASKS, SPLITS
 from lit_merge.data.examples import Examples
 from lit_merge.data.images.folders import FolderSource
 from lit_merge.data.loading import ResumableLoader
@@ -77,8 +77,8 @@ def known_others(
 
     Args:
         own: the own task.
-        embedded: tasks of the embedded suite or published data sets; None for all of the embedded suite but the own
-            one, or for none if that is not of the suite.
+        embedded: tasks of the embedded suite or published data sets; None for all of the own one's suite but that
+            one, or for none if it is not a drawn task.
         folders: name -> folder.
         fractions: of the folders, see :class:`~lit_merge.data.images.folders.FolderSource`.
         split_seed: of the folders.
@@ -90,7 +90,10 @@ def known_others(
         ConfigurationError: a name is unknown, given twice, or that of the own task; a folder is the own task's.
     """
     if embedded is None:
-        embedded = [name for name in EMBEDDED_TASKS if name != own.name] if isinstance(own, EmbeddedSource) else []
+        beside = (
+            () if not isinstance(own, EmbeddedSource) else FINE_TASKS if own.drawn in FINE_TASKS else EMBEDDED_TASKS
+        )
+        embedded = [name for name in beside if name != own.name]
     names = [*embedded, *folders, *(given or {})]
     sources: dict[str, Task] = {name: named_source(name, root) for name in embedded}
     for name, path in folders.items():

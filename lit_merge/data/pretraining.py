@@ -1,4 +1,4 @@
-"""Captioned images for the contrastive pre-training of ``lit-tiny``."""
+"""Captioned images for the contrastive pre-training of ``lit-tiny`` and ``lit-small``."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ __all__ = ["CaptionDataModule", "augment_strongly"]
 
 
 class _Drawn(Dataset[tuple[np.ndarray, str]]):
-    def __init__(self, count: int, seed: int) -> None:
-        self.count, self.seed = count, seed
+    def __init__(self, count: int, seed: int, fine: float) -> None:
+        self.count, self.seed, self.fine = count, seed, fine
 
     def __len__(self) -> int:
         return self.count
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, str]:
-        return captioned_image(index, self.seed)
+        return captioned_image(index, self.seed, self.fine)
 
 
 def _keep(samples: list[tuple[np.ndarray, str]]) -> tuple[np.ndarray, list[str]]:
@@ -60,7 +60,7 @@ def augment_strongly(images: Tensor, generator: torch.Generator) -> Tensor:
 
     Args:
         images: float in [0, 1], ``[N, 3, S, S]``.
-        generator: source of the random amounts, on the CPU.
+        generator: source of the random amounts, on any device.
 
     Returns:
         float in [0, 1], ``[N, 3, S, S]``.
@@ -68,7 +68,8 @@ def augment_strongly(images: Tensor, generator: torch.Generator) -> Tensor:
     count = len(images)
 
     def amounts(low: float, high: float, *shape: int) -> Tensor:
-        return torch.rand(count, *shape, generator=generator).to(images.device) * (high - low) + low
+        draws = torch.rand(count, *shape, generator=generator, device=generator.device)
+        return draws.to(images.device) * (high - low) + low
 
     angle, inverse_scale, shear = amounts(-0.35, 0.35), 1 / amounts(0.75, 1.15), amounts(-0.2, 0.2)
     cosine, sine = torch.cos(angle) * inverse_scale, torch.sin(angle) * inverse_scale
@@ -86,12 +87,14 @@ def augment_strongly(images: Tensor, generator: torch.Generator) -> Tensor:
     images = (images - 0.5) * contrast + 0.5 + brightness + tint
     mixing = torch.eye(3, device=images.device) + amounts(-0.25, 0.25, 3, 3) * (amounts(0, 1, 1, 1) < 0.4)
     images = torch.einsum("nij,njhw->nihw", mixing, images)
-    noise = torch.randn(images.shape, generator=generator).to(images.device)
+    noise = torch.randn(images.shape, generator=generator, device=generator.device).to(images.device)
     return (images + noise * amounts(0.0, 0.07, 1, 1, 1)).clamp_(0, 1)
 
 
 class CaptionDataModule(L.LightningDataModule):
     """Images with captions, drawn once and cached; a batch is ``(images, tokens, caption_of_image)``.
+
+    All images lie on the module's device, and are augmented there: an accelerator needs no worker that loads.
 
     ``images`` float ``[B, 3, 32, 32]`` (augmented, normalised as the model asks), ``tokens`` int64 ``[U, context]`` of
     the batch's distinct captions, and ``caption_of_image`` int64 ``[B]`` in [0, U).
@@ -101,23 +104,28 @@ class CaptionDataModule(L.LightningDataModule):
         batch_size: images per batch and process.
         seed: of the images, their order and their augmentation.
         workers: processes that draw the images.
+        fine: fraction of the images that show the finer suite's tasks, in [0, 1].
     """
 
-    def __init__(self, count: int = 150_000, batch_size: int = 256, seed: int = 0, workers: int = 2) -> None:
+    def __init__(
+        self, count: int = 150_000, batch_size: int = 256, seed: int = 0, workers: int = 2, fine: float = 0.0
+    ) -> None:
         super().__init__()
         if count < batch_size or batch_size < 2:
             raise ConfigurationError(
                 f"count and batch_size: expected count >= batch_size >= 2, got {count} and {batch_size}. Raise count."
             )
-        self.count, self.batch_size, self.seed, self.workers = count, batch_size, seed, workers
+        if not 0 <= fine <= 1:
+            raise ConfigurationError(f"fine: expected a fraction in [0, 1], got {fine}. Use e.g. 0.5.")
+        self.count, self.batch_size, self.seed, self.workers, self.fine = count, batch_size, seed, workers, fine
         self._cache = Cache("pretraining")
-        self._key = self._cache.key(["captions", GENERATOR_VERSION, count, seed])
+        self._key = self._cache.key(["captions", GENERATOR_VERSION, count, seed, *([fine] if fine else [])])
 
     def prepare_data(self) -> None:
         """Draw the images if the cache lacks them."""
         if self._cache.tensors(self._key) and self._cache.value(self._key):
             return
-        loader = DataLoader(_Drawn(self.count, self.seed), 500, num_workers=self.workers, collate_fn=_keep)
+        loader = DataLoader(_Drawn(self.count, self.seed, self.fine), 500, num_workers=self.workers, collate_fn=_keep)
         images, captions = np.empty((self.count, 3, 32, 32), np.uint8), list[str]()
         for pixels, texts in loader:
             images[len(captions) : len(captions) + len(texts)] = pixels.transpose(0, 3, 1, 2)
@@ -137,20 +145,31 @@ class CaptionDataModule(L.LightningDataModule):
         model: Any = self.trainer.lightning_module
         self.tokens = model.tokenizer(texts)
         self.preprocessing = model.preprocessing
-        self.generator = torch.Generator().manual_seed(self.seed)
+        self.generator: torch.Generator | None = None
 
     def train_dataloader(self) -> DataLoader[tuple[Tensor, Tensor, Tensor]]:
-        """Batches of all images in a new order every epoch."""
+        """Batches of all images in a new order every epoch; images are their numbers until they are on the device."""
         assert self.trainer is not None
         batches = _ShuffledBatches(
             self.count, self.batch_size, self.seed, self.trainer.global_rank, self.trainer.world_size
         )
-        return DataLoader(list(range(self.count)), batch_sampler=batches, collate_fn=self._batch)  # type: ignore[arg-type]
+        return DataLoader(list(range(self.count)), batch_sampler=batches, collate_fn=self._chosen)  # type: ignore[arg-type]
 
-    def _batch(self, indices: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+    def _chosen(self, indices: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
         chosen = torch.as_tensor(indices)
-        images = augment_strongly(self.images[chosen].float().div_(255), self.generator)
-        mean, std = torch.tensor(self.preprocessing.mean), torch.tensor(self.preprocessing.std)
-        images = (images - mean.view(3, 1, 1)) / std.view(3, 1, 1)
         distinct, caption_of_image = torch.unique(self.captions[chosen], return_inverse=True)
-        return images, self.tokens[distinct], caption_of_image
+        return chosen, self.tokens[distinct], caption_of_image
+
+    def on_after_batch_transfer(
+        self, batch: tuple[Tensor, Tensor, Tensor], dataloader_idx: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Numbers of images to augmented images, on the device that the batch is on."""
+        chosen, tokens, caption_of_image = batch
+        if self.generator is None:
+            self.images = self.images.to(chosen.device)
+            self.generator = torch.Generator(chosen.device).manual_seed(self.seed)
+        images = augment_strongly(self.images[chosen].float().div_(255), self.generator)
+        mean, std = (
+            torch.tensor(one, device=chosen.device) for one in (self.preprocessing.mean, self.preprocessing.std)
+        )
+        return (images - mean.view(3, 1, 1)) / std.view(3, 1, 1), tokens, caption_of_image

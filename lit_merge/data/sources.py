@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lit_merge.data.embedded.tasks import EMBEDDED_TASKS, SPLITS, load_split
+from lit_merge.data.embedded.tasks import DRAWN_TASKS, SPLITS, load_split, sized_task
 from lit_merge.data.examples import Examples
 from lit_merge.data.images.datasets import ImageDataset, ImagePreprocessing, TensorImages
 from lit_merge.data.templates import templates_for
@@ -43,27 +43,38 @@ class Task(ABC):
 
 
 class EmbeddedSource(Task):
-    """A task of the embedded suite.
+    """A task of the embedded suite, or of the finer one.
 
     Args:
-        name: one of :data:`~lit_merge.data.EMBEDDED_TASKS`.
+        name: one of :data:`~lit_merge.data.embedded.tasks.DRAWN_TASKS`.
         templates: other prompt templates, see :func:`chosen_templates`; None for the task's own.
+        sizes: split -> images, for ``train``, ``val`` and ``test`` that are to have another number of them.
+
+    Attributes:
+        drawn: the name in :data:`~lit_merge.data.embedded.tasks.DRAWN_TASKS`, whatever ``name`` becomes.
 
     Raises:
         ConfigurationError: there is no such task, or the templates are unusable.
+        DataError: the sizes are.
     """
 
-    def __init__(self, name: str, templates: Sequence[str] | str | None = None) -> None:
-        if name not in EMBEDDED_TASKS:
-            raise ConfigurationError(f"task: expected one of {', '.join(EMBEDDED_TASKS)}, got {name!r}. Choose one.")
-        self.name = name
-        self.classes = EMBEDDED_TASKS[name].classes
-        self.templates = chosen_templates(templates, EMBEDDED_TASKS[name].templates)
+    def __init__(
+        self,
+        name: str,
+        templates: Sequence[str] | str | None = None,
+        sizes: Mapping[str, int] | None = None,
+    ) -> None:
+        if name not in DRAWN_TASKS:
+            raise ConfigurationError(f"task: expected one of {', '.join(DRAWN_TASKS)}, got {name!r}. Choose one.")
+        task = sized_task(name, sizes)
+        self.name, self.drawn, self.sizes = name, name, dict(sizes or {})
+        self.classes = task.classes
+        self.templates = chosen_templates(templates, task.templates)
 
     def prepare(self) -> None:
         """Draw the splits that are not in the cache."""
         for split in SPLITS:
-            load_split(self.name, split)
+            load_split(self.drawn, split, sizes=self.sizes)
 
     def split(
         self, split: str, preprocessing: ImagePreprocessing, augmentation_seed: int | None = None
@@ -73,7 +84,7 @@ class EmbeddedSource(Task):
         Raises:
             DataError: there is no such split.
         """
-        images, labels = load_split(self.name, split)
+        images, labels = load_split(self.drawn, split, sizes=self.sizes)
         names = [f"{self.name}/{split}/{index}" for index in range(len(labels))]
         return TensorImages(images, labels, names, preprocessing, augmentation_seed)
 

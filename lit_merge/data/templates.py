@@ -22,14 +22,14 @@ def templates_for(name: str) -> tuple[str, ...]:
     """Return the templates of a data set, each with one ``{}`` for the class name.
 
     Args:
-        name: a key of :data:`TEMPLATES` or of :data:`~lit_merge.data.EMBEDDED_TASKS`, in any case.
+        name: a key of :data:`TEMPLATES` or of :data:`~lit_merge.data.DRAWN_TASKS`, in any case.
 
     Raises:
         ConfigurationError: the name is unknown; the nearest ones are named.
     """
-    from lit_merge.data.embedded.tasks import EMBEDDED_TASKS  # imports torch
+    from lit_merge.data.embedded.tasks import DRAWN_TASKS  # imports torch
 
-    known = {**TEMPLATES, **{task.name: task.templates for task in EMBEDDED_TASKS.values()}}
+    known = {**TEMPLATES, **{task.name: task.templates for task in DRAWN_TASKS.values()}}
     if name.lower() in known:
         return known[name.lower()]
     hint = did_you_mean(name, known, "Give templates of your own, or use 'generic'.")

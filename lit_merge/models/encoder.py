@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from lit_merge.errors import ConfigurationError, DataError, FileFormatError, did_you_mean, first_few, one_line
 from lit_merge.files.hub import local_path
 from lit_merge.files.lazy import Computed, LazyMapping
+from lit_merge.models.released import RELEASED, released_weights
 from lit_merge.models.text import NOT_TEXT, TextTower, is_text
 from lit_merge.models.weights import open_weights
 from lit_merge.naming import number_of_blocks
@@ -244,11 +245,12 @@ def load_clip(model: str = _SHIPPED, pretrained: str | None = None) -> ClipModel
     Args:
         model: a name that open_clip knows, e.g. ``ViT-B-32``; the path of a JSON config in open_clip's layout (either
             the model config itself, or ``model_cfg`` and ``preprocess_cfg`` as published beside weights); or
-            ``lit-tiny``, the small model that comes with this package.
+            ``lit-tiny``, the small model that comes with this package, or ``lit-small``, a deeper one whose weights
+            ``lit-merge data prepare lit-small`` brings.
         pretrained: a tag that open_clip knows for this architecture; the path of a CLIP's weights in any form that
             :func:`lit_merge.checkpoints.opening.open_checkpoint` opens, nothing of which is executed; or ``random`` for
             an initialisation with torch's current random state. None means the shipped weights, which only
-            ``lit-tiny`` has (``shipped`` says so aloud).
+            ``lit-tiny`` and ``lit-small`` have (``shipped`` says so aloud).
 
     Returns:
         The model. Its image tower is in training mode, as every new module; the text tower is in evaluation mode.
@@ -384,8 +386,9 @@ def hub_repository(model: str, pretrained: str | None) -> str | None:
 
 def _architecture(model: str) -> Architecture:
     model = str(model)
-    if model == _SHIPPED:
-        return replace(_read_config(_ASSETS / f"{_SHIPPED}.json"), shipped=True)
+    own = [_SHIPPED, *RELEASED]
+    if model in own:
+        return replace(_read_config(_ASSETS / f"{model}.json"), shipped=True)
     known = _open_clip_configs()
     name = model.replace("/", "-")
     if name in known:
@@ -397,7 +400,7 @@ def _architecture(model: str) -> Architecture:
         return _read_config(Path(model))
     raise ConfigurationError(
         f"model: expected an architecture that open_clip knows, {_SHIPPED!r} or the path of a JSON config, got "
-        f"{model!r}. {did_you_mean(model, [_SHIPPED, *known], f'Use one of {first_few([_SHIPPED, *known], 8)}.')}"
+        f"{model!r}. {did_you_mean(model, [*own, *known], f'Use one of {first_few([*own, *known], 8)}.')}"
     )
 
 
@@ -435,7 +438,8 @@ def _weights_source(architecture: Architecture, pretrained: str | None) -> tuple
     if pretrained == "random":
         return None, architecture
     if architecture.shipped and pretrained in (None, "shipped"):
-        return _existing(str(_ASSETS / f"{_SHIPPED}.safetensors")), architecture
+        path = released_weights(name) if name in RELEASED else _existing(str(_ASSETS / f"{_SHIPPED}.safetensors"))
+        return path, architecture
     if pretrained is not None and _looks_like_path(pretrained):
         return _existing(pretrained), architecture
     tags = _tags(name) if architecture.built_in else []

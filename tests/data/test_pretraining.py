@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
+import pytest
 import torch
 
 from lit_merge.data import pretraining
 from lit_merge.data.embedded.captions import captioned_image
-from lit_merge.data.pretraining import CaptionDataModule
+from lit_merge.data.pretraining import CaptionDataModule, augment_strongly
+from lit_merge.errors import ConfigurationError
 from lit_merge.models.encoder import Preprocessing
 
 
@@ -37,3 +39,25 @@ def test_images_are_drawn_once_and_damage_is_mended(own_cache, monkeypatch):
         data.prepare_data()
         assert file.read_bytes() == whole
     assert len(drawn) == 36
+
+
+def test_images_are_augmented_where_the_batch_is(own_cache):
+    """The numbers of images go to the device, their pixels are there, and every batch has its own augmentation."""
+    model = SimpleNamespace(tokenizer=lambda texts: torch.arange(len(texts))[:, None], preprocessing=Preprocessing(32))
+    data = CaptionDataModule(count=8, batch_size=4, seed=1, workers=0, fine=0.5)
+    data.trainer = SimpleNamespace(lightning_module=model, global_rank=0, world_size=1)
+    data.prepare_data()
+    data.setup("fit")
+    generator = torch.Generator().manual_seed(1)
+    for chosen, tokens, caption_of_image in data.train_dataloader():
+        images, same_tokens, same_captions = data.on_after_batch_transfer((chosen, tokens, caption_of_image), 0)
+        expected = augment_strongly(data.images[chosen].float() / 255, generator)
+        mean, std = torch.tensor(Preprocessing(32).mean), torch.tensor(Preprocessing(32).std)
+        torch.testing.assert_close(images, (expected - mean.view(3, 1, 1)) / std.view(3, 1, 1))
+        assert same_tokens is tokens
+        assert torch.equal(tokens[same_captions][:, 0], data.captions[chosen])
+
+
+def test_a_fraction_that_is_none():
+    with pytest.raises(ConfigurationError, match=r"fine: expected a fraction in \[0, 1\], got 1.5. Use e.g. 0.5."):
+        CaptionDataModule(count=8, batch_size=4, fine=1.5)

@@ -1,12 +1,12 @@
-"""The captioned images on which ``lit-tiny`` is pre-trained: related to the suite's tasks, but another distribution.
+"""The captioned images on which ``lit-tiny`` and ``lit-small`` are pre-trained: like the tasks', but plainer.
 
 Other fonts, plain colours, clean renderings (strong augmentation follows in training), invented signs and shapes, and
-no handwriting. One image in seven has a weak caption that names only its kind.
+no handwriting. One image in seven has a weak caption that names only its kind. ``lit-small`` sees clean renderings of
+the finer suite's tasks as well.
 """
 
 from __future__ import annotations
 
-import math
 import string
 import zlib
 from collections.abc import Callable
@@ -14,14 +14,14 @@ from collections.abc import Callable
 import numpy as np
 from PIL import Image, ImageDraw
 
-from lit_merge.data.embedded.canvas import COLOURS, SIZE, Brush, Colour, luminance, photograph, polygon_points
+from lit_merge.data.embedded.canvas import COLOURS, SIZE, Brush, luminance, photograph
 from lit_merge.data.embedded.characters import DIGIT_WORDS
-from lit_merge.data.embedded.tasks import EMBEDDED_TASKS
+from lit_merge.data.embedded.shapes import SHAPES, draw_shape
+from lit_merge.data.embedded.tasks import EMBEDDED_TASKS, FINE_TASKS
 
 __all__ = ["captioned_image"]
 
 _COUNTS = ("one", "two", "three", "four", "five")
-_SHAPES = ("circle", "square", "triangle", "star", "diamond", "cross", "ring", "hexagon")
 _SIGN_SHAPES = ("circle", "square", "triangle", "diamond", "hexagon")
 _SYMBOLS = {
     "?": "a question mark",
@@ -45,26 +45,6 @@ _WEAK = {
 }
 
 
-def _draw_shape(pen: ImageDraw.ImageDraw, shape: str, x: float, y: float, radius: float, fill: Colour) -> None:
-    box = (x - radius, y - radius, x + radius, y + radius)
-    if shape == "circle":
-        pen.ellipse(box, fill=fill)
-    elif shape == "square":
-        pen.rectangle(box, fill=fill)
-    elif shape == "star":
-        outer = polygon_points(5, radius, -math.pi / 2, (x, y))
-        inner = polygon_points(5, 0.42 * radius, -math.pi / 2 + math.pi / 5, (x, y))
-        pen.polygon([point for pair in zip(outer, inner, strict=True) for point in pair], fill=fill)
-    elif shape == "cross":
-        pen.rectangle((x - radius, y - radius / 3, x + radius, y + radius / 3), fill=fill)
-        pen.rectangle((x - radius / 3, y - radius, x + radius / 3, y + radius), fill=fill)
-    elif shape == "ring":
-        pen.ellipse(box, outline=fill, width=max(2, int(0.35 * radius)))
-    else:
-        corners, start = {"triangle": (3, -math.pi / 2), "diamond": (4, 0.0), "hexagon": (6, 0.0)}[shape]
-        pen.polygon(polygon_points(corners, radius, start, (x, y)), fill=fill)
-
-
 def _two_colours(brush: Brush) -> tuple[str, str]:
     first, second = brush.random.permutation(len(COLOURS))[:2]
     names = list(COLOURS)
@@ -72,18 +52,18 @@ def _two_colours(brush: Brush) -> tuple[str, str]:
 
 
 def _counted_shapes(brush: Brush) -> tuple[np.ndarray, str]:
-    count, shape = brush.integer(1, 5), brush.choose(_SHAPES)
+    count, shape = brush.integer(1, 5), brush.choose(SHAPES)
     colour, ground = _two_colours(brush)
     image = brush.ground(brush.named(ground), 0.6 if brush.chance(0.3) else 0.0)
     pen = ImageDraw.Draw(image)
     if count == 1:
         x, y = SIZE / 2 + brush.uniform(-6, 6), SIZE / 2 + brush.uniform(-6, 6)
-        _draw_shape(pen, shape, x, y, brush.uniform(12, 27), brush.named(colour))
+        draw_shape(pen, shape, x, y, brush.uniform(12, 27), brush.named(colour))
     else:
         radius = brush.uniform(7, 10)
         for cell in brush.random.permutation(9)[:count]:
             x, y = 11 + 21 * (cell % 3) + brush.uniform(-1, 1), 11 + 21 * (cell // 3) + brush.uniform(-1, 1)
-            _draw_shape(pen, shape, x, y, radius, brush.named(colour))
+            draw_shape(pen, shape, x, y, radius, brush.named(colour))
     plural = ("es" if shape.endswith("s") else "s") if count > 1 else ""
     caption = f"{_COUNTS[count - 1]} {colour} {shape}{plural}"
     return photograph(image, brush, blur=1, grain=8, exposure=0.2), (
@@ -127,11 +107,11 @@ def _invented_sign(brush: Brush) -> tuple[np.ndarray, str]:
     pen = ImageDraw.Draw(image)
     panel = brush.named(colour)
     radius, y = brush.uniform(22, 29), SIZE / 2 + (5 if shape == "triangle" else 0)
-    _draw_shape(pen, shape, SIZE / 2, y, radius, panel)
+    draw_shape(pen, shape, SIZE / 2, y, radius, panel)
     name = f"a {colour} {shape}"
     if brush.chance(0.5):
         panel = brush.contrasting(panel, 80)
-        _draw_shape(pen, shape, SIZE / 2, y, 0.68 * radius, panel)
+        draw_shape(pen, shape, SIZE / 2, y, 0.68 * radius, panel)
         name = f"a {shape} with a {colour} border"
     if brush.chance(0.75):
         character = str(brush.integer(0, 9)) if brush.chance(0.6) else brush.choose(string.ascii_uppercase)
@@ -164,9 +144,27 @@ _MIX: tuple[tuple[float, Callable[[Brush], tuple[np.ndarray, str]]], ...] = (
 )
 
 
-def captioned_image(index: int, seed: int = 0) -> tuple[np.ndarray, str]:
-    """Pre-training pair number ``index``: a uint8 image ``[32, 32, 3]`` and its caption; a pure function."""
+def _clean_fine_rendering(brush: Brush) -> tuple[np.ndarray, str]:
+    task = FINE_TASKS[brush.choose(list(FINE_TASKS))]
+    label = brush.integer(0, len(task.classes) - 1)
+    assert task.draw is not None  # all of them are drawn
+    return task.draw(brush, label), brush.choose(task.templates).format(task.classes[label])
+
+
+def captioned_image(index: int, seed: int = 0, fine: float = 0.0) -> tuple[np.ndarray, str]:
+    """Pre-training pair number ``index``; a pure function.
+
+    Args:
+        index: of the pair.
+        seed: of all pairs.
+        fine: fraction of the pairs that are clean renderings of the finer suite's tasks, in [0, 1].
+
+    Returns:
+        A uint8 image ``[32, 32, 3]`` and its caption.
+    """
     brush = Brush((zlib.crc32(b"pretrain"), seed, index), "pretrain")
+    if fine and brush.chance(fine):
+        return _clean_fine_rendering(brush)
     position = brush.uniform(0, 1)
     for fraction, draw in _MIX:
         if position < fraction:

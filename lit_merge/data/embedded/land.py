@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw
 
 from lit_merge.data.embedded.canvas import SIZE, Brush, Colour, photograph, to_image
 
-__all__ = ["LAND_COVER", "draw_land"]
+__all__ = ["LAND_COVER", "draw_land", "infra_red", "land_pixels"]
 
 LAND_COVER = (
     "forest",
@@ -90,8 +90,8 @@ def _fields(brush: Brush, cover: str, angle: float) -> np.ndarray:
     return tones[row * 5 + column] + brush.noise(24, 8)[..., None]
 
 
-def draw_land(brush: Brush, label: int) -> np.ndarray:
-    """A patch of land from above, uint8 ``[32, 32, 3]``."""
+def land_pixels(brush: Brush, label: int) -> np.ndarray:
+    """A patch of land from above in natural colours, float ``[SIZE, SIZE, 3]``."""
     cover = LAND_COVER[label]
     angle = 0.0 if brush.clean and brush.chance(0.5) else brush.uniform(0, math.pi)
     if cover == "forest":
@@ -108,12 +108,21 @@ def draw_land(brush: Brush, label: int) -> np.ndarray:
         pixels = _buildings(brush, cover, angle)
     else:
         pixels = _fields(brush, cover, angle)
-    pixels = pixels + brush.uniform(-1, 1) * (4 if brush.clean else 14) * np.array([1, 0, -1])
+    return pixels + brush.uniform(-1, 1) * (4 if brush.clean else 14) * np.array([1, 0, -1])
+
+
+def infra_red(pixels: np.ndarray) -> np.ndarray:
+    """The false-colour composite of natural colours, in which vegetation is red."""
+    red, green, blue = np.moveaxis(np.clip(pixels, 0, 255), -1, 0)
+    return np.stack([1.15 * green + 15, 0.8 * red, 0.35 * green + 0.6 * blue], -1)
+
+
+def draw_land(brush: Brush, label: int) -> np.ndarray:
+    """A patch of land from above, uint8 ``[32, 32, 3]``."""
+    pixels = land_pixels(brush, label)
     if brush.clean:
         return photograph(to_image(pixels), brush, blur=0.4, grain=4, exposure=0.1)
     if brush.chance(0.3):
         haze = np.clip(brush.noise(4, 1.0), 0, 1)[..., None] * 0.7
         pixels = pixels * (1 - haze) + 235 * haze
-    red, green, blue = np.moveaxis(np.clip(pixels, 0, 255), -1, 0)
-    infra_red = np.stack([1.15 * green + 15, 0.8 * red, 0.35 * green + 0.6 * blue], -1)
-    return photograph(to_image(infra_red), brush, blur=1.2, grain=9, exposure=0.35)
+    return photograph(to_image(infra_red(pixels)), brush, blur=1.2, grain=9, exposure=0.35)

@@ -9,7 +9,7 @@ from PIL import Image, ImageDraw
 
 from lit_merge.data.embedded.canvas import SIZE, Brush, Colour, photograph, to_image
 
-__all__ = ["SCENES", "draw_scene"]
+__all__ = ["SCENES", "draw_scene", "landscape"]
 
 _PLACES = ("mountain", "city", "forest", "desert", "sea", "village")
 SCENES = tuple(f"{place} {time}" for place in _PLACES for time in ("during the day", "at night"))
@@ -115,11 +115,17 @@ class _Scene:
             self.pen.rectangle((x + width // 2 - 2, foot - 6, x + width // 2 + 1, foot), fill=door)
 
 
-def draw_scene(brush: Brush, label: int) -> np.ndarray:
-    """A landscape, uint8 ``[32, 32, 3]``."""
+def landscape(brush: Brush, label: int) -> Image.Image:
+    """A landscape in its own colours, RGB, ``SIZE`` x ``SIZE``."""
     scene = _Scene(brush, night=label % 2 == 1)
     getattr(scene, _PLACES[label // 2])()
     image: Image.Image = scene.image
+    return image
+
+
+def draw_scene(brush: Brush, label: int) -> np.ndarray:
+    """A landscape, uint8 ``[32, 32, 3]``."""
+    image = landscape(brush, label)
     if brush.clean:
         return photograph(image, brush, blur=0.5, grain=2)
     faded = np.asarray(image, np.float32) @ np.array((0.25, 0.6, 0.15), np.float32)

@@ -1,12 +1,12 @@
-"""The eight tasks of the embedded suite: what they are, how they are drawn, and their cached splits."""
+"""The tasks of the embedded suite and of the finer one: what they are, how they are drawn, their cached splits."""
 
 from __future__ import annotations
 
 import hashlib
 import io
 import zlib
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import replace
 from importlib import resources
 from pathlib import Path
 
@@ -17,46 +17,35 @@ from torch import Tensor
 
 from lit_merge.data.embedded.canvas import Brush
 from lit_merge.data.embedded.characters import DIGIT_WORDS, LETTERS, draw_clutter, draw_letter
+from lit_merge.data.embedded.fine.table import FINE_TASKS
 from lit_merge.data.embedded.land import LAND_COVER, draw_land
 from lit_merge.data.embedded.scenes import SCENES, draw_scene
 from lit_merge.data.embedded.signs import SIGN_CLASSES, draw_sign
+from lit_merge.data.embedded.task import SPLITS, EmbeddedTask
 from lit_merge.data.embedded.textures import TEXTURES, draw_texture
 from lit_merge.data.embedded.vehicles import VEHICLES, draw_vehicle
 from lit_merge.errors import DataError
 from lit_merge.files.cache import Cache
 
-__all__ = ["EMBEDDED_TASKS", "GENERATOR_VERSION", "SPLITS", "EmbeddedTask", "cache_key", "load_split", "split_digest"]
+__all__ = [
+    "DRAWN_TASKS",
+    "EMBEDDED_TASKS",
+    "FINE_SUITE",
+    "FINE_TASKS",
+    "GENERATOR_VERSION",
+    "SPLITS",
+    "EmbeddedTask",
+    "cache_key",
+    "generate_split",
+    "load_split",
+    "sized_task",
+    "split_digest",
+]
 
 GENERATOR_VERSION = 1
 """Part of the cache key: raise it with every change of what is drawn."""
 
-SPLITS = {"train": 3000, "val": 500, "test": 1000}
 _DIGIT_SPLITS = {"train": 1000, "val": 250, "test": 547}
-
-
-@dataclass(frozen=True)
-class EmbeddedTask:
-    """One classification task of 32 x 32 RGB images.
-
-    Attributes:
-        name: the task's name.
-        mirrors: which data set of the literature it stands for.
-        classes: class names, in label order.
-        templates: prompt templates with one ``{}``.
-        draw: ``(brush, label) -> uint8 [32, 32, 3]``; ``None`` for the real handwritten digits.
-        sizes: images per split.
-    """
-
-    name: str
-    mirrors: str
-    classes: tuple[str, ...]
-    templates: tuple[str, ...]
-    draw: Callable[[Brush, int], np.ndarray] | None
-    sizes: tuple[tuple[str, int], ...] = tuple(SPLITS.items())
-
-    def size(self, split: str) -> int:
-        """Number of images of a split."""
-        return dict(self.sizes)[split]
 
 
 _TABLE = (
@@ -122,6 +111,42 @@ _TABLE = (
 EMBEDDED_TASKS: dict[str, EmbeddedTask] = {task.name: task for task in _TABLE}
 """Every task of the suite by name, in the order of the tables."""
 
+DRAWN_TASKS: dict[str, EmbeddedTask] = {**EMBEDDED_TASKS, **FINE_TASKS}
+"""The suite's tasks and the twenty of the finer suite."""
+
+FINE_SUITE: dict[str, tuple[str, ...]] = {"embedded20": tuple(FINE_TASKS)}
+"""The finer suite's name, and its tasks."""
+
+
+def sized_task(name: str, sizes: Mapping[str, int] | None = None) -> EmbeddedTask:
+    """A task of :data:`DRAWN_TASKS`, perhaps with another number of images.
+
+    Args:
+        name: of the task.
+        sizes: split -> images, for the splits that are to have another number; other numbers are other drawings.
+
+    Raises:
+        DataError: there is no such task or split, a number is below 1, or the images are real ones, which are as many
+            as they are.
+    """
+    if name not in DRAWN_TASKS:
+        raise DataError(f"embedded task: expected one of {', '.join(DRAWN_TASKS)}, got {name!r}.")
+    task = DRAWN_TASKS[name]
+    given = dict(sizes or {})
+    if not given:
+        return task
+    wrong = [split for split in given if split not in SPLITS]
+    if wrong or any(not isinstance(count, int) or count < 1 for count in given.values()):
+        raise DataError(
+            f"sizes of {name}: expected numbers of at least 1 for {', '.join(SPLITS)}, got {given}. Correct them."
+        )
+    if task.draw is None:
+        raise DataError(
+            f"sizes of {name}: expected none, because its {sum(dict(task.sizes).values()):,} images are real ones, "
+            f"got {given}. Remove sizes."
+        )
+    return replace(task, sizes=tuple({**dict(task.sizes), **given}.items()))
+
 
 def _asset(name: str) -> bytes:
     return resources.files("lit_merge.data.embedded").joinpath("assets").joinpath(name).read_bytes()
@@ -162,34 +187,39 @@ def split_digest(images: Tensor, labels: Tensor) -> str:
     return hashlib.sha256(images.numpy().tobytes() + labels.numpy().tobytes()).hexdigest()[:16]
 
 
-def cache_key(name: str, split: str) -> str:
+def cache_key(name: str, split: str, sizes: Mapping[str, int] | None = None) -> str:
     """What a split is stored under in :class:`lit_merge.files.cache.Cache`."""
     content = hashlib.sha256(_asset("glyphs.png") + _asset("digits.npz")).hexdigest()
-    return Cache.key([GENERATOR_VERSION, content, name, split])
+    known = [GENERATOR_VERSION, content, name, split]
+    count = sized_task(name, sizes).size(split)
+    usual = name in EMBEDDED_TASKS and count == EMBEDDED_TASKS[name].size(split)
+    return Cache.key(known if usual else [*known, count])
 
 
-def load_split(name: str, split: str, directory: Path | None = None) -> tuple[Tensor, Tensor]:
+def load_split(
+    name: str, split: str, directory: Path | None = None, sizes: Mapping[str, int] | None = None
+) -> tuple[Tensor, Tensor]:
     """A split of a task, from the cache or drawn now and cached.
 
     Args:
-        name: one of :data:`EMBEDDED_TASKS`.
+        name: one of :data:`DRAWN_TASKS`.
         split: ``"train"``, ``"val"`` or ``"test"``.
         directory: where splits are cached; by default the user's cache directory.
+        sizes: other numbers of images, see :func:`sized_task`.
 
     Returns:
         images, uint8 ``[N, 3, 32, 32]``, and labels, int64 ``[N]``.
 
     Raises:
-        DataError: the task or the split does not exist.
+        DataError: the task or the split does not exist, or the sizes are none.
     """
-    if name not in EMBEDDED_TASKS:
-        raise DataError(f"embedded task: expected one of {', '.join(EMBEDDED_TASKS)}, got {name!r}.")
+    task = sized_task(name, sizes)
     if split not in SPLITS:
         raise DataError(f"split of {name}: expected one of {', '.join(SPLITS)}, got {split!r}.")
-    cache, key = Cache("embedded", directory), cache_key(name, split)
+    cache, key = Cache("embedded", directory), cache_key(name, split, sizes)
     stored = cache.tensors(key)
     if stored is None:
-        pixels, targets = generate_split(EMBEDDED_TASKS[name], split)
+        pixels, targets = generate_split(task, split)
         images = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
         stored = {"images": images, "labels": torch.from_numpy(targets)}
         cache.write_tensors(key, stored)

