@@ -67,7 +67,9 @@ def suite(
             paths or sources.
         paths: the user's own image folders, by task name.
         seeds: fine-tuning seeds; every seed gives one set of task vectors.
-        fit: configuration of fit (trainer, model, data); task, seed, model and output are filled in.
+        fit: configuration of fit (trainer, model, data); task, seed, model and output are filled in. For a Tak penalty
+            without files the suite collects the factors of every task at θ0; statistics then holds their settings:
+            images, split, seed, convolutions, normalised, corrected, and tasks, names of other ones instead.
         test: configuration of test (trainer, data; model for the tests on all tasks).
         recipes: name -> how to merge: a method's name, a list of parts, a transform by class path, or a mapping with a
             search and more; null to leave it out. By default weight averaging, and task arithmetic with a

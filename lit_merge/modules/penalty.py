@@ -25,12 +25,15 @@ class Penalty(ABC):
         weight: λ.
         start_step: the first optimiser step with it.
         reads_other_tasks: whether the data module adds examples of other tasks to every batch.
+        reads_factors: whether it has ``files`` of other tasks' Kronecker factors, which a suite collects if none are
+            named.
     """
 
     name: ClassVar[str] = "penalty"
     weight: float
     start_step: int = 0
     reads_other_tasks: ClassVar[bool] = False
+    reads_factors: ClassVar[bool] = False
 
     def prepare(self, module: Any) -> None:  # noqa: B027 - most have nothing to do
         """A fit of the module begins, and its optimiser is not made yet.

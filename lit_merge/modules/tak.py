@@ -32,7 +32,7 @@ class Tak(Penalty):
 
     Args:
         files: task -> file of its factors. That of the task which is trained is left out, so that all runs of a suite
-            may name the same files.
+            may name the same files; None where ``lit-merge suite`` collects and names them.
         weight: λ; the authors' value for CLIP, with corrected eigenvalues 500 (and ``projection`` 0.1).
         vectors: what the forms of normalisations and tokens, those with an F, are multiplied by.
         projection: what the forms of projections out of the network are multiplied by.
@@ -50,7 +50,8 @@ class Tak(Penalty):
     """
 
     name: ClassVar[str] = "tak"
-    files: dict[str, str]
+    reads_factors: ClassVar[bool] = True
+    files: dict[str, str] | None = None
     weight: float = 100.0
     vectors: float = 10.0
     projection: float = 0.01
@@ -60,7 +61,8 @@ class Tak(Penalty):
     _read: dict[tuple[str, str], list[Curvature]] = field(default_factory=dict, init=False, compare=False)
 
     def __post_init__(self) -> None:
-        StatisticsFiles(self.files, "penalty.files")
+        if self.files is not None:
+            StatisticsFiles(self.files, "penalty.files")
         for name in ("weight", "vectors", "projection"):
             finite_number(f"penalty.{name}", getattr(self, name), minimum=0.0)
         whole_number("penalty.start_step", self.start_step, minimum=0)
@@ -77,7 +79,7 @@ class Tak(Penalty):
 
     def __repr__(self) -> str:  # without paths, as it goes into a task vector's header
         return (
-            f"Tak(tasks={sorted(self.files)}, weight={self.weight}, vectors={self.vectors}, "
+            f"Tak(tasks={sorted(self.files or ())}, weight={self.weight}, vectors={self.vectors}, "
             f"projection={self.projection}, without_factor={self.without_factor!r}, start_step={self.start_step})"
         )
 
@@ -127,6 +129,11 @@ class Tak(Penalty):
         return self._read[key]
 
     def _opened(self, module: Any) -> list[Curvature]:
+        if self.files is None:
+            raise ConfigurationError(
+                "penalty.files: expected a file of each other task's factors, got none. Collect them with lit-merge "
+                "statistics --kind kfac, or run lit-merge suite, which does."
+            )
         others = {task: path for task, path in self.files.items() if task != module.task}
         if not others:
             raise ConfigurationError(

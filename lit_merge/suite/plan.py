@@ -46,8 +46,11 @@ class SuitePlan(SuiteSettings):
                 no stage writes.
         """
         found = [self._test_all("zero-shot", {})]
+        collected = {task: self._factors(task) for task in self.factors_of}
+        found += collected.values()
+        factors = {task: self._output(stage) for task, stage in collected.items()}
         for seed in self.seeds:
-            fits = {task: self._fit(seed, task) for task in self.tasks}
+            fits = {task: self._fit(seed, task, factors) for task in self.tasks}
             vectors = {task: self._output(stage) for task, stage in fits.items()}
             found += [*fits.values(), *(self._test_one(seed, task, vectors[task]) for task in self.tasks)]
             if self.joint is not None:
@@ -119,6 +122,7 @@ class SuitePlan(SuiteSettings):
         """
         self._check_names()
         self._check_control()
+        self.check_statistics()
         for name, recipe in self.recipes.items():
             try:
                 recipe.check(self.directory)
@@ -218,20 +222,39 @@ class SuitePlan(SuiteSettings):
         """Task -> a hash of its files' names and contents; nothing for a task of the embedded suite."""
         found: dict[str, Any] = {task: self.ledger.tree_digest(path) for task, path in self.paths.items()}
         for task, module in self.data_module.tasks.items():
-            source = module.source
-            if isinstance(source, PublishedSource):
-                found[task] = self.ledger.tree_digest(*_tops(source.location.paths, source.root))
-            elif isinstance(source, TextTask) and source.files:
-                found[task] = self.ledger.tree_digest(*source.files)
-            elif task in self.sources:
-                found[task] = source.digest() if hasattr(source, "digest") else self.sources[task]
+            if (content := self._content(task, module.source)) is not None:
+                found[task] = content
         return found
 
-    def _fit(self, seed: int, task: str) -> Stage:
-        config = self.fit_config(seed, task)
-        settings = self._settings(config, self._images if self.penalised else self._images.get(task))
-        outputs = ("task_vector.safetensors",)
-        return Stage(f"seed-{seed}/fit/{task}", "fit", config, settings, outputs, devices=_devices(config))
+    def _content(self, task: str, source: Any) -> Any:
+        """A hash of the files that a task's examples come from; None if it has none of its own."""
+        if isinstance(source, PublishedSource):
+            return self.ledger.tree_digest(*_tops(source.location.paths, source.root))
+        if isinstance(source, TextTask) and source.files:
+            return self.ledger.tree_digest(*source.files)
+        if task in self.sources:
+            return source.digest() if hasattr(source, "digest") else self.sources[task]
+        return None
+
+    def _factors(self, task: str) -> Stage:
+        """The Kronecker factors of a task at θ0, for the penalty of the others."""
+        from lit_merge.data.task import TaskDataModule
+
+        config, stage = self.factors_config(task), f"statistics/{task}"
+        if task in self.tasks:
+            images = self._images.get(task)
+        else:
+            images = self._content(task, TaskDataModule(**config["data"]["init_args"]).source)
+        output = {"output": str(self.directory / stage / _FACTORS)}
+        return Stage(stage, "statistics", {**config, **output}, self._settings(config, images), (_FACTORS,))
+
+    def _fit(self, seed: int, task: str, factors: Mapping[str, Path]) -> Stage:
+        others = {other: path for other, path in factors.items() if other != task}
+        config = self.fit_config(seed, task, others)
+        images = self._images if self.penalised else self._images.get(task)
+        settings = self._settings(self.fit_config(seed, task), images)  # the factors' content counts
+        outputs, inputs = ("task_vector.safetensors",), tuple(others.values())
+        return Stage(f"seed-{seed}/fit/{task}", "fit", config, settings, outputs, inputs, _devices(config))
 
     def _fit_joint(self, seed: int) -> Stage:
         config = self.joint_config(seed)
@@ -323,6 +346,7 @@ def _tops(paths: Sequence[Path], root: Path) -> list[Path]:
 
 
 _MERGED = "merged.safetensors"
+_FACTORS = "kfac.safetensors"
 
 
 def _devices(config: Mapping[str, Any]) -> int:

@@ -10,7 +10,7 @@ from typing import Any
 
 from lit_merge.data.embedded.tasks import EMBEDDED_TASKS
 from lit_merge.data.published.task import is_published
-from lit_merge.errors import ConfigurationError
+from lit_merge.errors import ConfigurationError, first_few
 from lit_merge.suite.objects import class_of
 from lit_merge.suite.recipe import Recipe
 
@@ -23,6 +23,7 @@ _ONE_TASK = "lit_merge.data.TaskDataModule"
 _TASKS = "lit_merge.data.MultiTaskDataModule"
 _MERGE_DATA = "lit_merge.data.MergeDataModule"
 _EXTRACT = "lit_merge.callbacks.ExtractTaskVector"
+_OF_FACTORS = ("tasks", "images", "split", "seed", "convolutions", "normalised", "corrected")
 _TRAINER = {
     "devices": 1,
     "enable_checkpointing": False,
@@ -78,13 +79,72 @@ class SuiteSettings:
     @property
     def penalised(self) -> bool:
         """Whether fine-tuning on a task sees images of the others."""
-        return self.fit.get("model", {}).get("init_args", {}).get("penalty") is not None
+        return self._penalty is not None and bool(getattr(self._penalty_class, "reads_other_tasks", True))
 
-    def fit_config(self, seed: int, task: str) -> dict[str, Any]:
-        """Of ``fit``, to fine-tune on one task."""
+    @property
+    def factors_of(self) -> list[str]:
+        """The tasks whose Kronecker factors are collected for a penalty that reads such files and names none."""
+        reads = self._penalty is not None and bool(getattr(self._penalty_class, "reads_factors", False))
+        if not reads or (self._penalty or {}).get("init_args", {}).get("files") is not None:
+            return []
+        return list(self.statistics.get("tasks") or self.tasks)
+
+    @property
+    def statistics(self) -> dict[str, Any]:
+        """How these factors are collected, ``fit.statistics``."""
+        return dict(self.fit.get("statistics") or {})
+
+    @property
+    def _penalty(self) -> dict[str, Any] | None:
+        return self.fit.get("model", {}).get("init_args", {}).get("penalty")
+
+    @property
+    def _penalty_class(self) -> Any:
+        path = str((self._penalty or {}).get("class_path", "TauJpPenalty"))
+        full = path if "." in path else f"lit_merge.modules.{path}"
+        return class_of("fit.model.init_args.penalty", {"class_path": full})
+
+    def check_statistics(self) -> None:
+        """Refuse settings of factors that nothing reads, or that there are not.
+
+        Raises:
+            ConfigurationError: there are some.
+        """
+        if self.statistics and not self.factors_of:
+            raise ConfigurationError(
+                "fit.statistics: expected only with a penalty that reads factors and names no files, e.g. Tak, got "
+                "another or none. Remove it."
+            )
+        if unknown := [name for name in self.statistics if name not in _OF_FACTORS]:
+            raise ConfigurationError(
+                f"fit.statistics: expected settings among {', '.join(_OF_FACTORS)}, got {first_few(unknown)}. Remove "
+                "it."
+            )
+        if lonely := [task for task in self.tasks if self.factors_of and not set(self.factors_of) - {task}]:
+            raise ConfigurationError(
+                f"fit.statistics.tasks: expected factors of another task than {lonely[0]!r} for its penalty, got none. "
+                "Name a reference task."
+            )
+
+    def factors_config(self, task: str) -> dict[str, Any]:
+        """Of ``statistics``, to collect the Kronecker factors of a task at θ0, which all seeds share."""
+        given = {name: value for name, value in self.statistics.items() if name != "tasks"}
+        return {**given, "kind": "kfac", **self.base(), "data": self.task_data(task, self.seeds[0])}
+
+    def fit_config(self, seed: int, task: str, factors: Mapping[str, Path] | None = None) -> dict[str, Any]:
+        """Of ``fit``, to fine-tune on one task.
+
+        Args:
+            seed: of the run.
+            task: what is trained.
+            factors: task -> file, for the penalty.
+        """
+        given = {name: value for name, value in self.fit.items() if name != "statistics"}
+        files = {"files": {name: str(path) for name, path in factors.items()}} if factors else {}
+        penalty = {"model": {"init_args": {"penalty": {"init_args": files}}}} if files else {}
         fixed = {"seed_everything": seed, "model": self._model(), "data": self.task_data(task, seed)}
         others = {"data": {"init_args": self._other_tasks(task)}} if self.penalised else {}
-        return combine({"trainer": _TRAINER, "model": {"class_path": _FINE_TUNE}}, others, self.fit, fixed)
+        return combine({"trainer": _TRAINER, "model": {"class_path": _FINE_TUNE}}, others, given, penalty, fixed)
 
     def joint_config(self, seed: int) -> dict[str, Any]:
         """Of ``fit``, to fine-tune on all tasks jointly."""
@@ -135,7 +195,8 @@ class SuiteSettings:
         else:
             which = {"path": self.paths[task], "name": task} if task in self.paths else {"task": task}
         seen = self.tasks if self.penalised else [task]
-        published = any(is_published(one) and one in self.named_tasks for one in seen)
+        named = [one for one in seen if one not in self.paths and one not in self.sources]
+        published = any(map(is_published, named))
         common = {key: value for key, value in self.data.items() if key != "root" or published}
         return {"class_path": _ONE_TASK, "init_args": {**common, **which, "seed": seed}}
 

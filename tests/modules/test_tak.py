@@ -372,6 +372,8 @@ def test_settings_out_of_range_are_refused(module, write) -> None:
     ):
         with refused(ConfigurationError, part):
             Tak(**{"files": paths, **settings})
+    with refused(ConfigurationError, "expected a file of each other task's factors, got none", "lit-merge suite"):
+        module(penalty=Tak()).penalty.prepare(module())
     tuned = module(penalty=Tak({"shapes": paths["shapes"]}))
     tuned.task = "shapes"
     with refused(ConfigurationError, "file of another task than 'shapes', got that one's alone"):

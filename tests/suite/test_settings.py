@@ -271,3 +271,70 @@ def test_a_coefficient_is_chosen_in_the_precision_of_the_tests(tested, own_choic
     plan = settings(SuitePlan, tasks=["digits"], recipes=searched, test=test)
     stage = next(stage for stage in plan.stages if stage.name == "seed-0/merge/searched")
     assert stage.config["search"].get("precision") == expected
+
+
+# Factors of other tasks, for a penalty that reads no data of theirs
+
+
+TAK = {"class_path": "lit_merge.modules.Tak", "init_args": {"weight": 3.0}}
+
+
+def of_tak(penalty=TAK, statistics=None, **given):
+    fit = {"model": {"init_args": {"linearized": True, "penalty": penalty}}}
+    fit |= {} if statistics is None else {"statistics": statistics}
+    return own(SuitePlan, fit=fit, seeds=[0, 1], recipes={}, joint=None, **given)
+
+
+def test_factors_of_every_task_come_before_the_fits() -> None:
+    plan = of_tak(statistics={"images": 5, "corrected": True})
+    plan.check_statistics()
+    stages = {stage.name: stage for stage in plan.stages}
+    collected = [name for name in stages if name.startswith("statistics/")]
+    assert collected == ["statistics/digits", "statistics/odd", "statistics/even"]  # once for all seeds
+    one = stages["statistics/even"]
+    assert one.command == "statistics"
+    assert one.config["data"]["init_args"]["source"] == SOURCES["even"]
+    given = {"kind": "kfac", "images": 5, "corrected": True, "network": NETWORK}
+    assert given.items() <= one.config.items()
+    assert one.config["output"] == "S/statistics/even/kfac.safetensors"
+    assert one.inputs == ()
+    assert one.settings["images"] == "content of even"
+    for seed in (0, 1):
+        fit = stages[f"seed-{seed}/fit/odd"]
+        files = {task: f"S/statistics/{task}/kfac.safetensors" for task in ("digits", "even")}
+        assert fit.config["model"]["init_args"]["penalty"]["init_args"] == {"weight": 3.0, "files": files}
+        assert fit.inputs == tuple(map(Path, files.values()))
+        assert "statistics" not in fit.config
+        assert "S/" not in str(fit.settings)  # what is in the files counts, not where they are
+        assert "other_tasks" not in fit.config["data"]["init_args"]  # no image of another task
+    assert not plan.penalised
+
+
+def test_factors_of_a_reference_or_of_files_given() -> None:
+    plan = of_tak(statistics={"tasks": ["signs"]})
+    plan.check_statistics()
+    stages = {stage.name: stage for stage in plan.stages}
+    assert [name for name in stages if name.startswith("statistics/")] == ["statistics/signs"]
+    assert stages["statistics/signs"].config["data"]["init_args"]["task"] == "signs"
+    penalty = stages["seed-0/fit/even"].config["model"]["init_args"]["penalty"]
+    assert penalty["init_args"]["files"] == {"signs": "S/statistics/signs/kfac.safetensors"}
+    plan = of_tak({"class_path": "Tak", "init_args": {"files": {"signs": "elsewhere.safetensors"}}})
+    assert not [stage for stage in plan.stages if stage.command == "statistics"]
+    assert of_tak({"schedule": "strict"}).penalised  # the τJp penalty as before
+    assert not of_tak({"class_path": "OrthoReg"}).penalised
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"penalty": {"schedule": "strict"}, "statistics": {"images": 5}}, "only with a penalty that reads factors"),
+        ({"statistics": {"labels": "true"}}, "fit.statistics: expected settings among tasks, images, .* got labels"),
+        ({"statistics": {"tasks": ["odd"]}}, "expected factors of another task than 'odd' for its penalty, got none"),
+        ({"penalty": {"class_path": "Tuk"}}, "fit.model.init_args.penalty: expected the import path of a class"),
+    ],
+    ids=str,
+)
+def test_factors_that_nothing_could_use_are_refused(given, expected) -> None:
+    with pytest.raises(ConfigurationError, match=expected) as error:
+        of_tak(**given).check_statistics()
+    assert len(str(error.value).splitlines()) == 1
