@@ -14,7 +14,7 @@ from lit_merge._version import __version__
 from lit_merge.callbacks.steps import EverySteps
 from lit_merge.errors import ConfigurationError, first_few
 from lit_merge.files.writing import writing
-from lit_merge.models.language.heads import TaskClassifier
+from lit_merge.models.language.classifiers import TaskHead
 from lit_merge.params import norm
 from lit_merge.transforms.base import one_of, whole_number
 from lit_merge.vectors.task_vector import TaskVector
@@ -27,7 +27,8 @@ class ExtractTaskVector(EverySteps):
 
     Rank zero writes, atomically; the others wait. The header holds the task, its classes, the regime, the fingerprint
     of θ0, the step, the norms and the versions. A head that trained with the task goes into a file of its own beside
-    it, ``task_vector.head.safetensors``: it is no part of what is merged.
+    it, ``task_vector.head.safetensors``, of several tasks ``task_vector.<task>.head.safetensors``: it is no part of
+    what is merged.
 
     Args:
         path: the file, relative to the run's directory.
@@ -131,8 +132,10 @@ class ExtractTaskVector(EverySteps):
             target.parent.mkdir(parents=True, exist_ok=True)
         tensors = pl_module.task_vector()
         self.vector = TaskVector(tensors, pl_module.task, metadata=self._describe(trainer, pl_module, tensors))
-        if isinstance(head := getattr(pl_module, "head", None), TaskClassifier):
-            head.save(target.with_name(f"{target.stem}.head.safetensors"))
+        several = {f".{task}": pl_module.head_of(task) for task in getattr(pl_module, "tasks", ())}
+        for task, head in (several or {"": getattr(pl_module, "head", None)}).items():
+            if isinstance(head, TaskHead):
+                head.save(target.with_name(f"{target.stem}{task}.head.safetensors"))
         error = self.vector.save(target, torch.bfloat16 if self.dtype == "bfloat16" else None)
         rounding = f" ({self.dtype}, relative rounding error {error:.2e})" if error else ""
         L.pytorch.utilities.rank_zero_info(f"Task vector of {pl_module.task!r}: {target}{rounding}")

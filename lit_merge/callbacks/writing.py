@@ -98,7 +98,8 @@ class WriteHits(L.Callback):
 class WritePredictions(L.Callback):
     """Writes the class and the probabilities of every image as CSV, in the order of the images.
 
-    Columns: ``image``, ``class``, ``probability``, then one column per class.
+    Columns: ``image``, ``class``, ``probability``, then one column per class; of a task whose label is a number
+    ``image`` and ``number``.
 
     Args:
         path: the file, relative to the run's directory.
@@ -121,8 +122,9 @@ class WritePredictions(L.Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Keep a batch's probabilities; padding has index -1."""
-        for index, row in zip(outputs["indices"].tolist(), outputs["probabilities"].cpu(), strict=True):
+        """Keep a batch's probabilities or numbers; padding has index -1."""
+        found = outputs["numbers"] if "numbers" in outputs else outputs["probabilities"]
+        for index, row in zip(outputs["indices"].tolist(), found.cpu(), strict=True):
             if index >= 0:
                 self._rows[index] = row
 
@@ -139,8 +141,11 @@ class WritePredictions(L.Callback):
         classes = list(pl_module.classes)
         table = io.StringIO()
         writer = csv.writer(table, lineterminator="\n")
-        writer.writerow(["image", "class", "probability", *classes])
+        writer.writerow(["image", "class", "probability", *classes] if classes else ["image", "number"])
         for index in sorted(rows):
+            if not classes:
+                writer.writerow([names[index], f"{float(rows[index][0]):.6f}"])
+                continue
             best = int(rows[index].argmax())
             numbers = [f"{float(value):.6f}" for value in rows[index]]
             writer.writerow([names[index], classes[best], numbers[best], *numbers])

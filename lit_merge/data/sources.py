@@ -22,10 +22,12 @@ class Task(ABC):
         name: the task's name.
         classes: class names, in the order of the targets; empty for a task without classes.
         templates: prompt templates with one ``{}``.
+        regression: whether the targets are numbers instead of classes.
     """
 
     name: str
     classes: tuple[str, ...] = ()
+    regression: bool = False
     templates: tuple[str, ...] = ("{}",)
 
     def prepare(self) -> None:  # noqa: B027 - not every task has something to bring

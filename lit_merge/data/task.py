@@ -185,6 +185,11 @@ class TaskDataModule(L.LightningDataModule):
         return self.source.classes
 
     @property
+    def regression(self) -> bool:
+        """Whether the targets are numbers instead of classes."""
+        return self.source.regression
+
+    @property
     def templates(self) -> tuple[str, ...]:
         """Prompt templates of the zero-shot head, with one ``{}`` each."""
         return self.source.templates

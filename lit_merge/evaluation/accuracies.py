@@ -6,6 +6,7 @@ import logging
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,7 +16,7 @@ from lit_merge.errors import DataError
 from lit_merge.evaluation.placed_model import PlacedModel
 from lit_merge.files.cache import Cache
 from lit_merge.metrics.example_mean import ExampleMean
-from lit_merge.metrics.hits import hits, hits_of
+from lit_merge.metrics.hits import hits_of
 from lit_merge.params import fingerprint
 from lit_merge.vectors import TaskVector
 
@@ -184,12 +185,16 @@ class LinearEvaluation(Evaluation):
         parts = features.batches(self.loaders[task].batch_size or len(features))
         batches = (part.to(self.module.device) for part in parts)
         with torch.inference_mode(), self._autocast():
-            return _accuracy(hits(head(part.features(coefficients)), part.labels) for part in batches)
+            return _accuracy(_hits(head, part.features(coefficients), part.labels) for part in batches)
 
 
 def in_memory(vector: TaskVector) -> TaskVector:
     """The same vector with every tensor computed once, for what reads them several times."""
     return TaskVector(dict(vector), vector.task, metadata=vector.metadata)
+
+
+def _hits(head: Any, features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    return hits_of(head, head(features), SimpleNamespace(targets=labels))
 
 
 def _accuracy(counts: Iterable[tuple[Tensor, Tensor]]) -> float:

@@ -130,10 +130,13 @@ class Network(Base):
             :meth:`inputs` gives and returns one tensor: features ``[B, d]``, or logits of any shape.
         preprocessing: what the data need to make the network's inputs (an image transform, a tokenizer), handed to
             ``Task.split``; None if they need nothing.
+        trains_heads: whether heads are new ones, to be trained with the task; its setting ``heads`` then takes trained
+            ones, as a path with ``{task}`` in it.
     """
 
     module: nn.Module
     preprocessing: Any = None
+    trains_heads: bool = False
 
     def inputs(self, batch: Any) -> tuple[Any, ...]:
         """The arguments of ``module`` for a :class:`lit_merge.data.Batch`; by default the batch's ``inputs``."""
@@ -144,7 +147,8 @@ class Network(Base):
         """The frozen head of a task: features to logits ``[B, C]``.
 
         A head may have ``loss(logits, batch) -> [B]`` and ``hits(logits, batch) -> (right [B], counted [B])`` of its
-        own; otherwise these are the cross-entropy and the agreement of the largest logit with ``batch.targets``.
+        own; otherwise these are the cross-entropy and the agreement of the largest logit with ``batch.targets``. One
+        whose parameters are to train with the task has ``trains = True``.
 
         Raises:
             ConfigurationError: there is no head for such a task.

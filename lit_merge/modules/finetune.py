@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from lit_merge.errors import ConfigurationError, StructureMismatchError, first_few
 from lit_merge.metrics.example_mean import ExampleMean
 from lit_merge.metrics.hits import hits_of, losses_of
-from lit_merge.metrics.perplexity import Perplexity
+from lit_merge.metrics.of_heads import more_metrics, update_more
 from lit_merge.models.heads import ZeroShotHead
-from lit_merge.models.language.heads import TaskClassifier
+from lit_merge.models.language.classifiers import TaskHead
 from lit_merge.models.network import ModuleNetwork
-from lit_merge.modules.objectives import CrossEntropy, Objective
+from lit_merge.modules.objectives import CrossEntropy, Objective, minimised
 from lit_merge.modules.penalty import Penalty, TauJpPenalty, split_batch
 from lit_merge.modules.protocol import FineTuningProtocol
 
@@ -107,9 +107,7 @@ class FineTuneModule(FineTuningProtocol):
             self.penalty.prepare(self)
         self.accuracy = nn.ModuleDict({split: ExampleMean() for split in ("fit", "val", "test")}).to(self.device)
         self.loss = nn.ModuleDict({split: ExampleMean() for split in ("val", "test")}).to(self.device)
-        self.perplexity = nn.ModuleDict(
-            {split: Perplexity() for split in ("val", "test") if hasattr(self.head, "surprise")}
-        ).to(self.device)
+        self.more = nn.ModuleDict({split: more_metrics(self.head) for split in ("val", "test")}).to(self.device)
 
     def _prepare_penalty(self, data: Any) -> None:
         """Know the other tasks, and build their heads if the penalty is on logits."""
@@ -148,10 +146,7 @@ class FineTuneModule(FineTuningProtocol):
         """
         if self._objective is not None:
             return self._objective(logits, batch)
-        if hasattr(self.head, "loss"):
-            losses, counted = losses_of(self.head, logits, batch), (batch.indices >= 0).float()
-            return (losses * counted).sum() / counted.sum().clamp(min=1)
-        return self._own_objective(logits, batch)
+        return minimised(self._own_objective, self.head, logits, batch)
 
     def trainable_parameters(self) -> list[tuple[str, nn.Parameter]]:
         """Of the encoder those that require gradients, and a head that trains with the task."""
@@ -217,21 +212,20 @@ class FineTuneModule(FineTuningProtocol):
         loss.update(losses_of(self.head, logits, batch), counted)
         self.log(f"{split}/accuracy", accuracy, prog_bar=True, batch_size=len(batch))
         self.log(f"{split}/loss", loss, batch_size=len(batch))
-        surprise = self.head.surprise(logits, batch) if split in self.perplexity else None  # type: ignore[union-attr,operator]
-        if surprise is not None:
-            perplexity = cast(Perplexity, self.perplexity[split])
-            perplexity.update(*surprise)
-            self.log(f"{split}/perplexity", perplexity, batch_size=len(batch))
+        for name, metric in update_more(self.more[split], self.head, logits, batch):
+            self.log(f"{split}/{name}", metric, batch_size=len(batch))
         return right
 
     def predict_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
-        """Class probabilities ``[B, C]`` of a batch and the images' positions ``[B]``."""
-        return {"probabilities": self.classify(*self.inputs(batch)).float().softmax(-1), "indices": batch.indices}
+        """Class probabilities ``[B, C]`` of a batch, or its numbers ``[B, 1]``, and the examples' positions ``[B]``."""
+        logits = self.classify(*self.inputs(batch)).float()
+        found = {"numbers": logits} if hasattr(self.head, "numbers") else {"probabilities": logits.softmax(-1)}
+        return {**found, "indices": batch.indices}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the head's classes beside its weights."""
         super().on_save_checkpoint(checkpoint)
-        if isinstance(self.head, ZeroShotHead | TaskClassifier):
+        if isinstance(self.head, ZeroShotHead | TaskHead):
             kind = "zero_shot_classes" if isinstance(self.head, ZeroShotHead) else "classifier_classes"
             checkpoint[kind] = list(self.head.classes)
 
@@ -243,8 +237,8 @@ class FineTuneModule(FineTuningProtocol):
         """
         super().on_load_checkpoint(checkpoint)
         if self.head is None and "classifier_classes" in checkpoint:
-            weight, self.classes = checkpoint["state_dict"]["head.weight"], tuple(checkpoint["classifier_classes"])
-            self.head = _prepared(TaskClassifier(weight.shape[1], self.classes))
+            self.classes = tuple(checkpoint["classifier_classes"])
+            self.head = _prepared(TaskHead.of_state(under(checkpoint["state_dict"], "head."), self.classes))
         if "zero_shot_classes" not in checkpoint:
             return
         classes = tuple(checkpoint["zero_shot_classes"])
@@ -257,6 +251,11 @@ class FineTuneModule(FineTuningProtocol):
                 f"checkpoint: expected one with the classes {first_few(self.head.classes)}, got {first_few(classes)}. "
                 "Use the task that it was trained on; to start another task from it, give its task_vector instead."
             )
+
+
+def under(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """What is below a prefix, without it."""
+    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
 
 
 def _prepared(head: nn.Module) -> nn.Module:

@@ -24,7 +24,7 @@ from lit_merge.models.merged import MergedModel, swapped
 from lit_merge.models.network import Network
 from lit_merge.modules.chance import chance_warnings
 from lit_merge.modules.individual import IndividualModels
-from lit_merge.modules.objectives import Comparison, Objective, Outputs, objective_of
+from lit_merge.modules.objectives import Comparison, Entropy, Expert, Objective, Outputs, minimised, objective_of
 from lit_merge.modules.passes import passes
 from lit_merge.modules.protocol import check_range
 from lit_merge.modules.task_heads import TaskHeads
@@ -213,6 +213,14 @@ class MergeModule(TaskHeads):
                 f"objective {self._objective_name}: expected labelled images, got data with labelled=False. Set "
                 "data.labelled, or use objective entropy."
             )
+        learned = getattr(data, "adapted_tasks", None) or self.merged_tasks
+        numbers = [task for task in learned if hasattr(self.head_of(task), "numbers")]
+        if stage == "fit" and numbers and isinstance(self.objective, Entropy | Expert):
+            raise ConfigurationError(
+                f"objective {self._objective_name}: expected tasks with classes, got numbers in {first_few(numbers)}, "
+                "whose one output has no entropy. Leave them out of data.adapted, or use objective cross_entropy with "
+                "labels, which is their squared error, or features."
+            )
         for task in self._inputs.tasks:
             self._check_classes(task, data)
         self.entropy = nn.ModuleDict({str(index): ExampleMean() for index in range(len(self.tasks))}).to(self.device)
@@ -245,7 +253,7 @@ class MergeModule(TaskHeads):
         Returns:
             A scalar: here what the objective is.
         """
-        return self.objective(logits, batch)
+        return minimised(self.objective, self.head_of(task), logits, batch)
 
     def _loss(self, features: Tensor, individual: Tensor | None, batch: Any, task: str) -> Tensor:
         """The objective of one task, from the merge's features and, for a comparison, the individual model's."""

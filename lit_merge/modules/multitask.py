@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lit_merge.errors import ConfigurationError
-from lit_merge.modules.objectives import CrossEntropy, Objective
+from lit_merge.modules.objectives import CrossEntropy, Objective, minimised
 from lit_merge.modules.passes import passes
 from lit_merge.modules.protocol import FineTuningProtocol
 from lit_merge.modules.task_heads import TaskHeads
@@ -62,6 +62,17 @@ class MultiTaskModule(FineTuningProtocol, TaskHeads):
         # Without the files that it started from: a checkpoint holds what they gave, and opens without them.
         self.save_hyperparameters(ignore=[*_OBJECTS, "task_vector", "weights"])
 
+    def setup(self, stage: str) -> None:
+        """Build a head for every task; to fit, those that train with their tasks do."""
+        super().setup(stage)
+        for head in self.heads.values() if stage == "fit" else ():
+            head.requires_grad_(getattr(head, "trains", False))
+
+    def trainable_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """Of the encoder those that require gradients, and the heads that train with their tasks."""
+        heads = [(f"heads.{name}", one) for name, one in self.heads.named_parameters() if one.requires_grad]
+        return [*super().trainable_parameters(), *heads]
+
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
         """The mean over the tasks of a batch's cross-entropy; texts of very different lengths go apart."""
         present = {task: part for task, part in batch.items() if part is not None}
@@ -70,7 +81,7 @@ class MultiTaskModule(FineTuningProtocol, TaskHeads):
             parts = [present[task] for task in tasks]
             slices = self.features(type(parts[0]).join(parts)).split([len(part) for part in parts])
             losses += [
-                self.objective(self.classify(features, task), part)
+                minimised(self.objective, self.head_of(task), self.classify(features, task), part)
                 for task, part, features in zip(tasks, parts, slices, strict=True)
             ]
         loss = self.check_loss(torch.stack(losses).mean())

@@ -15,9 +15,19 @@ from torch.nn import functional as F
 
 from lit_merge.errors import ConfigurationError, did_you_mean
 from lit_merge.functional.tokens import prediction_entropy, token_losses
-from lit_merge.metrics.hits import UNLABELLED
+from lit_merge.metrics.hits import UNLABELLED, losses_of
 
-__all__ = ["Comparison", "CrossEntropy", "Entropy", "Expert", "Features", "Objective", "Outputs", "objective_of"]
+__all__ = [
+    "Comparison",
+    "CrossEntropy",
+    "Entropy",
+    "Expert",
+    "Features",
+    "Objective",
+    "Outputs",
+    "minimised",
+    "objective_of",
+]
 
 
 class Objective(ABC):
@@ -178,6 +188,24 @@ class Features(Comparison):
         real = batch.indices >= 0
         difference = _precise(merged.features) - _precise(individual.features)
         return difference[real].abs().mean()
+
+
+def minimised(objective: Objective, head: Any, logits: Tensor, batch: Any) -> Tensor:
+    """The objective of a batch; in place of the cross-entropy, the mean of a head's own ``loss`` if it has one.
+
+    Args:
+        objective: what is asked for.
+        head: made the logits.
+        logits: ``[B, C]``.
+        batch: their :class:`lit_merge.data.Batch`.
+
+    Returns:
+        A scalar.
+    """
+    if not isinstance(objective, CrossEntropy) or not hasattr(head, "loss"):
+        return objective(logits, batch)
+    losses, counted = losses_of(head, logits, batch), (batch.indices >= 0).float()
+    return (losses * counted).sum() / counted.sum().clamp(min=1)
 
 
 def _precise(values: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lit_merge.errors import ConfigurationError, StructureMismatchError, first_few
 from lit_merge.metrics.example_mean import ExampleMean
 from lit_merge.metrics.hits import hits_of
-from lit_merge.metrics.perplexity import Perplexity
+from lit_merge.metrics.of_heads import more_metrics, update_more
 from lit_merge.metrics.tau_jp import TauJp
 from lit_merge.models.heads import ZeroShotHead
 from lit_merge.modules.encoding import EncoderModule
@@ -66,10 +66,8 @@ class TaskHeads(EncoderModule):
                 self.heads[_key(task)] = head.to(self.device)
         keys = [_key(task, split) for split in ("val", "test") for task in self.tasks]
         self.accuracy = nn.ModuleDict({key: ExampleMean() for key in keys}).to(self.device)
-        generative = [task for task in self.tasks if hasattr(self.heads[_key(task)], "surprise")]
-        self.perplexity = nn.ModuleDict(
-            {_key(task, split): Perplexity() for split in ("val", "test") for task in generative}
-        ).to(self.device)
+        more = {_key(task, one): more_metrics(self.head_of(task)) for one in ("val", "test") for task in self.tasks}
+        self.more = nn.ModuleDict(more).to(self.device)
         self.disturbance = nn.ModuleDict({key: TauJp() for key in keys if self.tau_jp}).to(self.device)
 
     def _head_is_of_other_classes(self, task: str, classes: Sequence[str]) -> bool:
@@ -104,19 +102,10 @@ class TaskHeads(EncoderModule):
         right, counted = hits_of(self.heads[_key(task)], logits, batch)
         metric.update(right, counted)
         self.log(f"{split}/{task}/accuracy", metric, add_dataloader_idx=False, batch_size=len(batch))
-        self._log_perplexity(logits, batch, split, task)
+        for name, one in update_more(self.more[_key(task, split)], self.head_of(task), logits, batch):
+            self.log(f"{split}/{task}/{name}", one, add_dataloader_idx=False, batch_size=len(batch))
         self.log_more(logits, batch, split, dataloader_idx)
         return right
-
-    def _log_perplexity(self, logits: Tensor, batch: Any, split: str, task: str) -> None:
-        """Of a language model's next tokens."""
-        if _key(task, split) not in self.perplexity:
-            return
-        surprise = self.heads[_key(task)].surprise(logits, batch)  # type: ignore[operator]
-        if surprise is not None:
-            metric = cast(Perplexity, self.perplexity[_key(task, split)])
-            metric.update(*surprise)
-            self.log(f"{split}/{task}/perplexity", metric, add_dataloader_idx=False, batch_size=len(batch))
 
     def log_more(self, logits: Tensor, batch: Any, split: str, dataloader_idx: int) -> None:
         """Log more about one task's predictions; nothing here.

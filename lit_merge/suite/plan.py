@@ -52,14 +52,16 @@ class SuitePlan(SuiteSettings):
         for seed in self.seeds:
             fits = {task: self._fit(seed, task, factors) for task in self.tasks}
             vectors = {task: self._output(stage) for task, stage in fits.items()}
-            found += [*fits.values(), *(self._test_one(seed, task, vectors[task]) for task in self.tasks)]
+            heads = self._heads(f"seed-{seed}/fit/{{task}}/task_vector.head.safetensors")
+            found += [*fits.values(), *(self._test_one(seed, task, vectors[task], heads) for task in self.tasks)]
             if self.joint is not None:
-                fit = self._fit_joint(seed)
-                found += [fit, self._test_all(f"seed-{seed}/joint/test", {"task_vector": self._output(fit)})]
+                fit, own = self._fit_joint(seed), self._heads(f"seed-{seed}/joint/fit/{_JOINT_HEAD}")
+                found += [fit, self._test_all(f"seed-{seed}/joint/test", {"task_vector": self._output(fit)}, own)]
             for name, recipe in self.recipes.items():
-                stages = self._learn(seed, name, vectors) if recipe.learned else self._merge(seed, name, vectors)
-                kind = "weights" if recipe.learned else "task_vector"
-                found += [*stages, self._test_all(f"seed-{seed}/test/{name}", {kind: self._output(stages[-1])})]
+                make = self._learn if recipe.learned else self._merge
+                stages, kind = make(seed, name, vectors, heads), "weights" if recipe.learned else "task_vector"
+                model = {kind: self._output(stages[-1])}
+                found += [*stages, self._test_all(f"seed-{seed}/test/{name}", model, heads)]
         written = {path for stage in found for path in stage.paths(self.directory)}
         for stage in found:
             for path in stage.inputs:
@@ -89,6 +91,18 @@ class SuitePlan(SuiteSettings):
             _ = module.classes  # found in a folder or file; there are none of texts that are only continued
         return data
 
+    _opened_with_heads = False
+
+    @property
+    def _trains_heads(self) -> bool:
+        """Whether every task's head trains with it, so that later stages need the trained ones."""
+        assert self.model_description  # has opened the network
+        return self._opened_with_heads
+
+    def _heads(self, place: str) -> str | None:
+        """Where trained heads are, a path with ``{task}`` in it; None if none train."""
+        return str(self.directory / place) if self._trains_heads else None
+
     @cached_property
     def model_description(self) -> dict[str, Any]:
         """Name, fingerprint and number of parameters of the network; of known weights they are found in the cache."""
@@ -99,6 +113,7 @@ class SuitePlan(SuiteSettings):
             if (known := cache.value(key)) is not None:
                 return dict(known)
         network: Network = ClipNetwork(self.model, self.pretrained) if self.network is None else self._network()
+        self._opened_with_heads = network.trains_heads
         described = {
             "name": network.name,
             "fingerprint": network.fingerprint,
@@ -253,42 +268,52 @@ class SuitePlan(SuiteSettings):
         config = self.fit_config(seed, task, others)
         images = self._images if self.penalised else self._images.get(task)
         settings = self._settings(self.fit_config(seed, task), images)  # the factors' content counts
-        outputs, inputs = ("task_vector.safetensors",), tuple(others.values())
+        heads = ["task_vector.head.safetensors"] if self._trains_heads else []
+        outputs, inputs = (*heads, "task_vector.safetensors"), tuple(others.values())
         return Stage(f"seed-{seed}/fit/{task}", "fit", config, settings, outputs, inputs, _devices(config))
 
     def _fit_joint(self, seed: int) -> Stage:
         config = self.joint_config(seed)
-        outputs = ("task_vector.safetensors",)
+        heads = [_JOINT_HEAD.replace("{task}", task) for task in self.tasks] if self._trains_heads else []
+        outputs = (*heads, "task_vector.safetensors")
         settings = self._settings(config, self._images)
         return Stage(f"seed-{seed}/joint/fit", "fit", config, settings, outputs, devices=_devices(config))
 
-    def _test_one(self, seed: int, task: str, vector: Path) -> Stage:
-        data = self.task_data(task, seed)
-        return self._test(f"seed-{seed}/individual/{task}", data, {"task_vector": vector}, self._images.get(task))
+    def _test_one(self, seed: int, task: str, vector: Path, heads: str | None) -> Stage:
+        data, images = self.task_data(task, seed), self._images.get(task)
+        return self._test(f"seed-{seed}/individual/{task}", data, {"task_vector": vector}, images, heads, [task])
 
-    def _test_all(self, name: str, model: Mapping[str, Path]) -> Stage:
-        return self._test(name, self.all_data(), model, self._images)
+    def _test_all(self, name: str, model: Mapping[str, Path], heads: str | None = None) -> Stage:
+        return self._test(name, self.all_data(), model, self._images, heads, self.tasks)
 
-    def _test(self, name: str, data: dict[str, Any], model: Mapping[str, Path], images: Any) -> Stage:
-        config = self.test_config(data, model)
+    def _test(
+        self,
+        name: str,
+        data: dict[str, Any],
+        model: Mapping[str, Path],
+        images: Any,
+        heads: str | None,
+        tasks: Sequence[str],
+    ) -> Stage:
+        config = self.test_config(data, model, heads)
         settings = self._settings(self.test_config(data, dict.fromkeys(model)), images)  # the model's content counts
-        inputs = tuple(model.values())
+        inputs = (*model.values(), *_files_of(heads, tasks))
         return Stage(
             name, "test", config, settings, ("test_metrics.json", "test_hits.safetensors"), inputs, _devices(config)
         )
 
-    def _learn(self, seed: int, name: str, vectors: Mapping[str, Path]) -> list[Stage]:
-        recipe, inputs = self.recipes[name], tuple(vectors.values())
-        config = self.learned_config(seed, recipe, [str(path) for path in inputs])
+    def _learn(self, seed: int, name: str, vectors: Mapping[str, Path], heads: str | None) -> list[Stage]:
+        recipe, inputs = self.recipes[name], (*vectors.values(), *_files_of(heads, self.tasks))
+        config = self.learned_config(seed, recipe, [str(path) for path in vectors.values()], heads)
         settings = self._settings(self.learned_config(seed, recipe, []), self._images)
         outputs = ("coefficients.safetensors", "merged.safetensors")
         return [Stage(f"seed-{seed}/merge/{name}", "fit", config, settings, outputs, inputs, _devices(config))]
 
-    def _merge(self, seed: int, name: str, vectors: Mapping[str, Path]) -> list[Stage]:
+    def _merge(self, seed: int, name: str, vectors: Mapping[str, Path], heads: str | None) -> list[Stage]:
         """The stages of one recipe, the merge last, whose last output is the merged vector."""
         recipe, stage = self.recipes[name], f"seed-{seed}/merge/{name}"
         collected = vectors if recipe.collected else {}
-        before = [self._statistics(seed, name, task, vector) for task, vector in collected.items()]
+        before = [self._statistics(seed, name, task, vector, heads) for task, vector in collected.items()]
         files = {task: self._output(one) for task, one in zip(collected, before, strict=True)}
         given = recipe.of_seed(seed)
         config = {
@@ -308,7 +333,9 @@ class SuitePlan(SuiteSettings):
         if files:
             statistics = {task: str(path) for task, path in files.items()}
             config = combine(config, {"settings": {**(given["settings"] or {}), "statistics": statistics}})
-        inputs = (*vectors.values(), *files.values(), *map(self._as_output, recipe.files(seed)))
+        own = _files_of(heads, self.tasks) if recipe.search else ()
+        inputs = (*vectors.values(), *files.values(), *map(self._as_output, recipe.files(seed)), *own)
+        config = combine(config, self.base(heads) if own else {})
         outputs = (*(["merged-search.json"] if recipe.search else []), _MERGED)
         devices = 1 if recipe.search else 0
         return [*before, Stage(stage, "merge", {**config, **paths}, settings, outputs, inputs, devices)]
@@ -319,7 +346,7 @@ class SuitePlan(SuiteSettings):
         precision = {"precision": tested} if tested in get_args(Precision) else {}
         return None if search is None else {**precision, **search.to_config()}
 
-    def _statistics(self, seed: int, name: str, task: str, vector: Path) -> Stage:
+    def _statistics(self, seed: int, name: str, task: str, vector: Path, heads: str | None) -> Stage:
         recipe, stage = self.recipes[name], f"seed-{seed}/statistics/{name}/{task}"
         config = {
             **(recipe.statistics or {}),
@@ -331,7 +358,8 @@ class SuitePlan(SuiteSettings):
         output = f"{recipe.collected}.safetensors"
         paths = {"task_vector": str(vector), "output": str(self.directory / stage / output)}
         settings = self._settings(config, self._images.get(task))
-        return Stage(stage, "statistics", {**config, **paths}, settings, (output,), (vector,))
+        config = combine(config, self.base(heads) if heads else {}, paths)
+        return Stage(stage, "statistics", config, settings, (output,), (vector, *_files_of(heads, [task])))
 
     def _as_output(self, path: Path) -> Path:
         """A file that a recipe names, as the stages call it if it is in the suite's directory."""
@@ -345,8 +373,14 @@ def _tops(paths: Sequence[Path], root: Path) -> list[Path]:
     return sorted({root / path.relative_to(root).parts[0] if path.is_relative_to(root) else path for path in found})
 
 
+def _files_of(heads: str | None, tasks: Sequence[str]) -> tuple[Path, ...]:
+    """The heads' files of some tasks."""
+    return () if heads is None else tuple(Path(heads.replace("{task}", task)) for task in tasks)
+
+
 _MERGED = "merged.safetensors"
 _FACTORS = "kfac.safetensors"
+_JOINT_HEAD = "task_vector.{task}.head.safetensors"
 
 
 def _devices(config: Mapping[str, Any]) -> int:

@@ -159,9 +159,9 @@ class SuiteSettings:
         linearized = {"init_args": {"linearized": True}} if self.trained_linearized else {}
         return combine({"trainer": _TRAINER, "model": {"class_path": _MULTI_TASK, **linearized}}, given, fixed)
 
-    def learned_config(self, seed: int, recipe: Recipe, vectors: list[str]) -> dict[str, Any]:
-        """Of ``fit``, to learn the coefficients of a merge."""
-        model = combine({"init_args": recipe.learned or {}}, self._model(), self._linearized())
+    def learned_config(self, seed: int, recipe: Recipe, vectors: list[str], heads: str | None = None) -> dict[str, Any]:
+        """Of ``fit``, to learn the coefficients of a merge; ``heads`` as of :meth:`base`."""
+        model = combine({"init_args": recipe.learned or {}}, self._model(heads), self._linearized())
         data = combine(self.all_data(), {"class_path": _MERGE_DATA, "init_args": {"seed": seed}})
         return {
             "seed_everything": seed,
@@ -170,7 +170,9 @@ class SuiteSettings:
             "data": combine(data, {"init_args": recipe.data or {}}),
         }
 
-    def test_config(self, data: dict[str, Any], model: Mapping[str, Path | None]) -> dict[str, Any]:
+    def test_config(
+        self, data: dict[str, Any], model: Mapping[str, Path | None], heads: str | None = None
+    ) -> dict[str, Any]:
         """Of ``test``.
 
         One task is tested by the module that was fine-tuned on it, all tasks by :class:`lit_merge.MultiTaskModule`
@@ -179,13 +181,14 @@ class SuiteSettings:
         Args:
             data: of one task or of all.
             model: argument of the module -> the file that it names: ``task_vector`` or ``weights``.
+            heads: as of :meth:`base`.
         """
         several, given = data["class_path"] == _TASKS, self.test
         module = {"class_path": _MULTI_TASK} if several else self._fine_tuned()
         if not several and "class_path" in given.get("model", {}):
             given = {key: value for key, value in given.items() if key != "model"}
         files = {"task_vector": None, **{name: str(path) if path else None for name, path in model.items()}}
-        own = combine(module, {"init_args": files}, self._model(), self._linearized())
+        own = combine(module, {"init_args": files}, self._model(heads), self._linearized())
         return combine({"trainer": _TRAINER, "model": own, "data": data}, given)
 
     def task_data(self, task: str, seed: int) -> dict[str, Any]:
@@ -206,14 +209,19 @@ class SuiteSettings:
         tasks = {"tasks": self.named_tasks, "paths": self.paths or None, **own}
         return {"class_path": _TASKS, "init_args": {**self.data, **tasks}}
 
-    def base(self) -> dict[str, Any]:
-        """The arguments of a command or module that say which network it is about."""
+    def base(self, heads: str | None = None) -> dict[str, Any]:
+        """The arguments of a command or module that say which network it is about.
+
+        Args:
+            heads: where the tasks' trained heads are, a path with ``{task}`` in it; None for the network's own.
+        """
         if self.network is not None:
-            return {"network": self.network}
+            given = {} if heads is None else {"init_args": {"heads": heads}}
+            return {"network": combine(self.network, given)}
         return {"model": self.model, "pretrained": self.pretrained}
 
-    def _model(self) -> dict[str, Any]:
-        return {"init_args": self.base()}
+    def _model(self, heads: str | None = None) -> dict[str, Any]:
+        return {"init_args": self.base(heads)}
 
     def _linearized(self) -> dict[str, Any]:
         return {"init_args": {"linearized": True}} if self.evaluated_linearized else {}

@@ -124,6 +124,7 @@ class TextTask(Task):
             raise ConfigurationError(f"text_column: expected one or two columns, got {len(columns)}. Set prompt.")
         self._label_column = None if number_column is not None or target is not None else label_column
         self._number_column, self._given_classes, self._given_answers = number_column, classes, answers
+        self.regression = number_column is not None
         self._wording = Wording(columns, None if prompt is None else Prompt(prompt), _target(target))
         self._splits = {split: part_of(setting, split) for split, setting in (splits or {}).items()}
         if surplus := sorted(set(self._splits) - set(SPLITS)):

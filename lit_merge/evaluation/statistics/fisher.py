@@ -114,7 +114,7 @@ def _add_square(total: Tensor, gradient: Tensor, weight: float) -> None:
 def _log_probabilities(module: nn.Module, head: nn.Module | None, single: tuple[Any, ...]) -> Tensor:
     output = module(*single)
     logits = output if head is None else head(output)
-    if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != 1:
+    if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != 1 or logits.shape[1] < 2:
         got = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise ConfigurationError(
             f"collect_fisher: expected logits [1, C] of one image, got {got}. Give the head that makes them."

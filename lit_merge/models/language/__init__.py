@@ -3,7 +3,8 @@
 Importing this does not import transformers.
 """
 
-from lit_merge.models.language.heads import LanguageHead, TaskClassifier
+from lit_merge.models.language.classifiers import TaskClassifier, TaskHead, TaskRegressor, TwoLayerClassifier
+from lit_merge.models.language.heads import LanguageHead
 from lit_merge.models.language.networks import CausalNetwork, Seq2SeqNetwork, TextEncoderNetwork
 from lit_merge.models.language.tokenization import Encoded, Tokenization
 
@@ -13,6 +14,9 @@ __all__ = [
     "LanguageHead",
     "Seq2SeqNetwork",
     "TaskClassifier",
+    "TaskHead",
+    "TaskRegressor",
     "TextEncoderNetwork",
     "Tokenization",
+    "TwoLayerClassifier",
 ]

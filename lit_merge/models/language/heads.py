@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from lit_merge.errors import ConfigurationError, FileFormatError
-from lit_merge.files.store import LazyTensors, write_tensors
+from lit_merge.errors import ConfigurationError
 from lit_merge.functional.tokens import answer_scores, token_losses
 from lit_merge.models.language.modules import PooledEncoder
 from lit_merge.models.language.tokenization import Tokenization
 
-__all__ = ["EncoderTexts", "LanguageHead", "TaskClassifier"]
-
-
-_FORMAT = "lit-merge/classifier/1"
+__all__ = ["EncoderTexts", "LanguageHead"]
 
 
 class LanguageHead(nn.Module):
@@ -51,40 +45,6 @@ class LanguageHead(nn.Module):
         return f"length_normalised={self.length_normalised}"
 
 
-class TaskClassifier(nn.Linear):
-    """A task's own classifier, which trains with it and is no part of what is merged."""
-
-    trains = True
-
-    def __init__(self, features: int, classes: Sequence[str], seed: int = 0) -> None:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            super().__init__(features, len(classes))
-        self.classes = tuple(classes)
-
-    def save(self, path: str | Path) -> None:
-        """Write weight, bias and classes as safetensors; the file appears when it is complete."""
-        tensors = {name: value.detach().float().cpu().contiguous() for name, value in self.state_dict().items()}
-        write_tensors(Path(path), tensors, {"format": _FORMAT, "classes": json.dumps(self.classes)})
-
-    @classmethod
-    def load(cls, path: str | Path) -> TaskClassifier:
-        """Read what :meth:`save` wrote.
-
-        Raises:
-            FileFormatError: there is no such file, or it holds something else.
-        """
-        stored = LazyTensors(Path(path))
-        if stored.metadata.get("format") != _FORMAT:
-            raise FileFormatError(
-                f"{path}: expected a task's classifier, got a file of format {stored.metadata.get('format')!r}. Give "
-                "the file that a run wrote beside its task vector."
-            )
-        head = cls(stored.shape("weight")[1], json.loads(stored.metadata["classes"]))
-        head.load_state_dict({name: stored[name] for name in ("weight", "bias")})
-        return head
-
-
 class EncoderTexts:
     """A sentence encoder as the text side of zero-shot heads (:class:`lit_merge.models.heads.TextEncoder`).
 
@@ -110,4 +70,4 @@ class EncoderTexts:
         return nn.functional.normalize(features.float(), dim=-1)
 
 
-Head = Literal["class_names", "classifier"]
+Head = Literal["class_names", "classifier", "two_layer"]

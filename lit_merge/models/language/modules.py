@@ -13,7 +13,7 @@ from lit_merge.functional.tokens import answers_first
 
 __all__ = ["CausalModule", "EncoderDecoderModule", "LanguageModule", "PooledEncoder"]
 
-Pooling = Literal["mean", "cls"]
+Pooling = Literal["mean", "cls", "last"]
 
 # Of these the logits are the output embedding's product with the last hidden states, and nothing more: it is computed
 # where tokens are predicted only.
@@ -72,7 +72,7 @@ class PooledEncoder(LanguageModule):
 
     Args:
         model: an encoder.
-        pooling: ``mean`` over the text's tokens, or the first token's, ``cls``.
+        pooling: ``mean`` over the text's tokens, the first token's, ``cls``, or the ``last`` one's before the padding.
         normalize: whether the vectors are brought to length 1.
     """
 
@@ -86,6 +86,8 @@ class PooledEncoder(LanguageModule):
         hidden = self.of_transformers(input_ids=input_ids, attention_mask=mask).last_hidden_state
         if self.pooling == "cls":
             features = hidden[:, 0]
+        elif self.pooling == "last":
+            features = _taken(hidden, mask.sum(1, keepdim=True) - 1).squeeze(1)
         else:
             weights = mask.to(hidden.dtype)
             weights = weights / weights.sum(1, keepdim=True)

@@ -14,10 +14,18 @@ import torch
 from torch import Tensor, nn
 
 from lit_merge.checkpoints.opening import named_after
-from lit_merge.errors import ConfigurationError, StructureMismatchError, first_few
+from lit_merge.errors import ConfigurationError
 from lit_merge.functional.evaluation import evaluating
 from lit_merge.models.heads import build_head
-from lit_merge.models.language.heads import EncoderTexts, Head, LanguageHead, TaskClassifier
+from lit_merge.models.language.classifiers import (
+    TaskClassifier,
+    TaskHead,
+    TaskRegressor,
+    TwoLayerClassifier,
+    TwoLayerRegressor,
+    stored_head,
+)
+from lit_merge.models.language.heads import EncoderTexts, Head, LanguageHead
 from lit_merge.models.language.loading import LoadedModel, load_language_model, longest_input
 from lit_merge.models.language.modules import (
     CausalModule,
@@ -94,18 +102,22 @@ class LanguageNetwork(Network):
 class TextEncoderNetwork(LanguageNetwork):
     """A sentence encoder (BERT, RoBERTa, MiniLM, ModernBERT …): texts to pooled features ``[B, d]``.
 
+    A causal model, such as a GPT-2, is one as well: what its last token knows of the text is pooled by ``last``.
+
     With ``head: class_names`` a task's head is the zero-shot construction of CLIP: every template is filled with every
     class name, the encoder's own unit vectors are averaged per class and brought to length 1, and the logits are
     ``logit_scale`` times the cosine similarities. With ``head: classifier`` it is a linear layer of the task's own,
-    which trains with the task, is stored beside its vector and never merged.
+    which trains with the task, is stored beside its vector and never merged; with ``two_layer`` RoBERTa's two. Of a
+    task whose label is a number (``number_column``) it has one output, and is trained on squared errors.
 
     Args:
         path: a folder of transformers or ``hf://owner/name``.
-        pooling: ``mean`` over a text's tokens, or ``cls``, the first one's.
+        pooling: ``mean`` over a text's tokens, ``cls``, the first one's, or ``last``, the last one's.
         normalize: whether features have length 1; heads of class names normalise by themselves.
-        head: ``class_names`` or ``classifier``.
-        heads: files of trained classifiers: a path with ``{task}`` in it, or task -> path; tasks without one get a new
-            classifier, which is to be trained.
+        head: ``class_names``, ``classifier`` or ``two_layer``.
+        heads: trained classifiers: a path with ``{task}`` in it, or task -> path, of files that runs wrote or of
+            folders of transformers (:func:`~lit_merge.models.language.classifiers.stored_head`); tasks without one get
+            a new classifier, which is to be trained.
         logit_scale: factor of the cosine similarities, the inverse of the temperature: at 20, that of sentence
             encoders' training, 0.05.
         max_length: most tokens of a text; by default what model and tokenizer say.
@@ -136,8 +148,8 @@ class TextEncoderNetwork(LanguageNetwork):
     ) -> None:
         for name, value, valid in (("pooling", pooling, get_args(Pooling)), ("head", head, get_args(Head))):
             if value not in valid:
-                raise ConfigurationError(f"{name}: expected {' or '.join(valid)}, got {value!r}.")
-        if heads is not None and (head != "classifier" or (isinstance(heads, str) and "{task}" not in heads)):
+                raise ConfigurationError(f"{name}: expected one of {', '.join(valid)}, got {value!r}.")
+        if heads is not None and (head == "class_names" or (isinstance(heads, str) and "{task}" not in heads)):
             raise ConfigurationError(
                 f"heads: expected a path with {{task}}, or task -> path, with head: classifier, got {heads!r} with "
                 f"head: {head}."
@@ -146,6 +158,11 @@ class TextEncoderNetwork(LanguageNetwork):
         self._heads = heads
         super().__init__(path, max_length, 1, dtype, attention, dropout)
         _ = self._texts  # refuses a scale that is none
+
+    @property
+    def trains_heads(self) -> bool:  # type: ignore[override]
+        """See :attr:`Network.trains_heads`."""
+        return self._head != "class_names" and self._heads is None
 
     def _module(self, model: nn.Module) -> LanguageModule:
         module = PooledEncoder(model, self._pooling, self._normalize)
@@ -163,32 +180,34 @@ class TextEncoderNetwork(LanguageNetwork):
         """The zero-shot head of class names and templates, from the cache if it was built before; or a new classifier.
 
         Raises:
-            ConfigurationError: the task has no classes.
+            ConfigurationError: the task has no classes, or a number and ``class_names``.
             LitMergeError: the file of its classifier is missing, or of other classes.
         """
-        if not task.classes:
+        regression = getattr(task, "regression", False)
+        if regression and self._head == "class_names":
+            raise ConfigurationError(
+                f"{task.name}: expected a head of the task's own for its number, got class_names. Set head of the "
+                "network to classifier or two_layer."
+            )
+        if not task.classes and not regression:
             raise ConfigurationError(
                 f"{task.name}: expected a task with classes for the encoder {self.name}, got one without. Use a "
                 "network that predicts tokens."
             )
-        if self._head == "classifier":
-            return self._classifier(task)
+        if self._head != "class_names":
+            return self._own_head(task, regression)
         with evaluating(self.module):
             return build_head(self._texts, list(task.classes), list(task.templates))
 
-    def _classifier(self, task: TaskWords) -> TaskClassifier:
+    def _own_head(self, task: TaskWords, regression: bool) -> TaskHead:
         """The task's own, from its file if there is one."""
         place = self._heads.get(task.name) if isinstance(self._heads, dict) else self._heads
-        if place is None:
-            return TaskClassifier(self.module.config.hidden_size, task.classes)
-        path = place.replace("{task}", task.name)
-        head = TaskClassifier.load(path)
-        if head.classes != tuple(task.classes):
-            raise StructureMismatchError(
-                f"{path}: expected a classifier of the classes {first_few(task.classes)}, got "
-                f"{first_few(head.classes)}. Give the file of this task."
-            )
-        return head
+        if place is not None:
+            return stored_head(place.replace("{task}", task.name), task.name, task.classes, regression)
+        classifier, regressor = (
+            (TaskClassifier, TaskRegressor) if self._head == "classifier" else (TwoLayerClassifier, TwoLayerRegressor)
+        )
+        return (regressor if regression else classifier)(self.module.config.hidden_size, task.classes)
 
 
 class _TokenNetwork(LanguageNetwork):

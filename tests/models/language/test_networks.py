@@ -346,8 +346,10 @@ def test_texts_longer_than_the_model(name, limit, folder):
 
 def test_settings_out_of_range(folder):
     path = folder("bert")
-    assert refusal(TextEncoderNetwork, path, pooling="max") == "pooling: expected mean or cls, got 'max'."
-    assert refusal(TextEncoderNetwork, path, head="own") == "head: expected class_names or classifier, got 'own'."
+    assert refusal(TextEncoderNetwork, path, pooling="max") == "pooling: expected one of mean, cls, last, got 'max'."
+    assert refusal(TextEncoderNetwork, path, head="own") == (
+        "head: expected one of class_names, classifier, two_layer, got 'own'."
+    )
     assert refusal(TextEncoderNetwork, path, dtype="int8") == (
         "dtype: expected one of float32, bfloat16, float16, float64, got 'int8'."
     )
