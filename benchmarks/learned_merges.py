@@ -14,7 +14,6 @@ Stages: ``choose`` (seed 0 only), ``measure``, ``place`` (the tables of docs/ada
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import multiprocessing
 from collections.abc import Callable, Sequence
@@ -24,12 +23,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
-from torch.nn import functional as F
 
 from lit_merge import TaskVector, TaskVectors
 from lit_merge.data import EMBEDDED_TASKS, MergeDataModule, MultiTaskDataModule, load_split
+from lit_merge.data.images import corruptions
 from lit_merge.evaluation.search import quiet, silent_trainer
 from lit_merge.files.text import write_text
 from lit_merge.modules import MergeModule, MultiTaskModule
@@ -76,43 +74,9 @@ def files(seed: int, tasks: Sequence[str] = TASKS) -> list[str]:
     return [str(folder / f"{task}.safetensors") for task in tasks]
 
 
-def corrupted(images: Tensor, kind: str) -> Tensor:
-    """uint8 ``[N, 3, H, W]`` corrupted as in the robustness tables of AdaMerging, at one medium severity."""
-    generator = torch.Generator().manual_seed(0)
-    values = images.float() / 255
-    size = values.shape[-1]
-    if kind == "gaussian noise":
-        values = values + 0.12 * torch.randn(values.shape, generator=generator)
-    elif kind == "impulse noise":
-        draws = torch.rand(values.shape, generator=generator)
-        values = torch.where(draws < 0.04, 0.0, torch.where(draws > 0.96, 1.0, values))
-    elif kind == "contrast":
-        centre = values.mean((2, 3), keepdim=True)
-        values = centre + 0.35 * (values - centre)
-    elif kind == "pixelate":
-        values = F.interpolate(F.interpolate(values, scale_factor=0.5, mode="area"), size=(size, size), mode="nearest")
-    elif kind == "motion blur":
-        kernel = torch.zeros(3, 1, 5, 5)
-        kernel[:, :, range(5), range(5)] = 0.2
-        values = F.conv2d(F.pad(values, (2, 2, 2, 2), mode="replicate"), kernel, groups=3)
-    elif kind == "spatter":
-        drops = torch.randn(len(values), 1, size // 4, size // 4, generator=generator)
-        drops = F.interpolate(drops, size=(size, size), mode="bicubic") > 1.3
-        values = torch.where(drops, torch.tensor([0.25, 0.17, 0.08]).view(1, 3, 1, 1), values)
-    elif kind == "JPEG":
-        return torch.stack([_jpeg(image) for image in images])
-    else:
-        raise ValueError(kind)
-    return (values.clamp(0, 1) * 255).round().to(torch.uint8)
-
-
-def _jpeg(image: Tensor) -> Tensor:
-    buffer = io.BytesIO()
-    Image.fromarray(image.permute(1, 2, 0).numpy()).save(buffer, "JPEG", quality=12)
-    return torch.from_numpy(np.asarray(Image.open(buffer)).copy()).permute(2, 0, 1)
-
-
-CORRUPTIONS = ["motion blur", "impulse noise", "gaussian noise", "pixelate", "spatter", "contrast", "JPEG"]
+SEVERITY = 4
+CORRUPTIONS = {"JPEG" if name == "jpeg" else name.replace("_", " "): name for name in corruptions.CORRUPTIONS}
+"""How the table calls them, all of one severity."""
 
 
 class Suite:
@@ -131,7 +95,11 @@ class Suite:
         for task in TASKS:
             images, labels = load_split(task, split)
             images, labels = images[:count], labels[:count]
-            images = images if kind is None else corrupted(images, kind)
+            if kind is not None:
+                settings = CORRUPTIONS[kind], SEVERITY
+                images = torch.stack(
+                    [corruptions.corrupt(image, *settings, place) for place, image in enumerate(images)]
+                )
             predictions = [
                 self.heads[task](self.module(self.module.preprocessing.normalise(part))).argmax(-1)
                 for part in images.split(250)

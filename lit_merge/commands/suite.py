@@ -13,6 +13,7 @@ may run at the same time, here or on a cluster.
 
 from __future__ import annotations
 
+import warnings
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -23,6 +24,7 @@ from lit_merge.suite.engines import open_engine
 from lit_merge.suite.overlays import with_parts as arguments
 from lit_merge.suite.plan import SuitePlan
 from lit_merge.suite.recipe import Recipe
+from lit_merge.suite.results import check_expected, deviations
 from lit_merge.suite.run import refuse_other_files, run_suite
 from lit_merge.suite.settings import combine, task_names
 
@@ -54,6 +56,7 @@ def suite(
     network: dict | None = None,
     sources: dict[str, dict] | None = None,
     control: list[str] | None = None,
+    expected: dict[str, float] | None = None,
 ) -> dict[str, Any]:
     """Fine-tune every task, extract, merge with every recipe and evaluate; print a table, write JSON and a figure.
 
@@ -93,6 +96,8 @@ def suite(
         sources: tasks of your own, by name: class_path and init_args of a lit_merge.data.sources.Task each.
         control: those among all tasks that nothing is fine-tuned on: they are what a search with the criterion negation
             or target_control is to keep, and are evaluated with every model.
+        expected: task -> accuracy, in percent, that its own fine-tuned model is known to reach. One that is more than a
+            point off is warned of; nothing else depends on it.
 
     Returns:
         The content of results.json.
@@ -115,12 +120,14 @@ def suite(
             f"control: expected some of the tasks ({', '.join(every)}), got {unknown[0]!r}. Add it to tasks, paths or "
             "sources."
         )
+    own = [task for task in every if task not in (control or [])]
+    check_expected(expected or {}, own)
     plan = SuitePlan(
         name=name,
         directory=Path(output),
         model=model,
         pretrained=pretrained,
-        tasks=[task for task in every if task not in (control or [])],
+        tasks=own,
         paths=dict(paths or {}),
         seeds=list(seeds),
         fit=_nested(fit or {}),
@@ -137,7 +144,10 @@ def suite(
     if engine == "ray" or parallel not in (None, 1):
         plan.data_module.prepare_data()  # once, not in every process
     opened = partial(open_engine, engine, run_command, parallel, output, plan.devices, ray_address, ray_cpus, ray_gpus)
-    return run_suite(plan, opened, overwrite, retries)
+    results = run_suite(plan, opened, overwrite, retries)
+    for line in deviations(results, expected or {}):
+        warnings.warn(line, stacklevel=2)
+    return results
 
 
 def _nested(settings: dict[str, Any]) -> dict[str, Any]:

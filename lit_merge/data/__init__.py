@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lit_merge.data.adaptation import MergeDataModule
     from lit_merge.data.batch import Batch, ImageBatch, OtherBatch
+    from lit_merge.data.corrupted import CorruptedTask
     from lit_merge.data.embedded.sheet import contact_sheet
     from lit_merge.data.embedded.tasks import DRAWN_TASKS, EMBEDDED_TASKS, load_split
     from lit_merge.data.examples import Examples, TensorExamples
+    from lit_merge.data.images.corruptions import CORRUPTIONS, corrupt
     from lit_merge.data.multitask import MultiTaskDataModule
     from lit_merge.data.pretraining import CaptionDataModule
     from lit_merge.data.published.registry import REGISTRY, SUITES
@@ -23,12 +25,14 @@ if TYPE_CHECKING:
     from lit_merge.data.text.task import TextTask
 
 __all__ = [
+    "CORRUPTIONS",
     "DRAWN_TASKS",
     "EMBEDDED_TASKS",
     "REGISTRY",
     "SUITES",
     "Batch",
     "CaptionDataModule",
+    "CorruptedTask",
     "EmbeddedSource",
     "Examples",
     "ImageBatch",
@@ -43,17 +47,20 @@ __all__ = [
     "TextExamples",
     "TextTask",
     "contact_sheet",
+    "corrupt",
     "load_split",
     "templates_for",
 ]
 
 _HOMES = {
+    "CORRUPTIONS": "images.corruptions",
     "DRAWN_TASKS": "embedded.tasks",
     "EMBEDDED_TASKS": "embedded.tasks",
     "REGISTRY": "published.registry",
     "SUITES": "published.registry",
     "Batch": "batch",
     "CaptionDataModule": "pretraining",
+    "CorruptedTask": "corrupted",
     "EmbeddedSource": "sources",
     "Examples": "examples",
     "ImageBatch": "batch",
@@ -68,6 +75,7 @@ _HOMES = {
     "TextExamples": "text.examples",
     "TextTask": "text.task",
     "contact_sheet": "embedded.sheet",
+    "corrupt": "images.corruptions",
     "load_split": "embedded.tasks",
     "templates_for": "templates",
 }

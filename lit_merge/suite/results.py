@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from lit_merge._version import __version__
-from lit_merge.errors import FileFormatError, LitMergeError, first_few
+from lit_merge.data.embedded.tasks import DRAWN_TASKS
+from lit_merge.data.published.task import is_published
+from lit_merge.errors import ConfigurationError, FileFormatError, LitMergeError, first_few
 from lit_merge.files.cache import Cache
 from lit_merge.files.store import LazyTensors
 from lit_merge.report.environment import hardware, versions
@@ -19,7 +21,9 @@ from lit_merge.transforms import Chain
 from lit_merge.transforms.learned import transform_before
 from lit_merge.vectors import Coefficients, TaskVector
 
-__all__ = ["suite_results"]
+__all__ = ["check_expected", "deviations", "suite_results"]
+
+_POINTS = 1.0
 
 
 def suite_results(
@@ -76,6 +80,52 @@ def suite_results(
         **_perplexities(directory / "zero-shot", every, "zero_shot_perplexity"),
         "seeds": {str(seed): of_seed(seed) for seed in seeds},
     }
+
+
+def deviations(results: Mapping[str, Any], expected: Mapping[str, float]) -> list[str]:
+    """Individually fine-tuned models that are more than a point from where they are expected.
+
+    Merged accuracies are compared across publications only between models that were as good before.
+
+    Args:
+        results: the content of results.json.
+        expected: task -> accuracy in percent.
+
+    Returns:
+        One line per task and seed, in the order of the seeds.
+    """
+    lines = []
+    for seed, found in results["seeds"].items():
+        for task in [task for task in expected if task in found["individual"]]:
+            percent = expected[task]
+            reached = 100 * found["individual"][task]
+            if abs(reached - percent) > _POINTS:
+                lines.append(
+                    f"{task}, seed {seed}: expected the fine-tuned model within a point of {percent:.1f} %, got "
+                    f"{reached:.1f} % ({reached - percent:+.1f}). Compare its data and fine-tuning with the "
+                    "publication's before merged accuracies are compared."
+                )
+    return lines
+
+
+def check_expected(expected: Mapping[str, float], tasks: Sequence[str]) -> None:
+    """Refuse accuracies of unknown tasks, and those that are no percentages.
+
+    Tasks that have a name of their own, such as ``mnist``, may be left out of the suite.
+
+    Raises:
+        ConfigurationError: there are some.
+    """
+    known = [*tasks, *DRAWN_TASKS]
+    if unknown := [task for task in expected if task not in known and not is_published(task)]:
+        raise ConfigurationError(
+            f"expected: expected accuracies of the tasks {first_few(tasks, 30)}, got one of {unknown[0]!r}. Remove it."
+        )
+    if wrong := [task for task, percent in expected.items() if not 1 < percent <= 100]:
+        raise ConfigurationError(
+            f"expected: expected accuracies in percent, above 1 and at most 100, got {expected[wrong[0]]} of "
+            f"{wrong[0]}. Correct it."
+        )
 
 
 def _accuracy(stage: Path, key: str) -> float:
