@@ -6,11 +6,13 @@ from lit_merge.models.adarank import AdaRank
 from lit_merge.models.lora import LoRA
 from lit_merge.models.rates import ExpLR, LinLR
 from lit_merge.models.selection import All, Attention, LastBlocks, Matching
+from lit_merge.modules.delta import DeltaModule
 from lit_merge.modules.encoding import EncoderModule
 from lit_merge.modules.finetune import FineTuneModule
 from lit_merge.modules.merge import MergeModule
 from lit_merge.modules.multitask import MultiTaskModule
 from lit_merge.modules.objectives import Comparison, CrossEntropy, Entropy, Expert, Features, Objective, Outputs
+from lit_merge.modules.offsets import MergOPT
 from lit_merge.modules.orthogonality import OrthoReg
 from lit_merge.modules.penalty import Penalty, TauJpPenalty
 from lit_merge.modules.pretrain import ContrastiveModule
@@ -23,12 +25,14 @@ __all__ = [
     "Comparison",
     "ContrastiveModule",
     "CrossEntropy",
+    "DeltaModule",
     "EncoderModule",
     "Entropy",
     "Expert",
     "Features",
     "FineTuneModule",
     "FineTuningProtocol",
+    "MergOPT",
     "MergeModule",
     "MultiTaskModule",
     "Objective",
@@ -41,5 +45,5 @@ __all__ = [
 
 # A checkpoint's hyperparameters hold these settings: plain data, which ``weights_only=True`` may build again.
 torch.serialization.add_safe_globals(
-    [AdaRank, All, Attention, LastBlocks, Matching, ExpLR, LinLR, LoRA, TauJpPenalty, OrthoReg, Tak, SAM]
+    [AdaRank, All, Attention, LastBlocks, Matching, ExpLR, LinLR, LoRA, TauJpPenalty, OrthoReg, Tak, SAM, MergOPT]
 )

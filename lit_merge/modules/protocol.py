@@ -15,6 +15,7 @@ from lit_merge.errors import ConfigurationError
 from lit_merge.models.parametrisations import Direct, Linearised, LinearisedLowRank, LowRank
 from lit_merge.models.rates import Rates
 from lit_merge.modules.encoding import EncoderModule
+from lit_merge.modules.offsets import MergOPT, OffsetAware
 from lit_merge.modules.sharpness import SAM, SharpnessAware
 
 __all__ = ["FineTuningProtocol", "total_steps", "warm_up_cosine"]
@@ -72,6 +73,7 @@ class FineTuningProtocol(EncoderModule):
         optimizer_wrapper: makes another optimiser of AdamW, e.g. one that takes two gradients per step; the learning
             rate, schedule and clipping stay as they are.
         sam: sharpness-aware minimisation, e.g. ``{rho: 0.05, adaptive: false}``; every step costs two.
+        mergopt: gradients at random offsets such as merging makes, e.g. ``{scale: 0.0005}``.
         **encoder_settings: of :class:`EncoderModule`.
 
     Raises:
@@ -89,21 +91,23 @@ class FineTuningProtocol(EncoderModule):
         rates: Rates | None = None,
         optimizer_wrapper: Callable[[torch.optim.Optimizer], torch.optim.Optimizer] | None = None,
         sam: SAM | None = None,
+        mergopt: MergOPT | None = None,
         **encoder_settings: Any,
     ) -> None:
         check_range("learning_rate", learning_rate)
         check_range("weight_decay", weight_decay)
         check_range("warmup_fraction", warmup_fraction, below=1.0)
         check_range("gradient_clip", gradient_clip)
-        if sam is not None and optimizer_wrapper is not None:
-            raise ConfigurationError("sam and optimizer_wrapper: expected one of them, got both. Remove one.")
+        wrappers = {"sam": sam, "mergopt": mergopt, "optimizer_wrapper": optimizer_wrapper}
+        if len(both := [name for name, one in wrappers.items() if one is not None]) > 1:
+            raise ConfigurationError(f"{both[0]} and {both[1]}: expected one of them, got both. Remove one.")
         super().__init__(model=model, pretrained=pretrained, **encoder_settings)
         if sam is not None and sam.adaptive and self.linearized:
             raise ConfigurationError(
                 "sam.adaptive: expected parameters that are weights, got a linearised network's, which are τ. "
                 "Set adaptive to false."
             )
-        self.sam = sam
+        self.sam, self.mergopt = sam, mergopt
         self.learning_rate = learning_rate
         self.weight_decay = weight_decay
         self.warmup_fraction = warmup_fraction
@@ -143,14 +147,17 @@ class FineTuningProtocol(EncoderModule):
             eps=_EPSILON,
             weight_decay=self.weight_decay,
         )
-        if self.sam is not None:
-            if self.trainer.accumulate_grad_batches > 1:
+        for name, one in (("sam", self.sam), ("mergopt", self.mergopt)):
+            if one is not None and self.trainer.accumulate_grad_batches > 1:
                 raise ConfigurationError(
-                    f"sam: expected one batch per step, got accumulate_grad_batches "
+                    f"{name}: expected one batch per step, got accumulate_grad_batches "
                     f"{self.trainer.accumulate_grad_batches}, of which it could evaluate the last again only. Use "
                     "larger batches."
                 )
+        if self.sam is not None:
             optimizer = SharpnessAware(optimizer, self.sam)
+        if self.mergopt is not None:
+            optimizer = OffsetAware(optimizer, self.mergopt)
         if self._optimizer_wrapper is not None:
             optimizer = self._optimizer_wrapper(optimizer)
             self._wrapped = type(optimizer).__name__
@@ -168,7 +175,7 @@ class FineTuningProtocol(EncoderModule):
             if type(self.parametrisation) not in (Direct, Linearised, LinearisedLowRank, LowRank)
             else None
         )
-        parts = [repr(part) for part in (*shorthands, given, self.rates, self.sam) if part is not None]
+        parts = [repr(part) for part in (*shorthands, given, self.rates, self.sam, self.mergopt) if part is not None]
         wrapped = [] if self._wrapped is None else [self._wrapped]
         return ", ".join([*(["linearized"] if self.linearized else []), *parts, *wrapped]) or "full"
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from lit_merge.errors import ConfigurationError
 from lit_merge.transforms.base import finite_number
 
-__all__ = ["SAM", "SharpnessAware"]
+__all__ = ["SAM", "Displaced", "SharpnessAware"]
 
 
 @dataclass(frozen=True)
@@ -42,12 +42,38 @@ class SAM:
         return f"SAM(rho={self.rho:g}{f', adaptive=True, eta={self.eta:g}' if self.adaptive else ''})"
 
 
-class SharpnessAware(torch.optim.Optimizer):
+class Displaced(torch.optim.Optimizer):
+    """Takes another optimiser's step with a gradient from elsewhere; subclasses say where, in :meth:`step`.
+
+    Groups, state, learning rates and checkpoints are those of the other optimiser.
+
+    Args:
+        optimizer: whose steps are taken.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        super().__init__(optimizer.param_groups, optimizer.defaults)
+        self.optimizer = optimizer
+        self._share()
+
+    def _share(self) -> None:
+        self.param_groups, self.state = self.optimizer.param_groups, self.optimizer.state
+
+    def state_dict(self) -> dict[str, Any]:
+        """The other optimiser's."""
+        return self.optimizer.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load the other optimiser's."""
+        self.optimizer.load_state_dict(state_dict)
+        self._share()
+
+
+class SharpnessAware(Displaced):
     r"""Takes another optimiser's step with the gradient at ``w + ε``.
 
     ``ε = ρ g / ‖g‖`` (Foret et al. 2021, equation 2), adaptive ``ε = ρ T² g / ‖T g‖`` with ``T = |w| + η`` (Kwon et al.
-    2021), the norm over all parameters. A step evaluates its closure twice, so it costs twice as much. Groups, state,
-    learning rates and checkpoints are those of the other optimiser.
+    2021), the norm over all parameters. A step evaluates its closure twice, so it costs twice as much.
 
     Args:
         optimizer: whose steps are taken.
@@ -55,12 +81,8 @@ class SharpnessAware(torch.optim.Optimizer):
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, settings: SAM) -> None:
-        super().__init__(optimizer.param_groups, optimizer.defaults)
-        self.optimizer, self.settings = optimizer, settings
-        self._share()
-
-    def _share(self) -> None:
-        self.param_groups, self.state = self.optimizer.param_groups, self.optimizer.state
+        super().__init__(optimizer)
+        self.settings = settings
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -91,12 +113,3 @@ class SharpnessAware(torch.optim.Optimizer):
             one.copy_(value)
         self.optimizer.step()
         return loss
-
-    def state_dict(self) -> dict[str, Any]:
-        """The other optimiser's."""
-        return self.optimizer.state_dict()
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load the other optimiser's."""
-        self.optimizer.load_state_dict(state_dict)
-        self._share()

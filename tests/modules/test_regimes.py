@@ -954,7 +954,7 @@ def test_a_resumed_run_ends_where_the_whole_one_does(settings, module, image_fol
 
 QUIET = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false", "--trainer.accelerator=cpu"]
 SHORT = ["--trainer.max_steps=2", "--trainer.limit_val_batches=0", "--data.batch_size=8"]
-OTHER_FILES = ("evaluate_merge", "tak")  # need those of other tasks: test_evaluate_merge.py and test_tak.py have such
+OTHER_FILES = ("evaluate_merge", "tak", "delta")  # need those of other tasks, as other tests have them
 CONFIGS = sorted(path for path in (ROOT / "configs/finetune").glob("*.yaml") if path.stem not in OTHER_FILES)
 
 
@@ -973,7 +973,7 @@ def test_each_configuration_trains(path, tiny, write_colours, clip_module):
     options = [*tiny, *SHORT, "--output=R"]
     if given["data"]["init_args"].get("task") is None:
         options += ["--data.path", str(write_colours(Path("colours"))), "--data.workers=0"]
-    if "penalty" in settings:
+    if "penalty" in settings and "class_path" not in settings["penalty"]:
         options += ["--data.other_tasks=[signs, land]"]
     if path.stem == "penalised_from_vector":
         start = clip_module().initial_parameters
@@ -986,7 +986,7 @@ def test_each_configuration_trains(path, tiny, write_colours, clip_module):
     regime = vector.metadata["regime"]
     assert regime.startswith("linearized") == settings.get("linearized", False)
     for name in ("trainable", "lora", "rates", "penalty"):
-        kind = {"lora": "LoRA(", "penalty": "TauJpPenalty("}.get(name)
+        kind = {"lora": "LoRA(", "penalty": "OrthoReg(" if path.stem == "orthoreg" else "TauJpPenalty("}.get(name)
         if name in settings:
             assert (kind or settings[name]["class_path"].rpartition(".")[2] + "(") in regime
         elif kind:
