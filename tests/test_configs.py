@@ -23,6 +23,7 @@ CONFIGS = [path for path in FILES if path.parent.name != "protocol"]  # whose fi
 COMMANDS = {"finetune": "fit", "adamerging": "fit", "pretrain": "fit", "merge": "merge", "suite": "suite"}
 COMMANDS["statistics"] = "statistics"
 COMMANDS["soup"] = "soup"
+COMMANDS["paper"] = "suite"
 COMMANDS["analyze"] = "analyze"
 REQUIRED = {"merge": ["--vectors=[a.safetensors]", "--output=b.safetensors"]}
 REQUIRED["analyze"] = ["--vectors=[a.safetensors]", "--output=b"]
