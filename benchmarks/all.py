@@ -5,9 +5,9 @@
     python benchmarks/all.py --instruments text --data data --seconds 560 --no_page --collect collected
 
 Every regime of benchmarks/experiments.yaml is a suite per fine-tuning seed, run by ``lit-merge suite`` in a process of
-its own, some at a time. Before, learning rates are chosen on validation data and, for penalties that read them, factors
-are collected. Goes on where it stopped: a finished suite is not run again, an unfinished one continues. What is
-large and not needed any more (task vectors, merged weights) is deleted when a suite ends, unless ``--keep``.
+its own, some at a time. Before, learning rates are chosen on validation data. Goes on where it stopped: a suite that is
+done is not run again, an unfinished one continues. What is large and not needed any more (task vectors, merges) is
+deleted when a suite ends, unless ``--keep``.
 
 Time: measured in ``seconds`` of the collected JSON. Disk: the vectors of the suites that run at a time, up to forty of
 them, in 32 bits: with lit-tiny 0.5 GB a suite, with MiniLM 4 GB; afterwards some MB.
@@ -43,9 +43,7 @@ from lit_merge.files.text import write_text
 
 NEAR = 0.005
 """The smallest rate whose individual models are within this of the best is taken."""
-FACTORS = 256
-"""Examples of every task that its Kronecker factors are collected on."""
-LARGE = ("seed-*/fit/*/task_vector*.safetensors", "seed-*/joint/fit/*.safetensors", "seed-*/merge/*/merged.safetensors")
+LARGE = ("seed-*/fit/*/*.safetensors", "seed-*/joint/fit/*.safetensors", "seed-*/merge/*/merged.safetensors")
 
 
 @dataclass
@@ -82,10 +80,6 @@ class Run:
         """Of a regime's suites."""
         return self.output / regime.instrument / regime.name
 
-    def factors(self, instrument: str) -> Path:
-        """Of the Kronecker factors of an instrument's tasks."""
-        return self.output / instrument / "factors"
-
     def choices(self, instrument: str) -> dict[str, Any]:
         """Regime -> rate and what was tried, as far as it is known."""
         path = self.output / instrument / "rates.json"
@@ -93,7 +87,7 @@ class Run:
 
     def suite(self, regime: Regime, seeds: list[int], rate: float) -> dict[str, Any]:
         """A suite's configuration; of a trial a short one."""
-        found = regime.suite(seeds, rate, self.data, self.factors(regime.instrument))
+        found = regime.suite(seeds, rate, self.data)
         if self.steps is not None:
             found["fit"]["trainer"]["max_steps"] = self.steps
             for part in (found.get("joint"), *found["recipes"].values()):
@@ -127,26 +121,12 @@ def fitted(job: tuple[Run, Regime, float, str]) -> dict[str, Any]:
         evaluator.validate(cli.model, cli.datamodule, verbose=False)
         accuracy = round(float(evaluator.callback_metrics["val/accuracy"]), 5)
         shutil.rmtree(folder / "run")
-    return {"regime": regime.name, "rate": rate, "task": task, "accuracy": accuracy}
-
-
-def factored(job: tuple[Run, Regime, str]) -> None:
-    """The Kronecker factors of one task at the pre-trained model."""
-    run, regime, task = job
-    suite = run.suite(regime, [0], 0.0)
-    plan = regime.plan(suite)
-    output = run.factors(regime.instrument) / f"{task}.safetensors"
-    config = {"kind": "kfac", **plan.base(), "data": plan.task_data(task, 0), "images": FACTORS, "output": str(output)}
-    with _said_in(output.parent / task):
-        from lit_merge.commands.running import run_command
-
-        write_text(output.parent / task / "statistics.yaml", yaml.safe_dump(config))
-        run_command("statistics", ["--config", str(output.parent / task / "statistics.yaml")])
+    return {"regime": regime.key, "rate": rate, "task": task, "accuracy": accuracy}
 
 
 def choose(run: Run, regimes: list[Regime]) -> None:
-    """Learning rates of all regimes, and the factors that some of them need."""
-    fits, factors = [], []
+    """The learning rates of all regimes that are not known yet."""
+    fits = []
     for instrument in dict.fromkeys(regime.instrument for regime in regimes):
         known = run.choices(instrument)
         asked = dict.fromkeys(regime.rate_of for regime in regimes if regime.instrument == instrument)
@@ -154,30 +134,17 @@ def choose(run: Run, regimes: list[Regime]) -> None:
             regime = _with_rates(instrument, name, regimes)
             tasks = regime.of_instrument["choice_tasks"]
             fits += [(run, regime, rate, task) for rate in regime.rates for task in tasks]
-    for regime in {one.instrument: one for one in regimes if one.settings["fit"] == "tak"}.values():
-        missing = [
-            task for task in regime.tasks if not (run.factors(regime.instrument) / f"{task}.safetensors").exists()
-        ]
-        factors += [(run, regime, task) for task in missing]
-    rows = list(_mapped(run, _choosing, [("factors", *one) for one in factors] + [("fit", *one) for one in fits]))
-    for instrument in dict.fromkeys(regime.instrument for regime in regimes):
-        found = run.choices(instrument)
-        for name in dict.fromkeys(job[1].name for job in fits if job[1].instrument == instrument):
-            regime = Regime(instrument, name)
-            own = [row for key, row in rows if key == regime.key]
-            found[regime.rate_of] = _chosen(regime, own)
-        write_text(run.output / instrument / "rates.json", json.dumps(found, indent=1) + "\n")
+    rows = list(_mapped(run, fitted, fits))
+    for regime in dict.fromkeys(regime for _, regime, *_ in fits):
+        own = [row for row in rows if row["regime"] == regime.key]
+        found = {**run.choices(regime.instrument), regime.rate_of: _chosen(regime, own)}
+        write_text(run.output / regime.instrument / "rates.json", json.dumps(found, indent=1) + "\n")
 
 
 def _with_rates(instrument: str, name: str, regimes: list[Regime]) -> Regime:
     """A regime whose learning rate is chosen under that name: the one itself, or the first that takes it over."""
     taking = [one for one in regimes if one.instrument == instrument and one.rate_of == name]
     return next((one for one in taking if one.name == name), taking[0])
-
-
-def _choosing(job: tuple[Any, ...]) -> tuple[str, Any]:
-    kind, *rest = job
-    return rest[1].key, (fitted if kind == "fit" else factored)(tuple(rest))  # type: ignore[operator]
 
 
 def _chosen(regime: Regime, rows: list[dict[str, Any]]) -> dict[str, Any]:

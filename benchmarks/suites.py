@@ -114,19 +114,15 @@ class Regime:
         own["data"]["init_args"].pop("task", None)
         return combine(own, base, self.settings.get("changes", {}), {"model": {"init_args": {"learning_rate": rate}}})
 
-    def suite(self, seeds: list[int], rate: float, data: str, factors: Path | None = None) -> dict[str, Any]:
+    def suite(self, seeds: list[int], rate: float, data: str) -> dict[str, Any]:
         """The configuration of ``lit-merge suite``.
 
         Args:
             seeds: of fine-tuning.
             rate: the learning rate.
             data: the folder of prepared texts and networks.
-            factors: the folder of the Kronecker factors of all tasks, for a penalty that reads them.
         """
         fit = self.fit(rate)
-        penalty = fit["model"]["init_args"].get("penalty", {})
-        if "files" in penalty.get("init_args", {}):
-            penalty["init_args"]["files"] = {task: str(factors / f"{task}.safetensors") for task in self.tasks}
         found = {**self.base, "name": self.key.replace("/", "_"), "seeds": seeds, "fit": fit, "recipes": self.recipes()}
         if self.settings.get("joint"):
             rate = float(self.of_instrument["joint_rate"])
@@ -161,12 +157,13 @@ class Regime:
         """How many stages a suite has per seed, with the test of the pre-trained model."""
         collecting = sum("statistics" in one for one in suite["recipes"].values() if isinstance(one, Mapping))
         joint = 2 if "joint" in suite else 0
-        return 1 + 2 * len(self.tasks) + joint + 2 * len(suite["recipes"]) + collecting * len(self.tasks)
+        factors = len(self.plan(suite).factors_of)
+        return 1 + factors + 2 * len(self.tasks) + joint + 2 * len(suite["recipes"]) + collecting * len(self.tasks)
 
     @property
     def digest(self) -> str:
         """Of everything but the learning rate, the seeds and the folders: another one means another experiment."""
-        return settings_digest(self.suite([], 0.0, PREPARED.rstrip("/"), Path("factors")))
+        return settings_digest(self.suite([], 0.0, PREPARED.rstrip("/")))
 
 
 def settings_digest(suite: Mapping[str, Any]) -> str:

@@ -184,12 +184,10 @@ def test_another_grid_is_another_experiment(collected: ModuleType, monkeypatch: 
 
 
 def test_a_suite_has_the_instruments_tasks_and_no_embedded_ones(collected: ModuleType) -> None:
-    suite = collected.Regime("text", "full_single").suite([0], 1e-4, "/elsewhere", Path("f"))
+    suite = collected.Regime("text", "full_single").suite([0], 1e-4, "/elsewhere")
     assert suite["network"]["init_args"]["path"] == "/elsewhere/models/minilm"
     assert suite["recipes"]["forget_mail"]["search"]["target"] == ["mail"]
     assert "digits" not in json.dumps(suite)
-    penalty = collected.Regime("text", "tak").suite([0], 1e-4, "d", Path("f"))["fit"]["model"]["init_args"]["penalty"]
-    assert penalty["init_args"]["files"]["mail"] == "f/mail.safetensors"
 
 
 def test_a_page_is_made_of_it(collected: ModuleType, stored: Any, monkeypatch: pytest.MonkeyPatch) -> None:
