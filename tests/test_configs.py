@@ -25,8 +25,10 @@ COMMANDS["statistics"] = "statistics"
 COMMANDS["soup"] = "soup"
 COMMANDS["paper"] = "suite"
 COMMANDS["analyze"] = "analyze"
+COMMANDS["trl"] = "trl"
 REQUIRED = {"merge": ["--vectors=[a.safetensors]", "--output=b.safetensors"]}
 REQUIRED["analyze"] = ["--vectors=[a.safetensors]", "--output=b"]
+REQUIRED["trl"] = ["--output=b"]
 
 
 @pytest.fixture(autouse=True)
