@@ -7,6 +7,7 @@ padding is masked. All variants take turns in one process, several rounds; repor
 ordinary step of the same round. A step is forward, loss and backward.
 
     python benchmarks/text_step.py
+    python benchmarks/text_step.py --device cuda --output benchmarks/results/text_step_cuda.json
 
 A second part merges batches of several lengths (AdaMerging's step over eight tasks, whose texts have 16 to 128 tokens):
 all tasks in one padded pass, each in its own, and in groups of similar length as ``MergeModule`` makes them.
@@ -81,16 +82,16 @@ def loss_of(name: str, output: Tensor, targets: Tensor) -> Tensor:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(2)
             weight = torch.randn(10, output.shape[1])
-        return F.cross_entropy(F.normalize(output, dim=-1) @ weight.T, targets)
+        return F.cross_entropy(F.normalize(output, dim=-1) @ weight.T.to(output), targets)
     total, count = token_losses(output, targets)
     return (total / count).mean()
 
 
 def variant(
-    kind: str, name: str, inputs: tuple[Tensor, ...], targets: Tensor, small: bool
+    kind: str, name: str, inputs: tuple[Tensor, ...], targets: Tensor, small: bool, device: str
 ) -> tuple[Callable[[], Tensor], list[Tensor]]:
     """A function that computes the loss of one step, and what it trains."""
-    model = network(name, small)
+    model = network(name, small).to(device)
     own = dict(model.named_parameters())
     chosen = Attention(1)(own)
     if "ordinary" in kind:
@@ -124,15 +125,23 @@ def one_step(loss: Callable[[], Tensor], trained: list[Tensor]) -> None:
     loss().backward()
 
 
-def timed(steps: Mapping[str, Callable[[], None]], rounds: int, reference: str) -> dict[str, Any]:
+def wait(device: str) -> None:
+    """Until an accelerator has done what it was given."""
+    if device != "cpu":
+        torch.accelerator.synchronize()
+
+
+def timed(steps: Mapping[str, Callable[[], None]], rounds: int, reference: str, device: str) -> dict[str, Any]:
     """Seconds of each in every round, and their ratios to the reference of the same round."""
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for step in steps.values():
         step()
     for _ in range(rounds):
         for name, step in steps.items():
+            wait(device)
             started = time.perf_counter()
             step()
+            wait(device)
             seconds[name].append(time.perf_counter() - started)
     report = {}
     for name, values in seconds.items():
@@ -149,20 +158,26 @@ def steps_of(name: str, options: argparse.Namespace) -> dict[str, Any]:
     """The variants of one network."""
     batch, length = (4, 16) if options.small else (32 if name == "bert" else 16, 64)
     inputs, targets = inputs_of(name, batch, length)
+    inputs, targets = tuple(one.to(options.device) for one in inputs), targets.to(options.device)
     steps = {}
     for kind in options.variants:
-        built = variant(kind, name, inputs, targets, options.small)
+        built = variant(kind, name, inputs, targets, options.small, options.device)
         steps[kind] = lambda built=built: one_step(*built)
     count = sum(value.numel() for value in network(name, options.small).parameters())
-    return {"parameters": count, "batch": batch, "tokens": length, **timed(steps, options.rounds, "ordinary")}
+    return {
+        "parameters": count,
+        "batch": batch,
+        "tokens": length,
+        **timed(steps, options.rounds, "ordinary", options.device),
+    }
 
 
 def lengths(options: argparse.Namespace) -> dict[str, Any]:
     """One pass of all tasks, one each, and groups of similar length: forward and backward to the weights."""
-    model = network("bert", options.small)
+    model = network("bert", options.small).to(options.device)
     batches = {}
     for number, length in enumerate(LENGTHS):
-        ids = torch.randint(1, 30000, (4 if options.small else 16, length))
+        ids = torch.randint(1, 30000, (4 if options.small else 16, length), device=options.device)
         targets, places = torch.zeros(len(ids)), torch.arange(len(ids))
         batches[str(number)] = TextBatch((ids, torch.ones_like(ids)), targets, places, FILLS)
     ways = {
@@ -179,7 +194,11 @@ def lengths(options: argparse.Namespace) -> dict[str, Any]:
                 model(*joined.inputs).square().mean().backward()
 
     steps = {name: lambda groups=groups: step(groups) for name, groups in ways.items()}
-    return {"tokens": list(LENGTHS), "passes": len(ways["groups"]), **timed(steps, options.rounds, "together")}
+    return {
+        "tokens": list(LENGTHS),
+        "passes": len(ways["groups"]),
+        **timed(steps, options.rounds, "together", options.device),
+    }
 
 
 def main() -> None:
@@ -188,11 +207,14 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--networks", nargs="+", default=["bert", "t5", "gpt2"])
     parser.add_argument("--variants", nargs="+", default=VARIANTS)
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--small", action="store_true", help="few layers and tokens: that everything runs")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/text_step.json"))
     options = parser.parse_args()
     report: dict[str, Any] = {name: steps_of(name, options) for name in options.networks}
     report["lengths"] = lengths(options)
+    if options.device != "cpu":
+        report["device"] = torch.cuda.get_device_name(options.device)
     report |= {"limit": LIMIT, "rounds": options.rounds, "versions": versions(), "hardware": hardware()}
     write_text(options.output, json.dumps(report, indent=2) + "\n")
     print(json.dumps(report, indent=2))
