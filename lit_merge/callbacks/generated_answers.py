@@ -36,8 +36,7 @@ class GeneratedAnswers(L.Callback):
         rewards: name -> reward of prompts and what was written, by class path.
 
     Raises:
-        ConfigurationError: a number is out of its range; in evaluation, the network predicts no tokens, or is
-            linearised, of which there is no next token to go on from that is linear.
+        ConfigurationError: a number is out of its range; in evaluation, the network predicts no tokens.
     """
 
     def __init__(
@@ -70,11 +69,6 @@ class GeneratedAnswers(L.Callback):
                 f"GeneratedAnswers: expected a network that predicts tokens, got {getattr(base, 'name', base)!r}. "
                 "Remove the callback."
             )
-        if pl_module.linearized:
-            raise ConfigurationError(
-                "GeneratedAnswers: expected a model that is not linearised, got one that is. Rank answers instead, or "
-                "set linearized to false."
-            )
         self._matches, self._numbers, self._unreadable, self._rewarded = {}, {}, {}, {}
 
     def on_validation_batch_end(
@@ -95,9 +89,12 @@ class GeneratedAnswers(L.Callback):
             return
         tokenization = pl_module.base.preprocessing
         held = getattr(pl_module, "_held", None)
-        with swapped(pl_module.network, held) if held is not None else nullcontext():
-            given = prompts(batch, tokenization)
-            written = self.generation(pl_module.network, tokenization, given)
+        given = prompts(batch, tokenization)
+        if pl_module.linearized:  # transformers' own way knows nothing of tangents
+            written = self.generation.of_function(pl_module, tokenization, given)
+        else:
+            with swapped(pl_module.network, held) if held is not None else nullcontext():
+                written = self.generation(pl_module.network, tokenization, given)
         for name, reward in self.rewards.items():
             values = checked_rewards(name, reward, prompt_texts(given, tokenization), written).to(pl_module.device)
             mean = self._rewarded.setdefault((task, name), ExampleMean().to(pl_module.device))

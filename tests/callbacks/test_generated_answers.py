@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import lightning as L
 import pytest
@@ -16,7 +17,7 @@ from lit_merge.data.text.batch import TextBatch
 from lit_merge.errors import ConfigurationError
 from lit_merge.metrics import WordCount, spearman
 from lit_merge.models.language import CausalNetwork, Seq2SeqNetwork, TextEncoderNetwork
-from lit_merge.models.language.generation import Generation, expected_texts, prompts
+from lit_merge.models.language.generation import Generation, _decoded, expected_texts, prompts
 from lit_merge.modules import FineTuneModule, MultiTaskModule
 
 KINDS = {"t5": Seq2SeqNetwork, "gpt2": CausalNetwork, "llama": CausalNetwork, "bert": TextEncoderNetwork}
@@ -137,15 +138,40 @@ def test_exact_match_and_rank_correlation(network, silent_trainer, tmp_path, mon
     assert metrics["val/one/exact_match"] == 0.0
 
 
+@pytest.mark.parametrize("name", ["t5", "gpt2"])
+def test_a_linearised_model_writes_its_own_most_probable_tokens(name, network, silent_trainer, tmp_path):
+    base = network(name)
+    tokenization, generation = base.preprocessing, Generation(max_new_tokens=5)
+    texts = prompts(batch_of(tokenization), tokenization)
+    at_start = generation(base.module, tokenization, texts)
+    assert generation.of_function(base.module, tokenization, texts) == at_start
+    module = FineTuneModule(network=base, linearized=True)
+    assert generation.of_function(module, tokenization, texts) == at_start  # τ is zero
+    draw = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for value in module.encoder.parameters():
+            value.copy_(0.5 * torch.randn(value.shape, generator=draw))
+    written = generation.of_function(module, tokenization, texts)
+    assert written != at_start
+    assert written == [
+        most_probable(SimpleNamespace(module=module, preprocessing=tokenization), one, 5) for one in TEXTS
+    ]
+    targets = [written[0], "w19", "w18"]
+    data = Answers([answered(base, TEXTS, targets)])
+    metrics = silent_trainer(callbacks=[GeneratedAnswers(5)]).test(module, datamodule=data, verbose=False)[0]
+    assert metrics["test/exact_match"] == 0.5
+
+
+def test_what_stands_after_the_end_is_no_part_of_the_answer(network):
+    tokenization = network("gpt2").preprocessing  # whose tokenizer knows no padding
+    assert tokenization.tokenizer.pad_token_id is None
+    assert _decoded(torch.tensor([[5, 2, 0, 0], [5, 6, 7, 8], [2, 0, 0, 0]]), tokenization) == ["b", "b c d e", ""]
+
+
 def test_what_cannot_write_is_refused(network, silent_trainer, own_cache):
     base = network("t5")
     data = Answers([batch_of(base.preprocessing)])
     for module, message in (
-        (
-            FineTuneModule(network=base, linearized=True),
-            "GeneratedAnswers: expected a model that is not linearised, got one that is. Rank answers instead, or set "
-            "linearized to false.",
-        ),
         (
             FineTuneModule(network=network("bert")),
             "GeneratedAnswers: expected a network that predicts tokens, got 'bert'. Remove the callback.",

@@ -18,8 +18,8 @@ from lit_merge.commands.main import main
 sys.exit(max(main(arguments) for arguments in {commands!r}))
 """
 PLAIN = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false", "--trainer.accelerator=cpu"]
-NETWORKS = {"bert": "TextEncoderNetwork", "t5": "Seq2SeqNetwork"}
-SETTINGS = {"bert": [], "t5": ["--model.linearized=true"]}
+NETWORKS = {"bert": "TextEncoderNetwork", "t5": "Seq2SeqNetwork", "gpt2": "CausalNetwork"}
+SETTINGS = {"bert": [], "t5": ["--model.linearized=true"], "gpt2": ["--model.lora={rank: 2}"]}
 pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo")
 
 

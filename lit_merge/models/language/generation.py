@@ -6,7 +6,7 @@ what it was. The settings are those of greedy decoding and go into the results.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -85,7 +85,37 @@ class Generation:
             written = model.generate(input_ids=ids, attention_mask=mask, generation_config=own)
         if tokenization.kind == "causal":
             written = written[:, longest:]
-        return [one.strip() for one in tokenization.tokenizer.batch_decode(written, skip_special_tokens=True)]
+        return _decoded(written.cpu(), tokenization)
+
+    @torch.no_grad()
+    def of_function(
+        self, forward: Callable[..., Tensor], tokenization: Tokenization, texts: Sequence[Tensor]
+    ) -> list[str]:
+        """Write after some prompts by a function of inputs, such as a linearised model, which has no cache.
+
+        Every token takes a pass over all that is there: the text is that of :meth:`__call__` where the function is the
+        network.
+
+        Args:
+            forward: the network's inputs to logits ``[B, M, V]``.
+            tokenization: of the network.
+            texts: as for :meth:`__call__`.
+        """
+        device, given = texts[0].device, [text.cpu().numpy() for text in texts]
+        written, begun = (
+            torch.empty((len(texts), 0), dtype=torch.int64),
+            torch.zeros((len(texts), 1), dtype=torch.int64),
+        )
+        ended = torch.zeros(len(texts), dtype=torch.bool)
+        for _ in range(self.max_new_tokens):  # what follows is not known: any token stands for it
+            inputs, _ = tokenization.padded(given, list(torch.cat([written, begun], 1).numpy()))
+            logits = forward(*(one.to(device) for one in inputs))
+            token = torch.where(ended, tokenization.pad_id, logits[:, -1].argmax(-1).cpu())
+            written = torch.cat([written, token.unsqueeze(1)], 1)
+            ended |= token == tokenization.end_id
+            if bool(ended.all()):
+                break
+        return _decoded(written, tokenization)
 
 
 def prompts(batch: Any, tokenization: Tokenization) -> list[Tensor]:
@@ -121,6 +151,13 @@ def expected_texts(batch: Any, tokenization: Tokenization) -> list[str | None]:
         decode(row[row >= 0].tolist(), skip_special_tokens=True).strip() if bool((row >= 0).any()) else None
         for row in tokens.cpu()
     ]
+
+
+def _decoded(written: Tensor, tokenization: Tokenization) -> list[str]:
+    """Texts up to their ends: what stands after one is padding, which a GPT-2's tokenizer would read as a word."""
+    ends = (written == -1 if tokenization.end_id is None else written == tokenization.end_id).long()
+    rows = [row[: int(end.argmax())] if bool(end.any()) else row for row, end in zip(written, ends, strict=True)]
+    return [one.strip() for one in tokenization.tokenizer.batch_decode(rows, skip_special_tokens=True)]
 
 
 @contextmanager

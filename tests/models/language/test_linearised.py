@@ -105,7 +105,7 @@ def test_answers_that_are_ranked(name):
     check_against(by_jvp(module, tau, inputs), module, tau, inputs)
 
 
-@pytest.mark.parametrize("pooling", ["mean", "cls"])
+@pytest.mark.parametrize("pooling", ["mean", "cls", "last"])
 def test_pooled_features_of_length_1(pooling):
     module, tokenization = built("bert", module=partial(PooledEncoder, pooling=pooling, normalize=True))
     inputs, tau = batch(tokenization), drawn(module)
