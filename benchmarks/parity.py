@@ -51,6 +51,7 @@ from mergekit.merge_methods.base import TensorGroup
 from mergekit.merge_methods.karcher import karcher_merge_tensors
 from mergekit.merge_methods.nuslerp import nuslerp
 from mergekit.merge_methods.slerp import slerp as mergekit_slerp
+from parity_blocks import BlockRow, block_rows
 from parity_with_data import DataRow, data_rows
 from peft.utils import merge_utils as peft
 from torch import Tensor, nn
@@ -456,7 +457,7 @@ def fusion_bench_rows() -> list[Row]:
     ]
 
 
-def measured(library: str, row: Row | DataRow) -> dict[str, Any]:
+def measured(library: str, row: Row | DataRow | BlockRow) -> dict[str, Any]:
     """The largest relative difference of a row in either dtype."""
     found: dict[str, float] = {}
     for dtype in (torch.float32, torch.float64):
@@ -480,10 +481,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/parity.json"))
     options = parser.parse_args()
-    libraries: dict[str, list[Row | DataRow]] = {
+    libraries: dict[str, list[Row | DataRow | BlockRow]] = {
         "peft": [*peft_rows()],
         "mergekit": [*mergekit_rows()],
-        "FusionBench": [*fusion_bench_rows(), *data_rows()],
+        "FusionBench": [*fusion_bench_rows(), *data_rows(), *block_rows()],
     }
     rows = [measured(library, row) for library, listed in libraries.items() for row in listed]
     installed = {name: metadata.version(name) for name in ("torch", "numpy", "peft", "mergekit", "fusion-bench")}

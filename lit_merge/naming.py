@@ -12,7 +12,17 @@ from collections.abc import Iterable
 from lit_merge.errors import StructureMismatchError
 
 __all__ = [
-    *("Depth", "block_of", "depth_labels", "is_after_blocks", "is_attention", "is_bias", "is_buffer", "is_head"),
+    *(
+        "Depth",
+        "block_of",
+        "block_path",
+        "depth_labels",
+        "is_after_blocks",
+        "is_attention",
+        "is_bias",
+        "is_buffer",
+        "is_head",
+    ),
     *("is_mlp", "is_running_statistic", "is_vocabulary", "number_of_blocks"),
 ]
 
@@ -194,6 +204,20 @@ def block_of(name: str) -> int | None:
     """
     found = _find_block(name.split("."))
     return None if found is None else found[0]
+
+
+def block_path(name: str) -> str | None:
+    """Return the path of the module that is a parameter's block, as :func:`block_of` counts them.
+
+    Examples:
+        >>> block_path("transformer.resblocks.3.attn.in_proj_weight"), block_path("layer4.0.conv1.weight")
+        ('transformer.resblocks.3', 'layer4')
+        >>> block_path("ln_post.weight") is None
+        True
+    """
+    parts = name.split(".")
+    found = _find_block(parts)
+    return None if found is None else ".".join(parts[: found[1]])
 
 
 def is_after_blocks(name: str) -> bool:

@@ -24,6 +24,7 @@ from lit_merge.transforms.parts import resolve_transform
 if TYPE_CHECKING:
     from lightning import LightningDataModule
 
+    from lit_merge.evaluation.calibration import Calibration
     from lit_merge.evaluation.recalibration import Recalibration
     from lit_merge.evaluation.search import CoefficientSearch, SearchResult
 
@@ -85,6 +86,7 @@ def merge(
     rows: Literal["base", "common", "union"] | None = None,
     running_statistics: Literal["average", "base"] = "average",
     recalibrate: Recalibration | None = None,
+    calibrate: Calibration | None = None,
     write_as: str | None = None,
     rank: int | None = None,
     remote: Literal["download", "stream"] = "download",
@@ -119,7 +121,8 @@ def merge(
         shard_size: write an output folder as shards of at most this size, e.g. 2GB.
         device: where stacks are computed, e.g. cuda; one parameter of all vectors is moved at a time.
         search: choose a coefficient on validation data instead of taking the given one; for networks.
-        data: the tasks to search or recalibrate on; by default the embedded tasks that the vectors are named after.
+        data: the tasks to search, calibrate or recalibrate on; by default the embedded tasks that the vectors are named
+            after.
         overwrite: replace an existing output and the files beside it.
         linearized: whether the vectors are merged for the encoder's tangent at θ0, as they were trained: a search
             evaluates that instead of the encoder, and the output's header says so.
@@ -132,6 +135,9 @@ def merge(
         running_statistics: of batch normalisation: average for the mean of the inputs that bring their own, or base.
         recalibrate: measure them again in the merged network instead, on images of data, by default of the embedded
             tasks that the vectors are named after; their labels are not read. For networks; {} for 1,024 images.
+        calibrate: solve for the merged network's blocks again, one after the other, on a few unlabelled inputs of the
+            vectors' tasks: FeatCal after any merge, RegMeanPlusPlus after weight_average. For networks; it starts from
+            what the recipe, or the search, has given.
         write_as: of a CLIP, the layout of names: open_clip, image_tower, transformers or timm; by default the base's.
             In a folder its configuration is written too, if that of the base is known.
         rank: of an adapter's factors, at most. By default the inputs' ranks add up, which is exact for sums of LoRA
@@ -159,6 +165,7 @@ def merge(
         **{"base": base, "kind": kind, "dtype": dtype, "tasks": tasks, "shard_size": shard_size, "device": device},
         **{"linearized": linearized, "verify": verify, "leave_out": leave_out, "heads": heads, "rows": rows},
         **{"running_statistics": running_statistics, "write_as": write_as, "rank": rank, "recalibrate": recalibrate},
+        **{"calibrate": calibrate},
     }
     with remote_sources(remote) as sources:
         job, planned = open_merge(opened, chosen, sources, overwrite, dry_run)

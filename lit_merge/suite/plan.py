@@ -143,10 +143,10 @@ class SuitePlan(SuiteSettings):
                 recipe.check(self.directory)
             except LitMergeError as error:
                 raise type(error)(f"recipes.{name}: {error}") from error
-            if recipe.collected == "gram" and self.evaluated_linearized:
+            if (recipe.collected == "gram" or recipe.calibrate) and self.evaluated_linearized:
                 raise ConfigurationError(
-                    "recipes: expected none by Gram matrices of linearised models, whose layers have inputs of two "
-                    f"kinds, got {name}. Leave it out: --recipes.{name}=null."
+                    "recipes: expected none by Gram matrices or calibration of linearised models, whose layers have "
+                    f"inputs of two kinds, got {name}. Leave it out: --recipes.{name}=null."
                 )
         assert self.data_module
         assert self.model_description
@@ -315,7 +315,7 @@ class SuitePlan(SuiteSettings):
         collected = vectors if recipe.collected else {}
         before = [self._statistics(seed, name, task, vector, heads) for task, vector in collected.items()]
         files = {task: self._output(one) for task, one in zip(collected, before, strict=True)}
-        given = recipe.of_seed(seed)
+        given, seen = recipe.of_seed(seed), bool(recipe.search or recipe.calibrate)
         config = {
             "vectors": None,
             **self.base(),
@@ -325,10 +325,11 @@ class SuitePlan(SuiteSettings):
             "transform": recipe.transform.to_config() if recipe.transform else None,
             **{key: given[key] for key in ("parts", "overrides") if given[key]},
             "search": self._search(recipe.search),
-            "data": self.all_data() if recipe.search else None,
+            **({"calibrate": recipe.calibrate.to_config()} if recipe.calibrate else {}),
+            "data": self.all_data() if seen else None,
             **({"linearized": True} if self.evaluated_linearized else {}),
         }
-        settings = self._settings(config, self._images if recipe.search else None)  # the vectors' content counts
+        settings = self._settings(config, self._images if seen else None)  # the vectors' content counts
         paths = {"vectors": [str(path) for path in vectors.values()], "output": str(self.directory / stage / _MERGED)}
         if files:
             statistics = {task: str(path) for task, path in files.items()}
@@ -337,7 +338,7 @@ class SuitePlan(SuiteSettings):
         inputs = (*vectors.values(), *files.values(), *map(self._as_output, recipe.files(seed)), *own)
         config = combine(config, self.base(heads) if own else {})
         outputs = (*(["merged-search.json"] if recipe.search else []), _MERGED)
-        devices = 1 if recipe.search else 0
+        devices = 1 if seen else 0
         return [*before, Stage(stage, "merge", {**config, **paths}, settings, outputs, inputs, devices)]
 
     def _search(self, search: CoefficientSearch | None) -> dict[str, Any] | None:

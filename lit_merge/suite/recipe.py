@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lit_merge.errors import ConfigurationError, first_few
+from lit_merge.evaluation.calibration import Calibration
 from lit_merge.evaluation.search import CoefficientSearch
 from lit_merge.transforms import Transform
 from lit_merge.transforms.parts import resolve_transform
@@ -38,6 +39,7 @@ class Recipe:
         overrides: other parts for some of the parameters.
         search: what is varied, and chosen on validation data.
         statistics: of fisher and regmean, how they are collected: images, split, labels, convolutions, seed.
+        calibrate: FeatCal or RegMeanPlusPlus: what the merged blocks are solved for again by, on unlabelled inputs.
         learned: instead of all of these, coefficients are learned: arguments of
             :class:`~lit_merge.modules.MergeModule`, e.g. {granularity: tensor}.
         data: of learned, arguments of :class:`~lit_merge.data.MergeDataModule`, e.g. {adapt_on: test}.
@@ -50,6 +52,7 @@ class Recipe:
     parts: list[str | dict[str, Any]] | None = None
     overrides: list[dict[str, Any]] | None = None
     search: CoefficientSearch | None = None
+    calibrate: Calibration | None = None
     # Not dict[str, Any], in which the parser would build the classes that are named.
     statistics: dict | None = None
     learned: dict | None = None
@@ -89,7 +92,7 @@ class Recipe:
             self.search.check(transform)
 
     def _check_learned(self) -> None:
-        given = ("recipe", "settings", "transform", "parts", "overrides", "search", "statistics")
+        given = ("recipe", "settings", "transform", "parts", "overrides", "search", "calibrate", "statistics")
         if others := [name for name in given if getattr(self, name)]:
             raise ConfigurationError(
                 f"learned: expected no {others[0]} together with it, got one. Put parts and transform inside learned."
@@ -134,6 +137,7 @@ class Recipe:
             "transform": self.transform.to_config() if self.transform else None,
             **given,
             "search": self.search.to_config() if self.search else None,
+            **({"calibrate": self.calibrate.to_config()} if self.calibrate else {}),
         }
 
 

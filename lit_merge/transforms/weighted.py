@@ -19,7 +19,7 @@ from lit_merge.vectors import LazyTensors, TaskVector, TaskVectors
 from lit_merge.vectors.global_value import Statistic
 from lit_merge.vectors.statistics import StatisticsFiles, open_statistics
 
-__all__ = ["FisherMean", "RegMean", "check_grams", "gram_key", "per_parameter"]
+__all__ = ["FisherMean", "RegMean", "Regression", "check_grams", "gram_key", "per_parameter"]
 
 
 @dataclass(frozen=True)
@@ -221,20 +221,43 @@ def _regression_mean(files: Sequence[LazyTensors], off_diagonal: float, name: st
     if key is None:
         return mean
     rows = stack.mT if key != name else stack.flatten(2)  # (T, out, in)
-    centre = (mean.mT if key != name else mean.flatten(2))[0].double()
-    total = torch.zeros(rows.shape[2], rows.shape[2], dtype=torch.float64, device=stack.device)
-    weighted = torch.zeros(rows.shape[2], rows.shape[1], dtype=torch.float64, device=stack.device)
+    regression = Regression((mean.mT if key != name else mean.flatten(2))[0], off_diagonal)
     for file, row in zip(files, rows, strict=True):
-        gram = file[key].to(stack.device, torch.float64)
-        diagonal = gram.diagonal().clone()
-        gram = gram.mul_(off_diagonal)
-        gram.diagonal().copy_(diagonal)
-        total += gram
-        weighted += gram @ (row - centre).mT
-    # From the mean: what the inputs do not determine stays there.
-    departure = _solve(total, weighted, max(torch.finfo(file.dtype(key)).eps for file in files)).mT
+        regression.add(file[key].to(stack.device, torch.float64), row)
+    departure = regression.departure(max(torch.finfo(file.dtype(key)).eps for file in files))
     departure = departure.mT if key != name else departure
     return mean + departure.reshape(mean.shape).to(mean.dtype)
+
+
+class Regression:
+    """RegMean of one weight, with Gram matrices one task after the other; two matrices are kept, whatever T.
+
+    Args:
+        centre: where what the inputs do not determine stays, ``[out, in]``.
+        off_diagonal: factor of the off-diagonal elements of the Gram matrices.
+    """
+
+    def __init__(self, centre: Tensor, off_diagonal: float) -> None:
+        self._centre, self._off_diagonal = centre.double(), off_diagonal
+        rows, width = centre.shape
+        self._total = torch.zeros(width, width, dtype=torch.float64, device=centre.device)
+        self._weighted = torch.zeros(width, rows, dtype=torch.float64, device=centre.device)
+
+    def add(self, gram: Tensor, row: Tensor) -> None:
+        """Add a task's ``G_t`` ``[in, in]``, float64, which is changed, and its weight ``[out, in]``."""
+        diagonal = gram.diagonal().clone()
+        gram = gram.mul_(self._off_diagonal)
+        gram.diagonal().copy_(diagonal)
+        self._total += gram
+        self._weighted += gram @ (row - self._centre).mT
+
+    def departure(self, rounding: float) -> Tensor:
+        """The merged weight without the centre, ``[out, in]``, float64.
+
+        Args:
+            rounding: by how much an element of a Gram matrix may be wrong, relative to its diagonal.
+        """
+        return _solve(self._total, self._weighted, rounding).mT
 
 
 def _solve(gram: Tensor, right: Tensor, rounding: float) -> Tensor:

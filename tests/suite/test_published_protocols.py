@@ -15,6 +15,7 @@ from builders.published_files import write_published
 
 from lit_merge.commands.main import main
 from lit_merge.data.published.registry import REGISTRY, SUITES
+from lit_merge.evaluation.calibration import FeatCal, RegMeanPlusPlus
 from lit_merge.report import Results
 from lit_merge.suite.overlays import with_parts
 from lit_merge.transforms import RECIPES
@@ -226,6 +227,15 @@ RUNS: list[tuple[str, list[str] | None, list[str], bool, str, str]] = [
     ("clip20_vit_l14", ["rendered_sst2", "kmnist", "fashion_mnist"], ["lines_consensus", "lines_ties"], False,
      "tau_jp_cyclic", "cyclic"),
 ]  # fmt: skip
+
+
+def test_calibrations_are_the_papers() -> None:
+    recipes = loaded(RECIPE_FILE.with_name("calibrations.yaml"))
+    made = {name: recipe["calibrate"]["class_path"] for name, recipe in recipes.items()}
+    assert made == {"regmean_plus_plus": "RegMeanPlusPlus", "featcal": "FeatCal"}
+    for name, rule in (("regmean_plus_plus", RegMeanPlusPlus()), ("featcal", FeatCal())):
+        assert type(rule)(**recipes[name]["calibrate"]["init_args"]) == rule
+    assert recipes["featcal"]["settings"] == {"coefficient": 0.3}
 
 
 def test_every_file_is_run() -> None:

@@ -40,6 +40,7 @@ CONFIG: dict[str, Any] = {
         "learned": LEARNED,
         "fisher": {"recipe": "fisher", "settings": {"floor": 1e-5}, "statistics": {"images": 8}},
         "regmean": {"recipe": "regmean", "statistics": {"images": 8, "split": "val"}},
+        "featcal": {"recipe": "task_arithmetic", "calibrate": {"class_path": "FeatCal", "init_args": {"images": 8}}},
     },
 }  # fmt: skip
 
@@ -132,14 +133,25 @@ def test_statistics_are_collected_of_every_task(place, name, kind, settings) -> 
     assert f"'seed-0/statistics/{name}/digits/{kind}.safetensors'" in said  # the same wherever the suite lies
 
 
+def test_blocks_are_calibrated_on_the_suites_data(place) -> None:
+    header = LazyTensors("S/seed-0/merge/featcal/merged.safetensors").metadata
+    assert json.loads(header["calibration"])["inputs"] == {"digits": 8, "signs": 8}
+    made = results()["settings"]["recipes"]["featcal"]["calibrate"]
+    assert (made["class_path"], made["init_args"]["images"]) == ("lit_merge.evaluation.calibration.FeatCal", 8)
+    start = recipe("task_arithmetic")(vectors()).single()
+    found = TaskVector.load("S/seed-0/merge/featcal/merged.safetensors")
+    for name, value in found.items():
+        assert torch.allclose(value, start[name], atol=1e-6) == ("resblocks" not in name)
+
+
 def test_joint_fine_tuning_is_a_reference(place, tmp_path) -> None:
     vector = TaskVector.load("S/seed-0/joint/fit/task_vector.safetensors")
     assert (vector.task, vector.metadata["step"]) == ("digits+signs", "3")
     assert results()["seeds"]["0"]["references"] == {"joint": accuracies("joint/test")}
     loaded = Results.load("S/results.json")
     assert loaded.references() == ["joint"]
-    assert loaded.methods() == ["zero-shot", "halved", "learned", "fisher", "regmean", "joint", "individual"]
-    assert loaded.merged_methods() == ["halved", "learned", "fisher", "regmean"]
+    assert loaded.methods() == ["zero-shot", "halved", "learned", "fisher", "regmean", "featcal", "joint", "individual"]
+    assert loaded.merged_methods() == ["halved", "learned", "fisher", "regmean", "featcal"]
     assert loaded.accuracy("joint", "signs") == [accuracies("joint/test")["signs"]]
     assert "| joint |" in markdown_table(loaded)
     assert results_figure(loaded, tmp_path / "a.png").stat().st_size > 10_000
@@ -173,7 +185,8 @@ def test_results_without_references_are_read_as_before(place) -> None:
 
 def test_where_a_suite_lies_decides_nothing(place) -> None:
     config = yaml.safe_load(Path("suite.yaml").read_text())
-    recipes = {name: Recipe(**one) for name, one in config["recipes"].items() if name != "halved"}
+    others = ("halved", "featcal")  # the parser makes a calibration of a configuration
+    recipes = {name: Recipe(**one) for name, one in config["recipes"].items() if name not in others}
     plans = [
         SuitePlan("n", Path(place), config["model"], config["pretrained"], config["tasks"], {}, [0], config["fit"],
                   config["test"], recipes, joint=config["joint"])
@@ -245,6 +258,8 @@ def test_a_recipe_may_be_a_list_of_parts() -> None:
         (["--recipes.halved.parts=[{adamerging: {coefficients: S/seed-0/no.safetensors}}]"],
          "seed-0/merge/halved: expected a file that some stage writes, got S/seed-0/no.safetensors"),
         (["--linearized=true"], "Leave it out: --recipes.regmean=null"),
+        (["--linearized=true", "--recipes.regmean=null"], "Leave it out: --recipes.featcal=null"),
+        (["--recipes.featcal.calibrate.init_args.images=0"], "calibrate.images: expected a whole number"),
         (["--recipes.learned.learned.granularty=task"], "granularty"),
         (["--recipes.learned.data.adapt=val"], "adapt"),
         (["--joint.trainer.max_step=3"], "max_step"),

@@ -50,7 +50,7 @@ def test_the_recipes_are_possible() -> None:
     (text,) = [text for language, text in BLOCKS if language == "yaml"]
     (given,) = with_parts([f"--recipes={json.dumps(yaml.safe_load(text)['recipes'])}"])
     recipes = json.loads(given.partition("=")[2])
-    assert len(recipes) == 6
+    assert len(recipes) == 7
     for recipe in recipes.values():
         if "search" in recipe:
             recipe["search"] = CoefficientSearch(**recipe["search"])

@@ -6,6 +6,7 @@ import copy
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol, get_args
 
@@ -16,7 +17,7 @@ from lit_merge._version import __version__
 from lit_merge.checkpoints.pairing.differences import RowRule, Rules
 from lit_merge.errors import ConfigurationError, one_line
 from lit_merge.files.hub import address_entry, parse_address, pinned
-from lit_merge.files.lazy import LazyMapping
+from lit_merge.files.lazy import Computed, LazyMapping
 from lit_merge.files.shards import INDEX_ENDING, parse_size, write_shards
 from lit_merge.files.staging import staged
 from lit_merge.files.store import write_tensors
@@ -57,6 +58,26 @@ class Recalibrating(Protocol):
 
     def plain(self) -> dict[str, Any]:
         """Its settings."""
+
+
+class Calibrating(Protocol):
+    """What solves for a merge's blocks again: :class:`lit_merge.evaluation.calibration.Calibration`."""
+
+    def of(
+        self,
+        network: Network,
+        vectors: TaskVectors,
+        start: TaskVectors,
+        data: Any = None,
+        folder: Path | None = None,
+    ) -> tuple[Mapping[str, Tensor], Mapping[str, int]]:
+        """Name -> τ of the calibrated parameters, and how many inputs of every task were seen."""
+
+    def describe(self) -> str:
+        """What is done on what, in words."""
+
+    def to_config(self) -> dict[str, Any]:
+        """Class and settings as plain data."""
 
 
 @dataclass(frozen=True)
@@ -117,6 +138,7 @@ class Merge:
         write_as: str | None = None,
         rank: int | None = None,
         recalibrate: Recalibrating | None = None,
+        calibrate: Calibrating | None = None,
     ) -> None:
         self.target, self.kind, self.linearized, self.device = Target(Path(output)), kind, linearized, device
         self._shard_size = _shard_size(shard_size, self.target)
@@ -137,6 +159,7 @@ class Merge:
             **{"running_statistics": running_statistics if running_statistics != "average" else None},
             **{"write_as": write_as, "rank": rank},
             **{"recalibrate": None if recalibrate is None else recalibrate.plain()},
+            **{"calibrate": None if calibrate is None else calibrate.to_config()},
         }
         self._rank, self.outcome = rank, tuple[str, ...]()
         if kind == "lora" or rank is not None:
@@ -144,6 +167,7 @@ class Merge:
         _check_choice("heads", heads, Heads)
         _check_choice("running_statistics", running_statistics, Averaged)
         self._average, self._recalibrate = running_statistics == "average", recalibrate
+        self._calibrate = calibrate
         rules = Rules(tuple(leave_out or ()), heads == "keep", rows)
         self._dtype = DTYPES[dtype or ("as_base" if base is not None and kind == "weights" else "float32")]
         self.form = form_of(self.base, base, self.target.is_file, kind == "weights", self._dtype, write_as)
@@ -159,6 +183,8 @@ class Merge:
         self._set_inputs(inputs)
         if recalibrate is not None:
             self._check_recalibration()
+        if calibrate is not None:
+            self._check_calibration()
 
     def _set_inputs(self, inputs: list[Input]) -> None:
         self.inputs = inputs
@@ -180,7 +206,8 @@ class Merge:
         if self._recalibrate is not None:
             measured = (f"{self.statistics.count} running statistics: {self._recalibrate.describe()}",)
         added = () if self.kind == "lora" else self._rows.added  # peft adapts modules, whatever they share
-        return (*copies, *self._rows.notes, *added, *said, *self.vectors.notes, *measured)
+        calibrated = () if self._calibrate is None else (self._calibrate.describe(),)
+        return (*copies, *self._rows.notes, *added, *said, *self.vectors.notes, *measured, *calibrated)
 
     def _check_recalibration(self) -> None:
         network = self.network()
@@ -191,6 +218,18 @@ class Merge:
             raise ConfigurationError(
                 f"recalibrate: expected a network with running statistics, as batch normalisation has them, got "
                 f"{network.name} without. Remove recalibrate."
+            )
+
+    def _check_calibration(self) -> None:
+        self.network()
+        if self.linearized or self.kind == "lora":
+            wrong = "a linearised merge, whose layers have inputs of two kinds" if self.linearized else "kind lora"
+            raise ConfigurationError(f"calibrate: expected ordinary weights, got {wrong}. Remove one of them.")
+        tasks = self.vectors.tasks
+        if twice := [task for task in tasks if tasks.count(task) > 1 or not task]:
+            raise ConfigurationError(
+                f"calibrate: expected vectors of different tasks, got {twice[0]!r} for several or without a name. Set "
+                "tasks to names that the data know."
             )
 
     def network(self) -> Network:
@@ -237,6 +276,10 @@ class Merge:
         fingerprint = self.base.fingerprint if fingerprinted else ""
         check_base(self._known, fingerprint, self.base.name, self.base.activation)
         merged = transform(self.vectors)
+        if self._calibrate is not None and len(merged.tasks) != 1:
+            raise ConfigurationError(
+                f"calibrate: expected one merged vector, got {len(merged.tasks)}. Reduce them first, e.g. with Sum."
+            )
         cautions = (self._cautions(dry) if values else Cautions()).with_more(
             statistics_cautions(transform, self._known.base_fingerprint, fingerprint)
         )
@@ -289,7 +332,7 @@ class Merge:
             overwrite: whether an existing output is replaced.
             progress: whether to show a bar, if the standard error is a terminal.
             more: file name -> text, written in the same transaction.
-            data: whose images running statistics are measured on, if they are.
+            data: whose inputs running statistics are measured or blocks calibrated on, if they are.
 
         Returns:
             What was found out on the way and is to be warned of, one line each: what rounding has taken.
@@ -301,6 +344,8 @@ class Merge:
         stale = self._stale(planned, overwrite)
         with staged(self.target.folder, stale, _tensors_last) as folder, merge_progress(progress) as bar:
             bar.find_out(planned.merged.statistics)
+            if self._calibrate is not None:
+                planned = self._calibrated(self._calibrate, planned, folder, data)
             if self.kind == "lora":
                 planned = replace(planned, outputs=[factored(one) for one in planned.outputs])
                 self.outcome = tuple(said for one in planned.outputs if (said := one.metadata.get("lora")))
@@ -320,6 +365,17 @@ class Merge:
             if planned.found is not None:
                 planned.found.save(folder / beside(self.target.path, "search.json").name)
         return losses
+
+    def _calibrated(self, calibrate: Calibrating, planned: Planned, folder: Path, data: Any) -> Planned:
+        """The merge with other blocks, and with a header that says what they were solved for on."""
+        found, seen = calibrate.of(self.network(), self.vectors, planned.merged, data, folder)
+        start = planned.merged.single()
+        structure = {name: (start.shape(name), start.dtype(name)) for name in start}
+        values = Computed(structure, partial(_from_either, found, start))
+        merged = TaskVectors([TaskVector(values, start.task, metadata=start.metadata)], base=self.base.parameters)
+        entry = {"calibration": json.dumps({**calibrate.to_config(), "inputs": dict(seen), "labels_read": False})}
+        outputs = [self._output(merged, {**one.metadata, **entry}, one.place, one.stem) for one in planned.outputs]
+        return replace(planned, merged=merged, outputs=outputs)
 
     def _stale(self, planned: Planned, overwrite: bool) -> list[Path]:
         """What an earlier output would leave behind, after refusing what must not be replaced."""
@@ -406,6 +462,10 @@ class Merge:
             repository=address.repository if address is not None else self.base.repository,
             form=self.form,
         )
+
+
+def _from_either(first: Mapping[str, Tensor], second: Mapping[str, Tensor], name: str) -> Tensor:
+    return first[name] if name in first else second[name]
 
 
 def _tensors_last(path: Path) -> tuple[bool, bool]:
