@@ -12,8 +12,9 @@ import re
 import shutil
 import threading
 import time
+from bisect import bisect_right
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar, Token
@@ -57,12 +58,13 @@ __all__ = [
 BLOCK = 8 << 20
 """Bytes of one request while tensors are streamed."""
 
-_AHEAD = 2  # blocks that are fetched while one is used, as soon as it follows on another
-_KEPT = 4  # blocks of one model: those that threads are in, and those ahead
-_SMALL = 64 << 10  # bytes of a read that is no part of a stream, such as a sample's
+_AHEAD = 2  # blocks of the same tensor that are fetched while one is used
+_KEPT = 4  # times BLOCK, in bytes of one model: those that threads are in, and those ahead
+_SMALL = 64 << 10  # bytes of a read that is no part of a stream, such as a sample's; smaller tensors are read together
 _TRIES = 4  # without a single byte, before a file is given up
 _WAIT = 1.0  # seconds before the first repetition; then twice as long
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+)")
+_Range = tuple[int, int]  # bytes of a file, up to the second
 _TORCH = (b"PK\x03\x04", b"\x80")  # how PyTorch's files begin
 
 
@@ -188,6 +190,7 @@ class RemoteParts:
     def __init__(self, file: RemoteFile, path: Path, blocks: _Blocks) -> None:
         self.path, self.size, self.address = path, file.size, file.address
         self._file, self._blocks, self._begin = file, blocks, file.begin
+        self._bounds = [0, file.size]
         self._ends: deque[int] = deque(maxlen=16)  # of the last reads
 
     def bytes(self, start: int, length: int) -> bytes:
@@ -224,20 +227,41 @@ class RemoteParts:
         """This one."""
         return self
 
+    def divide(self, starts: Iterable[int]) -> None:
+        """Say where tensors start, so that what is fetched ahead ends with the tensor that is read."""
+        self._bounds = sorted({0, self.size, *starts})
+
     def fill(self, memory: memoryview, offset: int, what: str) -> None:
         """Read into memory from that byte on; a stream of reads, in blocks that are fetched ahead."""
         length = len(memory)
         self._check(offset, length)
-        streamed = length >= _SMALL or self.size <= BLOCK or offset in self._ends
+        streamed = length >= _SMALL or self._follows(offset, length)
         self._ends.append(offset + length)
         if not (self._blocks.active and streamed):
             self._file.fill(memory, offset)
             return
         while memory:
-            index, inside = divmod(offset, BLOCK)
-            part = memoryview(self._blocks.get(self._file, index))[inside : inside + len(memory)]
+            block, ahead = self._around(offset)
+            part = self._blocks.get(self._file, block, ahead, offset, len(memory))
             memory[: len(part)] = part
             memory, offset = memory[len(part) :], offset + len(part)
+
+    def _follows(self, offset: int, length: int) -> bool:
+        """Whether a small read is the next one of a tensor, or all of one."""
+        after = bisect_right(self._bounds, offset)
+        begins = after < len(self._bounds) and self._bounds[after - 1] == offset
+        return length >= self._bounds[after] - offset if begins else offset in self._ends
+
+    def _around(self, offset: int) -> tuple[_Range, list[_Range]]:
+        """The block that a byte is in, and those that follow it in the same tensor."""
+        after = bisect_right(self._bounds, offset)
+        start, stop = self._bounds[after - 1], self._bounds[min(after, len(self._bounds) - 1)]
+        if stop - start < _SMALL:  # with its neighbours, of which one that is small is likely to follow
+            start = offset // _SMALL * _SMALL
+            return (start, min(start + _SMALL, self.size)), []
+        first = start + (offset - start) // BLOCK * BLOCK
+        blocks = [(at, min(at + BLOCK, stop)) for at in range(first, stop, BLOCK)[: 1 + _AHEAD]]
+        return blocks[0], blocks[1:]
 
     @property
     def deferred(self) -> bool:
@@ -253,7 +277,7 @@ class RemoteParts:
 
 
 class _Blocks:
-    """The last blocks of all files, and the next ones, which are fetched while those are used.
+    """The last blocks of all files, and the next ones of a tensor, which are fetched while those are used.
 
     Attributes:
         active: whether reads go through blocks; before, what is asked for is fetched and nothing else.
@@ -263,7 +287,8 @@ class _Blocks:
     def __init__(self) -> None:
         self.active, self.models = False, 0
         self._lock = threading.Lock()
-        self._kept: OrderedDict[tuple[RemoteFile, int], Future[bytearray]] = OrderedDict()
+        self._kept: OrderedDict[tuple[RemoteFile, _Range], Future[bytearray]] = OrderedDict()
+        self._done: set[tuple[RemoteFile, _Range]] = set()  # read to the end, by one reader at least
         self._threads: ThreadPoolExecutor | None = None
 
     @property
@@ -271,35 +296,51 @@ class _Blocks:
         """Bytes that are held at most."""
         return _KEPT * BLOCK * self.models
 
-    def get(self, file: RemoteFile, index: int) -> bytearray:
-        """One block; if the one before it is known, the next ones are asked for."""
+    def get(self, file: RemoteFile, block: _Range, ahead: Sequence[_Range], offset: int, length: int) -> memoryview:
+        """Bytes of a block from ``offset`` on, at most ``length``; what is ahead is asked for where there is room."""
         with self._lock:
-            follows = index == 0 or (file, index - 1) in self._kept
-            found = self._asked(file, index)
-            self._kept.move_to_end((file, index))
-            for ahead in range(index + 1, index + 1 + _AHEAD if follows else 0):
-                if ahead * BLOCK < file.size:
-                    self._asked(file, ahead)
-            while len(self._kept) > max(_KEPT, _KEPT * self.models):
-                _, oldest = self._kept.popitem(last=False)
-                oldest.cancel()
+            found = self._asked(file, block)
+            self._kept.move_to_end((file, block))
+            for one in ahead:
+                if (file, one) not in self._kept and self._room(one[1] - one[0], of_read=True):
+                    self._asked(file, one)
         try:
-            return found.result()
+            part = memoryview(found.result())[offset - block[0] :][:length]
         except BaseException:
             with self._lock:
-                self._kept.pop((file, index), None)
+                self._forget((file, block))
             raise
+        with self._lock:
+            if offset + len(part) == block[1] and (file, block) in self._kept:
+                self._done.add((file, block))
+        return part
 
-    def _asked(self, file: RemoteFile, index: int) -> Future[bytearray]:
-        if (file, index) not in self._kept:
+    def _asked(self, file: RemoteFile, block: _Range) -> Future[bytearray]:
+        if (file, block) not in self._kept:
+            self._room(block[1] - block[0], of_read=False)
             self._threads = self._threads or ThreadPoolExecutor(max_workers=8)
-            self._kept[file, index] = self._threads.submit(self._read, file, index)
-        return self._kept[file, index]
+            self._kept[file, block] = self._threads.submit(self._read, file, block)
+        return self._kept[file, block]
 
-    def _read(self, file: RemoteFile, index: int) -> bytearray:
-        block = bytearray(min(BLOCK, file.size - index * BLOCK))
-        file.fill(memoryview(block), index * BLOCK)
-        return block
+    def _room(self, size: int, of_read: bool) -> bool:
+        """Make room: of what has been read to its end first; of what has not, if that is allowed, the oldest."""
+        over = sum(stop - start for _, (start, stop) in self._kept) + size - max(1, self.models) * _KEPT * BLOCK
+        for key in sorted(self._kept, key=lambda key: key not in self._done):  # stable: the oldest first
+            if over <= 0 or (of_read and key not in self._done):
+                break
+            over -= key[1][1] - key[1][0]
+            self._forget(key)
+        return over <= 0
+
+    def _forget(self, key: tuple[RemoteFile, _Range]) -> None:
+        self._done.discard(key)
+        if (future := self._kept.pop(key, None)) is not None:
+            future.cancel()
+
+    def _read(self, file: RemoteFile, block: _Range) -> bytearray:
+        found = bytearray(block[1] - block[0])
+        file.fill(memoryview(found), block[0])
+        return found
 
     def close(self) -> None:
         """Forget everything; what is under way is given up."""
@@ -307,6 +348,7 @@ class _Blocks:
         if self._threads is not None:
             self._threads.shutdown(wait=False, cancel_futures=True)
         self._kept.clear()
+        self._done.clear()
         self._threads = None
 
 

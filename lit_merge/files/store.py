@@ -134,6 +134,8 @@ class LazyTensors(LazyMapping):
         self.metadata: dict[str, str] = header.metadata
         self.content_digest: str | None = self.metadata.pop(CONTENT_KEY, None)
         self._entries, self._starts = header.entries, header.starts
+        if isinstance(self._parts, RemoteParts):
+            self._parts.divide(self._starts.values())
         if verify:
             self.verify()
 

@@ -255,6 +255,27 @@ def test_pytorch_files_are_whole_or_not_at_all(models, cache, tmp_path, monkeypa
     assert all(torch.equal(found[name], value) for name, value in open_tensors("out").items())
 
 
+def test_a_pass_asks_for_little_more_than_it_reads(hub, tmp_path, monkeypatch, capsys):
+    """Blocks end with a tensor: what passes ask for is what they read, but for the neighbours of small tensors."""
+    monkeypatch.setattr(remote, "BLOCK", 1 << 18)
+    monkeypatch.setattr(remote, "_SMALL", 4096)
+    shapes = {
+        f"{layer}.{part}": shape for layer in range(4) for part, shape in (("bias", (30,)), ("weight", (300, 333)))
+    }
+    for name in ("base", "a", "b"):
+        values = {key: torch.randn(shape) for key, shape in shapes.items()}
+        hub.repository(f"me/{name}", {"model.safetensors": content(values, tmp_path / name)})
+    size = sum(torch.Size(shape).numel() * 4 for shape in shapes.values())
+    arguments = ["merge", "--vectors=[hf://me/a, hf://me/b]", "--base=hf://me/base", *SETTINGS, "--overwrite=true"]
+    for recipe in ("task_arithmetic", "ties", "iso_c"):
+        hub.sent.clear()
+        assert main([*arguments, f"--recipe={recipe}", "--dry_run=true"]) == 0
+        passes = int(re.search(r"(\d+) pass(es)? over the inputs", capsys.readouterr().out)[1])
+        hub.sent.clear()
+        assert main([*arguments, f"--recipe={recipe}", "--remote=stream"]) == 0
+        assert of_tensors(hub) <= 1.1 * 3 * size * passes
+
+
 def test_blocks_are_bounded_and_samples_small(hub, tmp_path, monkeypatch):
     monkeypatch.setattr(remote, "BLOCK", 4096)
     monkeypatch.setattr(remote, "_SMALL", 1024)
