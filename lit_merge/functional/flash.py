@@ -13,6 +13,9 @@ first, and do not cancel, whatever the tangents have in common.
 Importing this file imports triton.
 """
 
+# mypy: disallow-untyped-defs=False
+# Triton gives the arguments of its kernels their types.
+
 from __future__ import annotations
 
 from typing import Any, NamedTuple
