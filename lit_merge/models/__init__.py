@@ -14,7 +14,7 @@ from lit_merge.models.lora import LoRA
 from lit_merge.models.network import Base, ClipNetwork, ModuleNetwork, Network
 from lit_merge.models.parametrisations import Direct, Linearised, LinearisedLowRank, LowRank, Parametrisation
 from lit_merge.models.rates import ExpLR, LinLR, Rates
-from lit_merge.models.selection import All, Attention, LastBlocks, Matching, Selection
+from lit_merge.models.selection import All, Attention, LastBlocks, Matching, Selection, TaLoS
 from lit_merge.models.weights import save_clip
 from lit_merge.naming import block_of, is_after_blocks, is_attention, number_of_blocks
 
@@ -40,6 +40,7 @@ __all__ = [
     "Preprocessing",
     "Rates",
     "Selection",
+    "TaLoS",
     "ZeroShotHead",
     "block_of",
     "build_head",

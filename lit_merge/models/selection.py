@@ -21,7 +21,7 @@ from typing import Literal
 from lit_merge.errors import ConfigurationError, first_few
 from lit_merge.naming import Depth, is_attention, is_bias, is_mlp
 
-__all__ = ["All", "Attention", "LastBlocks", "Matching", "Selection"]
+__all__ = ["All", "Attention", "LastBlocks", "Matching", "Selection", "TaLoS"]
 
 
 @dataclass(frozen=True)
@@ -175,6 +175,43 @@ class Matching(Selection):
     def selects(self, names: Sequence[str]) -> Callable[[str], object]:
         """Where the pattern is found."""
         return re.compile(self.pattern).search
+
+
+@dataclass(frozen=True)
+class TaLoS(Selection):
+    """The elements to which the outputs at θ0 are least sensitive; the others stay (TaLoS, Iurada et al. 2025).
+
+    The names are those of ``among``; which of their elements train is found when a fit begins, from examples of the task
+    (:func:`lit_merge.modules.sensitivity.least_sensitive`), and kept in its checkpoints.
+
+    Args:
+        fraction: of all elements of these parameters that train, in (0, 1]; the authors' 0.1.
+        among: which parameters; None for all. The authors take linear layers, convolutions and normalisations.
+        examples: how many of the task's training examples are looked at.
+        rounds: in how many rounds the elements are chosen, each leaving ``fraction^(1/rounds)`` of the last one's.
+        seed: of the examples and of the sampled classes.
+
+    Raises:
+        ConfigurationError: a number is out of its range.
+    """
+
+    fraction: float = 0.1
+    among: Selection | None = None
+    examples: int = 256
+    rounds: int = 4
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not _is_a(Real, self.fraction) or not 0 < self.fraction <= 1:
+            raise ConfigurationError(f"TaLoS.fraction: expected a number in (0, 1], got {self.fraction!r}.")
+        for name in ("examples", "rounds"):
+            value = getattr(self, name)
+            if not _is_a(int, value) or value < 1:
+                raise ConfigurationError(f"TaLoS.{name}: expected an integer of at least 1, got {value!r}.")
+
+    def selects(self, names: Sequence[str]) -> Callable[[str], object]:
+        """Those of ``among``."""
+        return (self.among or All()).selects(names)
 
 
 def _is_a(kind: type, value: object) -> bool:

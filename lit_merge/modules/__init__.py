@@ -5,7 +5,7 @@ import torch
 from lit_merge.models.adarank import AdaRank
 from lit_merge.models.lora import LoRA
 from lit_merge.models.rates import ExpLR, LinLR
-from lit_merge.models.selection import All, Attention, LastBlocks, Matching
+from lit_merge.models.selection import All, Attention, LastBlocks, Matching, TaLoS
 from lit_merge.modules.delta import DeltaModule
 from lit_merge.modules.encoding import EncoderModule
 from lit_merge.modules.finetune import FineTuneModule
@@ -45,5 +45,20 @@ __all__ = [
 
 # A checkpoint's hyperparameters hold these settings: plain data, which ``weights_only=True`` may build again.
 torch.serialization.add_safe_globals(
-    [AdaRank, All, Attention, LastBlocks, Matching, ExpLR, LinLR, LoRA, TauJpPenalty, OrthoReg, Tak, SAM, MergOPT]
+    [
+        AdaRank,
+        All,
+        Attention,
+        LastBlocks,
+        Matching,
+        TaLoS,
+        ExpLR,
+        LinLR,
+        LoRA,
+        TauJpPenalty,
+        OrthoReg,
+        Tak,
+        SAM,
+        MergOPT,
+    ]
 )

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from lit_merge.errors import ConfigurationError, StructureMismatchError, first_few
 from lit_merge.metrics.example_mean import ExampleMean
@@ -14,9 +17,12 @@ from lit_merge.metrics.of_heads import more_metrics, update_more
 from lit_merge.models.heads import ZeroShotHead
 from lit_merge.models.language.classifiers import TaskHead
 from lit_merge.models.network import ModuleNetwork
+from lit_merge.models.selection import TaLoS
 from lit_merge.modules.objectives import CrossEntropy, Objective, minimised
 from lit_merge.modules.penalty import Penalty, TauJpPenalty, split_batch
 from lit_merge.modules.protocol import FineTuningProtocol
+from lit_merge.modules.sensitivity import least_sensitive
+from lit_merge.params import Params
 
 __all__ = ["FineTuneModule"]
 
@@ -82,6 +88,8 @@ class FineTuneModule(FineTuningProtocol):
         self.head = None if head is None else _prepared(head)
         self.task, self.classes = "", tuple[str, ...]()
         self._other_heads: list[nn.Module] = []  # not registered: no part of a checkpoint
+        self.masks: Params = {}
+        self._held: Params = {}
 
     @property
     def regime(self) -> str:
@@ -108,6 +116,48 @@ class FineTuneModule(FineTuningProtocol):
         self.accuracy = nn.ModuleDict({split: ExampleMean() for split in ("fit", "val", "test")}).to(self.device)
         self.loss = nn.ModuleDict({split: ExampleMean() for split in ("val", "test")}).to(self.device)
         self.more = nn.ModuleDict({split: more_metrics(self.head) for split in ("val", "test")}).to(self.device)
+
+    def on_fit_start(self) -> None:
+        """With :class:`~lit_merge.models.TaLoS`, find which elements train, unless a checkpoint has said it."""
+        if not self.masks_elements:
+            return
+        assert self.head is not None
+        selection: TaLoS = self.parametrisation.trainable  # type: ignore[attr-defined]
+        trained = {name: value for name, value in self.encoder.named_parameters() if value.requires_grad}
+        if not self.masks:
+            settings = (list(trained), selection.fraction, selection.rounds, selection.seed)
+            found = least_sensitive(self.network, self.head, lambda: self._examples_of(selection), *settings)
+            self.masks = self.trainer.strategy.broadcast(found)  # rounding may differ between devices
+        self.masks = {name: mask.to(trained[name].device) for name, mask in self.masks.items()}
+        self._held = {name: value.detach() * ~self.masks[name] for name, value in trained.items()}
+        for name, value in trained.items():
+            value.register_hook(partial(torch.mul, self.masks[name]))
+
+    def _examples_of(self, selection: TaLoS) -> Iterator[tuple[Any, ...]]:
+        """Inputs of the task's training examples, without augmentation, on the module's device."""
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        if hasattr(data, "examples"):
+            examples = data.examples("train", self)
+            order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(selection.seed)).tolist()
+            sampler, size = order[: selection.examples], min(32, len(order))
+            batches: Any = DataLoader(examples, size, sampler=sampler, collate_fn=_as_it_is)
+        else:
+            batches = data.train_dataloader()
+        left = selection.examples
+        for batch in batches:
+            own = split_batch(batch)[0].to(self.device)
+            inputs = self.inputs(own)
+            yield tuple(one[:left] for one in inputs)
+            left -= len(own)
+            if left <= 0:
+                return
+
+    @torch.no_grad()
+    def hold_elements(self) -> None:
+        """See :class:`FineTuningProtocol`."""
+        for name, value in self.encoder.named_parameters():
+            if name in self._held:
+                value.mul_(self.masks[name]).add_(self._held[name])
 
     def _prepare_penalty(self, data: Any) -> None:
         """Know the other tasks, and build their heads if the penalty is on logits."""
@@ -228,6 +278,8 @@ class FineTuneModule(FineTuningProtocol):
         if isinstance(self.head, ZeroShotHead | TaskHead):
             kind = "zero_shot_classes" if isinstance(self.head, ZeroShotHead) else "classifier_classes"
             checkpoint[kind] = list(self.head.classes)
+        if self.masks:
+            checkpoint["masks"] = {name: mask.cpu() for name, mask in self.masks.items()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Bring the head back before its weights are loaded, so that a checkpoint opens without its data.
@@ -236,6 +288,7 @@ class FineTuneModule(FineTuningProtocol):
             StructureMismatchError: the checkpoint started from another base, or its head has other classes.
         """
         super().on_load_checkpoint(checkpoint)
+        self.masks = dict(checkpoint.get("masks", {}))
         if self.head is None and "classifier_classes" in checkpoint:
             self.classes = tuple(checkpoint["classifier_classes"])
             self.head = _prepared(TaskHead.of_state(under(checkpoint["state_dict"], "head."), self.classes))
@@ -256,6 +309,10 @@ class FineTuneModule(FineTuningProtocol):
 def under(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """What is below a prefix, without it."""
     return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
 
 
 def _prepared(head: nn.Module) -> nn.Module:

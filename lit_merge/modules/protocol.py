@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from lit_merge.errors import ConfigurationError
 from lit_merge.models.parametrisations import Direct, Linearised, LinearisedLowRank, LowRank
 from lit_merge.models.rates import Rates
+from lit_merge.models.selection import TaLoS
 from lit_merge.modules.encoding import EncoderModule
 from lit_merge.modules.offsets import MergOPT, OffsetAware
 from lit_merge.modules.sharpness import SAM, SharpnessAware
@@ -107,6 +108,8 @@ class FineTuningProtocol(EncoderModule):
                 "sam.adaptive: expected parameters that are weights, got a linearised network's, which are τ. "
                 "Set adaptive to false."
             )
+        if self.masks_elements and type(self).hold_elements is FineTuningProtocol.hold_elements:
+            self.hold_elements()  # which refuses
         self.sam, self.mergopt = sam, mergopt
         self.learning_rate = learning_rate
         self.weight_decay = weight_decay
@@ -118,6 +121,18 @@ class FineTuningProtocol(EncoderModule):
         if rates is not None:
             rates(self.initial_parameters)  # refuses a network without blocks before anything is loaded
         self._keep_statistics()
+
+    @property
+    def masks_elements(self) -> bool:
+        """Whether single elements train, and not whole parameters."""
+        return isinstance(getattr(self.parametrisation, "trainable", None), TaLoS)
+
+    def hold_elements(self) -> None:
+        """Put elements that do not train back to where they were; called after an optimiser's step."""
+        raise ConfigurationError(
+            f"trainable: expected whole parameters with {type(self).__name__}, got {self.trainable!r}. Use "
+            "FineTuneModule, or another selection."
+        )
 
     def train(self, mode: bool = True) -> FineTuningProtocol:
         """Switch to training; batch normalisation keeps its statistics, which a task vector does not hold."""
@@ -147,6 +162,8 @@ class FineTuningProtocol(EncoderModule):
             eps=_EPSILON,
             weight_decay=self.weight_decay,
         )
+        if self.masks_elements:
+            optimizer.register_step_post_hook(lambda *_: self.hold_elements())
         for name, one in (("sam", self.sam), ("mergopt", self.mergopt)):
             if one is not None and self.trainer.accumulate_grad_batches > 1:
                 raise ConfigurationError(
