@@ -31,7 +31,7 @@ PUBLISHED = ROOT / "benchmarks/published.yaml"
 BEGIN, END = "<!-- text suite: written by benchmarks/text_suite.py -->", "<!-- end of text suite -->"
 FAMILIES = ("alone", "lines", "forget", "tall")
 ORDER = (HOLDS, NOT, UNDECIDED, NOT_MEASURED)
-UNITS = {"cosine": "hundredths of |cosine|", "tau_jp": "% of ‖τJp‖"}
+UNITS = {"cosine": "hundredths of |cosine|", "tau_jp": "% of ‖τJp‖", "depth": "hundredths", "spearman": "hundredths"}
 RULE = """\
 Written down before the numbers were made, and applied by code (`benchmarks/verdicts.py`) to every row. A claim says
 that method A is better than method B by more than m points; m is 0 unless the row says otherwise, and negative where

@@ -13,7 +13,8 @@ A claim (benchmarks/claims) names two methods, ``regime/recipe``, and what of th
 - ``own`` and ``others``, of ``regime/name_*``, one model per task: its accuracy on its own task (target), and on the
   others (control), of every example the mean over the models of other tasks; ``own_normalised`` as above;
 - ``cosine``: the absolute cosines of the task vectors, by pair; ``tau_jp``: the logarithms of the mean norms of τJp, by
-  vector and other task.
+  vector and other task; ``depth``: how much larger the learned coefficients of a task are in the second half of the
+  blocks than in the first; ``spearman``: of entropy and loss at the end of learning, by task.
 """
 
 from __future__ import annotations
@@ -35,7 +36,9 @@ from suites import ROOT, Regime, settings_digest
 from verdicts import judge
 
 from lit_merge.files.text import write_text
+from lit_merge.report.coefficient_depth import depth_means
 from lit_merge.report.hits import load_hits, save_hits
+from lit_merge.vectors import Coefficients
 
 __all__ = ["CLAIMS", "COLLECTED", "NOT_MEASURED", "Stored", "claims", "collect", "judged"]
 
@@ -104,7 +107,7 @@ def collect(instrument: str, folders: Mapping[Regime, Sequence[Path]], rates: Ma
             "settings": results[0]["settings"],
             "seconds": sum(_seconds(suite) for suite in suites),
             "seeds": {
-                seed: {**_numbers(found), **_tau_jp(suite / f"seed-{seed}", same["tasks"])}
+                seed: {**_numbers(found, suite / f"seed-{seed}"), **_tau_jp(suite / f"seed-{seed}", same["tasks"])}
                 for suite, one in zip(suites, results, strict=True)
                 for seed, found in one["seeds"].items()
             },
@@ -155,7 +158,7 @@ def _seconds(suite: Path) -> float:
     return float(path.read_text(encoding="utf-8")) if path.exists() else 0.0
 
 
-def _numbers(found: Mapping[str, Any]) -> dict[str, Any]:
+def _numbers(found: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """Of one seed: accuracies, coefficients and curves, cosines, sizes of the vectors."""
     merged = {}
     for name, one in found["merged"].items():
@@ -165,12 +168,30 @@ def _numbers(found: Mapping[str, Any]) -> dict[str, Any]:
             "coefficient": one.get("coefficient"),
             **({"values": curve["values"]} if curve else {}),
             **({"normalised": [round(value, 4) for value in curve["normalised"]]} if curve else {}),
-            **({"mean_coefficients": one["mean_coefficients"]} if "mean_coefficients" in one else {}),
+            **_learned(folder / "merge" / name),
         }
     kept = {
         key: found[key] for key in ("individual", "references", "cosine_similarity", "task_vectors") if key in found
     }
     return {**kept, "merged": merged}
+
+
+def _learned(folder: Path) -> dict[str, Any]:
+    """Of learned coefficients: every task's means by depth, and how entropy and loss went together."""
+    found: dict[str, Any] = {}
+    if (path := folder / "coefficients.safetensors").exists():
+        coefficients = Coefficients.load(path)
+        means = depth_means(coefficients)
+        found["coefficients"] = {
+            "tasks": list(coefficients.tasks),
+            "means": [round(value, 4) for value in coefficients.values.mean(dim=1).tolist()],
+            "blocks": means.blocks if means else 0,
+            "places": list(means.places) if means else [],
+            "by_depth": [[round(value, 4) for value in row] for row in means.values.tolist()] if means else [],
+        }
+    if (path := folder / "spearman.json").exists():
+        found["spearman"] = json.loads(path.read_text(encoding="utf-8"))["measured"]
+    return found
 
 
 def _tau_jp(folder: Path, tasks: Sequence[str]) -> dict[str, Any]:
@@ -272,6 +293,8 @@ class Stored:
             return {"pairs": self._cosines(regime, seed)}
         if measure == "tau_jp":
             return {"pairs": self._tau_jp(regime, seed)}
+        if measure in ("depth", "spearman"):
+            return {"tasks": self._of_learning(regime, method, measure, seed)}
         if measure in ("own", "own_normalised"):
             found = {task: self._of_task(regime, method, task, seed)[task] for task in self.tasks}
         elif measure == "others":
@@ -301,6 +324,19 @@ class Stored:
         if not found:
             raise NotMeasuredError(f"{regime}: τJp")
         return torch.tensor([value for row in found.values() for value in row.values()], dtype=torch.float64).log()
+
+    def _of_learning(self, regime: str, method: str, measure: str, seed: str) -> Tensor:
+        """One number per task."""
+        merged = self.regime(regime)["seeds"][seed]["merged"].get(method, {})
+        if measure == "spearman" and merged.get("spearman"):
+            return torch.tensor([merged["spearman"][-1]["tasks"][task] for task in self.tasks], dtype=torch.float64)
+        found = merged.get("coefficients", {})
+        if measure == "depth" and found.get("by_depth"):
+            values, places = torch.tensor(found["by_depth"], dtype=torch.float64), torch.tensor(found["places"])
+            half = found["blocks"] / 2
+            second, first = (places >= half) & (places < found["blocks"]), (places >= 0) & (places < half)
+            return values[:, second].mean(1) - values[:, first].mean(1)
+        raise NotMeasuredError(f"{regime}/{method}: {measure}")
 
 
 def _ratio(hits: Tensor, individual: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from builders.documents import ROOT
 
 from lit_merge.errors import FileFormatError
 from lit_merge.report.hits import save_hits
+from lit_merge.vectors import Coefficients
 
 SCRIPTS = ("collected", "suites", "verdicts", "claims_page", "results_page", "learned_merges")
 TASKS = ["a", "b"]
@@ -57,6 +58,7 @@ def suite(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for name, level in levels.items():
             curve = {"values": [0.1, 0.2, 0.3], "normalised": [0.5, 0.6, 0.7], "absolute": [0.5, 0.6, 0.7]}
             merged[name] = {"accuracy": write(here / "test" / name, level), "coefficient": 0.3, "search": curve}
+        _learned(here / "merge/good")
         cosines = [[1.0, 0.02], [0.02, 1.0]]
         seeds[seed] = {"individual": own, "merged": merged, "cosine_similarity": cosines, "task_vectors": {}}
     described = {"name": "n", "fingerprint": "f", "parameters": 1}
@@ -66,6 +68,18 @@ def suite(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (tmp_path / "results.json").write_text(json.dumps(results))
     (tmp_path / "suite.yaml").write_text(yaml.safe_dump({"recipes": {"good": {}}}))
     return tmp_path
+
+
+def _learned(folder: Path) -> None:
+    """Coefficients 0.3 in the first of two blocks and 0.5 in the second, and a correlation."""
+    folder.mkdir(parents=True)
+    groups = ("blocks.0.w", "blocks.1.w", "head.w")
+    values = torch.tensor([[0.3, 0.5, 9.0], [0.2, 0.4, 9.0]])
+    Coefficients(values, ("a", "b"), groups, dict(zip(groups, groups, strict=True))).save(
+        folder / "coefficients.safetensors"
+    )
+    measured = [{"step": 100, "spearman": 0.9, "tasks": {"a": 0.9, "b": 0.9}}]
+    (folder / "spearman.json").write_text(json.dumps({"measured": measured}))
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +107,8 @@ def claim(**given: Any) -> dict[str, Any]:
         ({"first": "full/alone_*", "second": "full/zero_shot", "measure": "own"}, 15, "holds"),
         ({"first": "full/alone_*", "second": "full/zero_shot", "measure": "others"}, 15, "holds"),
         ({"second": "full/cosine", "measure": "cosine", "margin": -10.0}, -2, "holds"),
+        ({"first": "full/good", "measure": "depth"}, 20, "holds"),
+        ({"first": "full/good", "measure": "spearman", "margin": 80.0}, 90, "holds"),
         ({"first": "full/good", "second": "elsewhere/good"}, None, "not measured"),
         ({"first": "full/good", "second": "full/absent"}, None, "not measured"),
         ({"first": "full/tau_jp", "second": "full/tau_jp", "measure": "tau_jp"}, None, "not measured"),
