@@ -98,13 +98,14 @@ class MeanReward(Measure):
             NonFiniteError: a reward is no finite number.
         """
         tokenization: Any = module.base.preprocessing
+        network: Any = module.network
         if getattr(tokenization, "kind", "encoder") == "encoder" or module.linearized:
             got = "one that is linearised" if module.linearized else f"{module.base_name!r}"
             raise ConfigurationError(f"search.rewards: expected a network that writes texts, got {got}. Remove them.")
         found = []
         for batch in batches:
             given = prompts(batch, tokenization)
-            written = self.generation(module.network, tokenization, given)
+            written = self.generation(network, tokenization, given)
             values = checked_rewards(self.name, self.reward, prompt_texts(given, tokenization), written)
             found.append(values[batch.indices.cpu() >= 0].double())
         return float(torch.cat(found).mean())

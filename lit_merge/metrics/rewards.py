@@ -161,11 +161,12 @@ class ClassifierReward(Reward):
         place, against = self._place(self.label), None if self.against is None else self._place(self.against)
         device = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
         model.to(device)
+        padded = tokenizer.pad_token is not None and getattr(model.config, "pad_token_id", None) is not None
         found = []
         for start in range(0, len(texts), self.batch_size):
             # One text at a time where nothing can be padded with.
             chunk = texts[start : start + self.batch_size]
-            parts = [chunk] if tokenizer.pad_token is not None and model.config.pad_token_id is not None else chunk
+            parts = [chunk] if padded else chunk
             for part in parts:
                 given = tokenizer(
                     part if isinstance(part, list) else [part],

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -124,7 +125,8 @@ class EigenCurvature(LayerCurvature):
 
     def to(self, device: torch.device, dtype: torch.dtype) -> EigenCurvature:
         """See :class:`Curvature`."""
-        return replace(super().to(device, dtype), values=self.values.to(device, dtype))  # type: ignore[return-value]
+        moved = cast(EigenCurvature, super().to(device, dtype))
+        return replace(moved, values=self.values.to(device, dtype))
 
 
 @dataclass(frozen=True)

@@ -198,7 +198,7 @@ def _peft(network: Network, lora: LoRA) -> Any:
     return LoraConfig(
         task_type="CAUSAL_LM",
         r=lora.rank,
-        lora_alpha=lora.alpha,
+        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # a float as well
         lora_dropout=lora.dropout,
         use_rslora=lora.rslora,
         target_modules=layers,

@@ -199,7 +199,7 @@ class SuitePlan(SuiteSettings):
         settings = {"name": self.name, **self.base(), "tasks": self.named_tasks}
         settings |= {name: getattr(self, name) for name in names}
         settings["recipes"] = {name: recipe.description() for name, recipe in self.recipes.items()}
-        optional = {"linearized": self.linearized, "joint": self.joint}
+        optional: dict[str, Any] = {"linearized": self.linearized, "joint": self.joint}
         optional |= {"data": self.data or None, "sources": self.sources or None, "control": self.control or None}
         settings |= {name: value for name, value in optional.items() if value is not None}
         plain: dict[str, Any] = json.loads(json.dumps(settings))

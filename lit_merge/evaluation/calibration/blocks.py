@@ -53,7 +53,8 @@ class Blocks:
                 f"calibrate: expected a network with numbered blocks, got {type(module).__name__} without. Merge it "
                 "by recipe regmean instead, or name its blocks, e.g. layers.0."
             )
-        one, two = (tree.tree_map_only(Tensor, lambda part, n=n: _repeated(part, n), tuple(given)) for n in (1, 2))
+        one = tree.tree_map_only(Tensor, lambda part: _repeated(part, 1), tuple(given))
+        two = tree.tree_map_only(Tensor, lambda part: _repeated(part, 2), tuple(given))
         seen = self._order(list(found), two)
         self.paths = tuple(seen)
         self._names = {path: [name for name in names if block_path(name) == path] for path in self.paths}

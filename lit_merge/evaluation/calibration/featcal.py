@@ -175,8 +175,8 @@ class _Linear:
             self._sums = found
             return
         for known, new in zip(self._sums, found, strict=True):
-            for one, other in zip(known, new, strict=True):
-                one += other
+            for total, part in zip(known, new, strict=True):
+                total += part
 
     def solved(self, key: str, anchors: Mapping[str, Tensor], ridge: float) -> Params:
         """Weight, and bias if it has one."""

@@ -185,7 +185,7 @@ class _Factors(LayerInputs):
             grown = [
                 axis for axis, (few, many) in enumerate(zip(one[0][:-1], two[0][:-1], strict=True)) if many == 2 * few
             ]
-            apart = two[1] is None or torch.allclose(*two[1].chunk(2), rtol=1e-3, atol=1e-5)
+            apart = two[1] is None or torch.allclose(two[1].chunk(2)[0], two[1].chunk(2)[1], rtol=1e-3, atol=1e-5)
             self.axes.append(grown[0] if len(grown) == 1 and apart else None)
 
     def _measures(self, shape: torch.Size, rows: Tensor | None = None) -> bool:

@@ -48,8 +48,10 @@ _INDICES = ("A", *"23456789", "10", "J", "Q", "K")
 _SUITS = ("hearts", "diamonds", "clubs", "spades")
 _PIPS = ("one", "two", "three", "four", "five", "six", "seven", "eight")
 # Cells of a three by three grid, as on dice.
-_PIP_CELLS = ((4,), (0, 8), (0, 4, 8), (0, 2, 6, 8), (0, 2, 4, 6, 8), (0, 2, 3, 5, 6, 8), (0, 2, 3, 4, 5, 6, 8))
-_PIP_CELLS = (*_PIP_CELLS, (0, 1, 2, 3, 5, 6, 7, 8))
+_PIP_CELLS = (
+    *((4,), (0, 8), (0, 4, 8), (0, 2, 6, 8), (0, 2, 4, 6, 8), (0, 2, 3, 5, 6, 8), (0, 2, 3, 4, 5, 6, 8)),
+    (0, 1, 2, 3, 5, 6, 7, 8),
+)
 
 NUMBERS = tuple(f"{tens} {ones}" for tens in DIGIT_WORDS for ones in DIGIT_WORDS)
 MONOGRAMS = tuple(f"{first} {second}" for first in _INITIALS for second in _INITIALS)

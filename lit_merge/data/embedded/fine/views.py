@@ -101,9 +101,9 @@ def _lightning(brush: Brush, image: Image.Image) -> None:
     cloud = Image.new("RGBA", (SIZE, SIZE), (0, 0, 0, 0))
     pen = ImageDraw.Draw(cloud)
     dark = brush.near((62, 62, 74), 12)
-    for x in range(0, SIZE + 1, 12):
+    for middle in range(0, SIZE + 1, 12):
         radius = brush.uniform(8, 13)
-        pen.ellipse((x - radius, -radius, x + radius, 0.9 * radius), fill=dark)
+        pen.ellipse((middle - radius, -radius, middle + radius, 0.9 * radius), fill=dark)
     x, y = brush.uniform(14, 50), 9.0
     bolt = [(x, y)]
     for side in (-1, 1, -1, 1):
