@@ -15,6 +15,7 @@ from lit_merge.errors import ConfigurationError
 from lit_merge.files.store import write_tensors
 from lit_merge.models.merging.output import MergedWeights
 from lit_merge.models.network import Base
+from lit_merge.models.task_output import output_name
 from lit_merge.transforms import LearnedScale, Sum, chain
 from lit_merge.transforms.base import whole_number
 
@@ -74,6 +75,7 @@ class WriteMerge(EverySteps):
         if self.weights:
             self._write_weights(pl_module, path, folder / "merged.safetensors")
             written.append("merged.safetensors")
+        written += self._write_outputs(pl_module, folder)
         rank_zero_info(f"Learned merge of {pl_module.task}: {' and '.join(written)} in {folder}")
 
     def _write_coefficients(self, trainer: L.Trainer, pl_module: Any, folder: Path, suffix: str) -> Path:
@@ -85,6 +87,16 @@ class WriteMerge(EverySteps):
         if not suffix:
             found.save(path.with_suffix(".json"))
         return path
+
+    def _write_outputs(self, pl_module: Any, folder: Path) -> list[str]:
+        described = pl_module.describe()
+        entries = {name: described[name] for name in (*LEARNED, "base_fingerprint", "base_model") if name in described}
+        names = []
+        for task in getattr(pl_module, "tasks", ()) if getattr(pl_module, "outputs", None) else ():
+            if (output := pl_module.output_of(task)) is not None:
+                names.append(output_name(task))
+                output.save(folder / names[-1], {**entries, "task": task})
+        return names
 
     def _write_weights(self, pl_module: Any, coefficients: Path, path: Path) -> None:
         base: Base = pl_module.base

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
@@ -22,9 +22,19 @@ from lit_merge.models.encoder import Preprocessing
 from lit_merge.models.linear_features import LinearFeatureCache, LinearFeatures
 from lit_merge.models.merged import MergedModel, swapped
 from lit_merge.models.network import Network
+from lit_merge.models.task_output import TaskOutput
 from lit_merge.modules.chance import chance_warnings
 from lit_merge.modules.individual import IndividualModels
-from lit_merge.modules.objectives import Comparison, Entropy, Expert, Objective, Outputs, minimised, objective_of
+from lit_merge.modules.objectives import (
+    Comparison,
+    Entropy,
+    Expert,
+    Features,
+    Objective,
+    Outputs,
+    minimised,
+    objective_of,
+)
 from lit_merge.modules.passes import passes
 from lit_merge.modules.protocol import check_range
 from lit_merge.modules.task_heads import TaskHeads
@@ -73,6 +83,11 @@ class MergeModule(TaskHeads):
         storage: where the vectors are kept: ``device``, ``bfloat16``, ``host`` or ``mapped``.
         sharded: whether every process keeps only its share of every vector.
         masks: also learn which singular directions of the vectors take part.
+        learn: what is learned: ``coefficients``, and the masks if there are any; ``heads``, classifiers that start as
+            the tasks' frozen heads (SyMerge, Jung et al. 2026); ``surgery``, a correction of every task's features
+            (representation surgery, Yang et al. 2024). Without coefficients the merge stays as ``init`` and ``parts``
+            make it, and no gradient goes through the network. By default coefficients alone.
+        surgery_rank: rank of the corrections.
         model: architecture, as for :func:`lit_merge.models.load_clip`; a shorthand for a CLIP as ``network``.
         pretrained: weights, as for :func:`lit_merge.models.load_clip`.
         network: any network, by class path, instead of model and pretrained.
@@ -121,10 +136,14 @@ class MergeModule(TaskHeads):
         preprocessing: Preprocessing | None = None,
         chance_examples: int = 256,
         masks: AdaRank | None = None,
+        learn: list[Literal["coefficients", "heads", "surgery"]] | None = None,
+        surgery_rank: int = 16,
     ) -> None:
         check_range("learning_rate", learning_rate)
         whole_number("chance_examples", chance_examples, minimum=0)
+        whole_number("surgery_rank", surgery_rank, minimum=1)
         chosen = objective_of(objective)
+        kinds = _checked_kinds(learn, chosen, masks)
         if isinstance(vectors, str) or len(vectors) < 2:
             raise ConfigurationError(
                 f"vectors: expected a list of at least two task vector files, got {vectors!r}. List those of all "
@@ -158,6 +177,10 @@ class MergeModule(TaskHeads):
         self.merged_tasks = tuple(task for tasks in self.vector_tasks for task in tasks)
         start = Coefficients.load(init) if isinstance(init, str) else init
         self.merged = MergedModel(self.network, changed, granularity, start, clamp, storage, sharded, masks)
+        self.learn, self.surgery_rank = kinds, surgery_rank
+        self.learns_coefficients = "coefficients" in kinds
+        for one in self.merged.learned_parameters():
+            one.requires_grad_(self.learns_coefficients)
         self.objective, self.learning_rate = chosen, learning_rate
         self._objective_name = objective if isinstance(objective, str) else repr(objective)
         self._optimizer, self._scheduler = optimizer, scheduler
@@ -223,7 +246,20 @@ class MergeModule(TaskHeads):
             )
         for task in self._inputs.tasks:
             self._check_classes(task, data)
+        self._start_outputs(getattr(data, "adapted_tasks", ()) or self.merged_tasks)
         self.entropy = nn.ModuleDict({str(index): ExampleMean() for index in range(len(self.tasks))}).to(self.device)
+
+    def _start_outputs(self, tasks: Sequence[str]) -> None:
+        """Of the tasks that are learned on, what is learned for each of them behind the encoder."""
+        kinds = [kind for kind in self.learn if kind != "coefficients"]
+        if kinds and not getattr(self.base, "vector_features", True):
+            raise ConfigurationError(
+                f"learn: expected a network of features [B, d] for {' and '.join(kinds)}, got one of logits over a "
+                "vocabulary. Learn coefficients alone."
+            )
+        for task in tasks if kinds else ():
+            if self.output_of(task) is None:
+                self.add_output(task, TaskOutput.starting(self.head_of(task), kinds, self.surgery_rank))
 
     def _check_classes(self, task: str, data: Any) -> None:
         known = self._inputs.vector(task).metadata.get("classes")
@@ -257,11 +293,12 @@ class MergeModule(TaskHeads):
 
     def _loss(self, features: Tensor, individual: Tensor | None, batch: Any, task: str) -> Tensor:
         """The objective of one task, from the merge's features and, for a comparison, the individual model's."""
-        logits = self.classify(features, task)
+        features = self.represent(features, task)
+        logits = self.scores(features, task)
         if individual is None or not isinstance(self.objective, Comparison):
             return self.compute_loss(logits, batch, task)
         with torch.no_grad():
-            own = self.classify(individual, task)
+            own = self.head_of(task)(individual)
         return self.objective.against(Outputs(features, logits), Outputs(individual, own), batch)
 
     def encode(self, inputs: Sequence[Any], weights: Mapping[str, Tensor]) -> Tensor:
@@ -297,7 +334,7 @@ class MergeModule(TaskHeads):
             loss = self._checked(losses)
         else:
             losses, gradients = self._accumulate(present)
-            loss = _KnownGradient.apply(self._checked(losses).detach(), *gradients, *self.merged.learned_parameters())
+            loss = _KnownGradient.apply(self._checked(losses).detach(), *gradients, *self.learned_parameters())
         share = getattr(getattr(self.trainer, "datamodule", None), "task_share", 1.0)
         count = sum(map(len, present.values()))
         for task, value in losses.items():
@@ -307,13 +344,17 @@ class MergeModule(TaskHeads):
         self.log("train/loss", loss.detach(), prog_bar=True, batch_size=count, sync_dist=True)
         return loss
 
+    def learned_parameters(self) -> list[nn.Parameter]:
+        """What trains: coefficients and masks, then what every task has of its own."""
+        return [*(self.merged.learned_parameters() if self.learns_coefficients else ()), *self.outputs.parameters()]
+
     def _accumulate(self, present: Mapping[str, Any]) -> tuple[dict[str, Tensor], list[Tensor]]:
         """The tasks' losses, and the gradients of their sum with respect to what is learned."""
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
         scale = float(scaler.get_scale()) if scaler is not None else 1.0
-        weights = self.merged.merged_parameters(self.linearized, self._spare)
-        self._spare = {name: value.detach() for name, value in weights.items()}  # until the next step
-        leaves = {name: value.detach().requires_grad_() for name, value in weights.items()}
+        weights = self._step_weights()
+        leaves = {name: value.detach().requires_grad_(self.learns_coefficients) for name, value in weights.items()}
+        own = {name: value.detach().requires_grad_() for name, value in self.outputs.named_parameters()}
         losses: dict[str, Tensor] = {}
         individual = self.individuals.features(present) if isinstance(self.objective, Comparison) else {}
         for tasks in passes(present, self.images_per_pass):
@@ -324,25 +365,43 @@ class MergeModule(TaskHeads):
                 stack.enter_context(fast_attention(inputs[0].device))
                 if not self.linearized:
                     stack.enter_context(swapped(self.network, leaves))
-                slices = self.encode(inputs, leaves).split(list(map(len, parts)))
-                for task, features in zip(tasks, slices, strict=True):
-                    losses[task] = self._loss(features, individual.get(task), present[task], task)
+                stack.enter_context(swapped(self.outputs, own))
+                with torch.set_grad_enabled(self.learns_coefficients):
+                    features = self.encode(inputs, leaves)
+                slices = features.split(list(map(len, parts)))
+                for task, rows in zip(tasks, slices, strict=True):
+                    losses[task] = self._loss(rows, individual.get(task), present[task], task)
                 total = torch.stack([losses[task] for task in tasks]).sum()
                 with torch.autocast(total.device.type, enabled=False):
                     (total * scale).backward()
             losses.update({task: losses[task].detach() for task in tasks})
+        behind = [torch.zeros_like(one) if one.grad is None else one.grad for one in own.values()]
+        found = [*self._of_coefficients(weights, leaves), *behind]
+        return losses, [one / scale for one in found]
+
+    def _step_weights(self) -> Params:
+        """The merged weights of a step, differentiable; once for the whole fit if they are not learned."""
+        if not self.learns_coefficients and self._spare is not None:
+            return self._spare
+        weights = self.merged.merged_parameters(self.linearized, self._spare)
+        self._spare = {name: value.detach() for name, value in weights.items()}  # until the next step
+        return weights
+
+    def _of_coefficients(self, weights: Params, leaves: Params) -> Sequence[Tensor]:
+        """The gradients of coefficients and masks from those of the weights; none if they are not learned."""
+        if not self.learns_coefficients:
+            return ()
         names = [name for name, leaf in leaves.items() if leaf.grad is not None]
         learned = self.merged.learned_parameters()
         if not names:
-            return losses, [torch.zeros_like(one) for one in learned]
-        found = torch.autograd.grad(
+            return [torch.zeros_like(one) for one in learned]
+        return torch.autograd.grad(
             [weights[name] for name in names],
             learned,
             [leaves[name].grad for name in names],
             allow_unused=True,
             materialize_grads=True,
         )
-        return losses, [one / scale for one in found]
 
     def _checked(self, losses: Mapping[str, Tensor]) -> Tensor:
         """Their sum; all processes stop together if one of them is not finite."""
@@ -379,7 +438,7 @@ class MergeModule(TaskHeads):
         self._linear = {}
         kept = getattr(self.base, "vector_features", True)  # not logits over a vocabulary at every position
         kept = kept and not (self.transform and isinstance(self.objective, Comparison))  # whose vectors are others
-        if not (self.linearized and self.merged.granularity == "task" and kept and self.merged.masks is None):
+        if not (self.linearized and self.merged.granularity == "task" and kept and self._plain):
             return
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         directions = {task: self.merged.task_vectors.vector(task) for task in self.merged.tasks}
@@ -392,6 +451,11 @@ class MergeModule(TaskHeads):
                         loader = data.tasks[task].ordered_loader("train")
                         self._linear[task] = cache.of(loader)
                 self.trainer.strategy.barrier("features of the linearised model")
+
+    @property
+    def _plain(self) -> bool:
+        """Whether coefficients, and nothing else, are learned."""
+        return self.merged.masks is None and self.learn == ("coefficients",)
 
     def log_more(self, logits: Tensor, batch: Any, split: str, dataloader_idx: int) -> None:
         """Log the mean entropy of a task's predictions, too; it needs no labels."""
@@ -436,8 +500,8 @@ class MergeModule(TaskHeads):
             self._held = self.merged.merged_parameters(self.linearized)
 
     def configure_optimizers(self) -> Any:
-        """Adam with betas (0.9, 0.999) on the coefficients and masks, or what was asked for."""
-        parameters = self.merged.learned_parameters()
+        """Adam with betas (0.9, 0.999) on what is learned, or what was asked for."""
+        parameters = self.learned_parameters()
         if self._optimizer is None:
             optimizer: torch.optim.Optimizer = torch.optim.Adam(parameters, lr=self.learning_rate, betas=(0.9, 0.999))
         else:
@@ -460,6 +524,8 @@ class MergeModule(TaskHeads):
             "fraction": str(getattr(data, "fraction", 1.0)),
             "examples": json.dumps(dict(getattr(data, "examples", {}))),
         }
+        if self.learn != ("coefficients",):
+            entries["learn"] = json.dumps(self.learn)
         if self.merged.masks is not None:
             entries["masks"] = repr(self.merged.masks)
         if self.transform is not None:
@@ -474,6 +540,8 @@ class MergeModule(TaskHeads):
         checkpoint["merging"] = {"tasks": list(self.merged.tasks), "members": dict(self.merged.members)}
         if self.merged.ranks:
             checkpoint["merging"]["ranks"] = dict(self.merged.ranks)
+        if self.learn != ("coefficients",):
+            checkpoint["merging"]["learn"] = list(self.learn)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Compare tasks and groups with those of this module, and take θ0 from it.
@@ -492,6 +560,11 @@ class MergeModule(TaskHeads):
                     f"checkpoint: expected one of coefficients for the {what} {wanted}, got {got or 'none'}. Use the "
                     "vectors, their order and the granularity of that run."
                 )
+        if tuple(saved.get("learn", ["coefficients"])) != self.learn:
+            raise StructureMismatchError(
+                f"checkpoint: expected one of a fit that learns {', '.join(self.learn)}, got one of "
+                f"{', '.join(saved.get('learn', ['coefficients']))}. Set learn as that run did."
+            )
         if saved.get("ranks", {}) != self.merged.ranks:
             raise StructureMismatchError(
                 f"checkpoint: expected one with masks of {first_few(self.merged.ranks) or 'nothing'}, got masks of "
@@ -499,6 +572,24 @@ class MergeModule(TaskHeads):
             )
         own = {f"encoder.{name}": value for name, value in self.encoder.state_dict().items()}
         checkpoint["state_dict"] = {**own, **checkpoint["state_dict"]}
+
+
+def _checked_kinds(learn: Sequence[str] | None, objective: Objective, masks: AdaRank | None) -> tuple[str, ...]:
+    """What is learned, each once, in one order."""
+    known = ("coefficients", "heads", "surgery")
+    given = ("coefficients",) if learn is None else tuple(learn)
+    if isinstance(learn, str) or not given or set(given) - set(known) or len(set(given)) < len(given):
+        raise ConfigurationError(f"learn: expected some of {', '.join(known)}, each once, got {learn!r}. Change it.")
+    if "coefficients" not in given and masks is not None:
+        raise ConfigurationError(
+            "masks: expected coefficients in learn, with which they are learned, got none. Add it."
+        )
+    if "heads" in given and isinstance(objective, Features):
+        raise ConfigurationError(
+            "learn: expected no heads with objective features, which does not depend on them, got both. Use objective "
+            "expert, or leave out heads."
+        )
+    return tuple(kind for kind in known if kind in given)
 
 
 def _drops(part: nn.Module) -> bool:

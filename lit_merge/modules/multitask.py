@@ -60,7 +60,7 @@ class MultiTaskModule(FineTuningProtocol, TaskHeads):
             )
         self.objective = objective or CrossEntropy()
         # Without the files that it started from: a checkpoint holds what they gave, and opens without them.
-        self.save_hyperparameters(ignore=[*_OBJECTS, "task_vector", "weights"])
+        self.save_hyperparameters(ignore=[*_OBJECTS, "task_outputs", "task_vector", "weights"])
 
     def setup(self, stage: str) -> None:
         """Build a head for every task; to fit, those that train with their tasks do."""

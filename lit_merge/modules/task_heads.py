@@ -14,6 +14,7 @@ from lit_merge.metrics.hits import hits_of
 from lit_merge.metrics.of_heads import more_metrics, update_more
 from lit_merge.metrics.tau_jp import TauJp
 from lit_merge.models.heads import ZeroShotHead
+from lit_merge.models.task_output import TaskOutput
 from lit_merge.modules.encoding import EncoderModule
 from lit_merge.vectors.task_vector import joined_task
 
@@ -27,6 +28,8 @@ class TaskHeads(EncoderModule):
         heads: task -> module, features ``[B, d]`` -> logits ``[B, C]``, frozen; by default the network's own heads of
             the data's tasks, built when it is set up.
         tau_jp: evaluation also logs ``test/{task}/tau_jp``, the mean norm of J τ over a task's images.
+        task_outputs: task -> file that a learned merge wrote beside its weights: a correction of the task's features, a
+            classifier in place of its head, or both.
         **encoder_settings: of :class:`EncoderModule`.
 
     Attributes:
@@ -37,7 +40,11 @@ class TaskHeads(EncoderModule):
     """None of its own: every task has others."""
 
     def __init__(
-        self, heads: Mapping[str, nn.Module] | None = None, tau_jp: bool = False, **encoder_settings: Any
+        self,
+        heads: Mapping[str, nn.Module] | None = None,
+        tau_jp: bool = False,
+        task_outputs: dict[str, str] | None = None,
+        **encoder_settings: Any,
     ) -> None:
         super().__init__(**encoder_settings)
         self.tau_jp = tau_jp
@@ -45,6 +52,20 @@ class TaskHeads(EncoderModule):
         self.heads = nn.ModuleDict()
         for task, head in (heads or {}).items():
             self.heads[_key(task)] = head.requires_grad_(False).eval()
+        self.outputs = nn.ModuleDict()
+        for task, path in (task_outputs or {}).items():
+            self.outputs[_key(task)] = self._loaded_output(task, path)
+
+    def _loaded_output(self, task: str, path: str) -> TaskOutput:
+        output, header = TaskOutput.load(path)
+        known = {"task": task, "base_fingerprint": self.base_fingerprint}
+        for name, expected in known.items():
+            if header.get(name, expected) != expected:
+                raise StructureMismatchError(
+                    f"{path}: expected the {name} {expected}, got {header[name]}. Give the file of this task that the "
+                    "merge of this base wrote."
+                )
+        return output
 
     @property
     def task(self) -> str:
@@ -64,11 +85,27 @@ class TaskHeads(EncoderModule):
             if _key(task) not in self.heads or self._head_is_of_other_classes(task, data.tasks[task].classes):
                 head = self.make_head(data.tasks[task]).requires_grad_(False).eval()
                 self.heads[_key(task)] = head.to(self.device)
+        self._check_outputs()
         keys = [_key(task, split) for split in ("val", "test") for task in self.tasks]
         self.accuracy = nn.ModuleDict({key: ExampleMean() for key in keys}).to(self.device)
         more = {_key(task, one): more_metrics(self.head_of(task)) for one in ("val", "test") for task in self.tasks}
         self.more = nn.ModuleDict(more).to(self.device)
         self.disturbance = nn.ModuleDict({key: TauJp() for key in keys if self.tau_jp}).to(self.device)
+
+    def _check_outputs(self) -> None:
+        tasks = {_key(task): task for task in self.tasks}
+        if strangers := [key for key in self.outputs if key not in tasks]:
+            raise ConfigurationError(
+                f"task_outputs: expected tasks of data, {first_few(self.tasks)}, got {strangers[0].partition('-')[2]}. "
+                "Remove it, or add the task to data."
+            )
+        for key, output in self.outputs.items():
+            own, frozen = cast(TaskOutput, output).head, self.heads[key]
+            if own is not None and own.out_features != len(getattr(frozen, "weight", own.weight)):
+                raise StructureMismatchError(
+                    f"task_outputs of {tasks[key]}: expected a classifier of {len(frozen.weight)} classes, got "  # type: ignore[arg-type]
+                    f"{own.out_features}. Use the task that it was learned on."
+                )
 
     def _head_is_of_other_classes(self, task: str, classes: Sequence[str]) -> bool:
         head = self.heads[_key(task)]
@@ -80,7 +117,27 @@ class TaskHeads(EncoderModule):
 
     def classify(self, features: Tensor, task: str) -> Tensor:
         """Features ``[B, d]`` to the logits ``[B, C]`` of one task."""
-        return self.heads[_key(task)](features)
+        return self.scores(self.represent(features, task), task)
+
+    def represent(self, features: Tensor, task: str) -> Tensor:
+        """Features ``[B, d]`` as the task has them: corrected, if its file says so."""
+        output = self.output_of(task)
+        return features if output is None else output.represent(features)
+
+    def scores(self, features: Tensor, task: str) -> Tensor:
+        """What :meth:`represent` gave to the logits ``[B, C]`` of one task."""
+        output, head = self.output_of(task), self.heads[_key(task)]
+        logits: Tensor = head(features) if output is None else output.classify(features, head)
+        return logits
+
+    def add_output(self, task: str, output: TaskOutput) -> None:
+        """Let one task have something of its own behind the encoder."""
+        self.outputs[_key(task)] = output.to(self.device)
+
+    def output_of(self, task: str) -> TaskOutput | None:
+        """What there is for one task behind the encoder beside its head, if anything."""
+        key = _key(task)
+        return cast(TaskOutput, self.outputs[key]) if key in self.outputs else None
 
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Accuracy of one task on its validation split."""
@@ -144,6 +201,10 @@ class TaskHeads(EncoderModule):
         checkpoint["zero_shot_classes"] = {
             key: list(head.classes) for key, head in self.heads.items() if isinstance(head, ZeroShotHead)
         }
+        outputs = {key: cast(TaskOutput, one) for key, one in self.outputs.items()}
+        if outputs:
+            normalised = {key: one.head is not None and one.head.normalised for key, one in outputs.items()}
+            checkpoint["task_outputs"] = normalised
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Bring the heads back before their weights are loaded, so that a checkpoint opens without its data.
@@ -164,6 +225,11 @@ class TaskHeads(EncoderModule):
                     f"checkpoint: expected one with the classes {first_few(present.classes)}, got {first_few(names)}. "
                     "Use the tasks that it was trained on."
                 )
+        for key, normalised in checkpoint.get("task_outputs", {}).items():
+            start = f"outputs.{key}."
+            own = {name.removeprefix(start): one for name, one in state.items() if name.startswith(start)}
+            if key not in self.outputs:
+                self.outputs[key] = TaskOutput.of_state(own, normalised)
 
 
 def _key(task: str, split: str = "task") -> str:

@@ -18,14 +18,20 @@ from lit_merge.evaluation.search import CoefficientSearch, Precision
 from lit_merge.files.cache import Cache
 from lit_merge.models.encoder import weights_path
 from lit_merge.models.network import ClipNetwork, Network
+from lit_merge.models.task_output import output_name
 from lit_merge.report.results import INDIVIDUAL, JOINT, ZERO_SHOT
 from lit_merge.suite.ledger import FileLedger
 from lit_merge.suite.objects import build
+from lit_merge.suite.recipe import Recipe
 from lit_merge.suite.results import suite_results
 from lit_merge.suite.scheduler import Scheduler, Stage
 from lit_merge.suite.settings import SuiteSettings, combine
 
 __all__ = ["SuitePlan"]
+
+
+_Model = Mapping[str, Path | Mapping[str, Path]]
+"""Argument of a tested module -> its file, or its files by task."""
 
 
 class SuitePlan(SuiteSettings):
@@ -59,9 +65,8 @@ class SuitePlan(SuiteSettings):
                 found += [fit, self._test_all(f"seed-{seed}/joint/test", {"task_vector": self._output(fit)}, own)]
             for name, recipe in self.recipes.items():
                 make = self._learn if recipe.learned else self._merge
-                stages, kind = make(seed, name, vectors, heads), "weights" if recipe.learned else "task_vector"
-                model = {kind: self._output(stages[-1])}
-                found += [*stages, self._test_all(f"seed-{seed}/test/{name}", model, heads)]
+                stages = make(seed, name, vectors, heads)
+                found += [*stages, self._test_all(f"seed-{seed}/test/{name}", self._merged(recipe, stages[-1]), heads)]
         written = {path for stage in found for path in stage.paths(self.directory)}
         for stage in found:
             for path in stage.inputs:
@@ -224,6 +229,17 @@ class SuitePlan(SuiteSettings):
     def _output(self, stage: Stage) -> Path:
         return self.directory / stage.name / stage.outputs[-1]
 
+    def _merged(self, recipe: Recipe, stage: Stage) -> _Model:
+        """What a recipe's merge is tested with."""
+        if not recipe.learned:
+            return {"task_vector": self._output(stage)}
+        own = {task: self.directory / stage.name / output_name(task) for task in self._own_outputs(recipe)}
+        return {"weights": self._output(stage), **({"task_outputs": own} if own else {})}
+
+    def _own_outputs(self, recipe: Recipe) -> list[str]:
+        """The tasks for which a learned merge leaves something behind the encoder."""
+        return list((recipe.data or {}).get("adapted") or self.tasks) if recipe.has_outputs else []
+
     def _network(self) -> Network:
         network: Network = build("network", Network, self.network or {})
         return network
@@ -283,30 +299,30 @@ class SuitePlan(SuiteSettings):
         data, images = self.task_data(task, seed), self._images.get(task)
         return self._test(f"seed-{seed}/individual/{task}", data, {"task_vector": vector}, images, heads, [task])
 
-    def _test_all(self, name: str, model: Mapping[str, Path], heads: str | None = None) -> Stage:
+    def _test_all(self, name: str, model: _Model, heads: str | None = None) -> Stage:
         return self._test(name, self.all_data(), model, self._images, heads, self.tasks)
 
     def _test(
-        self,
-        name: str,
-        data: dict[str, Any],
-        model: Mapping[str, Path],
-        images: Any,
-        heads: str | None,
-        tasks: Sequence[str],
+        self, name: str, data: dict[str, Any], model: _Model, images: Any, heads: str | None, tasks: Sequence[str]
     ) -> Stage:
         config = self.test_config(data, model, heads)
         settings = self._settings(self.test_config(data, dict.fromkeys(model)), images)  # the model's content counts
-        inputs = (*model.values(), *_files_of(heads, tasks))
+        files = (
+            path for files in model.values() for path in (files.values() if isinstance(files, Mapping) else [files])
+        )
+        inputs = (*files, *_files_of(heads, tasks))
         return Stage(
             name, "test", config, settings, ("test_metrics.json", "test_hits.safetensors"), inputs, _devices(config)
         )
 
     def _learn(self, seed: int, name: str, vectors: Mapping[str, Path], heads: str | None) -> list[Stage]:
-        recipe, inputs = self.recipes[name], (*vectors.values(), *_files_of(heads, self.tasks))
+        recipe = self.recipes[name]
         config = self.learned_config(seed, recipe, [str(path) for path in vectors.values()], heads)
+        named = map(self._as_output, recipe.files(seed))
+        inputs = (*vectors.values(), *named, *_files_of(heads, self.tasks))
         settings = self._settings(self.learned_config(seed, recipe, []), self._images)
-        outputs = ("coefficients.safetensors", "merged.safetensors")
+        own = map(output_name, self._own_outputs(recipe))
+        outputs = ("coefficients.safetensors", *own, "merged.safetensors")
         return [Stage(f"seed-{seed}/merge/{name}", "fit", config, settings, outputs, inputs, _devices(config))]
 
     def _merge(self, seed: int, name: str, vectors: Mapping[str, Path], heads: str | None) -> list[Stage]:

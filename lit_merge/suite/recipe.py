@@ -26,7 +26,7 @@ _FILLED_IN = ("vectors", "model", "pretrained", "network", "linearized")
 class Recipe:
     """A way to merge.
 
-    Strings in settings, parts and overrides may hold ``{seed}``, which becomes the fine-tuning seed. A file of
+    Strings in settings, parts, overrides and learned may hold ``{seed}``, which becomes the fine-tuning seed. A file of
     coefficients that they name may be one that the suite itself writes, such as
     ``runs/suite/seed-{seed}/merge/adamerging/coefficients.safetensors``: it is read when it is there.
 
@@ -58,6 +58,11 @@ class Recipe:
     learned: dict | None = None
     data: dict | None = None
     trainer: dict | None = None
+
+    @property
+    def has_outputs(self) -> bool:
+        """Whether it leaves something for every task behind the encoder, beside the merged weights."""
+        return bool({"heads", "surgery"} & set((self.learned or {}).get("learn") or ()))
 
     @property
     def collected(self) -> str | None:
@@ -115,13 +120,14 @@ class Recipe:
             )
 
     def files(self, seed: int = 0) -> list[Path]:
-        """The files of coefficients or statistics that settings, parts and overrides name."""
+        """The files of coefficients or statistics that settings, parts, overrides and learned name."""
         named = _strings(self.of_seed(seed))
         return [Path(one) for one in named if one.endswith((".safetensors", ".json")) and "://" not in one]
 
     def of_seed(self, seed: int) -> dict[str, Any]:
-        """Settings, parts and overrides of one fine-tuning seed."""
+        """Settings, parts, overrides and learned of one fine-tuning seed."""
         given = {"settings": self.settings or None, "parts": self.parts, "overrides": self.overrides}
+        given |= {"learned": self.learned}
         filled: dict[str, Any] = _mapped(given, lambda text: text.replace("{seed}", str(seed)))
         return filled
 

@@ -161,7 +161,7 @@ class SuiteSettings:
 
     def learned_config(self, seed: int, recipe: Recipe, vectors: list[str], heads: str | None = None) -> dict[str, Any]:
         """Of ``fit``, to learn the coefficients of a merge; ``heads`` as of :meth:`base`."""
-        model = combine({"init_args": recipe.learned or {}}, self._model(heads), self._linearized())
+        model = combine({"init_args": recipe.of_seed(seed)["learned"] or {}}, self._model(heads), self._linearized())
         data = combine(self.all_data(), {"class_path": _MERGE_DATA, "init_args": {"seed": seed}})
         return {
             "seed_everything": seed,
@@ -171,7 +171,10 @@ class SuiteSettings:
         }
 
     def test_config(
-        self, data: dict[str, Any], model: Mapping[str, Path | None], heads: str | None = None
+        self,
+        data: dict[str, Any],
+        model: Mapping[str, Path | Mapping[str, Path] | None],
+        heads: str | None = None,
     ) -> dict[str, Any]:
         """Of ``test``.
 
@@ -180,14 +183,15 @@ class SuiteSettings:
 
         Args:
             data: of one task or of all.
-            model: argument of the module -> the file that it names: ``task_vector`` or ``weights``.
+            model: argument of the module -> the file that it names: ``task_vector`` or ``weights``; or files, by task:
+                ``task_outputs``.
             heads: as of :meth:`base`.
         """
         several, given = data["class_path"] == _TASKS, self.test
         module = {"class_path": _MULTI_TASK} if several else self._fine_tuned()
         if not several and "class_path" in given.get("model", {}):
             given = {key: value for key, value in given.items() if key != "model"}
-        files = {"task_vector": None, **{name: str(path) if path else None for name, path in model.items()}}
+        files = {"task_vector": None, **{name: _as_text(given) for name, given in model.items()}}
         own = combine(module, {"init_args": files}, self._model(heads), self._linearized())
         return combine({"trainer": _TRAINER, "model": own, "data": data}, given)
 
@@ -244,6 +248,12 @@ class SuiteSettings:
             "other_paths": {other: path for other, path in self.paths.items() if other != task} or None,
             **({"other_sources": sources} if sources else {}),
         }
+
+
+def _as_text(files: Path | Mapping[str, Path] | None) -> str | dict[str, str] | None:
+    if isinstance(files, Mapping):
+        return {task: str(path) for task, path in files.items()}
+    return None if files is None else str(files)
 
 
 def task_names(

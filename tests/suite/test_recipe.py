@@ -27,6 +27,13 @@ LEARNED = {
     "data": {"adapt_on": "val", "batch_size": 4},
     "trainer": {"max_steps": 2, **CPU},
 }
+AVERAGED = {"merge": {"adamerging": {"coefficients": "S/seed-{seed}/merge/learned/coefficients.safetensors"}}}
+OPERATED = {
+    "learned": {"learn": ["surgery"], "objective": "features", "parts": [{"Departures": AVERAGED}], "init": 1.0,
+                "clamp": None, "surgery_rank": 2, "learning_rate": 0.1},
+    "data": {"adapt_on": "val", "batch_size": 4},
+    "trainer": {"max_steps": 2, **CPU},
+}  # fmt: skip
 CONFIG: dict[str, Any] = {
     "tasks": ["digits", "signs"],
     "fit": {"trainer": {"max_steps": 2, **CPU}, "model": {"init_args": {"learning_rate": 1e-3}},
@@ -38,6 +45,7 @@ CONFIG: dict[str, Any] = {
         "halved": {"parts": [{"adamerging": {"coefficients": "S/seed-{seed}/merge/learned/coefficients.safetensors"}},
                              {"Scale": {"coefficient": 0.5}}]},
         "learned": LEARNED,
+        "operated": OPERATED,
         "fisher": {"recipe": "fisher", "settings": {"floor": 1e-5}, "statistics": {"images": 8}},
         "regmean": {"recipe": "regmean", "statistics": {"images": 8, "split": "val"}},
         "featcal": {"recipe": "task_arithmetic", "calibrate": {"class_path": "FeatCal", "init_args": {"images": 8}}},
@@ -110,6 +118,21 @@ def test_a_learned_recipe_is_tested_with_its_merged_weights(place, clip_weights)
         torch.testing.assert_close(stored[f"visual.{name}"] - base[f"visual.{name}"], value, atol=1e-6, rtol=1e-4)
 
 
+def test_surgery_follows_another_recipes_merge_and_is_tested_with_it(place) -> None:
+    folder = Path("S/seed-0/merge/operated")
+    before, after = (LazyTensors(f"S/seed-0/merge/{name}/merged.safetensors") for name in ("learned", "operated"))
+    for name in before:
+        torch.testing.assert_close(after[name], before[name], atol=1e-6, rtol=1e-4)
+    tested = yaml.safe_load(Path("S/seed-0/test/operated/stage.yaml").read_text())["model"]["init_args"]
+    assert tested["task_outputs"] == {task: str(folder / f"{task}.output.safetensors") for task in ("digits", "signs")}
+    header = LazyTensors(folder / "digits.output.safetensors").metadata
+    assert (header["task"], header["objective"], header["learned_on"]) == ("digits", "features", "val")
+    assert set(json.loads(header["examples"])) == {"digits", "signs"}
+    found = results()["seeds"]["0"]["merged"]["operated"]
+    assert found["accuracy"] == accuracies("test/operated")
+    assert "path='seed-0/merge/learned/coefficients.safetensors'" in found["transform"]
+
+
 def test_a_recipe_may_name_coefficients_that_the_suite_itself_learns(place) -> None:
     """It comes before the recipe that learns them, and waits."""
     learned = recipe("adamerging", coefficients="S/seed-0/merge/learned/coefficients.safetensors")(vectors()).single()
@@ -150,8 +173,9 @@ def test_joint_fine_tuning_is_a_reference(place, tmp_path) -> None:
     assert results()["seeds"]["0"]["references"] == {"joint": accuracies("joint/test")}
     loaded = Results.load("S/results.json")
     assert loaded.references() == ["joint"]
-    assert loaded.methods() == ["zero-shot", "halved", "learned", "fisher", "regmean", "featcal", "joint", "individual"]
-    assert loaded.merged_methods() == ["halved", "learned", "fisher", "regmean", "featcal"]
+    merged = ["halved", "learned", "operated", "fisher", "regmean", "featcal"]
+    assert loaded.methods() == ["zero-shot", *merged, "joint", "individual"]
+    assert loaded.merged_methods() == merged
     assert loaded.accuracy("joint", "signs") == [accuracies("joint/test")["signs"]]
     assert "| joint |" in markdown_table(loaded)
     assert results_figure(loaded, tmp_path / "a.png").stat().st_size > 10_000
