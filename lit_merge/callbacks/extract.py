@@ -26,9 +26,9 @@ class ExtractTaskVector(EverySteps):
     """Writes τ = θ − θ0 as safetensors when fit ends, and on the way if asked to.
 
     Rank zero writes, atomically; the others wait. The header holds the task, its classes, the regime, the fingerprint
-    of θ0, the step, the norms and the versions. A head that trained with the task goes into a file of its own beside
-    it, ``task_vector.head.safetensors``, of several tasks ``task_vector.<task>.head.safetensors``: it is no part of
-    what is merged.
+    of θ0, the step, the norms, the versions, and what training says about the model's confidence. A head that trained
+    with the task goes into a file of its own beside it, ``task_vector.head.safetensors``, of several tasks
+    ``task_vector.<task>.head.safetensors``: it is no part of what is merged.
 
     Args:
         path: the file, relative to the run's directory.
@@ -146,6 +146,7 @@ class ExtractTaskVector(EverySteps):
             **pl_module.base_description(),
             "classes": json.dumps(list(pl_module.classes)),
             "regime": pl_module.regime,
+            **(pl_module.training_description() if hasattr(pl_module, "training_description") else {}),
             "step": str(trainer.global_step),
             "norm": f"{length:.6g}",
             "relative_norm": f"{length / norm(pl_module.initial_parameters):.6g}",

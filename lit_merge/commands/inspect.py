@@ -81,7 +81,7 @@ class Inspection:
         blocks: from the input to the output; empty for coefficients.
         coefficients: task -> mean, least and largest coefficient, and the shares of zeros and of ones; empty for
             anything else.
-        warnings: of a merge, what is known to be dangerous about it, in words with numbers.
+        warnings: what is known to be dangerous about a merge, or about merging a vector, in words with numbers.
     """
 
     path: str
@@ -196,11 +196,16 @@ def _inspected(path: str | os.PathLike[str], verify: bool) -> Inspection:
 
 
 def _warnings(header: Mapping[str, str], name: str) -> list[str]:
-    if not {"warnings", "rounding"} & header.keys():
-        return []
-    from lit_merge.models.merging.rounding_loss import written_cautions
+    found: list[str] = []
+    if {"label_smoothing", "confidence"} & header.keys():
+        from lit_merge.models.merging.cautions import training_cautions
 
-    return written_cautions(header, name)
+        found += training_cautions(header, header.get("task") or name)
+    if {"warnings", "rounding"} & header.keys():
+        from lit_merge.models.merging.rounding_loss import written_cautions
+
+        found += written_cautions(header, name)
+    return found
 
 
 def _says_coefficients(path: Path) -> bool:

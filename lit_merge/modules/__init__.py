@@ -6,6 +6,7 @@ from lit_merge.models.adarank import AdaRank
 from lit_merge.models.lora import LoRA
 from lit_merge.models.rates import ExpLR, LinLR
 from lit_merge.models.selection import All, Attention, LastBlocks, Matching, TaLoS
+from lit_merge.modules.condition import ConditionModule
 from lit_merge.modules.delta import DeltaModule
 from lit_merge.modules.encoding import EncoderModule
 from lit_merge.modules.finetune import FineTuneModule
@@ -23,6 +24,7 @@ from lit_merge.modules.tak import Tak
 __all__ = [
     "SAM",
     "Comparison",
+    "ConditionModule",
     "ContrastiveModule",
     "CrossEntropy",
     "DeltaModule",

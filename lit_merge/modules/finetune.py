@@ -29,6 +29,8 @@ __all__ = ["FineTuneModule"]
 _OBJECTS = ("encoder", "network", "parametrisation", "preprocessing", "optimizer_wrapper")
 """Settings that a checkpoint does not hold: they are given again."""
 
+_FADING = 0.95  # per step, of what counts in the confidence at the end of training: about the last twenty steps
+
 
 class FineTuneModule(FineTuningProtocol):
     """Fine-tunes an image encoder under a frozen head; the defaults are the papers' protocol.
@@ -53,6 +55,8 @@ class FineTuneModule(FineTuningProtocol):
     Raises:
         ConfigurationError: a number is out of its range, or settings exclude each other.
     """
+
+    _recent: Tensor
 
     def __init__(
         self,
@@ -90,6 +94,7 @@ class FineTuneModule(FineTuningProtocol):
         self._other_heads: list[nn.Module] = []  # not registered: no part of a checkpoint
         self.masks: Params = {}
         self._held: Params = {}
+        self.register_buffer("_recent", torch.zeros(3), persistent=False)  # examples, their confidence, right ones
 
     @property
     def regime(self) -> str:
@@ -232,11 +237,32 @@ class FineTuneModule(FineTuningProtocol):
             loss = loss + self.penalty.weight * penalty
             self.log(f"train/{self.penalty.name}", penalty, prog_bar=True)
         self.check_loss(loss)
-        accuracy = self._accuracy("fit")
-        accuracy(*hits_of(self.head, logits, batch))
+        accuracy, (right, counted) = self._accuracy("fit"), hits_of(self.head, logits, batch)
+        accuracy(right, counted)
+        self._note_confidence(logits.detach(), right, counted)
         self.log("train/loss", loss, prog_bar=True)
         self.log("train/accuracy", accuracy, on_step=True, on_epoch=False)
         return loss
+
+    def _note_confidence(self, logits: Tensor, right: Tensor, counted: Tensor) -> None:
+        """Of the labelled examples of the last steps, the mean probability of what is predicted, and of right ones."""
+        if logits.ndim == 2 and not hasattr(self.head, "numbers"):
+            surest = logits.float().softmax(-1).amax(-1)
+            batch = torch.stack([counted.sum(), (surest * counted).sum(), (right * counted).sum()])
+            self._recent = _FADING * self._recent + batch.to(self._recent)
+
+    def training_description(self) -> dict[str, str]:
+        """What is known to matter for merges, as a task vector's header has it.
+
+        ``label_smoothing``, if there was any, and of the last steps' labelled training examples the mean
+        ``confidence``, the probability of the class that is predicted, and the ``train_accuracy``.
+        """
+        smoothing = getattr(self._objective, "label_smoothing", self.label_smoothing)
+        found = {"label_smoothing": f"{smoothing:g}"} if smoothing else {}
+        count, surest, right = self._recent.tolist()
+        if count:
+            found |= {"confidence": f"{surest / count:.4f}", "train_accuracy": f"{right / count:.4f}"}
+        return found
 
     def _penalise(self, value: Tensor, tangent: Tensor, other: Any) -> Tensor:
         assert isinstance(self.penalty, TauJpPenalty)
@@ -273,8 +299,9 @@ class FineTuneModule(FineTuningProtocol):
         return {**found, "indices": batch.indices}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the head's classes beside its weights."""
+        """Keep the head's classes beside its weights, and the last steps' confidence."""
         super().on_save_checkpoint(checkpoint)
+        checkpoint["recent_confidence"] = self._recent.tolist()
         if isinstance(self.head, ZeroShotHead | TaskHead):
             kind = "zero_shot_classes" if isinstance(self.head, ZeroShotHead) else "classifier_classes"
             checkpoint[kind] = list(self.head.classes)
@@ -289,6 +316,7 @@ class FineTuneModule(FineTuningProtocol):
         """
         super().on_load_checkpoint(checkpoint)
         self.masks = dict(checkpoint.get("masks", {}))
+        self._recent = torch.tensor(checkpoint.get("recent_confidence", [0.0] * 3), device=self._recent.device)
         if self.head is None and "classifier_classes" in checkpoint:
             self.classes = tuple(checkpoint["classifier_classes"])
             self.head = _prepared(TaskHead.of_state(under(checkpoint["state_dict"], "head."), self.classes))

@@ -24,17 +24,9 @@ from lit_merge.models.merged import MergedModel, swapped
 from lit_merge.models.network import Network
 from lit_merge.models.task_output import TaskOutput
 from lit_merge.modules.chance import chance_warnings
+from lit_merge.modules.checks import check_given, check_tasks, checked_kinds
 from lit_merge.modules.individual import IndividualModels
-from lit_merge.modules.objectives import (
-    Comparison,
-    Entropy,
-    Expert,
-    Features,
-    Objective,
-    Outputs,
-    minimised,
-    objective_of,
-)
+from lit_merge.modules.objectives import Comparison, Entropy, Expert, Objective, Outputs, minimised, objective_of
 from lit_merge.modules.passes import passes
 from lit_merge.modules.protocol import check_range
 from lit_merge.modules.task_heads import TaskHeads
@@ -143,18 +135,8 @@ class MergeModule(TaskHeads):
         whole_number("chance_examples", chance_examples, minimum=0)
         whole_number("surgery_rank", surgery_rank, minimum=1)
         chosen = objective_of(objective)
-        kinds = _checked_kinds(learn, chosen, masks)
-        if isinstance(vectors, str) or len(vectors) < 2:
-            raise ConfigurationError(
-                f"vectors: expected a list of at least two task vector files, got {vectors!r}. List those of all "
-                "tasks; for a single vector let lit-merge merge search its coefficient."
-            )
-        if parts is not None and transform is not None:
-            raise ConfigurationError("parts and transform: expected at most one of them, got both. Remove one.")
-        if images_per_pass is not None and images_per_pass < 1:
-            raise ConfigurationError(
-                f"images_per_pass: expected a positive number or null, got {images_per_pass}. Change it."
-            )
+        kinds = checked_kinds(learn, chosen, masks)
+        check_given(vectors, parts, transform, images_per_pass)
         super().__init__(
             heads=heads,
             model=model,
@@ -172,7 +154,7 @@ class MergeModule(TaskHeads):
         self.transform = from_parts(parts) if parts is not None else transform
         self._inputs = TaskVectors(rows, base=self.initial_parameters)
         changed = self.transform(self._inputs) if self.transform else self._inputs
-        _check_tasks(self._inputs.tasks, changed.tasks, self.transform)
+        check_tasks(self._inputs.tasks, changed.tasks, self.transform)
         self.vector_tasks = tuple(row.tasks for row in rows)
         self.merged_tasks = tuple(task for tasks in self.vector_tasks for task in tasks)
         start = Coefficients.load(init) if isinstance(init, str) else init
@@ -574,24 +556,6 @@ class MergeModule(TaskHeads):
         checkpoint["state_dict"] = {**own, **checkpoint["state_dict"]}
 
 
-def _checked_kinds(learn: Sequence[str] | None, objective: Objective, masks: AdaRank | None) -> tuple[str, ...]:
-    """What is learned, each once, in one order."""
-    known = ("coefficients", "heads", "surgery")
-    given = ("coefficients",) if learn is None else tuple(learn)
-    if isinstance(learn, str) or not given or set(given) - set(known) or len(set(given)) < len(given):
-        raise ConfigurationError(f"learn: expected some of {', '.join(known)}, each once, got {learn!r}. Change it.")
-    if "coefficients" not in given and masks is not None:
-        raise ConfigurationError(
-            "masks: expected coefficients in learn, with which they are learned, got none. Add it."
-        )
-    if "heads" in given and isinstance(objective, Features):
-        raise ConfigurationError(
-            "learn: expected no heads with objective features, which does not depend on them, got both. Use objective "
-            "expert, or leave out heads."
-        )
-    return tuple(kind for kind in known if kind in given)
-
-
 def _drops(part: nn.Module) -> bool:
     shares = [getattr(part, name, 0) or 0 for name in ("p", "prob", "drop_prob")]
     return "Drop" in type(part).__name__ and any(share > 0 for share in shares)
@@ -610,17 +574,3 @@ class _KnownGradient(torch.autograd.Function):
     def backward(ctx: Any, factor: Tensor) -> Any:
         gradients = ctx.saved_tensors
         return None, *(None for _ in gradients), *(gradient * factor for gradient in gradients)
-
-
-def _check_tasks(before: Sequence[str], after: Sequence[str], transform: Transform | None) -> None:
-    if "" in before or len(set(before)) < len(before):
-        repeated = sorted({task for task in before if before.count(task) > 1})
-        raise ConfigurationError(
-            f"vectors: expected a name for every task, each once, got {first_few(repeated) or 'one without'}. "
-            "Load the vectors and save them with a task of their own."
-        )
-    if tuple(before) != tuple(after):
-        raise ConfigurationError(
-            f"transform: expected one that leaves a vector for each of {len(before)} tasks, got {len(after)} of "
-            f"{transform!r}. Leave out the part that sums them up; learning the coefficients takes its place."
-        )

@@ -31,12 +31,13 @@ from lit_merge.data.multitask import MultiTaskDataModule
 from lit_merge.data.pretraining import CaptionDataModule
 from lit_merge.data.task import TaskDataModule
 from lit_merge.errors import ConfigurationError, FileFormatError, LitMergeError, one_line
-from lit_merge.modules import ContrastiveModule, FineTuneModule, MergeModule, MultiTaskModule
+from lit_merge.modules import ConditionModule, ContrastiveModule, FineTuneModule, MergeModule, MultiTaskModule
 
 __all__ = ["LitMergeCLI", "check_configuration"]
 
 # Known by their short names on the command line because they are imported here.
 _SHORT_NAMES = (
+    ConditionModule,
     ContrastiveModule,
     FineTuneModule,
     MergeModule,

@@ -27,12 +27,13 @@ from lit_merge.transforms import Transform
 from lit_merge.vectors import TaskVector
 from lit_merge.vectors.statistics import StatisticsFiles
 
-__all__ = ["Cautions", "cautions_of", "statistics_cautions"]
+__all__ = ["Cautions", "cautions_of", "statistics_cautions", "training_cautions"]
 
 _TENSORS = 128  # that are sampled; those of a model with more are chosen by a hash of their names
 _PLACES = 4  # in a tensor, evenly spread
 _ELEMENTS = 512  # at each of them
 _RATIO = 3.0  # of norms
+_UNSURE = 0.1  # by which confidence may be below accuracy
 
 
 @dataclass(frozen=True)
@@ -97,8 +98,42 @@ def cautions_of(inputs: Sequence[Input], base: Base, stored: Callable[[str], tor
     names = _chosen([one.vector for one in inputs])
     samples = [_sample(one.vector, names, _label(one)) for one in inputs]
     lasting = [*_repeated(inputs, samples), *_norms(samples), *_tokenizers(inputs, base)]
+    lasting += [line for one in inputs for line in training_cautions(one.vector.metadata, _label(one))]
     estimates = [] if stored is None else _estimated_losses(inputs, samples, base, stored)
     return Cautions(tuple(lasting), tuple(estimates))
+
+
+def training_cautions(header: Mapping[str, str], label: str) -> list[str]:
+    """What a task vector's header says about its training that is known to ruin merges (Yoshida et al. 2026).
+
+    Args:
+        header: of the vector's file.
+        label: how the lines call the vector.
+    """
+    found, distil = [], "Distil it first (ConditionModule, temperatures [1, 10]), or train without."
+    smoothing, confidence, accuracy = (
+        _number(header.get(name, "")) for name in ("label_smoothing", "confidence", "train_accuracy")
+    )
+    if smoothing > 0:
+        sure = f", its mean confidence was {confidence:.2f} at the end" if confidence == confidence else ""
+        found.append(
+            f"{label} was trained with label smoothing {smoothing:g}{sure}: models of low confidence lose most when "
+            f"they are merged. {distil}"
+        )
+    elif accuracy - confidence > _UNSURE:
+        found.append(
+            f"{label} has low confidence: {confidence:.2f} on average at the end of training, at an accuracy of "
+            f"{accuracy:.2f}: such models lose most when they are merged. {distil}"
+        )
+    return found
+
+
+def _number(text: str) -> float:
+    """Of a header's entry, which may be anything."""
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
 
 
 def statistics_cautions(transform: Transform, vectors_fingerprint: str, base_fingerprint: str) -> list[str]:
