@@ -34,11 +34,28 @@ def script(name: str) -> ModuleType:
         ("checkpoints", "checkpoints", "checkpoints", "table"),
         ("checkpoints", "architectures", "architectures", "table"),
         ("downloaded", "real_pair", "real_pair", "table"),
+        ("choosing", "text_suite", "choosing", "table"),
     ],
 )
 def test_the_page_says_what_was_measured(page: str, name: str, source: str, written: str) -> None:
     measured = json.loads((ROOT / f"benchmarks/results/{name}.json").read_text(encoding="utf-8"))
     assert getattr(script(source), written)(measured) in (ROOT / f"docs/{page}.md").read_text(encoding="utf-8")
+
+
+def test_methods_are_compared_as_far_as_they_were_measured() -> None:
+    def seed(**methods: float) -> dict[str, object]:
+        learned = {"learned_on": "train", "examples": {"a": 700, "b": 500}, "step": 1000}
+        merged = {name: {"accuracy": {"a": one, "b": 0.5}} for name, one in methods.items()}
+        merged |= {"expert": {**merged["expert"], "learned": learned}} if "expert" in merged else {}
+        return {"individual": {"a": 0.9, "b": 0.7}, "merged": merged}
+
+    seeds = {"0": seed(task_arithmetic=0.7, expert=0.9, tsv_m=0.8), "1": seed(task_arithmetic=0.7, expert=0.8)}
+    found = script("choosing").table({"tasks": ["a", "b"], "seeds": seeds, "zero_shot": {"a": 0.5, "b": 0.1}})
+    rows = {line.split(" | ")[1]: line.split(" | ")[3:] for line in found.splitlines() if line.startswith("| ")}
+    assert rows["coefficients by `expert`"] == ["67.5 ± 3.5", "+7.5", "train, 1,200 inputs, 1,000 steps |"]
+    assert rows["`task_arithmetic`"] == ["60.0 ± 0.0", "", " |"]
+    assert rows["`tsv_m`"] == ["", "", " |"]
+    assert "2 fine-tuning seeds ± their standard deviation; individual models 80.0 ± 0.0, pre-trained 30.0." in found
 
 
 def test_claims_are_judged_from_the_rows() -> None:
