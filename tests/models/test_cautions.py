@@ -10,11 +10,11 @@ import torch
 
 from lit_merge.errors import StructureMismatchError
 from lit_merge.files.lazy import Computed
-from lit_merge.models.merging.cautions import cautions_of, statistics_cautions
+from lit_merge.models.merging.cautions import cautions_of, rank_cautions, statistics_cautions
 from lit_merge.models.merging.inputs import Input
 from lit_merge.models.merging.rounding_loss import RoundingLoss, is_narrow, written_cautions
-from lit_merge.transforms import FisherMean, RegMean, Scale, Sum, chain
-from lit_merge.vectors import TaskVector
+from lit_merge.transforms import Departures, FisherMean, RegMean, Scale, Sum, chain, tsv_m
+from lit_merge.vectors import TaskVector, TaskVectors
 from lit_merge.vectors.statistics import write_statistics
 
 
@@ -125,6 +125,27 @@ def test_the_same_vector_given_twice():
     assert line.startswith("1.st and 2.st are the same vector, ")
     zeros = {"w": torch.zeros(4)}
     assert cautions_of([given(zeros, "a"), given(zeros, "b")], base_of(zeros)).lines == ()
+
+
+def test_more_vectors_than_a_matrix_has_directions():
+    shapes = {"head": (2, 9), "thin": (3, 50), "w": (8, 8), "bias": (1,)}
+    vectors = [TaskVector({n: torch.ones(s) for n, s in shapes.items()}, f"{place}") for place in range(4)]
+    (line,) = rank_cautions(chain(Departures(tsv_m())), TaskVectors(vectors))
+    assert line == (
+        "4 vectors share the 2 directions of head, and 2 of 3 matrices have fewer directions than there are vectors: a "
+        "merge that gives each vector its own cannot keep them apart there. Name these matrices in exclude, or merge "
+        "fewer vectors."
+    )
+    assert rank_cautions(chain(Sum(), Scale(0.3)), TaskVectors(vectors)) == []
+    assert rank_cautions(tsv_m(), TaskVectors(vectors[:2])) == []
+
+
+def test_training_that_is_known_to_ruin_merges_is_said_of_each_vector():
+    one = {"w": gaussian((60, 60), 0)}
+    smooth = TaskVector(lazily(one), "smooth", metadata={"label_smoothing": "0.1"})
+    inputs = [Input("", smooth, smooth, False, (), {}), given({"w": gaussian((60, 60), 1)}, "plain")]
+    (line,) = cautions_of(inputs, base_of(one)).lasting
+    assert line.startswith("smooth was trained with label smoothing 0.1: models of low confidence lose most")
 
 
 def test_tokenizers_are_compared(tmp_path):

@@ -23,17 +23,18 @@ from lit_merge.files.store import LazyTensors
 from lit_merge.models.merging.inputs import Input
 from lit_merge.models.merging.rounding_loss import RoundingLoss, is_narrow, rounding_caution
 from lit_merge.models.network import Base
-from lit_merge.transforms import Transform
-from lit_merge.vectors import TaskVector
+from lit_merge.transforms import ESM, DCMerge, IsoCTS, OptMerge, Transform, TSVDirections, TSVMerge
+from lit_merge.vectors import TaskVector, TaskVectors
 from lit_merge.vectors.statistics import StatisticsFiles
 
-__all__ = ["Cautions", "cautions_of", "statistics_cautions", "training_cautions"]
+__all__ = ["Cautions", "cautions_of", "rank_cautions", "statistics_cautions", "training_cautions"]
 
 _TENSORS = 128  # that are sampled; those of a model with more are chosen by a hash of their names
 _PLACES = 4  # in a tensor, evenly spread
 _ELEMENTS = 512  # at each of them
 _RATIO = 3.0  # of norms
 _UNSURE = 0.1  # by which confidence may be below accuracy
+_DIVIDING = (TSVMerge, TSVDirections, IsoCTS, DCMerge, ESM, OptMerge)  # a matrix's rank among the vectors
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,26 @@ def cautions_of(inputs: Sequence[Input], base: Base, stored: Callable[[str], tor
     lasting += [line for one in inputs for line in training_cautions(one.vector.metadata, _label(one))]
     estimates = [] if stored is None else _estimated_losses(inputs, samples, base, stored)
     return Cautions(tuple(lasting), tuple(estimates))
+
+
+def rank_cautions(transform: Transform, vectors: TaskVectors) -> list[str]:
+    """Say where a merge that divides a matrix's rank among the vectors has less than one direction for each.
+
+    Args:
+        transform: the chain.
+        vectors: that it is applied to.
+    """
+    count = len(vectors.tasks)
+    ranks = {name: min(vectors.shape(name)[1:]) for name in vectors if len(vectors.shape(name)) == 3}
+    low = {name: rank for name, rank in ranks.items() if 0 < rank < count}
+    if not low or not _holds(transform, _DIVIDING):
+        return []
+    name = min(low, key=lambda one: low[one])
+    return [
+        f"{count} vectors share the {low[name]} directions of {name}, and {len(low)} of {len(ranks)} matrices have "
+        "fewer directions than there are vectors: a merge that gives each vector its own cannot keep them apart there. "
+        "Name these matrices in exclude, or merge fewer vectors."
+    ]
 
 
 def training_cautions(header: Mapping[str, str], label: str) -> list[str]:
@@ -275,6 +296,15 @@ def _estimated_losses(
             dtypes.add(dtype)
         if line := rounding_caution(_label(one), list(dtypes), loss, sample.count):
             yield line
+
+
+def _holds(part: Any, kinds: tuple[type, ...]) -> bool:
+    """Whether a chain has a part of some kind, also within another part."""
+    if isinstance(part, kinds):
+        return True
+    if isinstance(part, list | tuple):
+        return any(_holds(one, kinds) for one in part)
+    return isinstance(part, Transform) and any(_holds(one, kinds) for one in vars(part).values())
 
 
 def _statistics_in(part: Any) -> Iterator[StatisticsFiles]:

@@ -22,7 +22,7 @@ from lit_merge.files.shards import INDEX_ENDING, parse_size, write_shards
 from lit_merge.files.staging import staged
 from lit_merge.files.store import write_tensors
 from lit_merge.models.merging.card import model_card
-from lit_merge.models.merging.cautions import Cautions, cautions_of, statistics_cautions
+from lit_merge.models.merging.cautions import Cautions, cautions_of, rank_cautions, statistics_cautions
 from lit_merge.models.merging.form import form_of
 from lit_merge.models.merging.inputs import Input, open_base, open_inputs
 from lit_merge.models.merging.lora_folder import check_lora, factored, lora_form, planned_lora
@@ -281,7 +281,10 @@ class Merge:
                 f"calibrate: expected one merged vector, got {len(merged.tasks)}. Reduce them first, e.g. with Sum."
             )
         cautions = (self._cautions(dry) if values else Cautions()).with_more(
-            statistics_cautions(transform, self._known.base_fingerprint, fingerprint)
+            [
+                *statistics_cautions(transform, self._known.base_fingerprint, fingerprint),
+                *rank_cautions(transform, self.vectors),
+            ]
         )
         metadata = self._provenance(transform, found, fingerprinted)
         if cautions.lasting:
