@@ -169,8 +169,8 @@ class TaskOutput(nn.Module):
         Raises:
             ConfigurationError: the head has no weight ``[C, d]`` that tells d.
         """
-        weight = getattr(frozen, "weight", None)
-        if not isinstance(weight, Tensor) or weight.ndim != 2:
+        weight = next((one for one in frozen.state_dict().values() if one.ndim == 2), None)
+        if weight is None:
             raise ConfigurationError(
                 f"learn: expected heads of features [B, d] with a weight [C, d], got {type(frozen).__name__}. "
                 "Learn coefficients alone."
