@@ -33,6 +33,7 @@ from torch import Tensor
 
 from lit_merge.data import TaskDataModule
 from lit_merge.data.text import TextTask
+from lit_merge.evaluation.accuracies import in_memory
 from lit_merge.evaluation.search import quiet, silent_trainer
 from lit_merge.files.text import write_text
 from lit_merge.functional.tokens import token_losses
@@ -98,6 +99,7 @@ class Model:
         self.network = CausalNetwork(path, max_length=size.length)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.size, self.data = size, data
+        _ = self.network.fingerprint  # of θ0, before anything is moved
         self.module: Any = self.network.module.to(self.device)
         self.base = {name: value.detach().clone() for name, value in self.module.named_parameters()}
         scorer = copy.deepcopy(self.module.of_transformers).to(self.device).eval()
@@ -224,7 +226,8 @@ def soup(model: Model, vectors: TaskVectors, seed: int) -> dict[str, Any]:
         run = RewardedRun("grpo", {"likelier": reward}, LoRA(rank=16, alpha=32), settings, seed)
         with tempfile.TemporaryDirectory() as folder:
             record = train_adapter(model.network, prompts, run, Path(folder) / "adapter")
-            adapters.append(TaskVector.from_checkpoints(model.base, Path(folder) / "adapter", task))
+            base = {name: value.cpu() for name, value in model.base.items()}
+            adapters.append(in_memory(TaskVector.from_checkpoints(base, Path(folder) / "adapter", task)))
         logs[task] = [one["reward"] for one in record["log"] if "reward" in one]
     pair = TaskVectors(adapters)
     examples = prompts.split("test", tokenization)
@@ -252,7 +255,7 @@ def prompted(model: Model) -> TextTask:
         lines = (model.data / CONTROL / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()
         words = [json.loads(line)["text"].split() for line in lines]
         count = model.size.words
-        rows = [{"text": " ".join(one[:count]), "rest": " ".join(one[count:])} for one in words if len(one) > count + 3]
+        rows = [{"text": " ".join(one[:count]), "rest": one[count]} for one in words if len(one) > count + 3]
         found[split] = rows[:most]
     return TextTask(rows=found, label_column=None, target="rest", repeated="keep", fractions=(1.0, 0.0, 0.0))
 
