@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextvars import ContextVar
@@ -54,7 +55,7 @@ def run_command(command: str, arguments: Sequence[str] = ()) -> Any:
     module = chosen.load()
     function = getattr(module, chosen.file.stem)
     if chosen.takes_command_line:
-        return function(*arguments)
+        return _ended(function(*arguments))
     return _run(chosen, function, getattr(module, "arguments", list)(arguments))
 
 
@@ -63,6 +64,16 @@ def warn(lines: Iterable[str]) -> None:
     for line in lines:
         text = " ".join(line.split())
         sys.stderr.write(f"lit-merge: warning: {text}\n")
+
+
+def _ended(result: Any) -> Any:
+    """What a command of Lightning's returns, unless it was told to end while it trained or tested.
+
+    Lightning puts the end off to the next batch; after the last one it would come to nothing, and a suite would go on.
+    """
+    if getattr(getattr(result, "trainer", None), "received_sigterm", False):
+        raise SystemExit(128 + signal.SIGTERM)
+    return result
 
 
 def _unknown(command: str, known: list[str]) -> ConfigurationError:

@@ -181,8 +181,8 @@ class Matching(Selection):
 class TaLoS(Selection):
     """The elements to which the outputs at θ0 are least sensitive; the others stay (TaLoS, Iurada et al. 2025).
 
-    The names are those of ``among``; which of their elements train is found when a fit begins, from examples of the task
-    (:func:`lit_merge.modules.sensitivity.least_sensitive`), and kept in its checkpoints.
+    The names are those of ``among``; which of their elements train is found when a fit begins, from examples of the
+    task (:func:`lit_merge.modules.sensitivity.least_sensitive`), and kept in its checkpoints.
 
     Args:
         fraction: of all elements of these parameters that train, in (0, 1]; the authors' 0.1.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -76,7 +77,8 @@ class TrainedHead(nn.Linear):
                 f"learn: expected zero-shot or linear heads to train, got {type(head).__name__}. Leave out heads."
             )
         zero_shot = isinstance(head, ZeroShotHead)
-        weight = (head.weight * head.logit_scale if zero_shot else head.weight).detach()
+        scale: Any = head.logit_scale if zero_shot else 1.0
+        weight = (head.weight * scale).detach()
         found = cls(weight.shape[1], weight.shape[0], zero_shot).to(weight)
         with torch.no_grad():
             found.weight.copy_(weight)

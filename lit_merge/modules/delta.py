@@ -77,8 +77,8 @@ class DeltaModule(FineTuneModule):
         self.alpha, self.exponent, self.distillation = (alpha[0], alpha[1]), exponent, distillation
         network = copy.deepcopy(self.encoder)
         with torch.no_grad():
-            for name, value in network.named_parameters():
-                value.copy_(self.initial_parameters[name])
+            for name, parameter in network.named_parameters():
+                parameter.copy_(self.initial_parameters[name])
         trained = [name for name, value in self.encoder.named_parameters() if value.requires_grad]
         self.teacher = LinearizedModel(network, trained)
 

@@ -48,7 +48,7 @@ def least_sensitive(
         DataError: there is no example.
     """
     own = dict(module.named_parameters())
-    chosen = {name: own[name] for name in names}
+    chosen: Params = {name: own[name] for name in names}
     required = {name: value.requires_grad for name, value in chosen.items()}
     before = {name: value.detach().clone() for name, value in chosen.items()}
     kept = torch.ones(sum(value.numel() for value in chosen.values()), dtype=torch.bool)

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from lightning.pytorch.callbacks import Callback
 
 from lit_merge import TaskVector
 from lit_merge.commands.main import main, run
@@ -262,6 +263,19 @@ def test_an_existing_run_is_not_overwritten_unasked(fit, tiny, capsys) -> None:
     assert yaml.safe_load((directory / "fit.yaml").read_text())["trainer"]["max_steps"] == 1
     assert [path.name for path in directory.glob("checkpoints/*")] == ["epoch=0-step=1.ckpt"]
     assert TaskVector.load(directory / "task_vector.safetensors").metadata["step"] == "1"
+
+
+class EndedAtTheEnd(Callback):
+    """Asks its process to end when there is no next batch, to which Lightning would put it off."""
+
+    def on_train_end(self, trainer, pl_module) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_a_request_to_end_is_not_lost_after_the_last_batch(fit) -> None:
+    with pytest.raises(AssertionError, match="assert 143 == 0"):  # 128 + SIGTERM
+        fit("R", f"--trainer.callbacks+={__name__}.EndedAtTheEnd")
+    assert Path("R/task_vector.safetensors").exists()
 
 
 def test_runs_without_a_name_get_folders_of_their_own(fit, tiny) -> None:
