@@ -954,7 +954,7 @@ def test_a_resumed_run_ends_where_the_whole_one_does(settings, module, image_fol
 
 QUIET = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false", "--trainer.accelerator=cpu"]
 SHORT = ["--trainer.max_steps=2", "--trainer.limit_val_batches=0", "--data.batch_size=8"]
-OTHER_FILES = ("evaluate_merge", "tak", "delta")  # need those of other tasks, as other tests have them
+OTHER_FILES = ("evaluate_merge", "tak", "delta", "condition")  # need those of other tasks, as other tests have them
 CONFIGS = sorted(path for path in (ROOT / "configs/finetune").glob("*.yaml") if path.stem not in OTHER_FILES)
 
 

@@ -105,6 +105,7 @@ def test_merging_is_the_papers() -> None:
     # Of papers with protocols of their own.
     newer = {"magmax", "pcb", "sce", "ram", "ram_plus", "tatr", "doge", "knots", "core_space"}
     newer |= {"iwudi", "swudi", "aswudi", "actmerge", "optmerge", "cart", "esm", "dc_merge", "svc", "ace", "orthomerge"}
+    newer |= {"continual", "continual_average"}
     assert set(RECIPES) - named - newer == {*several, *for_few, "adamerging"}
     assert recipes["task_arithmetic"]["search"] == {}  # 21 points in [0, 1], by default
     assert recipes["task_arithmetic_fixed"]["settings"] == {"coefficient": 0.3}

@@ -209,7 +209,7 @@ def test_results_without_references_are_read_as_before(place) -> None:
 
 def test_where_a_suite_lies_decides_nothing(place) -> None:
     config = yaml.safe_load(Path("suite.yaml").read_text())
-    others = ("halved", "featcal")  # the parser makes a calibration of a configuration
+    others = ("halved", "operated", "featcal")  # the parser makes a calibration of a configuration
     recipes = {name: Recipe(**one) for name, one in config["recipes"].items() if name not in others}
     plans = [
         SuitePlan("n", Path(place), config["model"], config["pretrained"], config["tasks"], {}, [0], config["fit"],
@@ -235,7 +235,7 @@ def test_only_what_changed_is_done_again(place, tmp_path, monkeypatch) -> None:
         new = {path.stem for path in Path("S/stages").iterdir() if before.get(path) != path.stat().st_mtime_ns}
         return {name.removeprefix("seed-0--") for name in new}
 
-    learned = {"merge--learned", "test--learned", "merge--halved", "test--halved"}
+    learned = {f"{kind}--{name}" for kind in ("merge", "test") for name in ("learned", "halved", "operated")}
     joint = {"joint--fit", "joint--test"}
     assert ran() == set()
     assert ran("--recipes.learned.trainer.max_steps=3") == learned

@@ -48,8 +48,10 @@ from lit_merge.transforms import (
     OptMerge,
     OrthoMerge,
     Polarise,
+    ProjectedSum,
     RegMean,
     Rescale,
+    RunningMean,
     Scale,
     SignMask,
     Slerp,
@@ -185,6 +187,14 @@ FILES = {"digits": "digits.safetensors", "signs": "signs.safetensors"}
 CHAINS = {  # name -> the chain by default, and with all fields
     "task_arithmetic": [({}, chain(Sum(), Scale(0.3))), ({"coefficient": 0.5}, chain(Sum(), Scale(0.5)))],
     "weight_average": [({}, chain(Mean()))],
+    "continual": [
+        ({}, chain(ProjectedSum(0.5, None), Rescale(), Scale(1.0))),
+        (
+            {"alpha": 0.2, "order": ["b", "a"], "coefficient": 2.0},
+            chain(ProjectedSum(0.2, ["b", "a"]), Rescale(), Scale(2.0)),
+        ),
+    ],
+    "continual_average": [({}, chain(RunningMean()))],
     "negation": [({}, chain(Negate(), Scale(1.0))), ({"coefficient": 0.5}, chain(Negate(), Scale(0.5)))],
     "analogy": [
         ({}, chain(Scale((-1.0, 1.0, 1.0)), Sum())),
