@@ -53,8 +53,13 @@ CONFIG: dict[str, Any] = {
 }  # fmt: skip
 
 
+MADE: list[Path] = []
+
+
 @pytest.fixture(scope="module")
 def template(tmp_path_factory, few_images, clip_config, clip_weights) -> Path:
+    if MADE:  # tests are handed out in no order, and other modules' come between
+        return MADE[0]
     folder = tmp_path_factory.mktemp("recipes")
     config = {**CONFIG, "model": clip_config, "pretrained": clip_weights}
     (folder / "suite.yaml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
@@ -62,6 +67,7 @@ def template(tmp_path_factory, few_images, clip_config, clip_weights) -> Path:
         patch.chdir(folder)
         patch.setattr(sys, "path", list(sys.path))
         assert main(["suite", "--config=suite.yaml", "--output=S"]) == 0
+    MADE.append(folder)
     return folder
 
 
