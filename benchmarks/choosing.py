@@ -63,7 +63,7 @@ GROUPS: tuple[tuple[str, tuple[Method, ...]], ...] = (
         "a few hundred unlabelled inputs of every task, forward passes",
         (
             Method("regmean", "`regmean`", "Gram matrices of every layer's inputs"),
-            Method("regmean_plusplus", "`regmean++`", "the same, block after block"),
+            Method("regmean_plus_plus", "`regmean++`", "the same, block after block"),
             Method("featcal", "`featcal`", "forward passes, one linear system per layer"),
         ),
     ),

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).parents[1]
 
@@ -56,6 +57,12 @@ def test_methods_are_compared_as_far_as_they_were_measured() -> None:
     assert rows["`task_arithmetic`"] == ["60.0 ± 0.0", "", " |"]
     assert rows["`tsv_m`"] == ["", "", " |"]
     assert "2 fine-tuning seeds ± their standard deviation; individual models 80.0 ± 0.0, pre-trained 30.0." in found
+
+
+def test_the_page_that_chooses_knows_every_recipe_of_the_suite_by_its_name() -> None:
+    suite = yaml.safe_load((ROOT / "configs/suite/text_full.yaml").read_text(encoding="utf-8"))
+    known = {method.key for _, methods in script("choosing").GROUPS for method in methods}
+    assert set(suite["recipes"]) <= known
 
 
 def test_claims_are_judged_from_the_rows() -> None:

@@ -86,16 +86,14 @@ class OffsetAware(Displaced):
         which = int(torch.randint(len(self.settings.coefficients), (), generator=draws))
         factor = tasks * self.settings.coefficients[which] - 1
         trained = [one for group in self.param_groups for one in group["params"] if one.requires_grad]
-        before = [one.clone() for one in trained]
         generators: dict[torch.device, torch.Generator] = {}
-        for one in trained:
-            if one.device not in generators:
-                generators[one.device] = torch.Generator(one.device).manual_seed(seed)
-            up, down = (torch.empty_like(one).exponential_(generator=generators[one.device]) for _ in range(2))
-            one.add_((up - down) * self.settings.scale + self.settings.location, alpha=factor)
-        with torch.enable_grad():
-            loss = closure()
-        for one, value in zip(trained, before, strict=True):  # not subtracted, which would round
-            one.copy_(value)
+        with self._elsewhere(trained):
+            for one in trained:
+                if one.device not in generators:
+                    generators[one.device] = torch.Generator(one.device).manual_seed(seed)
+                up, down = (torch.empty_like(one).exponential_(generator=generators[one.device]) for _ in range(2))
+                one.add_((up - down) * self.settings.scale + self.settings.location, alpha=factor)
+            with torch.enable_grad():
+                loss = closure()
         self.optimizer.step()
         return loss

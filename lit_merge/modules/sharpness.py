@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,6 +69,17 @@ class Displaced(torch.optim.Optimizer):
         self.optimizer.load_state_dict(state_dict)
         self._share()
 
+    @staticmethod
+    @contextmanager
+    def _elsewhere(parameters: Sequence[Tensor]) -> Iterator[None]:
+        """Parameters may be moved inside; afterwards they have their values again, also if the loss fails."""
+        before = [one.clone() for one in parameters]
+        try:
+            yield
+        finally:
+            for one, value in zip(parameters, before, strict=True):  # not subtracted, which would round
+                one.copy_(value)
+
 
 class SharpnessAware(Displaced):
     r"""Takes another optimiser's step with the gradient at ``w + ε``.
@@ -105,11 +117,9 @@ class SharpnessAware(Displaced):
         norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(scaled)))
         moves: list[Tensor] = list(scaled if scales is None else torch._foreach_mul(scaled, scales))
         factor = torch.where(norm > 0, self.settings.rho / norm, 0)
-        before = [one.clone() for one in trained]
-        torch._foreach_add_(trained, [move * factor for move in moves])
-        with torch.enable_grad():
-            closure()
-        for one, value in zip(trained, before, strict=True):  # not subtracted, which would round
-            one.copy_(value)
+        with self._elsewhere(trained):
+            torch._foreach_add_(trained, [move * factor for move in moves])
+            with torch.enable_grad():
+                closure()
         self.optimizer.step()
         return loss

@@ -10,6 +10,7 @@ from lit_merge.errors import ConfigurationError
 from lit_merge.models import Preprocessing
 from lit_merge.modules import SAM, FineTuneModule, MergOPT
 from lit_merge.modules.offsets import OffsetAware
+from lit_merge.modules.sharpness import SharpnessAware
 
 DOUBLE = torch.float64
 SETTINGS = MergOPT(scale=0.02, location=0.001, tasks=3, coefficients=[0.3, 0.7])
@@ -82,3 +83,21 @@ def test_what_cannot_be_is_refused(module) -> None:
         module(sam=SAM(), mergopt=MergOPT())
     with pytest.raises(ConfigurationError, match=r"^mergopt: expected a closure that evaluates the loss, got none"):
         OffsetAware(torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1), MergOPT()).step()
+
+
+@pytest.mark.parametrize(("wrapper", "settings"), [(OffsetAware, SETTINGS), (SharpnessAware, SAM())])
+def test_a_loss_that_fails_leaves_the_weights_as_they_were(wrapper, settings) -> None:
+    weight = torch.ones(3, dtype=DOUBLE, requires_grad=True)
+    optimizer = wrapper(torch.optim.SGD([weight], lr=0.1), settings)
+
+    def closure():
+        if not torch.equal(weight.detach(), torch.ones(3, dtype=DOUBLE)):
+            raise RuntimeError("out of memory")
+        optimizer.zero_grad()
+        loss = weight.square().sum()
+        loss.backward()
+        return loss
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        optimizer.step(closure)
+    assert torch.equal(weight.detach(), torch.ones(3, dtype=DOUBLE))
