@@ -6,7 +6,10 @@ from types import SimpleNamespace
 
 import lightning as L
 import torch
+from torch import nn
 
+from builders.learned_merge import BlockEncoder
+from lit_merge import TaskVector
 from lit_merge.data.batch import ImageBatch
 
 TASKS = ["a", "b", "c"]
@@ -52,3 +55,20 @@ class Batches(L.LightningDataModule):
 
     def val_dataloader(self):
         return [torch.utils.data.DataLoader([self.batch(99)[task]], collate_fn=lambda x: x[0]) for task in self.tasks]
+
+
+def vector_files(folder):
+    """A file of a random task vector of the encoder for every task, always the same ones."""
+    torch.manual_seed(3)
+    shapes = {name: own.shape for name, own in BlockEncoder().named_parameters()}
+    for task in TASKS:
+        vector = {name: 0.8 * torch.randn(shape, dtype=torch.float64) for name, shape in shapes.items()}
+        TaskVector(vector, task).save(folder / f"{task}.safetensors")
+    return [str(folder / f"{task}.safetensors") for task in TASKS]
+
+
+def encoder_and_heads():
+    """The encoder, for evaluation, and a linear head of every task; always the same ones."""
+    torch.manual_seed(0)
+    encoder = BlockEncoder().double().eval()
+    return encoder, {task: nn.Linear(6, CLASSES[task]).double() for task in TASKS}

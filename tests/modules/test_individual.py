@@ -8,7 +8,7 @@ import lightning as L
 import pytest
 import torch
 from builders.learned_merge import BlockEncoder
-from builders.merge_batches import CLASSES, SILENT, TASKS, Batches
+from builders.merge_batches import CLASSES, SILENT, TASKS, Batches, vector_files
 from torch import nn
 from torch.func import functional_call
 
@@ -64,13 +64,7 @@ def test_features_are_compared_element_by_element() -> None:
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("vectors")
-    torch.manual_seed(3)
-    shapes = {name: own.shape for name, own in BlockEncoder().named_parameters()}
-    for task in TASKS:
-        vector = {name: 0.8 * torch.randn(shape, dtype=torch.float64) for name, shape in shapes.items()}
-        TaskVector(vector, task).save(folder / f"{task}.safetensors")
-    return [str(folder / f"{task}.safetensors") for task in TASKS]
+    return vector_files(tmp_path_factory.mktemp("vectors"))
 
 
 def plain_gradient(files, objective, linearized=False, granularity="tensor", transform=None):

@@ -7,9 +7,7 @@ import json
 import lightning as L
 import pytest
 import torch
-from builders.learned_merge import BlockEncoder
-from builders.merge_batches import CLASSES, SILENT, TASKS, Batches
-from torch import nn
+from builders.merge_batches import SILENT, TASKS, Batches, encoder_and_heads, vector_files
 from torch.func import functional_call
 
 from lit_merge import Coefficients, MergeModule, TaskVector, TaskVectors
@@ -27,19 +25,7 @@ MASKS = AdaRank(rank_fraction=0.6, temperature=0.5, include="blocks")
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("vectors")
-    torch.manual_seed(3)
-    shapes = {name: own.shape for name, own in BlockEncoder().named_parameters()}
-    for task in TASKS:
-        vector = {name: 0.8 * torch.randn(shape, dtype=torch.float64) for name, shape in shapes.items()}
-        TaskVector(vector, task).save(folder / f"{task}.safetensors")
-    return [str(folder / f"{task}.safetensors") for task in TASKS]
-
-
-def parts():
-    torch.manual_seed(0)
-    encoder = BlockEncoder().double().eval()
-    return encoder, {task: nn.Linear(6, CLASSES[task]).double() for task in TASKS}
+    return vector_files(tmp_path_factory.mktemp("vectors"))
 
 
 class Later(Batches):
@@ -50,7 +36,7 @@ class Later(Batches):
 
 
 def learned(files, steps=4, callbacks=(), path=None, masks=MASKS, folder=None, **settings):
-    encoder, heads = parts()
+    encoder, heads = encoder_and_heads()
     settings = {"learning_rate": 0.05, "clamp": None, **settings}
     module = MergeModule(files, encoder=encoder, heads=heads, masks=masks, **settings)
     kept = {"enable_checkpointing": True} if callbacks else {}
@@ -64,7 +50,7 @@ def learned(files, steps=4, callbacks=(), path=None, masks=MASKS, folder=None, *
 
 def program(files, steps):
     """The authors' loop: masks and coefficients under autograd and one Adam, entropies summed over the tasks."""
-    encoder, heads = parts()
+    encoder, heads = encoder_and_heads()
     rows = [TaskVector.load(path) for path in files]
     names = [name for name, _ in encoder.named_parameters()]
     factors = {
@@ -132,7 +118,7 @@ def test_what_is_resumed_and_written(files, tmp_path):
         learned(files, path=str(checkpoint), masks=None)
     found = Coefficients.load(tmp_path / "whole/coefficients.safetensors")
     assert found.metadata["masks"] == repr(MASKS)
-    encoder, _ = parts()
+    encoder, _ = encoder_and_heads()
     written = LazyTensors(tmp_path / "whole/merged.safetensors")
     again = chain(LearnedScale(str(tmp_path / "whole/coefficients.json")), Sum())(
         TaskVectors([TaskVector.load(path) for path in files])
@@ -150,7 +136,7 @@ def close_to(found, encoder, moved):
 
 def test_learning_starts_from_a_merge_and_acts_on_its_directions(files, tmp_path):
     """On the parts of TSV-M from λ = 1, with masks over their singular values, by the labels of the plain models."""
-    encoder, _ = parts()
+    encoder, _ = encoder_and_heads()
     given = TaskVectors([TaskVector.load(path) for path in files])
     settings = {"transform": TSVDirections(), "init": 1.0, "objective": "expert", "masks": AdaRank(include="blocks")}
     started = learned(files, steps=0, **settings)
@@ -165,7 +151,7 @@ def test_learning_starts_from_a_merge_and_acts_on_its_directions(files, tmp_path
 
 def test_with_the_average_as_the_base_masks_start_from_cart(files, tmp_path):
     """The published program's other start: departures from the average, of which the first directions take part."""
-    encoder, heads = parts()
+    encoder, heads = encoder_and_heads()
     own = dict(encoder.named_parameters())
     given = TaskVectors([TaskVector.load(path) for path in files])
     expected = {name: own[name].detach() + one for name, one in CART(0.4, 2.3)(given).single().items()}

@@ -6,7 +6,7 @@ import lightning as L
 import pytest
 import torch
 from builders.learned_merge import BlockEncoder
-from builders.merge_batches import CLASSES, SILENT, TASKS, Batches
+from builders.merge_batches import SILENT, TASKS, Batches, encoder_and_heads, vector_files
 from torch import nn
 from torch.func import functional_call
 from torch.nn import functional as F
@@ -21,19 +21,7 @@ from lit_merge.models.task_output import Surgery, TaskOutput, TrainedHead
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("vectors")
-    torch.manual_seed(3)
-    shapes = {name: own.shape for name, own in BlockEncoder().named_parameters()}
-    for task in TASKS:
-        vector = {name: 0.8 * torch.randn(shape, dtype=torch.float64) for name, shape in shapes.items()}
-        TaskVector(vector, task).save(folder / f"{task}.safetensors")
-    return [str(folder / f"{task}.safetensors") for task in TASKS]
-
-
-def parts():
-    torch.manual_seed(0)
-    encoder = BlockEncoder().double().eval()
-    return encoder, {task: nn.Linear(6, CLASSES[task]).double() for task in TASKS}
+    return vector_files(tmp_path_factory.mktemp("vectors"))
 
 
 class Repeated(Batches):
@@ -44,7 +32,7 @@ class Repeated(Batches):
 
 
 def learned(files, steps, learn, objective, folder=None, checkpoint=None, rate=1e-2, data=Batches, **settings):
-    encoder, heads = parts()
+    encoder, heads = encoder_and_heads()
     adam = {"optimizer": lambda own: torch.optim.Adam(own, lr=rate), "clamp": None}
     module = MergeModule(
         files, encoder=encoder, heads=heads, learn=learn, objective=objective, surgery_rank=2, **adam, **settings
@@ -65,7 +53,7 @@ def test_surgery_is_the_loop_of_its_definition_and_the_merge_stays(files, tmp_pa
     """Adam on D and U of one task after another, features' L1 distance to the individual model's (Yang et al. 2024)."""
     module = learned(files, 4, ["surgery"], "features", tmp_path)
     assert torch.equal(module.merged.coefficients, torch.full_like(module.merged.coefficients, 0.3))
-    encoder, _ = parts()
+    encoder, _ = encoder_and_heads()
     vectors = [dict(TaskVector.load(path)) for path in files]
     merged = weights(encoder, {name: sum(one[name] for one in vectors) for name in vectors[0]}, 0.3)
     down = {task: Surgery(6, 2).down.weight.detach().double().requires_grad_() for task in TASKS}
@@ -108,7 +96,7 @@ def test_heads_train_with_the_coefficients_and_the_labels_stay_the_frozen_heads_
     from lit_merge.modules import Expert
 
     settings = {"optimizer": lambda own: torch.optim.SGD(own, lr=1.0)}
-    encoder, heads = parts()
+    encoder, heads = encoder_and_heads()
     module = MergeModule(
         files,
         encoder=encoder,
@@ -119,7 +107,7 @@ def test_heads_train_with_the_coefficients_and_the_labels_stay_the_frozen_heads_
         **settings,
     )
     L.Trainer(**SILENT, precision="64-true", max_steps=2).fit(module, Batches(dtype=torch.float64))
-    encoder, heads = parts()
+    encoder, heads = encoder_and_heads()
     vectors = [dict(TaskVector.load(path)) for path in files]
     names = [name for name, _ in encoder.named_parameters()]
     values = torch.full((3, len(names)), 0.3, dtype=torch.float64, requires_grad=True)
@@ -170,7 +158,7 @@ def test_files_are_evaluated_as_they_were_learned(files, tmp_path) -> None:
     module = learned(files, 30, ["surgery", "heads"], "expert", tmp_path, rate=0.1)
     batch = Batches(dtype=torch.float64).batch(99)
     paths = {task: str(tmp_path / f"{task}.output.safetensors") for task in TASKS}
-    encoder, heads = parts()
+    encoder, heads = encoder_and_heads()
     given = {"encoder": encoder, "heads": heads, "weights": str(tmp_path / "merged.safetensors")}
     tested = MultiTaskModule(**given, task_outputs=paths)
     trainer = L.Trainer(**SILENT, precision="64-true")
@@ -184,17 +172,23 @@ def test_files_are_evaluated_as_they_were_learned(files, tmp_path) -> None:
         assert found[f"test/{task}/accuracy"] == pytest.approx(float(right))
     trainer.save_checkpoint(tmp_path / "tested.ckpt")
     opened = MultiTaskModule.load_from_checkpoint(
-        tmp_path / "tested.ckpt", encoder=parts()[0], heads=parts()[1], weights_only=True
+        tmp_path / "tested.ckpt", encoder=encoder_and_heads()[0], heads=encoder_and_heads()[1], weights_only=True
     )
     torch.testing.assert_close(opened.outputs.state_dict(), tested.outputs.state_dict())
 
     swapped = {"a": paths["b"]}
     with pytest.raises(StructureMismatchError, match=r"expected the task a, got b\. Give the file of this task"):
-        MultiTaskModule(encoder=parts()[0], heads=parts()[1], task_outputs=swapped)
-    other = MultiTaskModule(encoder=parts()[0], heads={"a": parts()[1]["a"]}, task_outputs=paths)
+        MultiTaskModule(encoder=encoder_and_heads()[0], heads=encoder_and_heads()[1], task_outputs=swapped)
+    other = MultiTaskModule(
+        encoder=encoder_and_heads()[0], heads={"a": encoder_and_heads()[1]["a"]}, task_outputs=paths
+    )
     with pytest.raises(ConfigurationError, match=r"task_outputs: expected tasks of data, a, got b\. Remove it"):
         trainer.test(other, TestSplit(["a"], dtype=torch.float64), verbose=False)
-    narrow = MultiTaskModule(encoder=parts()[0], heads=parts()[1] | {"a": nn.Linear(6, 9).double()}, task_outputs=paths)
+    narrow = MultiTaskModule(
+        encoder=encoder_and_heads()[0],
+        heads=encoder_and_heads()[1] | {"a": nn.Linear(6, 9).double()},
+        task_outputs=paths,
+    )
     with pytest.raises(StructureMismatchError, match="task_outputs of a: expected a classifier of 9 classes, got 3"):
         trainer.test(narrow, TestSplit(dtype=torch.float64), verbose=False)
 
@@ -218,7 +212,7 @@ def test_refused(files, tmp_path) -> None:
     ):
         with pytest.raises(ConfigurationError, match=said):
             MergeModule(files, encoder=BlockEncoder(), heads={}, **settings)
-    encoder, heads = parts()
+    encoder, heads = encoder_and_heads()
     module = MergeModule(files, encoder=encoder, heads=heads, learn=["surgery"])
     module.base.vector_features = False
     with pytest.raises(
