@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,12 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
+
+# The tests write tens of thousands of small files, each of them synchronised to disk. In memory, where there is room for
+# them, this takes no time; what a test that passed has written is deleted at once (pyproject.toml).
+MEMORY, ROOM = Path("/dev/shm"), 8 * 2**30
+if os.access(MEMORY, os.W_OK) and shutil.disk_usage(MEMORY).free >= ROOM:
+    os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(MEMORY))
 
 # Read when triton is imported, which Lightning does.
 if not torch.cuda.is_available():
