@@ -17,8 +17,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 import torch
 
-# The tests write tens of thousands of small files, each of them synchronised to disk. In memory, where there is room for
-# them, this takes no time; what a test that passed has written is deleted at once (pyproject.toml).
+# The tests write tens of thousands of small files, each synchronised to disk. In memory, where there is room for them,
+# this takes no time; what a test that passed has written is deleted at once (pyproject.toml).
 MEMORY, ROOM = Path("/dev/shm"), 8 * 2**30
 if os.access(MEMORY, os.W_OK) and shutil.disk_usage(MEMORY).free >= ROOM:
     os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(MEMORY))

@@ -1,8 +1,8 @@
 """``python -m lit_merge …`` without its imports: a process that has made them is forked for every such command.
 
 A folder with a ``sitecustomize.py`` in front of ``PYTHONPATH`` makes every python look at its own command line as it
-starts. If it is lit-merge's, it hands its arguments, environment and open files to a server, which forks a process that
-does the work, and ends as that one does.
+starts. If it is lit-merge's, or that of the process that a suite forks its stages from, it hands its arguments,
+environment and open files to a server, which forks a process that does the work, and ends as that one does.
 """
 
 from __future__ import annotations
@@ -18,14 +18,19 @@ from builders.fork_server import ROOT, ForkServer
 
 CLIENT = """
 import os, sys
-if sys.orig_argv[1:3] == ["-m", "lit_merge"] and "--version" not in sys.orig_argv:
+MODULES = (["-m", "lit_merge"], ["-m", "lit_merge.suite.engines.forking"])
+if sys.orig_argv[1:3] in MODULES and "--version" not in sys.orig_argv:
     import json, signal, socket
     with socket.socket(socket.AF_UNIX) as server:
         server.connect(SOCKET)
-        lifeline = os.environ.get("LIT_MERGE_LIFELINE")
-        files = [0, 1, 2, *([int(lifeline)] if lifeline else [])]
+        is_template = sys.orig_argv[2] != "lit_merge"
+        more = sys.orig_argv[3] if is_template else os.environ.get("LIT_MERGE_LIFELINE")
+        files = [0, 1, 2, *([int(more)] if more else [])]
         request = {"arguments": sys.orig_argv[3:], "environment": dict(os.environ), "current": os.getcwd()}
+        request["template"] = is_template
         socket.send_fds(server, [json.dumps(request).encode()], files)
+        if is_template:  # its other end is to notice when the server's copy is closed
+            os.close(int(more))
         answer = server.recv(16)
     if not answer:  # the process was killed
         os.kill(os.getpid(), signal.SIGKILL)
@@ -33,7 +38,7 @@ if sys.orig_argv[1:3] == ["-m", "lit_merge"] and "--version" not in sys.orig_arg
 """
 
 SERVER = """
-import json, os, signal, socket, sys, traceback
+import json, os, runpy, signal, socket, sys, traceback
 
 def work(client):
     message, files, _, _ = socket.recv_fds(client, 1 << 20, 4)
@@ -43,13 +48,21 @@ def work(client):
         os.dup2(file, number)
     os.environ.clear()
     os.environ.update(request["environment"])
-    if len(files) == 4:
+    if len(files) == 4 and not request["template"]:
         os.environ["LIT_MERGE_LIFELINE"] = str(files[3])
     os.chdir(request["current"])
-    code = 1
+    code, own = 1, os.getpid()
     try:
+        if request["template"]:
+            sys.argv = ["template", str(files[3])]
+            runpy.run_module("lit_merge.suite.engines.forking", run_name="__main__", alter_sys=True)
         from lit_merge.commands.main import main
         code = main(request["arguments"])
+    except SystemExit as end:
+        code = end.code or 0
+        if os.getpid() != own:  # a stage
+            sys.stdout.flush()
+            os._exit(code)
     except BaseException:
         traceback.print_exc()
     sys.stdout.flush()

@@ -23,6 +23,7 @@ from lit_merge.errors import ConfigurationError, LitMergeError
 from lit_merge.suite.engines import Job, LocalEngine, Outcome, SequentialEngine, cluster, open_engine
 from lit_merge.suite.engines.local import devices_of_slots
 from lit_merge.suite.engines.process import StageProcess, cores
+from lit_merge.suite.engines.template import Template
 
 CONFIG: dict[str, Any] = {
     "tasks": ["digits", "signs"],
@@ -274,6 +275,46 @@ def test_all_that_a_process_started_ends_with_it(tmp_path, program) -> None:
     while any(running(int(path.name[4:])) for path in found) and time.monotonic() < until:
         time.sleep(0.02)
     assert not [path for path in found if running(int(path.name[4:]))]
+
+
+@pytest.fixture
+def forks(warm) -> Iterator[Template]:
+    template = Template({"OMP_NUM_THREADS": "1"})
+    yield template
+    template.close()
+
+
+def test_how_a_forked_stage_ended(tmp_path, forks) -> None:
+    """As one that has an interpreter of its own."""
+    good, refused = job(tmp_path / "a", "--version"), job(tmp_path / "b", "fit", "--config", "missing.yaml")
+    both = [StageProcess(one, {}, str(tmp_path), forks) for one in (good, refused)]
+    assert both[0].wait().error is None
+    assert (tmp_path / "a/stage.log").read_text().split()[-1:] == [__version__]
+    outcome = both[1].wait()
+    assert outcome.refused
+    with pytest.raises(ConfigurationError, match=r"missing\.yaml"):
+        raise outcome.error
+    alone = StageProcess(job(tmp_path / "c", "fit", "--config", "missing.yaml"), {}, str(tmp_path)).wait()
+    assert str(alone.error) == str(outcome.error)
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks at processes in /proc")
+def test_without_what_stages_are_forked_from(tmp_path, forks) -> None:
+    """What is known of a stage whose parent was killed is that nothing more will be heard of it."""
+    begun = StageProcess(job(tmp_path / "a", "fit"), {}, str(tmp_path), forks)
+    until = time.monotonic() + 20
+    while os.getsid(begun._process.pid) != begun._process.pid and time.monotonic() < until:
+        time.sleep(0.001)
+    os.kill(begun._process.pid, signal.SIGSTOP)
+    parent = Path(f"/proc/{begun._process.pid}/stat").read_text().rpartition(")")[2].split()[1]
+    assert begun.poll() is None
+    os.kill(int(parent), signal.SIGKILL)
+    with pytest.raises(LitMergeError, match="was killed by signal 9"):
+        raise begun.wait().error
+    begun.end(patience=0.1)
+    assert not running(begun._process.pid)
+    with pytest.raises(LitMergeError, match=r"stages are forked was killed\. Run the suite again\."):
+        StageProcess(job(tmp_path / "b", "fit"), {}, None, forks)
 
 
 def running(process: int) -> bool:

@@ -10,6 +10,7 @@ from itertools import pairwise
 from lit_merge.errors import ConfigurationError
 from lit_merge.suite.engines.job import Job, Outcome
 from lit_merge.suite.engines.process import StageProcess, cores, with_threads
+from lit_merge.suite.engines.template import Template
 
 __all__ = ["LocalEngine", "devices_of_slots", "visible_devices"]
 
@@ -18,6 +19,7 @@ class LocalEngine:
     """Runs up to N jobs at a time; they divide the machine's threads, and its GPUs if it has any.
 
     With at least N GPUs every job has its own, ``⌊G / N⌋`` or one more of them; with fewer, jobs share them in turn.
+    Without GPUs jobs are forked from one process that has imported what they need, where a system allows it.
 
     Args:
         parallel: N.
@@ -37,6 +39,8 @@ class LocalEngine:
             )
         self._environment = with_threads(cores() // parallel)
         self._running: dict[int, StageProcess] = {}
+        self._forks = Template.is_possible() and not fewest and not any(self._slots)
+        self._template: Template | None = None
 
     def free(self) -> bool:
         """Whether fewer than N jobs run."""
@@ -46,7 +50,9 @@ class LocalEngine:
         """Start a job's process."""
         slot = next(slot for slot in range(len(self._slots)) if slot not in self._running)
         given = {"CUDA_VISIBLE_DEVICES": ",".join(self._slots[slot])} if self._slots[slot] else {}
-        self._running[slot] = StageProcess(job, {**self._environment, **given})
+        if self._forks and self._template is None:
+            self._template = Template(self._environment)
+        self._running[slot] = StageProcess(job, {**self._environment, **given}, template=self._template)
 
     def wait(self) -> Outcome:
         """Wait until one of the processes ends."""
@@ -63,6 +69,9 @@ class LocalEngine:
         """End all processes."""
         while self._running:
             self._running.popitem()[1].end()
+        if self._template is not None:
+            self._template.close()
+            self._template = None
 
 
 def visible_devices() -> list[str]:

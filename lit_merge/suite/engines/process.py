@@ -15,6 +15,7 @@ from pathlib import Path
 from lit_merge.errors import ConfigurationError, LitMergeError
 from lit_merge.suite.engines.job import Job, Outcome
 from lit_merge.suite.engines.lifeline import LIFELINE
+from lit_merge.suite.engines.template import ForkedProcess, Template
 
 __all__ = ["LOG", "StageProcess", "cores", "refusal_in", "with_threads"]
 
@@ -33,25 +34,37 @@ class StageProcess:
         job: what to run.
         environment: variables to set in addition to those of this process.
         directory: where to run it; None for here.
+        template: what it is forked from; None starts an interpreter of its own.
     """
 
-    def __init__(self, job: Job, environment: Mapping[str, str] | None = None, directory: str | None = None) -> None:
+    def __init__(
+        self,
+        job: Job,
+        environment: Mapping[str, str] | None = None,
+        directory: str | None = None,
+        template: Template | None = None,
+    ) -> None:
         self.job = job
         self._log = Path(job.folder) / LOG
         self._started = time.perf_counter()
         there, self._lifeline = os.pipe()
         try:
             with self._log.open("wb") as log:
-                self._process = subprocess.Popen(
-                    [*_PROGRAM, job.command, *job.arguments],
-                    stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
-                    cwd=directory,
-                    env={**os.environ, **(environment or {}), LIFELINE: str(there)},
-                    pass_fds=[there],
-                    start_new_session=True,  # one group with all that it starts; Ctrl-C comes to us alone
-                )
+                self._process: ForkedProcess | subprocess.Popen[bytes]
+                if template is not None:
+                    given = (job.command, *job.arguments)
+                    self._process = template.start(given, log.fileno(), there, environment or {}, directory)
+                else:
+                    self._process = subprocess.Popen(
+                        [*_PROGRAM, job.command, *job.arguments],
+                        stdin=subprocess.DEVNULL,
+                        stdout=log,
+                        stderr=subprocess.STDOUT,
+                        cwd=directory,
+                        env={**os.environ, **(environment or {}), LIFELINE: str(there)},
+                        pass_fds=[there],
+                        start_new_session=True,  # one group with all that it starts; Ctrl-C comes to us alone
+                    )
         except BaseException:
             os.close(self._lifeline)
             raise
