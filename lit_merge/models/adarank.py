@@ -70,6 +70,21 @@ class AdaRank:
                 f"AdaRank.include: expected a regular expression, got {self.include!r} ({error})."
             ) from error
 
+    def caution(self, learning_rate: float, steps: int) -> str | None:
+        """What to say where no mask can change: Adam moves a logit by about its rate in a step, and has to reach zero.
+
+        Args:
+            learning_rate: of Adam.
+            steps: of the whole run; not positive if they are not known.
+        """
+        if steps <= 0 or learning_rate * steps > self.start:
+            return None
+        return (
+            f"masks: {steps} steps at a learning rate of {learning_rate:g} move a logit by {learning_rate * steps:.2g} "
+            f"at most, and it has to move by {self.start:g} until its mask changes: all stay as they start. Set more "
+            f"than {self.start / learning_rate:.0f} steps, a higher learning_rate or a lower AdaRank.start."
+        )
+
     def ranks(self, vectors: TaskVectors) -> dict[str, int]:
         """Parameter -> the number of its singular values, of those that get masks, in their order.
 

@@ -413,7 +413,11 @@ class MergeModule(TaskHeads):
         return self._loss(features, own, part, task)
 
     def on_fit_start(self) -> None:
-        """Warn of heads at chance; of a linearised model with task-wise coefficients, compute what its images need."""
+        """Warn of what cannot be learned; compute what a linearised model with task-wise coefficients needs."""
+        if self.merged.masks is not None and self._optimizer is None:
+            caution = self.merged.masks.caution(self.learning_rate, self.trainer.max_steps)
+            if caution is not None:
+                rank_zero_warn(caution)
         if not self.objective.needs_targets and not isinstance(self.objective, Comparison):
             for line in chance_warnings(self, self.trainer.datamodule, self.chance_examples):  # type: ignore[attr-defined]
                 rank_zero_warn(line)

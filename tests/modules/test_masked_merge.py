@@ -94,6 +94,17 @@ def test_a_fit_is_the_programs_loop(files):
         torch.testing.assert_close(module.merged.mask_logits.detach(), logits, rtol=1e-7, atol=1e-9)
 
 
+def test_masks_that_cannot_change_are_said(files):
+    said = (
+        r"masks: 4 steps at a learning rate of 0\.001 move a logit by 0\.004 at most, .* by 0\.1 .* more than 100 steps"
+    )
+    with pytest.warns(UserWarning, match=said):
+        module = learned(files, masks=AdaRank(include="blocks"), learning_rate=1e-3)
+    assert bool((module.merged.applied_masks() == 1).all())
+    assert AdaRank().caution(1e-3, 101) is None
+    assert AdaRank().caution(1e-3, -1) is None
+
+
 def test_masks_go_with_other_objectives_and_linearised_models(files):
     """The individual models are whole, whatever is masked, and nothing is computed of all images beforehand."""
     module = learned(files, objective="features", steps=2, linearized=True, granularity="task")

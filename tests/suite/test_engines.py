@@ -312,6 +312,9 @@ def test_without_what_stages_are_forked_from(tmp_path, forks) -> None:
     with pytest.raises(LitMergeError, match="was killed by signal 9"):
         raise begun.wait().error
     begun.end(patience=0.1)
+    until = time.monotonic() + 20
+    while running(begun._process.pid) and time.monotonic() < until:
+        time.sleep(0.02)
     assert not running(begun._process.pid)
     with pytest.raises(LitMergeError, match=r"stages are forked was killed\. Run the suite again\."):
         StageProcess(job(tmp_path / "b", "fit"), {}, None, forks)
