@@ -201,6 +201,27 @@ def lengths(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+SHOWN = {"bert": "like BERT, 6 layers", "t5": "like T5-small", "gpt2": "like GPT-2, 6 layers"}
+
+
+def table(measured: Mapping[str, Any]) -> str:
+    """What docs/language.md says of it: ratios to an ordinary step of the same round, medians, smallest and largest."""
+    lines = [
+        "| network | million parameters | ordinary step, s | linearised | attention alone, linearised | plain `jvp` |",
+        "|:--|--:|--:|--:|--:|--:|",
+    ]
+    for name, said in SHOWN.items():
+        row = measured[name]
+        ratios = " | ".join(_ratio(row[variant]) for variant in ("linearized", "attention", "plain_jvp"))
+        lines.append(f"| {said} | {row['parameters'] / 1e6:.1f} | {row['ordinary']['seconds']:.2f} | {ratios} |")
+    return "\n".join(lines)
+
+
+def _ratio(found: Mapping[str, Any]) -> str:
+    low, high = found["ratio_spread"]
+    return f"{found['ratio_to_ordinary']:.2f} ({low:.2f} to {high:.2f})"
+
+
 def main() -> None:
     """Measure, print and write JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

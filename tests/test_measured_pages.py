@@ -36,6 +36,7 @@ def script(name: str) -> ModuleType:
         ("checkpoints", "architectures", "architectures", "table"),
         ("downloaded", "real_pair", "real_pair", "table"),
         ("choosing", "text_suite", "choosing", "table"),
+        ("language", "text_step", "text_step", "table"),
     ],
 )
 def test_the_page_says_what_was_measured(page: str, name: str, source: str, written: str) -> None:
