@@ -13,13 +13,15 @@ from lit_merge.data.published.task import is_published
 from lit_merge.errors import ConfigurationError, FileFormatError, LitMergeError, first_few
 from lit_merge.files.cache import Cache
 from lit_merge.files.store import LazyTensors
+from lit_merge.metrics import CosineMatrix
+from lit_merge.naming import number_of_blocks
 from lit_merge.report.environment import hardware, versions
 from lit_merge.report.results import JOINT
 from lit_merge.suite.ledger import FileLedger
 from lit_merge.suite.recipe import Recipe
 from lit_merge.transforms import Chain
 from lit_merge.transforms.learned import transform_before
-from lit_merge.vectors import Coefficients, TaskVector
+from lit_merge.vectors import Coefficients, TaskVector, TaskVectors
 
 __all__ = ["check_expected", "deviations", "suite_results"]
 
@@ -157,9 +159,12 @@ def _measures(paths: Sequence[Path], ledger: FileLedger) -> dict[str, Any]:
     if (known := cache.value(key)) is not None:
         return dict(known)
     vectors = [TaskVector.load(path) for path in paths]
+    stack = TaskVectors(vectors)
+    cosines = CosineMatrix(stack.tasks, number_of_blocks(stack.model_names))
+    cosines.update(stack)
     found = {
         "task_vectors": {vector.task: _size(vector) for vector in vectors},
-        "cosine_similarity": [[round(one.cosine_similarity(other), 6) for other in vectors] for one in vectors],
+        "cosine_similarity": [[round(value, 6) for value in row] for row in cosines.compute()[0].tolist()],
     }
     cache.write_value(key, found)
     return found
