@@ -30,6 +30,11 @@ from lit_merge.suite.settings import combine, task_names
 
 __all__ = ["Recipe", "arguments", "suite"]
 
+_IMPORTED = (
+    *("lit_merge.commands.training.lightning_cli", "lit_merge.modules", "lit_merge.data", "lit_merge.callbacks"),
+    "lit_merge.evaluation.search",
+)
+
 
 # Parts of other commands' configurations are plain dictionaries: the parser would build the classes in dict[str, Any].
 def suite(
@@ -143,11 +148,18 @@ def suite(
     plan.check(check_configuration)
     if engine == "ray" or parallel not in (None, 1):
         plan.data_module.prepare_data()  # once, not in every process
-    opened = partial(open_engine, engine, run_command, parallel, output, plan.devices, ray_address, ray_cpus, ray_gpus)
+    of_ray = (ray_address, ray_cpus, ray_gpus)
+    opened = partial(open_engine, engine, run_command, parallel, output, plan.devices, *of_ray, _imports_of(plan))
     results = run_suite(plan, opened, overwrite, retries)
     for line in deviations(results, expected or {}):
         warnings.warn(line, stacklevel=2)
     return results
+
+
+def _imports_of(plan: SuitePlan) -> tuple[str, ...]:
+    """The modules that every stage imports; the user's own may compute something when they are imported."""
+    network = str((plan.network or {}).get("class_path", ""))
+    return (*_IMPORTED, *([network.rpartition(".")[0]] if network.startswith("lit_merge.") else []))
 
 
 def _nested(settings: dict[str, Any]) -> dict[str, Any]:

@@ -1,5 +1,7 @@
 """What runs the stages of a job: this process, others on this machine, or a Ray cluster."""
 
+from collections.abc import Sequence
+
 from lit_merge.suite.engines.job import Engine, Job, Outcome
 from lit_merge.suite.engines.local import LocalEngine
 from lit_merge.suite.engines.sequential import RunCommand, SequentialEngine
@@ -16,6 +18,7 @@ def open_engine(
     ray_address: str = "auto",
     ray_cpus: float = 1,
     ray_gpus: float | None = None,
+    modules: Sequence[str] = (),
 ) -> Engine:
     """The engine that a user asked for.
 
@@ -28,6 +31,7 @@ def open_engine(
         ray_address: of the cluster, see :class:`~lit_merge.suite.engines.cluster.RayEngine`.
         ray_cpus: cores per stage.
         ray_gpus: GPUs per device of a stage.
+        modules: what stages are going to import, for processes that are forked.
 
     Raises:
         ConfigurationError: a setting is out of its range, or there is no such cluster.
@@ -42,4 +46,4 @@ def open_engine(
         from lit_merge.suite.engines.cluster import RayEngine
 
         return RayEngine(directory, ray_address, parallel, ray_cpus, ray_gpus)
-    return SequentialEngine(run) if parallel in (None, 1) else LocalEngine(parallel or 1, devices)
+    return SequentialEngine(run) if parallel in (None, 1) else LocalEngine(parallel or 1, devices, modules)

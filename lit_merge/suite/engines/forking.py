@@ -1,4 +1,4 @@
-"""The process that stages are forked from: ``python -m lit_merge.suite.engines.forking SOCKET``.
+"""The process that stages are forked from: ``python -m lit_merge.suite.engines.forking SOCKET MODULE …``.
 
 It imports once what every stage imports, 4 to 10 seconds of each, and computes nothing, so that no thread and no random
 state of it is copied. It is asked through a socket, which carries the descriptors of a stage's log and lifeline, and
@@ -22,10 +22,6 @@ from lit_merge.suite.engines.lifeline import LIFELINE
 
 __all__ = ["serve"]
 
-PRELOADED = (
-    *("lightning", "lit_merge.commands.training.lightning_cli", "lit_merge.commands.running"),
-    *("lit_merge.modules", "lit_merge.models", "lit_merge.data", "lit_merge.callbacks", "lit_merge.evaluation.search"),
-)
 _LONGEST = 2**20
 
 
@@ -68,7 +64,7 @@ def _become(request: Mapping[str, Any], log: int, lifeline: int) -> None:
 
 def _main() -> None:
     control = socket.socket(fileno=int(sys.argv[1]))
-    for name in PRELOADED:
+    for name in sys.argv[2:]:
         importlib.import_module(name)
     with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # the suite was killed
         serve(control)

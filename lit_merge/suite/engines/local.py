@@ -24,12 +24,13 @@ class LocalEngine:
     Args:
         parallel: N.
         devices: the most devices that a job uses.
+        modules: what jobs are going to import.
 
     Raises:
         ConfigurationError: the machine has GPUs, but not so many for each of N jobs.
     """
 
-    def __init__(self, parallel: int, devices: int = 1) -> None:
+    def __init__(self, parallel: int, devices: int = 1, modules: Sequence[str] = ()) -> None:
         self._slots = devices_of_slots(visible_devices(), parallel)
         fewest = min(len(slot) for slot in self._slots)
         if fewest and devices > fewest:
@@ -39,7 +40,8 @@ class LocalEngine:
             )
         self._environment = with_threads(cores() // parallel)
         self._running: dict[int, StageProcess] = {}
-        self._forks = Template.is_possible() and not fewest and not any(self._slots)
+        self._forks = Template.is_possible() and not any(self._slots)
+        self._modules = modules
         self._template: Template | None = None
 
     def free(self) -> bool:
@@ -51,7 +53,7 @@ class LocalEngine:
         slot = next(slot for slot in range(len(self._slots)) if slot not in self._running)
         given = {"CUDA_VISIBLE_DEVICES": ",".join(self._slots[slot])} if self._slots[slot] else {}
         if self._forks and self._template is None:
-            self._template = Template(self._environment)
+            self._template = Template(self._environment, self._modules)
         self._running[slot] = StageProcess(job, {**self._environment, **given}, template=self._template)
 
     def wait(self) -> Outcome:

@@ -27,13 +27,14 @@ class Template:
 
     Args:
         environment: variables to set in addition to those of this process; threads among them.
+        modules: what it imports.
     """
 
-    def __init__(self, environment: Mapping[str, str]) -> None:
+    def __init__(self, environment: Mapping[str, str], modules: Sequence[str] = ()) -> None:
         self._socket, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with there:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", _PROGRAM, str(there.fileno())],
+                [sys.executable, "-m", _PROGRAM, str(there.fileno()), *modules],
                 stdin=subprocess.DEVNULL,
                 env={**os.environ, **environment},
                 pass_fds=[there.fileno()],
