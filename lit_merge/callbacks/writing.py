@@ -12,6 +12,7 @@ import lightning as L
 import torch
 from torch import Tensor
 
+from lit_merge.data.batch import ImageBatch
 from lit_merge.files.text import write_text
 from lit_merge.report.hits import save_hits
 
@@ -96,10 +97,10 @@ class WriteHits(L.Callback):
 
 
 class WritePredictions(L.Callback):
-    """Writes the class and the probabilities of every image as CSV, in the order of the images.
+    """Writes the class and the probabilities of every example as CSV, in the order of the examples.
 
-    Columns: ``image``, ``class``, ``probability``, then one column per class; of a task whose label is a number
-    ``image`` and ``number``.
+    Columns: ``image``, or ``example`` where it is none, ``class``, ``probability``, then one column per class; of a
+    task whose label is a number ``image`` or ``example``, and ``number``.
 
     Args:
         path: the file, relative to the run's directory.
@@ -108,6 +109,7 @@ class WritePredictions(L.Callback):
     def __init__(self, path: str = "predictions.csv") -> None:
         self.path = path
         self._rows: dict[int, Tensor] = {}
+        self._column = "image"
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Forget an earlier run."""
@@ -123,6 +125,7 @@ class WritePredictions(L.Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Keep a batch's probabilities or numbers; padding has index -1."""
+        self._column = "image" if isinstance(batch, ImageBatch) else "example"
         found = outputs["numbers"] if "numbers" in outputs else outputs["probabilities"]
         for index, row in zip(outputs["indices"].tolist(), found.cpu(), strict=True):
             if index >= 0:
@@ -141,7 +144,7 @@ class WritePredictions(L.Callback):
         classes = list(pl_module.classes)
         table = io.StringIO()
         writer = csv.writer(table, lineterminator="\n")
-        writer.writerow(["image", "class", "probability", *classes] if classes else ["image", "number"])
+        writer.writerow([self._column, *(["class", "probability", *classes] if classes else ["number"])])
         for index in sorted(rows):
             if not classes:
                 writer.writerow([names[index], f"{float(rows[index][0]):.6f}"])

@@ -156,7 +156,7 @@ def test_a_task_whose_label_is_a_number_from_end_to_end(tmp_path, monkeypatch, o
     metrics = json.loads((tmp_path / "runs/test/test_metrics.json").read_text())
     assert main(["predict", *model, "--output=runs/predict"]) == 0
     header, *found = (tmp_path / "runs/predict/predictions.csv").read_text().splitlines()
-    assert header == "image,number"
+    assert header == "example,number"
     sizes = {f"sizes.csv/{i + 1}": float(row.partition(",")[2]) for i, row in enumerate(rows)}
     pairs = torch.tensor([[float(row.split(",")[1]), sizes[row.split(",")[0]]] for row in found], dtype=torch.float64)
     assert metrics["test/spearman"] == pytest.approx(float(spearman(*pairs.T)))
