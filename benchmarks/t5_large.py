@@ -93,7 +93,8 @@ def command(tool: str, place: Path, output: Path, options: argparse.Namespace) -
             "dtype": options.dtype,
         }
         (place / "mergekit.yaml").write_text(json.dumps(recipe), encoding="utf-8")
-        more = ["--no-copy-tokenizer", "--out-shard-size", options.shard_size.removesuffix("B")]
+        size = options.shard_size.upper().removesuffix("B").replace("G", "B")  # in billions, as mergekit spells it
+        more = ["--no-copy-tokenizer", "--out-shard-size", size]
         own = ["-m", "mergekit.scripts.run_yaml", str(place / "mergekit.yaml"), str(output), *more]
         return [str(options.mergekit_python), *own]
     given = ["--base", str(base), "--vectors", json.dumps([str(one) for one in tuned])]
