@@ -223,6 +223,25 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     return found
 
 
+SHOWN = {
+    "limit": "all inputs read, the result's bytes written",
+    "lines_ties": "LiNeS on TIES, trimmed over the whole vector",
+    "ties": "TIES, trimmed over the whole vector",
+    "ties_tensor": "TIES, every tensor trimmed by itself",
+    "mergekit": "mergekit's TIES, every tensor trimmed by itself",
+}
+
+
+def table(measured: dict[str, Any]) -> str:
+    """What docs/language.md says of it."""
+    lines = ["| from disk to disk | seconds | resident memory, MiB | of it anonymous |", "|:--|--:|--:|--:|"]
+    for tool, said in SHOWN.items():
+        if (row := measured["tools"].get(tool)) is not None:
+            memory = f"{row['peak_mib']:,} | {row['anonymous_mib']:,}" if "peak_mib" in row else "|"
+            lines.append(f"| {said} | {row['median_seconds']:.1f} | {memory} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     """Measure, print and write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -49,6 +49,19 @@ CLAIMS: tuple[tuple[str, str, float, str, str], ...] = (
     ("iso_c", "task_arithmetic", 0.0, "Iso-C is above task arithmetic: 82.8, 69.1", "Marczak et al. 2025"),
     ("iso_c", "tsv_m", 0.0, "Iso-C is above TSV-M", "Marczak et al. 2025"),
     ("aswudi", "tsv_m", 0.5, "a spectral WUDI is half a point above TSV-M", "Wei et al. 2026"),
+    ("regmean", "task_arithmetic", 0.0, "RegMean is above task arithmetic: 82.4, 68.0", "Jin et al. 2023"),
+    ("regmean_plus_plus", "regmean", 1.0, "RegMean++ is a point above RegMean: 84.4, 82.4", "RegMean++ 2025"),
+    ("featcal", "regmean", 1.0, "FeatCal is a point above RegMean: 85.5, 82.4", "FeatCal 2026"),
+    (
+        "expert",
+        "adamerging",
+        5.0,
+        "the individual models' labels are five points above entropy",
+        "SyMerge 2026",
+    ),
+    ("adarank", "adamerging", 5.0, "AdaRank is five points above AdaMerging: 87.9, 80.1", "AdaRank 2026"),
+    ("expert_on_tsv_m", "aswudi", 0.0, "a learned merge is above the best one without data", "AdaRank 2026"),
+    ("continual", "weight_average", 0.0, "OPCM, one vector after another, is above the average", "OPCM 2025"),
     (INDIVIDUAL, "tsv_m", 0.0, "the best merge stays below the individual models", "Gargiulo et al. 2025"),
 )
 """The first method is better than the second by more than the margin in points; in words with the published numbers of
