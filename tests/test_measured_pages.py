@@ -37,6 +37,7 @@ def script(name: str) -> ModuleType:
         ("downloaded", "real_pair", "real_pair", "table"),
         ("choosing", "text_suite", "choosing", "table"),
         ("language", "text_step", "text_step", "table"),
+        ("language", "t5_large", "t5_large", "table"),
     ],
 )
 def test_the_page_says_what_was_measured(page: str, name: str, source: str, written: str) -> None:
