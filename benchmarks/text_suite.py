@@ -52,13 +52,6 @@ CLAIMS: tuple[tuple[str, str, float, str, str], ...] = (
     ("regmean", "task_arithmetic", 0.0, "RegMean is above task arithmetic: 82.4, 68.0", "Jin et al. 2023"),
     ("regmean_plus_plus", "regmean", 1.0, "RegMean++ is a point above RegMean: 84.4, 82.4", "RegMean++ 2025"),
     ("featcal", "regmean", 1.0, "FeatCal is a point above RegMean: 85.5, 82.4", "FeatCal 2026"),
-    (
-        "expert",
-        "adamerging",
-        5.0,
-        "the individual models' labels are five points above entropy",
-        "SyMerge 2026",
-    ),
     ("adarank", "adamerging", 5.0, "AdaRank is five points above AdaMerging: 87.9, 80.1", "AdaRank 2026"),
     ("expert_on_tsv_m", "aswudi", 0.0, "a learned merge is above the best one without data", "AdaRank 2026"),
     ("continual", "weight_average", 0.0, "OPCM, one vector after another, is above the average", "OPCM 2025"),
