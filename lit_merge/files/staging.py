@@ -59,7 +59,9 @@ def staged(
             remove_abandoned(folder)
             with writing(folder, size):
                 yield temporary
-            files = sorted((path for path in temporary.rglob("*") if _is_staged(path)), key=last)  # type: ignore[arg-type]
+            # File systems list in orders of their own.
+            by_name = sorted(path for path in temporary.rglob("*") if _is_staged(path))
+            files = sorted(by_name, key=last)  # type: ignore[arg-type]
             with writing(folder):
                 targets = {path: folder / path.relative_to(temporary) for path in files}
                 replaced = set(targets.values())
