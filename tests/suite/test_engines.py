@@ -20,7 +20,7 @@ from builders.warm_processes import warm_processes
 from lit_merge._version import __version__
 from lit_merge.commands.main import main
 from lit_merge.errors import ConfigurationError, LitMergeError
-from lit_merge.suite.engines import Job, LocalEngine, Outcome, SequentialEngine, cluster, open_engine
+from lit_merge.suite.engines import Job, LocalEngine, Outcome, SequentialEngine, cluster, local, open_engine
 from lit_merge.suite.engines.local import devices_of_slots
 from lit_merge.suite.engines.process import StageProcess, cores
 from lit_merge.suite.engines.template import Template
@@ -318,6 +318,42 @@ def test_without_what_stages_are_forked_from(tmp_path, forks) -> None:
     assert not running(begun._process.pid)
     with pytest.raises(LitMergeError, match=r"stages are forked was killed\. Run the suite again\."):
         StageProcess(job(tmp_path / "b", "fit"), {}, None, forks)
+
+
+def test_which_jobs_are_forked_and_from_what(tmp_path, program, monkeypatch) -> None:
+    """None that repeats its command line; of a template that has ended there is another one."""
+    made: list[Any] = []
+
+    class Fake:
+        is_possible = staticmethod(lambda: True)
+
+        def __init__(self, *_: object) -> None:
+            self.ended = False
+            made.append(self)
+
+        def is_alive(self) -> bool:
+            return not self.ended
+
+        def close(self) -> None:
+            self.ended = True
+
+    given: list[Any] = []
+    real = local.StageProcess
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setattr(local, "Template", Fake)
+    monkeypatch.setattr(local, "StageProcess", lambda job, env, template: given.append(template) or real(job, env))
+    program("pass")
+    engine = LocalEngine(2)
+    for number, several in enumerate((True, False, False, False)):
+        one = job(tmp_path / str(number), "fit")
+        engine.start(Job(one.name, one.command, one.arguments, one.folder, (), processes=several))
+        assert engine.wait().error is None
+        if number == 2:
+            made[0].ended = True
+    assert given[0] is None
+    assert given[1:] == [made[0], made[0], made[1]]
+    engine.close()
+    assert made[1].ended
 
 
 def running(process: int) -> bool:

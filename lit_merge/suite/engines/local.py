@@ -52,9 +52,15 @@ class LocalEngine:
         """Start a job's process."""
         slot = next(slot for slot in range(len(self._slots)) if slot not in self._running)
         given = {"CUDA_VISIBLE_DEVICES": ",".join(self._slots[slot])} if self._slots[slot] else {}
-        if self._forks and self._template is None:
+        # Processes that a job starts by repeating its command line need one to repeat.
+        template = self._living_template() if self._forks and not job.processes else None
+        self._running[slot] = StageProcess(job, {**self._environment, **given}, template=template)
+
+    def _living_template(self) -> Template:
+        """What jobs are forked from; another one if that was killed."""
+        if self._template is None or not self._template.is_alive():
             self._template = Template(self._environment, self._modules)
-        self._running[slot] = StageProcess(job, {**self._environment, **given}, template=self._template)
+        return self._template
 
     def wait(self) -> Outcome:
         """Wait until one of the processes ends."""

@@ -48,6 +48,10 @@ class Template:
         """Whether processes may be forked here: on Linux; other systems' libraries do not survive it."""
         return sys.platform == "linux"
 
+    def is_alive(self) -> bool:
+        """Whether it has not ended."""
+        return self._process.poll() is None
+
     def start(
         self, arguments: Sequence[str], log: int, lifeline: int, environment: Mapping[str, str], directory: str | None
     ) -> ForkedProcess:
