@@ -7,7 +7,8 @@
 Every regime of benchmarks/experiments.yaml is a suite per fine-tuning seed, run by ``lit-merge suite`` in a process of
 its own, some at a time. Before, learning rates are chosen on validation data. Goes on where it stopped: a suite that is
 done is not run again, an unfinished one continues. What is large and not needed any more (task vectors, merges) is
-deleted when a suite ends, unless ``--keep``.
+deleted when a suite ends, unless ``--keep``; task vectors when all have, so that regimes of the same fine-tuning share
+them. A regime with one rate in the file has it from an earlier choice and is not tried.
 
 Time: measured in ``seconds`` of the collected JSON. Disk: the vectors of the suites that run at a time, up to forty of
 them, in 32 bits: with lit-tiny 0.5 GB a suite, with MiniLM 4 GB; afterwards some MB.
@@ -38,12 +39,14 @@ sys.path.insert(0, str(Path(__file__).parent))
 from claims_page import write_pages
 from collected import COLLECTED, collect
 from suites import ROOT, Regime, every
+from suites import regimes as regimes_of
 
 from lit_merge.files.text import write_text
 
 NEAR = 0.005
 """The smallest rate whose individual models are within this of the best is taken."""
-LARGE = ("seed-*/fit/*/*.safetensors", "seed-*/joint/fit/*.safetensors", "seed-*/merge/*/merged.safetensors")
+LARGE = ("seed-*/joint/fit/*.safetensors", "seed-*/merge/*/merged.safetensors")
+VECTORS = "seed-*/fit/*/*.safetensors"
 
 
 @dataclass
@@ -129,7 +132,11 @@ def choose(run: Run, regimes: list[Regime]) -> None:
     fits = []
     for instrument in dict.fromkeys(regime.instrument for regime in regimes):
         known = run.choices(instrument)
-        asked = dict.fromkeys(regime.rate_of for regime in regimes if regime.instrument == instrument)
+        own = [regime for regime in regimes if regime.instrument == instrument]
+        given = {one.rate_of: {"rate": one.rates[0], "tried": {}} for one in own if len(one.rates) == 1}
+        if given:
+            write_text(run.output / instrument / "rates.json", json.dumps({**known, **given}, indent=1) + "\n")
+        asked = dict.fromkeys(regime.rate_of for regime in own if regime.rate_of not in given)
         for name in [name for name in asked if name not in known]:
             regime = _with_rates(instrument, name, regimes)
             tasks = regime.of_instrument["choice_tasks"]
@@ -167,6 +174,7 @@ def run_suites(run: Run, regimes: list[Regime], seeds: list[int]) -> list[str]:
         suite = run.suite(regime, [seed], rate)
         text = yaml.safe_dump(suite, sort_keys=False)
         done = folder.with_suffix(".done")
+        take_over(run, regime, seed, folder)
         if run.over() or (done.exists() and done.read_text(encoding="utf-8") == text):
             return
         config = folder.with_suffix(".yaml")
@@ -189,7 +197,29 @@ def run_suites(run: Run, regimes: list[Regime], seeds: list[int]) -> list[str]:
         run.folder(regime).mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(run.parallel) as pool:
         list(pool.map(one, jobs))
+    for regime, seed in () if run.keep or failed or run.over() else jobs:
+        for path in (run.folder(regime) / f"seed-{seed}").glob(VECTORS):
+            path.unlink()
     return failed
+
+
+def take_over(run: Run, regime: Regime, seed: int, folder: Path) -> None:
+    """Link the vectors of another regime of the same fine-tuning, if one is done: a suite finds its own stages done."""
+    if (folder / "stages").exists():
+        return
+    for name in regimes_of(regime.instrument):
+        other = Regime(regime.instrument, name)
+        source = run.folder(other) / f"seed-{seed}"
+        same = name != regime.name and (other.rate_of, other.fit(0.0)) == (regime.rate_of, regime.fit(0.0))
+        if not same or not source.with_suffix(".done").exists() or not any(source.glob(VECTORS)):
+            continue
+        for part in ("zero-shot", f"seed-{seed}/fit", f"seed-{seed}/individual"):
+            shutil.copytree(source / part, folder / part, copy_function=os.link)
+        for stage in (source / "stages").glob("*.json"):
+            if stage.name.startswith(("zero-shot", f"seed-{seed}--fit--", f"seed-{seed}--individual--")):
+                (folder / "stages").mkdir(exist_ok=True)
+                shutil.copy(stage, folder / "stages" / stage.name)
+        return
 
 
 def _suite_process(run: Run, config: Path, folder: Path) -> str:

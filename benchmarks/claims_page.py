@@ -28,7 +28,7 @@ from lit_merge.files.text import write_text
 TEXT_PAGE = ROOT / "docs/text_results.md"
 EXPLANATIONS = ROOT / "benchmarks/explanations.md"
 PUBLISHED = ROOT / "benchmarks/published.yaml"
-BEGIN, END = "<!-- text suite: written by benchmarks/text_suite.py -->", "<!-- end of text suite -->"
+BEGIN, END = "<!-- text regimes: written by benchmarks/claims_page.py -->", "<!-- end of text regimes -->"
 FAMILIES = ("alone", "lines", "forget", "tall")
 ORDER = (HOLDS, NOT, UNDECIDED, NOT_MEASURED)
 UNITS = {"cosine": "hundredths of |cosine|", "tau_jp": "% of ‖τJp‖", "depth": "hundredths", "spearman": "hundredths"}
@@ -123,10 +123,9 @@ def rates(stored: Stored) -> list[str]:
     for name, one in stored.numbers["rates"].items():
         if one:
             tried = ", ".join(f"{rate}: {100 * accuracy:.1f}" for rate, accuracy in one["tried"].items())
-            rows.append([name, f"{one['rate']:g}", tried])
-    return (
-        _table(["regime", "learning rate", "tried: validation accuracy of three tasks, seed 0"], rows) if rows else []
-    )
+            rows.append([name, f"{one['rate']:g}", tried or "chosen before, [regimes](regimes.md)"])
+    of = ", ".join(experiments()["instruments"][stored.instrument]["choice_tasks"])
+    return _table(["regime", "learning rate", f"tried: validation accuracy of {of}, seed 0"], rows) if rows else []
 
 
 def interference(stored: Stored) -> list[str]:
@@ -225,7 +224,7 @@ def truth_page_head() -> list[str]:
 
 
 def text_page() -> str:
-    """docs/text_results.md with the text instrument's tables, if they are there."""
+    """docs/text_results.md with the tables of the text instrument, fine-tuning regimes, if they are there."""
     text = TEXT_PAGE.read_text(encoding="utf-8")
     if "text" not in known_instruments():
         return text

@@ -36,9 +36,11 @@ def instruments() -> list[str]:
 
 
 def regimes(instrument: str) -> list[str]:
-    """The regimes for which an instrument has a list of learning rates, its own or another regime's."""
-    known = experiments()["instruments"][instrument]["rates"]
-    return [name for name, one in experiments()["regimes"].items() if one.get("rate", name) in known]
+    """The regimes that an instrument names, or for which it has learning rates, its own or another regime's."""
+    settings = experiments()["instruments"][instrument]
+    known, named = settings["rates"], settings.get("recipes")
+    every = experiments()["regimes"].items()
+    return [name for name, one in every if (name in named if named else one.get("rate", name) in known)]
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,14 @@ class Regime:
             paper, chosen = next(iter(entry.items())) if isinstance(entry, Mapping) else (entry, None)
             every = _loaded(ROOT / f"configs/paper/{paper}.yaml")["recipes"]
             found |= {name: one for name, one in every.items() if _is_chosen(name, chosen)}
-        return _renamed(found, dict(zip(EMBEDDED_TASKS, self.tasks, strict=True)))
+        found = _renamed(found, dict(zip(EMBEDDED_TASKS, self.tasks, strict=True)))
+        named = self.of_instrument.get("recipes", {}).get(self.name)
+        if named is None:
+            return found
+        return {
+            name: combine(found[name], {"search": {"values": values}} if values else {})
+            for name, values in named.items()
+        }
 
     def fit(self, rate: float) -> dict[str, Any]:
         """The suite's ``fit``: the regime's file, what the instrument needs, and the learning rate."""
@@ -112,7 +121,10 @@ class Regime:
             base = combine(base, {"model": {"init_args": {"trainable": None}}})
             base["model"]["init_args"].pop("trainable")
         own["data"]["init_args"].pop("task", None)
-        return combine(own, base, self.settings.get("changes", {}), {"model": {"init_args": {"learning_rate": rate}}})
+        steps = self.of_instrument.get("steps", {}).get(self.rate_of)
+        chosen: dict[str, Any] = {"model": {"init_args": {"learning_rate": rate}}}
+        chosen |= {"trainer": {"max_steps": steps}} if steps else {}
+        return combine(own, base, self.settings.get("changes", {}), chosen)
 
     def suite(self, seeds: list[int], rate: float, data: str) -> dict[str, Any]:
         """The configuration of ``lit-merge suite``.
@@ -124,7 +136,7 @@ class Regime:
         """
         fit = self.fit(rate)
         found = {**self.base, "name": self.key.replace("/", "_"), "seeds": seeds, "fit": fit, "recipes": self.recipes()}
-        if self.settings.get("joint"):
+        if self.settings.get("joint") and "joint_rate" in self.of_instrument:
             rate = float(self.of_instrument["joint_rate"])
             joint = _loaded(ROOT / "configs/paper/yang_2024_table1.yaml")["joint"]
             found["joint"] = combine(
@@ -132,7 +144,7 @@ class Regime:
                 joint,
                 {"model": {"init_args": {"learning_rate": rate}}},
             )
-        if self.settings.get("tau_jp"):
+        if self.settings.get("tau_jp") and any(name.startswith("alone_") for name in found["recipes"]):
             module = {"class_path": "lit_merge.modules.MultiTaskModule", "init_args": {"tau_jp": True}}
             found["test"] = combine(found.get("test", {}), {"model": module})
         if "linearized" in self.settings:

@@ -2,10 +2,11 @@
 
     lit-merge data prepare text8
     lit-merge suite --config configs/suite/text_full.yaml
-    python benchmarks/text_suite.py runs/text_full
+    python benchmarks/text_suite.py runs/text_full              # or several outputs, with other seeds of the same suite
 
-Reads results.json and every test's hits; writes the JSON, the hits that the verdicts follow from (a bit each, one file
-per method and seed), and the tables of docs/text_results.md.
+``--add`` keeps the seeds that are in the committed files and not in these outputs. Reads results.json and every test's
+hits; writes the JSON, the hits that the verdicts follow from (a bit each, one file per method and seed), and the tables
+of docs/text_results.md.
 """
 
 from __future__ import annotations
@@ -61,22 +62,50 @@ CLAIMS: tuple[tuple[str, str, float, str, str], ...] = (
 ViT-B/32 on eight image tasks where they were seen; whose claim it is."""
 
 
-def collected(suite: Path) -> dict[str, Any]:
-    """The suite's numbers, and its hits, copied."""
-    results = json.loads((suite / "results.json").read_text(encoding="utf-8"))
-    shutil.rmtree(HITS, ignore_errors=True)
-    HITS.mkdir(parents=True)
-    shutil.copy(suite / "zero-shot/test_hits.safetensors", HITS / f"{ZERO_SHOT}.safetensors")
-    for seed, found in results["seeds"].items():
-        for task in results["tasks"]:
+def collected(suites: list[Path], add: bool = False) -> dict[str, Any]:
+    """The suites' numbers, and their hits, copied.
+
+    Args:
+        suites: outputs of the same suite, each with other seeds.
+        add: whether the seeds that are committed stay.
+
+    Raises:
+        SystemExit: what belongs together was not run with the same settings, or differs where it should not.
+    """
+    found = [json.loads((suite / "results.json").read_text(encoding="utf-8")) for suite in suites]
+    seeds = {seed: suite for suite, one in zip(suites, found, strict=True) for seed in one["seeds"]}
+    if add:
+        found = [json.loads(RESULTS.read_text(encoding="utf-8")), *found]
+    for name in ("model", "tasks", "zero_shot"):
+        if any(one[name] != found[0][name] for one in found):
+            sys.exit(f"{name}: expected the same of every suite, got others. Collect the suites of one configuration.")
+    if differing := [name for one in found for name in differing_recipes(found[0], one)]:
+        sys.exit(f"expected the same recipes, got others: {', '.join(differing)}. Collect suites of one configuration.")
+    if not add:
+        shutil.rmtree(HITS, ignore_errors=True)
+    HITS.mkdir(parents=True, exist_ok=True)
+    for suite in suites[:1]:
+        shutil.copy(suite / "zero-shot/test_hits.safetensors", HITS / f"{ZERO_SHOT}.safetensors")
+    for seed, suite in seeds.items():
+        merged = next(one["seeds"][seed]["merged"] for one in reversed(found) if seed in one["seeds"])
+        for task in found[0]["tasks"]:
             source = suite / f"seed-{seed}/individual/{task}/test_hits.safetensors"
             shutil.copy(source, HITS / f"{INDIVIDUAL}-{seed}-{task}.safetensors")
-        for name in found["merged"]:
+        for name in merged:
             shutil.copy(suite / f"seed-{seed}/test/{name}/test_hits.safetensors", HITS / f"{name}-{seed}.safetensors")
+    together = {seed: numbers for one in found for seed, numbers in one["seeds"].items()}
     return {
-        **{key: results[key] for key in ("model", "tasks", "settings", "versions", "hardware", "zero_shot", "seeds")},
-        "claims": judged(list(results["seeds"])),
+        **{key: found[-1][key] for key in ("model", "tasks", "settings", "versions", "hardware", "zero_shot")},
+        "seeds": {seed: together[seed] for seed in sorted(together, key=int)},
+        "claims": judged(sorted(together, key=int)),
     }
+
+
+def differing_recipes(first: dict[str, Any], second: dict[str, Any]) -> list[str]:
+    """Of two suites: ``fit``, and the recipes of both, that are not the same."""
+    one, other = first["settings"], second["settings"]
+    names = [name for name in one["recipes"] if one["recipes"][name] != other["recipes"].get(name)]
+    return [*(["fit"] if one["fit"] != other["fit"] else []), *names]
 
 
 def hits_of(method: str, seeds: list[str]) -> list[dict[str, Any]]:
@@ -157,9 +186,12 @@ def _chosen(measured: dict[str, Any], method: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("suite", type=Path, help="the suite's output")
+    parser.add_argument(
+        "suites", type=Path, nargs="*", help="outputs of the suite; without, judge the committed hits again"
+    )
+    parser.add_argument("--add", action="store_true", help="keep the committed seeds")
     options = parser.parse_args()
-    measured = collected(options.suite)
+    measured = collected(options.suites, options.add or not options.suites)
     write_text(RESULTS, json.dumps(measured, indent=1) + "\n")
     text = PAGE.read_text(encoding="utf-8")
     before, after = text.partition(BEGIN)[0], text.partition(END)[2]

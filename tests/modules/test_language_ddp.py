@@ -18,8 +18,13 @@ from lit_merge.commands.main import main
 sys.exit(max(main(arguments) for arguments in {commands!r}))
 """
 PLAIN = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false", "--trainer.accelerator=cpu"]
-NETWORKS = {"bert": "TextEncoderNetwork", "t5": "Seq2SeqNetwork", "gpt2": "CausalNetwork"}
-SETTINGS = {"bert": [], "t5": ["--model.linearized=true"], "gpt2": ["--model.lora={rank: 2}"]}
+NETWORKS = {"bert": "TextEncoderNetwork", "t5": "Seq2SeqNetwork", "gpt2": "CausalNetwork", "llama": "CausalNetwork"}
+SETTINGS = {
+    "bert": [],
+    "t5": ["--model.linearized=true"],
+    "gpt2": ["--model.lora={rank: 2}"],
+    "llama": ["--model.linearized=true"],
+}
 pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo")
 
 
