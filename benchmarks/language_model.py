@@ -2,7 +2,7 @@
 
     lit-merge data prepare smollm2 news_texts glossary_texts quotations
     python benchmarks/language_model.py            # 3 seeds; on one data centre GPU in minutes
-    python benchmarks/language_model.py --small    # 1 seed and less of everything: minutes on two cores
+    python benchmarks/language_model.py --small    # 1 seed and less of everything: a quarter of an hour on two cores
 
 Per seed: the model is fine-tuned on news articles and on a glossary of computing (language modelling, packed blocks),
 the two vectors are merged, and the news are unlearned by negation, whose coefficient keeps the control's perplexity
@@ -83,7 +83,7 @@ class Size:
     fractions: tuple[float, ...] = (0.0, 0.2, 0.4, 0.5, 0.6, 0.8, 1.0)
 
 
-SMALL = Size(64, 4, 6, 1e-4, 2, 4, 4, 8, 8, 2, 1e-3, 4, 8, (0.0, 0.5, 1.0))
+SMALL = Size(128, 8, 30, 5e-5, 6, 16, 16, 8, 16, 8, 1e-3, 4, 16, (0.0, 0.25, 0.5, 0.75, 1.0))
 
 
 class Model:
@@ -138,11 +138,10 @@ class Model:
         L.seed_everything(seed, verbose=False)
         module = FineTuneModule(network=self.network, learning_rate=self.size.rate, weight_decay=0.1)
         data = TaskDataModule(source=self.task(name), name=name, batch_size=self.size.batch, seed=seed)
-        settings = {"precision": "bf16-mixed"} if self.device.type == "cuda" else {"accelerator": "cpu"}
+        accelerator = "gpu" if self.device.type == "cuda" else "cpu"
         with quiet(), tempfile.TemporaryDirectory() as folder:
-            trainer = silent_trainer(
-                max_steps=self.size.steps, limit_val_batches=0, default_root_dir=folder, **settings
-            )
+            settings = {"max_steps": self.size.steps, "limit_val_batches": 0, "default_root_dir": folder}
+            trainer = silent_trainer(accelerator=accelerator, precision="bf16-mixed", **settings)
             trainer.fit(module, datamodule=data)
         vector = TaskVector(dict(module.task_vector()), name, metadata=module.base_description())
         module.load_parameters(module.initial_parameters)

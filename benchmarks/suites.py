@@ -38,9 +38,10 @@ def instruments() -> list[str]:
 def regimes(instrument: str) -> list[str]:
     """The regimes that an instrument names, or for which it has learning rates, its own or another regime's."""
     settings = experiments()["instruments"][instrument]
-    known, named = settings["rates"], settings.get("recipes")
+    if "recipes" in settings:
+        return list(settings["recipes"])
     every = experiments()["regimes"].items()
-    return [name for name, one in every if (name in named if named else one.get("rate", name) in known)]
+    return [name for name, one in every if one.get("rate", name) in settings["rates"]]
 
 
 @dataclass(frozen=True)
