@@ -9,6 +9,7 @@ Paragraphs on single claims are written by hand, in benchmarks/explanations.md, 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ import yaml
 from scipy import stats
 
 sys.path.insert(0, str(Path(__file__).parent))
+import text_suite
 from collected import COLLECTED, NOT_MEASURED, Stored, claims
 from suites import ROOT, experiments
 from verdicts import HOLDS, NOT, UNDECIDED
@@ -55,9 +57,11 @@ def verdicts_of(stored: Stored) -> list[str]:
     return [row["verdict"] for row in stored.numbers["claims"]]
 
 
-def counts(every: Sequence[Stored]) -> list[str]:
-    """A table of verdicts per instrument, and how many of them chance decides."""
+def counts(every: Sequence[Stored], suite: Mapping[str, Any] | None = None) -> list[str]:
+    """A table of verdicts per instrument, with those of the text suite's own, and how many of them chance decides."""
     rows, judged = [], 0
+    if suite is not None:
+        rows, judged = [text_suite_counts(suite)], len(suite["claims"])
     for stored in every:
         found = verdicts_of(stored)
         judged += len(found) - found.count(NOT_MEASURED)
@@ -72,6 +76,16 @@ def counts(every: Sequence[Stored]) -> list[str]:
         f"{judged} verdicts at 95 % each: about {judged / 20:.0f} of those on true zero differences are expected to be "
         "wrong.",
     ]
+
+
+def text_suite_counts(measured: Mapping[str, Any]) -> list[str]:
+    """The row of the table of counts for benchmarks/text_suite.py."""
+    found = [row["verdict"] for row in measured["claims"]]
+    about = "all-MiniLM-L6-v2, eight real tasks of text, 120 steps of 32 texts a task: merges of full fine-tuning"
+    examples = sum(len(one) for one in text_suite.hits_of(text_suite.ZERO_SHOT, ["0"])[0].values())
+    missing = len(text_suite.CLAIMS) - len(found)
+    shown = [str(found.count(one)) for one in (HOLDS, NOT, UNDECIDED)]
+    return ["text_full", about, f"{examples:,}", str(len(measured["seeds"])), *shown, str(missing)]
 
 
 def claim_table(stored: Stored) -> list[str]:
@@ -197,12 +211,17 @@ def instrument_part(stored: Stored, level: str = "##") -> list[str]:
     """All tables of one instrument."""
     numbers = stored.numbers
     hours = sum(one["seconds"] for one in numbers["regimes"].values()) / 3600
+    scripts: dict[str, list[str]] = {}
+    for name, one in numbers["regimes"].items():
+        if "script" in one:
+            scripts.setdefault(f"the rows of `{one['script']}`", []).append(name)
     lines = [f"{level} Claims", "", *claim_table(stored), "", f"{level} Accuracies", ""]
     machine = numbers["hardware"].get("accelerator") or numbers["hardware"]["processor"]
     lines += [
         f"Test accuracy in percent, mean over tasks ± standard deviation over seeds; {numbers['model']['name']}, "
-        f"{numbers['model']['parameters']:,} parameters, torch {numbers['versions']['torch']}, {machine}; the suites' "
-        f"stages took {hours:.1f} hours of one process.",
+        f"{numbers['model']['parameters']:,} parameters, torch {numbers['versions']['torch']}, {machine}"
+        + (f"; the suites' stages took {hours:.1f} hours of one process." if hours else ".")
+        + "".join(f" {', '.join(names)}: {script}." for script, names in scripts.items()),
         "",
         *accuracies(stored),
     ]
@@ -214,7 +233,11 @@ def instrument_part(stored: Stored, level: str = "##") -> list[str]:
 def truth_page_head() -> list[str]:
     """The head of docs/results.md: the rule, the counts, every claim by instrument, what is surprising."""
     every = [Stored(name) for name in known_instruments()]
-    lines = ["## The rule", "", *RULE.splitlines(), "", "## Counts", "", *counts(every), ""]
+    suite = json.loads(text_suite.RESULTS.read_text(encoding="utf-8"))
+    lines = ["## The rule", "", *RULE.splitlines(), "", "## Counts", "", *counts(every, suite), ""]
+    lines += ["## text_full: a published sentence encoder, merges of full fine-tuning", ""]
+    lines += ["Protocol and every task's accuracy: [results on a real network](text_results.md).", ""]
+    lines += [*text_suite.claim_table(suite), ""]
     for stored in every:
         about = experiments()["instruments"][stored.instrument]["about"]
         lines += [f"## {stored.instrument}: {about}", "", *instrument_part(stored, "###"), ""]

@@ -12,6 +12,7 @@ A claim (benchmarks/claims) names two methods, ``regime/recipe``, and what of th
   that the mean is the normalised accuracy and the variance that of the ratio (delta method);
 - ``own`` and ``others``, of ``regime/name_*``, one model per task: its accuracy on its own task (target), and on the
   others (control), of every example the mean over the models of other tasks; ``own_normalised`` as above;
+- ``unseen``, of ``regime/name_without_*``: on the tasks that a model was merged without;
 - ``cosine``: the absolute cosines of the task vectors, by pair; ``tau_jp``: the logarithms of the mean norms of τJp, by
   vector and other task; ``depth``: how much larger the learned coefficients of a task are in the second half of the
   blocks than in the first; ``spearman``: of entropy and loss at the end of learning, by task.
@@ -40,7 +41,7 @@ from lit_merge.report.coefficient_depth import depth_means
 from lit_merge.report.hits import load_hits, save_hits
 from lit_merge.vectors import Coefficients
 
-__all__ = ["CLAIMS", "COLLECTED", "NOT_MEASURED", "Stored", "claims", "collect", "judged"]
+__all__ = ["CLAIMS", "COLLECTED", "NOT_MEASURED", "Stored", "claims", "collect", "judged", "written"]
 
 COLLECTED = ROOT / "benchmarks/results/claims"
 CLAIMS = ROOT / "benchmarks/claims"
@@ -114,9 +115,9 @@ def collect(instrument: str, folders: Mapping[Regime, Sequence[Path]], rates: Ma
         }
     if known:
         known["claims"] = []
-        write_text(path, _written(known))
+        write_text(path, written(known))
         known["claims"] = judged(Stored(instrument, to))
-        write_text(path, _written(known))
+        write_text(path, written(known))
     missing = [one.name for regime, suites in folders.items() for one in suites if one not in complete[regime]]
     return f"{instrument}: {sum(map(len, complete.values()))} suites collected, {len(missing)} not finished"
 
@@ -206,7 +207,7 @@ def _tau_jp(folder: Path, tasks: Sequence[str]) -> dict[str, Any]:
     return {"tau_jp": found} if len(found) == len(tasks) else {}
 
 
-def _written(known: Mapping[str, Any]) -> str:
+def written(known: Mapping[str, Any]) -> str:
     """JSON with a line for every regime and seed, and for every claim."""
     lines = []
     for key, value in known.items():
@@ -299,6 +300,8 @@ class Stored:
             found = {task: self._of_task(regime, method, task, seed)[task] for task in self.tasks}
         elif measure == "others":
             found = {task: self._control(regime, method, task, seed) for task in self.tasks}
+        elif measure == "unseen":
+            found = self._unseen(regime, method, seed)
         else:
             found = self.hits(regime, method, seed)
         if not measure.endswith("normalised"):
@@ -314,8 +317,23 @@ class Stored:
         others = [other for other in self.tasks if other != task]
         return torch.stack([self._of_task(regime, method, other, seed)[task] for other in others]).mean(0)
 
+    def _unseen(self, regime: str, method: str, seed: str) -> dict[str, Tensor]:
+        """Of every model whose name says which tasks it was merged without, the hits on these."""
+        found: dict[str, Tensor] = {}
+        for name in self.regime(regime)["seeds"][seed]["merged"]:
+            start, _, left = name.partition(method.removesuffix("*"))
+            if not start and left:
+                hits = self.hits(regime, name, seed)
+                found |= {task: hits[task] for task in self.tasks if f"_{task}_" in f"_{left}_"}
+        if not found:
+            raise NotMeasuredError(f"{regime}/{method}")
+        return found
+
     def _cosines(self, regime: str, seed: str) -> Tensor:
-        rows = torch.tensor(self.regime(regime)["seeds"][seed]["cosine_similarity"], dtype=torch.float64)
+        found = self.regime(regime)["seeds"][seed].get("cosine_similarity")
+        if found is None:
+            raise NotMeasuredError(f"{regime}: cosines")
+        rows = torch.tensor(found, dtype=torch.float64)
         above = torch.ones_like(rows, dtype=torch.bool).triu(1)
         return rows[above].abs()
 

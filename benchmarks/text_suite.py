@@ -161,6 +161,14 @@ def tables(measured: dict[str, Any]) -> str:
         *([f"{left} more are of methods that were not run;"] if (left := len(CLAIMS) - len(verdicts)) else []),
         f"at 95 % each, about {len(verdicts) / 20:.1f} verdicts of true zero differences are expected to be wrong.",
         "",
+        *claim_table(measured),
+    ]
+    return "\n".join(lines)
+
+
+def claim_table(measured: dict[str, Any]) -> list[str]:
+    """Every claim with its difference and verdict."""
+    lines = [
         "| claim, published numbers | source | difference, points | 95 % interval | by seed | verdict |",
         "| :-- | :-- | --: | :-- | :-- | :-- |",
     ]
@@ -169,7 +177,7 @@ def tables(measured: dict[str, Any]) -> str:
         by_seed = ", ".join(f"{one:+.2f}" for one in row["by_seed"])
         numbers = f"{row['effect']:+.2f} | {low:+.2f} to {high:+.2f} | {by_seed}"
         lines.append(f"| {row['claim']} | {row['source']} | {numbers} | {row['verdict']} |")
-    return "\n".join(lines)
+    return lines
 
 
 def _accuracies(measured: dict[str, Any], seed: str, method: str) -> dict[str, float]:

@@ -19,7 +19,7 @@ from lit_merge.errors import FileFormatError
 from lit_merge.report.hits import save_hits
 from lit_merge.vectors import Coefficients
 
-SCRIPTS = ("collected", "suites", "verdicts", "claims_page", "results_page", "learned_merges")
+SCRIPTS = ("collected", "suites", "verdicts", "claims_page", "results_page", "text_suite", "collect_learned_merges")
 TASKS = ["a", "b"]
 SIZES = {"a": 400, "b": 300}
 COLLECTED = sorted(path.stem for path in (ROOT / "benchmarks/results/claims").glob("*.json"))
@@ -168,13 +168,15 @@ def test_a_claim_without_a_quotation_is_refused(
 
 
 def test_every_claim_is_about_something_that_is_run(collected: ModuleType) -> None:
+    import collect_learned_merges
     from suites import Regime, instruments, regimes
 
     known: dict[str, set[str]] = {}
     for name in regimes("embedded"):
         recipes = Regime("embedded", name).recipes()
         joint = {"joint"} if Regime("embedded", name).settings.get("joint") else set()
-        known[name] = {*recipes, "zero_shot", "individual", "cosine", *joint}
+        script = collect_learned_merges.METHODS.get(name, {})
+        known[name] = {*recipes, *script, "zero_shot", "individual", "cosine", *joint}
     assert instruments()
     texts = [one["claim"] for one in collected.claims()]
     assert len(set(texts)) == len(texts)
@@ -219,12 +221,42 @@ def test_a_page_is_made_of_it(collected: ModuleType, stored: Any, monkeypatch: p
     assert "1 verdicts at 95 % each" in "\n".join(claims_page.counts([stored]))
 
 
+def learned_merges_digest() -> str:
+    import collect_learned_merges
+
+    return collect_learned_merges.digest(json.loads(collect_learned_merges.SOURCE.read_text(encoding="utf-8")))
+
+
+def test_rows_of_a_script_are_taken_over_as_they_are(collected: ModuleType) -> None:
+    import collect_learned_merges as script
+
+    measured = json.loads(script.SOURCE.read_text(encoding="utf-8"))
+    row = next(one for one in measured["rows"] if (one["seed"], one["method"]) == (2, "layer-wise"))
+    packed = script.packed(measured, "learned")["2/layer_wise"].split([len(one) for one in script.hits(row).values()])
+    for task, part in zip(script.EMBEDDED_TASKS, packed, strict=True):
+        assert part.double().mean().item() == pytest.approx(row["accuracy"][task], abs=1e-6)
+
+
+def test_models_are_judged_on_the_tasks_they_have_not_seen(
+    collected: ModuleType, stored: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stored, "hits", lambda regime, method, seed: {"a": method, "b": method})
+    merged = stored.numbers["regimes"]["full"]["seeds"]["0"]["merged"]
+    monkeypatch.setitem(merged, "good_without_b", merged["good"])
+    assert stored.measured("full/good_without_*", "unseen", "0") == {"b": "good_without_b"}
+    with pytest.raises(collected.NotMeasuredError):
+        stored.measured("full/poor_without_*", "unseen", "0")
+
+
 @pytest.mark.parametrize("instrument", COLLECTED)
 def test_verdicts_and_experiments_are_those_that_were_collected(collected: ModuleType, instrument: str) -> None:
     stored = collected.Stored(instrument)
     assert stored.numbers["claims"] == collected.judged(stored)
     for name, found in stored.numbers["regimes"].items():
-        assert found["digest"] == collected.Regime(instrument, name).digest, f"{name}: run benchmarks/all.py again"
+        if "script" in found:
+            assert found["digest"] == learned_merges_digest(), f"{name}: run benchmarks/collect_learned_merges.py again"
+        else:
+            assert found["digest"] == collected.Regime(instrument, name).digest, f"{name}: run benchmarks/all.py again"
         for seed, one in found["seeds"].items():
             for method, merged in one["merged"].items():
                 hits = stored.hits(name, method, seed)
