@@ -1,4 +1,4 @@
-"""The tokens of a task's texts, with a word on what was cut; large tasks are tokenised once for all runs."""
+"""The tokens of a task's texts, with a word on what was cut; all but small tasks are tokenised once for all runs."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from lit_merge.files.cache import Cache
 
 __all__ = ["checked_preprocessing", "encoded", "encoded_answers", "packed"]
 
-_VERSION = 1  # part of every cache key: raise it when the computation changes
-_WORTH_KEEPING = 20_000  # texts that take longer to tokenise than to read
+_VERSION = 2  # part of every cache key: raise it when the computation changes
+_WORTH_KEEPING = 100_000  # characters that take longer to tokenise than their tokens to read
 _MOST_UNKNOWN = 0.5
 _MANY_UNKNOWN = 0.1
 _LOOKED_AT = 1000
@@ -60,17 +60,19 @@ def encoded(
     Raises:
         DataError: the tokenizer does not know most of the words, or a text or target has no tokens.
     """
-    _check_vocabulary(preprocessing, name, sources)
-    cache = Cache("tokens") if len(sources) >= _WORTH_KEEPING else None
+    cache = Cache("tokens") if sum(map(_characters, sources)) >= _WORTH_KEEPING else None
     key = "" if cache is None else cache.key([_VERSION, repr(preprocessing), ended, _digest(sources), _digest(targets)])
     stored = None if cache is None else cache.tensors(key)
     if stored is None:
+        unknown = _share_unknown(preprocessing, name, sources)
         found = preprocessing.encode(sources, targets, ended)
         flat = {"sources": found.input_ids, **({} if targets is None else {"targets": found.target_ids})}
         stored = {one: tensor for kind, rows in flat.items() for one, tensor in _flat(kind, rows).items()}
         stored["truncated"] = torch.tensor([found.truncated, *_longest(preprocessing, sources, found)])
+        stored["unknown"] = torch.tensor(unknown, dtype=torch.float64)
         if cache is not None:
             cache.write_tensors(key, stored)
+    _warn_of_unknown(name, float(stored["unknown"]), sources)
     truncated, longest = stored["truncated"].tolist()
     if truncated:
         from lightning.pytorch.utilities import rank_zero_warn
@@ -113,7 +115,7 @@ def packed(preprocessing: TextPreprocessing, name: str, texts: Sequence[str]) ->
     if preprocessing.kind != "causal" or preprocessing.end_id is None:
         got = f"the kind {preprocessing.kind}" if preprocessing.kind != "causal" else "a tokenizer without end of text"
         raise ConfigurationError(f"pack: expected a causal language model with an end of text, got {got}. Remove it.")
-    _check_vocabulary(preprocessing, name, texts)
+    _warn_of_unknown(name, _share_unknown(preprocessing, name, texts), texts)
     whole = preprocessing.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
     stream = np.fromiter((token for ids in whole for token in (*ids, preprocessing.end_id)), np.int64)
     count = len(stream) // preprocessing.max_length
@@ -125,11 +127,16 @@ def packed(preprocessing: TextPreprocessing, name: str, texts: Sequence[str]) ->
     return list(stream[: count * preprocessing.max_length].reshape(count, -1))
 
 
-def _check_vocabulary(preprocessing: TextPreprocessing, name: str, sources: Sequence[Any]) -> None:
+def _share_unknown(preprocessing: TextPreprocessing, name: str, sources: Sequence[Any]) -> float:
+    """Of the first texts' tokens, how many are the unknown one, from 0 to 1.
+
+    Raises:
+        DataError: most of them are.
+    """
     unknown = preprocessing.tokenizer.unk_token_id
     some = [one if isinstance(one, str) else " ".join(one) for one in sources[:_LOOKED_AT]]
     if unknown is None or not some:
-        return
+        return 0.0
     ids = np.concatenate(
         [
             np.asarray(one, np.int64)
@@ -142,10 +149,19 @@ def _check_vocabulary(preprocessing: TextPreprocessing, name: str, sources: Sequ
             f"{name}: expected texts that the network's tokenizer knows, got its unknown token for {share:.0%} of the "
             f"first {len(some):,} texts' tokens. Use the tokenizer of this network's vocabulary, or another network."
         )
+    return share
+
+
+def _warn_of_unknown(name: str, share: float, sources: Sequence[Any]) -> None:
     if share > _MANY_UNKNOWN:
         from lightning.pytorch.utilities import rank_zero_warn
 
-        rank_zero_warn(f"{name}: {share:.0%} of the first {len(some):,} texts' tokens are unknown to the tokenizer.")
+        count = min(len(sources), _LOOKED_AT)
+        rank_zero_warn(f"{name}: {share:.0%} of the first {count:,} texts' tokens are unknown to the tokenizer.")
+
+
+def _characters(text: Any) -> int:
+    return len(text) if isinstance(text, str) else sum(map(len, text))
 
 
 def _longest(preprocessing: TextPreprocessing, sources: Sequence[Any], found: Any) -> list[int]:

@@ -348,6 +348,7 @@ def test_large_tasks_are_tokenised_once(tmp_path, monkeypatch):
     assert len(list((tmp_path / "tokens").glob("*.safetensors"))) == 1
     network = encoder(4)
     monkeypatch.setattr(network, "encode", None)
+    monkeypatch.setattr("lit_merge.data.text.encoding._share_unknown", None)
     with pytest.warns(
         UserWarning, match=r"cut 24 of 48 texts to max_length 4 \(targets: 16\); the longest text has 5 tok"
     ):
