@@ -13,9 +13,15 @@ from torch import Tensor
 
 from lit_merge.errors import ConfigurationError
 from lit_merge.naming import block_of
-from lit_merge.params import is_finite
 from lit_merge.transforms.base import Transform
-from lit_merge.transforms.matrices import check_pattern, decomposed, decomposition, is_matrix, work_of_matrices
+from lit_merge.transforms.matrices import (
+    check_pattern,
+    decomposed,
+    decomposition,
+    is_matrix,
+    left_vectors,
+    work_of_matrices,
+)
 from lit_merge.vectors import TaskVectors
 from lit_merge.vectors.global_value import Statistic
 from lit_merge.vectors.sources import Work
@@ -121,16 +127,6 @@ def relative_sizes(norms: Tensor, power: float) -> Tensor:
     return (norms / mean) ** power if bool(mean > 0) else torch.ones_like(norms)
 
 
-def _left_vectors(matrix: Tensor) -> Tensor:
-    """The left singular vectors of a matrix ``(m, n)`` in float64, ``(m, k)``, of values that are not zero."""
-    rows, columns = matrix.shape
-    small = torch.linalg.qr(matrix.mT, mode="r").R.mT if columns > rows else matrix  # the right ones are not needed
-    left, values, _ = torch.linalg.svd(small, full_matrices=False)
-    if not is_finite(values):
-        raise torch.linalg.LinAlgError
-    return left[:, values > torch.finfo(values.dtype).eps * max(matrix.shape) * values[:1]]
-
-
 def _calibrated(alpha: float, exclude: str | None, name: str, stack: Tensor, inputs: Tensor) -> Tensor:
     if not is_matrix(exclude, name, stack.shape):
         return stack
@@ -139,7 +135,7 @@ def _calibrated(alpha: float, exclude: str | None, name: str, stack: Tensor, inp
 
 def _calibrated_matrix(alpha: float, merged: Tensor, inputs: Tensor) -> Tensor:
     matrix = merged.double()
-    left = _left_vectors(matrix)
+    left = left_vectors(matrix, merged.dtype == torch.float32)
     responses = left.mT @ matrix
     total = torch.zeros(left.shape[1], dtype=torch.float64, device=merged.device)
     for vector in inputs:
@@ -155,7 +151,7 @@ def _calibrated_matrix(alpha: float, merged: Tensor, inputs: Tensor) -> Tensor:
 
 def _calibration_work(tasks: int, one: int, rows: int, columns: int, itemsize: int) -> Work:
     rank, matrix = min(rows, columns), rows * columns
-    parts = [decomposition(rows, rank if columns > rows else columns, 8), Work(0, 4.0 * matrix * rank)]
+    parts = [decomposition(rows, columns, itemsize), Work(0, 4.0 * matrix * rank)]
     parts += [Work(0, 2.0 * matrix * rank)] * tasks
     work = Work.together(parts)  # beside the matrix itself, its responses, those of one task, its factor and change
     return Work(work.memory + 8 * (4 * matrix + rows * rank), work.operations)

@@ -26,7 +26,9 @@ __all__ = [
     "decomposed",
     "decomposition",
     "is_matrix",
+    "left_vectors",
     "nearest_orthogonal",
+    "polar",
     "reduce_matrices",
     "triplets",
     "work_of_matrices",
@@ -75,8 +77,14 @@ def reduce_matrices(
 
 
 def decomposition(rows: int, columns: int, itemsize: int) -> Work:
-    """A thin singular value decomposition by divide and conquer (Golub and Van Loan 2013, figure 8.6.1)."""
+    """A thin singular value decomposition by divide and conquer (Golub and Van Loan 2013, figure 8.6.1).
+
+    Of float32 it is that of :func:`triplets`: a product in float64, and what LAPACK's syevd takes.
+    """
     small, large = sorted((rows, columns))
+    if itemsize == 4:  # the matrix and one side in float64, the product with its vectors and workspace, both sides
+        memory = 8 * (2 * large * small + 5 * small**2) + 4 * (rows + columns) * small
+        return Work(memory, 4.0 * large * small**2 + 9.0 * small**3)
     # The matrix and its copy, both sides, and what LAPACK's gesdd asks for.
     memory = 2 * rows * columns + (rows + columns) * small + 4 * small**2
     return Work(memory * itemsize, 6.0 * large * small**2 + 20.0 * small**3)
@@ -112,6 +120,10 @@ def decomposed(who: str, name: str, function: Callable[..., _Result], *given: An
 def triplets(matrix: Tensor, most: int, largest: Tensor | None = None) -> Triplets:
     """The first singular triplets of a matrix ``(m, n)``.
 
+    Those of a float32 matrix A come from the eigenvectors of ``A Aᵀ`` or ``Aᵀ A``, of the smaller one, in float64. What
+    squares lose there, ``eps`` of float64 times the square of the largest value over the smallest that counts, is
+    below 1e-7; float32 decompositions lose more, and take up to three times as long.
+
     Args:
         matrix: in float32 or float64.
         most: at most so many.
@@ -120,18 +132,75 @@ def triplets(matrix: Tensor, most: int, largest: Tensor | None = None) -> Triple
     Returns:
         The triplets whose singular values are not zero.
     """
+    if matrix.dtype == torch.float32:
+        return _from_squares(matrix, most, largest)
     left, values, right = torch.linalg.svd(matrix, full_matrices=False)
     if not is_finite(values):  # of a sum that overflowed; some libraries do not refuse it
         raise torch.linalg.LinAlgError
-    floor = torch.finfo(values.dtype).eps * max(matrix.shape) * (values[:1] if largest is None else largest)
-    kept = min(most, int((values > floor).sum()))
+    kept = _not_zero(values, matrix, most, largest)
     return left[:, :kept], values[:kept], right[:kept]
+
+
+def left_vectors(matrix: Tensor, single: bool) -> Tensor:
+    """All left singular vectors of a matrix ``(m, n)`` in float64, ``(m, k)``, of values that are not zero.
+
+    Args:
+        matrix: in float64.
+        single: whether its elements are no more exact than float32: then from its squares, as in :func:`triplets`.
+    """
+    rows, columns = matrix.shape
+    if single:
+        values, near = _squares(matrix if columns >= rows else matrix.mT)
+        kept = int((values > (torch.finfo(values.dtype).eps * max(rows, columns)) ** 0.5 * values[:1]).sum())
+        return near[:, :kept] if columns >= rows else matrix @ (near[:, :kept] / values[:kept])
+    small = torch.linalg.qr(matrix.mT, mode="r").R.mT if columns > rows else matrix  # the right ones are not needed
+    left, values, _ = torch.linalg.svd(small, full_matrices=False)
+    if not is_finite(values):
+        raise torch.linalg.LinAlgError
+    return left[:, : _not_zero(values, matrix, rows)]
+
+
+def _not_zero(values: Tensor, matrix: Tensor, most: int, largest: Tensor | None = None) -> int:
+    floor = torch.finfo(matrix.dtype).eps * max(matrix.shape) * (values[:1] if largest is None else largest)
+    return min(most, int((values > floor).sum()))
+
+
+def _from_squares(matrix: Tensor, most: int, largest: Tensor | None) -> Triplets:
+    wide = matrix.shape[1] >= matrix.shape[0]
+    rows = (matrix if wide else matrix.mT).double()
+    values, near = _squares(rows)
+    kept = _not_zero(values, matrix, most, largest)
+    values, near = values[:kept], near[:, :kept]
+    far = (rows.mT @ near).div_(values)
+    left, right = (near, far) if wide else (far, near)
+    return left.to(matrix.dtype), values.to(matrix.dtype), right.mT.to(matrix.dtype)
+
+
+def _squares(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """The singular values of ``(m, n)``, m ≤ n, in float64, the largest first, and the left vectors ``(m, m)``."""
+    squares, vectors = torch.linalg.eigh(rows @ rows.mT)
+    if not is_finite(squares):  # of a sum that overflowed; some libraries do not refuse it
+        raise torch.linalg.LinAlgError
+    return squares.flip(0).clamp_(min=0).sqrt_(), vectors.flip(1)
 
 
 def nearest_orthogonal(matrix: Tensor) -> Tensor:
     """P Qᵀ of ``matrix = P S Qᵀ``, over the singular values that are not zero (Procrustes)."""
-    left, _, right = triplets(matrix, min(matrix.shape))
-    return left @ right
+    return polar(matrix)[0]
+
+
+def polar(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """P Qᵀ of ``matrix = P S Qᵀ``, and S, over the singular values that are not zero; as exact as :func:`triplets`."""
+    if matrix.dtype != torch.float32:
+        left, values, right = triplets(matrix, min(matrix.shape))
+        return left @ right, values
+    wide = matrix.shape[1] >= matrix.shape[0]
+    rows = (matrix if wide else matrix.mT).double()
+    values, near = _squares(rows)
+    kept = _not_zero(values, matrix, len(values))
+    values, near = values[:kept], near[:, :kept]
+    factor = ((near / values) @ near.mT @ rows).to(matrix.dtype)  # P S⁻¹ Pᵀ · P S Qᵀ
+    return (factor if wide else factor.mT), values.to(matrix.dtype)
 
 
 def _matrices_merged(

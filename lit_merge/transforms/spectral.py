@@ -21,6 +21,7 @@ from lit_merge.transforms.matrices import (
     check_pattern,
     decomposition,
     nearest_orthogonal,
+    polar,
     reduce_matrices,
     triplets,
 )
@@ -222,8 +223,8 @@ def _tsv_merged(rank_fraction: float | None, stack: Tensor) -> Tensor:
 
 
 def _iso_c(stack: Tensor) -> Tensor:
-    left, values, right = triplets(stack.sum(0), min(stack.shape[1:]))
-    return (left * values.mean()) @ right
+    factor, values = polar(stack.sum(0))
+    return factor.mul_(values.mean()) if len(values) else factor
 
 
 def _iso_cts(common_fraction: float, stack: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 
 from lit_merge.errors import ConfigurationError
 from lit_merge.transforms import CART, DCMerge, IsoC, IsoCTS, TSVMerge
+from lit_merge.transforms.matrices import left_vectors, polar, triplets
 from lit_merge.vectors import TaskVector, TaskVectors
 
 ALL = [TSVMerge(), IsoC(), IsoCTS(0.5)]
@@ -330,3 +331,66 @@ def test_a_sum_that_overflows_is_refused():
 def test_wrong_fields(build, message):
     with pytest.raises(ConfigurationError, match=message):
         build()
+
+
+# Decompositions of float32, from squares in float64
+
+
+def spectrum_of(shape: tuple[int, int], smallest: float) -> torch.Tensor:
+    """A float64 matrix whose singular values fall evenly from 1 to the smallest, rounded to float32."""
+    generator = torch.Generator().manual_seed(0)
+    rank = min(shape)
+    left, right = (
+        torch.linalg.qr(torch.randn(size, rank, generator=generator, dtype=torch.float64)).Q for size in shape
+    )
+    values = torch.logspace(0, float(np.log10(smallest)), rank, dtype=torch.float64)
+    return ((left * values) @ right.mT).float().double()
+
+
+@pytest.mark.parametrize("shape", [(40, 40), (40, 120), (120, 40)])
+@pytest.mark.parametrize("smallest", [0.1, 1e-3])
+def test_triplets_of_float32_are_those_of_float64(shape: tuple[int, int], smallest: float) -> None:
+    exact = spectrum_of(shape, smallest)
+    left, values, right = triplets(exact.float(), min(shape))
+    assert left.dtype == values.dtype == right.dtype == torch.float32
+    wanted = torch.linalg.svdvals(exact)
+    assert (values.double() / wanted - 1).abs().max() <= 1e-6
+    identity = torch.eye(len(values), dtype=torch.float64)
+    for side in (left.double().mT @ left.double(), right.double() @ right.double().mT):
+        assert (side - identity).abs().max() <= 1e-6
+    for count in (1, 10):
+        cut = triplets(exact.float(), count)
+        u, s, v = torch.linalg.svd(exact, full_matrices=False)
+        best = (u[:, :count] * s[:count]) @ v[:count]
+        assert ((cut[0] * cut[1]) @ cut[2] - best).abs().max() <= 1e-6 * best.abs().max()
+
+
+@pytest.mark.parametrize("shape", [(40, 40), (40, 120), (120, 40)])
+def test_the_polar_factor_of_float32_is_that_of_float64(shape: tuple[int, int]) -> None:
+    exact = spectrum_of(shape, 1e-2)
+    (got, values), (wanted, own) = polar(exact.float()), polar(exact)
+    assert got.dtype == torch.float32
+    assert (got - wanted).abs().max() <= 1e-6
+    assert (values / own - 1).abs().max() <= 1e-6
+
+
+def test_what_float32_cannot_tell_from_zero_has_no_direction() -> None:
+    exact = spectrum_of((30, 50), 1e-2)
+    rows = exact[:20]
+    doubled = torch.cat([rows, rows[:10]])  # rank 20
+    assert [len(one.mT) for one in triplets(doubled.float(), 30)[:1]] == [20]
+    assert len(triplets(torch.zeros(3, 5), 3)[1]) == 0
+
+
+@pytest.mark.parametrize("shape", [(40, 40), (40, 120), (120, 40)])
+def test_left_vectors_span_the_same_space_from_squares(shape: tuple[int, int]) -> None:
+    exact = spectrum_of(shape, 1e-3)
+    projections = [one @ one.mT @ exact for one in (left_vectors(exact, True), left_vectors(exact, False))]
+    assert all((one - exact).abs().max() <= 1e-10 for one in projections)
+    signs = (left_vectors(exact, True) * left_vectors(exact, False)).sum(0).abs()
+    assert (signs - 1).abs().max() <= 1e-8
+
+
+def test_a_float32_matrix_that_overflows_has_none() -> None:
+    with pytest.raises((torch.linalg.LinAlgError, RuntimeError)):
+        triplets(torch.full((3, 4), float("inf")), 3)
