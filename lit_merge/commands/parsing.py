@@ -15,7 +15,7 @@ import yaml
 from jsonargparse import ArgumentParser, Namespace, get_loader, set_loader
 
 from lit_merge.errors import ConfigurationError, did_you_mean, one_line
-from lit_merge.files.yaml_limits import check_yaml
+from lit_merge.files.yaml_limits import check_yaml, with_plain_keys
 
 __all__ = ["CommandParser", "NearestNames", "configurations", "refuse_saved_permissions", "refuse_urls"]
 
@@ -154,7 +154,7 @@ def _configured(arguments: Sequence[str]) -> Iterator[tuple[dict[str, Any], Path
             file = Path(value) if Path(value).is_file() else None
             text = file.read_text(encoding="utf-8") if file is not None else value
             check_yaml(text, str(file or "config"))
-            content = yaml.safe_load(text)
+            content = yaml.safe_load(with_plain_keys(text))
         except (OSError, ValueError, RecursionError, yaml.YAMLError):
             continue
         if isinstance(content, dict):
@@ -194,7 +194,7 @@ _load = get_loader("yaml")
 
 def _load_limited(text: str) -> Any:
     check_yaml(text)
-    return _load(text)
+    return _load(with_plain_keys(text))
 
 
 set_loader("yaml", _load_limited, exceptions=(yaml.YAMLError,))

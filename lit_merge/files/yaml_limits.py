@@ -1,16 +1,19 @@
-"""A limit on the size of YAML: a few lines of aliases can stand for billions of nodes."""
+"""What YAML does that no one means: a few lines that stand for billions of nodes, a key ``on`` that reads as true."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
 from typing import Any
 
 import yaml
 
 from lit_merge.errors import ConfigurationError
 
-__all__ = ["check_yaml"]
+__all__ = ["check_yaml", "with_plain_keys"]
 
 _LIMIT = 100_000
+_TRUTH = re.compile(r"\b(on|off|yes|no)\s*:", re.IGNORECASE)
 
 
 def check_yaml(text: str, what: str = "config") -> None:
@@ -48,3 +51,29 @@ def check_yaml(text: str, what: str = "config") -> None:
             f"{what}: expected YAML of at most {_LIMIT:,} nodes, got more with its aliases (*) written out. Remove "
             "aliases of aliases."
         )
+
+
+def with_plain_keys(text: str) -> str:
+    """The same YAML with quotes around keys like ``on`` and ``no``, which YAML 1.1 reads as true and false."""
+    if not _TRUTH.search(text):
+        return text
+    try:
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+    except (yaml.YAMLError, RecursionError):
+        return text  # for its parser to say
+    seen: set[int] = set()
+
+    def keys(node: Any) -> Iterator[tuple[int, int]]:
+        if id(node) in seen or not isinstance(node, yaml.MappingNode | yaml.SequenceNode):
+            return
+        seen.add(id(node))
+        for one in node.value:
+            for place, part in enumerate(one if isinstance(one, tuple) else (one,)):
+                is_key = isinstance(one, tuple) and place == 0 and isinstance(part, yaml.ScalarNode)
+                if is_key and part.style is None and _TRUTH.fullmatch(f"{part.value}:"):
+                    yield part.start_mark.index, part.end_mark.index
+                yield from keys(part)
+
+    for start, end in sorted(set(keys(root)), reverse=True):
+        text = f'{text[:start]}"{text[start:end]}"{text[end:]}'
+    return text
