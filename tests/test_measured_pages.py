@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -18,6 +19,7 @@ def script(name: str) -> ModuleType:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look for their module
     spec.loader.exec_module(module)
     return module
 
@@ -75,3 +77,27 @@ def test_claims_are_judged_from_the_rows() -> None:
 def test_goals_are_judged_from_the_measurements() -> None:
     measured = json.loads((ROOT / "benchmarks/results/adamerging.json").read_text(encoding="utf-8"))
     assert script("adamerging_table").judge(measured) == measured["goals"]
+
+
+def test_the_page_on_speed_says_what_was_measured() -> None:
+    speed = script("speed")
+    assert speed.table(speed.ratios(speed.RESULTS)) in (ROOT / "docs/speed.md").read_text(encoding="utf-8")
+
+
+def test_a_ratio_that_is_worse_by_more_than_a_quarter_is_noticed(tmp_path: Path) -> None:
+    speed = script("speed")
+    committed = speed.ratios(speed.RESULTS)
+    measured = json.loads((ROOT / "benchmarks/results/text_step.json").read_text(encoding="utf-8"))
+    measured["bert"]["linearized"]["ratio_to_ordinary"] *= 1.2
+    measured["gpt2"]["linearized"]["ratio_to_ordinary"] *= 1.3
+    (tmp_path / "text_step.json").write_text(json.dumps(measured))
+    (found,) = speed.slower(committed, speed.ratios(tmp_path))
+    assert found.startswith("linearised step, gpt2")
+    merge = json.loads((ROOT / "benchmarks/results/merge.json").read_text(encoding="utf-8"))
+    for row in merge["rows"]:
+        if (row["shapes"], row["method"], row["tool"]) == ("vit_b_32", "dare", "mergekit"):
+            row["median"] /= 1.3  # the peer is faster: we have fallen behind
+    (tmp_path / "text_step.json").unlink()
+    (tmp_path / "merge.json").write_text(json.dumps(merge))
+    (found,) = speed.slower(committed, speed.ratios(tmp_path))
+    assert found.startswith("DARE, 8 × vit_b_32, against mergekit: ")
