@@ -26,6 +26,7 @@ __all__ = [
     "decomposed",
     "decomposition",
     "is_matrix",
+    "largest_value",
     "left_vectors",
     "nearest_orthogonal",
     "polar",
@@ -139,6 +140,14 @@ def triplets(matrix: Tensor, most: int, largest: Tensor | None = None) -> Triple
         raise torch.linalg.LinAlgError
     kept = _not_zero(values, matrix, most, largest)
     return left[:, :kept], values[:kept], right[:kept]
+
+
+def largest_value(matrix: Tensor) -> Tensor:
+    """The largest singular value of a matrix, a scalar of its dtype; as exact as :func:`triplets`."""
+    if matrix.dtype != torch.float32:
+        return torch.linalg.matrix_norm(matrix, 2)
+    rows = (matrix if matrix.shape[1] >= matrix.shape[0] else matrix.mT).double()
+    return torch.linalg.eigvalsh(rows @ rows.mT)[-1].clamp(min=0).sqrt().to(matrix.dtype)
 
 
 def left_vectors(matrix: Tensor, single: bool) -> Tensor:

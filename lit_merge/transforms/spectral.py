@@ -20,6 +20,7 @@ from lit_merge.transforms.matrices import (
     Triplets,
     check_pattern,
     decomposition,
+    largest_value,
     nearest_orthogonal,
     polar,
     reduce_matrices,
@@ -234,7 +235,7 @@ def _iso_cts(common_fraction: float, stack: Tensor) -> Tensor:
     parts = [common]
     for matrix in stack if count else ():
         rest = matrix - common[0] @ (common[0].T @ matrix)
-        parts.append(triplets(rest, count, torch.linalg.matrix_norm(matrix, 2)))  # rounding leaves a rest of nothing
+        parts.append(triplets(rest, count, largest_value(matrix)))  # rounding leaves a rest of nothing
     left, values, right = _joined(parts)
     return (left * values.mean()) @ right
 

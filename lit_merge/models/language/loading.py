@@ -195,6 +195,10 @@ def _from_gguf(transformers: Any, file: Path, kind: Kind, dtype: torch.dtype, at
         model = transformers.AutoModelForCausalLM.from_pretrained(
             file.parent, dtype=dtype, attn_implementation=attention, **settings
         )
+    for name in ("hf_quantizer", "quantization_method", "is_quantized"):
+        model.__dict__.pop(name, None)  # its weights are floating-point now, and may be trained
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
     return tokenizer, model.eval()
 
 
