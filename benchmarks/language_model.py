@@ -21,7 +21,7 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -259,17 +259,21 @@ def prompted(model: Model) -> TextTask:
     return TextTask(rows=found, label_column=None, target="rest", repeated="keep", fractions=(1.0, 0.0, 0.0))
 
 
-def one_seed(model: Model, seed: int, rewarded: bool) -> dict[str, Any]:
+def one_seed(model: Model, seed: int, rewarded: bool, save: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    """Everything of a seed; what is known is saved after every part."""
     began = time.perf_counter()
     seconds: dict[str, float] = {}
+    found: dict[str, Any] = {}
 
     def lap(name: str) -> None:
         seconds[name] = round(time.perf_counter() - began - sum(seconds.values()), 1)
         print(f"seed {seed}: {name}, {seconds[name]} s", flush=True)
+        if found:
+            save({**found, "seconds": seconds})
 
     vectors = TaskVectors([model.fine_tuned(name, seed) for name in DOMAINS], device=model.device)
     lap("fine-tuning")
-    found: dict[str, Any] = {"models": merges(model, vectors)}
+    found["models"] = merges(model, vectors)
     lap("merges")
     found["models"]["negation"] = negated(model, vectors.vector(DOMAINS.index(FORGOTTEN)))
     lap("negation")
@@ -336,16 +340,20 @@ def main() -> None:
     began, size = time.perf_counter(), SMALL if given.small else Size()
     model = Model(given.model, given.data, size)
     seeds = given.seeds or ([0] if given.small else [0, 1, 2])
-    found = {str(seed): one_seed(model, seed, not given.no_rewards) for seed in seeds}
-    measured = {
+    measured: dict[str, Any] = {
         **{"model": model.network.name, "fingerprint": model.network.fingerprint, "settings": vars(size)},
         **{"share": SHARE, "versions": {**versions(), **packages()}, "hardware": hardware()},
-        "pretrained": shown(model, model.at(None)),
-        "seeds": found,
-        "seconds": round(time.perf_counter() - began, 1),
+        **{"pretrained": shown(model, model.at(None)), "seeds": {}},
     }
     given.output.parent.mkdir(parents=True, exist_ok=True)
-    write_text(given.output, json.dumps(measured, indent=2) + "\n")
+    for seed in seeds:
+
+        def save(found: dict[str, Any], seed: int = seed) -> None:
+            measured["seeds"][str(seed)] = found
+            measured["seconds"] = round(time.perf_counter() - began, 1)
+            write_text(given.output, json.dumps(measured, indent=2) + "\n")
+
+        save(one_seed(model, seed, not given.no_rewards, save))
     text = table(measured)
     print(text)
     page = PAGE.read_text(encoding="utf-8")
