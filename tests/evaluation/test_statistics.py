@@ -198,6 +198,14 @@ def test_a_gram_matrix_is_a_mean_over_rows(ways, inputs) -> None:
     torch.testing.assert_close(collect_gram(ways, [inputs.repeat(3, 1)]), grams)
 
 
+def test_layers_that_add_their_bias_within_the_product_are_found() -> None:
+    from transformers.pytorch_utils import Conv1D  # GPT-2's, which uses torch.addmm
+
+    layer, tokens = Conv1D(5, 4).double(), torch.randn(2, 3, 4, dtype=torch.float64)
+    rows = tokens.flatten(0, 1)
+    torch.testing.assert_close(collect_gram(layer, [tokens]), {"weight.T": rows.T @ rows / 6})
+
+
 class Cross(nn.Module):
     def __init__(self, **settings) -> None:
         super().__init__()

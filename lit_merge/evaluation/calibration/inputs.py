@@ -25,8 +25,8 @@ _MIXED = frozenset({"query_key_value", "qkv_proj", "Wqkv", "kv_proj", "kv"})  # 
 class BlockInputs(LayerInputs):
     """Notes the inputs of a block's linear layers, and what its normalisations give before scale and shift.
 
-    Linear layers are those of :func:`~lit_merge.evaluation.statistics.collect_gram`, and those that use
-    ``torch.addmm``, as GPT-2's do. Normalisations are layer normalisations and root mean square ones.
+    Linear layers are those of :func:`~lit_merge.evaluation.statistics.collect_gram`. Normalisations are layer
+    normalisations and root mean square ones.
 
     Args:
         block: whose parameters' names are the keys; a linear layer's end in ``.T`` if it is used as ``x @ W``.
@@ -40,7 +40,7 @@ class BlockInputs(LayerInputs):
     def __init__(self, block: nn.Module) -> None:
         super().__init__(block, convolutions=False)
         own = (Tensor.mul, Tensor.__mul__, Tensor.__rmul__, torch.mul)
-        self.rules |= {torch.addmm: self._addmm, F.layer_norm: self._layer_norm}
+        self.rules |= {F.layer_norm: self._layer_norm}
         self.rules |= dict.fromkeys((F.rms_norm, torch.rms_norm), self._rms_norm) | dict.fromkeys(own, self._product)
         self._inside = False
         self.clear()
@@ -65,10 +65,6 @@ class BlockInputs(LayerInputs):
             return super()._attention(*arguments, **others)
         finally:
             self._inside = False
-
-    def _addmm(self, input: Tensor, mat1: Tensor, mat2: Tensor, **settings: Any) -> Tensor:
-        self._note(mat2.t(), mat1)
-        return torch.addmm(input, mat1, mat2, **settings)
 
     def _layer_norm(
         self,

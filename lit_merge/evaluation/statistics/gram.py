@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 from lit_merge.errors import ConfigurationError
 from lit_merge.evaluation.statistics.examples import examples
 from lit_merge.functional.evaluation import evaluating
+from lit_merge.models.linearized import LinearizedModel
 from lit_merge.params import Params, check_finite, working_dtype
 
 __all__ = ["LayerInputs", "collect_gram"]
@@ -31,10 +32,10 @@ def collect_gram(
     float64, or in float32 on a device that has no float64.
 
     Found are 2-D weights in ``F.linear`` (so ``nn.Linear``, and ``nn.MultiheadAttention``'s packed or separate input
-    projections and its output projection), and in ``x @ W.T`` and ``x @ W``. Without a matrix remain the packed input
-    projection of an attention whose query, key and value differ, as its rows have different inputs, and weights that
-    are computed from parameters, as LoRA's. Evaluation mode is used whatever the module's own. No labels are read. One
-    process only; several would each collect their own images.
+    projections and its output projection), and in ``x @ W.T``, ``x @ W`` and ``torch.addmm`` (GPT-2's layers). Without
+    a matrix remain the packed input projection of an attention whose query, key and value differ, as its rows have
+    different inputs, and weights that are computed from parameters, as LoRA's. Evaluation mode is used whatever the
+    module's own. No labels are read. One process only; several would each collect their own images.
 
     Args:
         module: images ``[B, …]`` -> anything.
@@ -56,7 +57,7 @@ def collect_gram(
     with torch.no_grad(), evaluating(module), mode:
         for given, _ in examples(loader, module, inputs):
             module(*given)
-    if not mode.totals:
+    if not mode.totals or isinstance(module, LinearizedModel):  # whose tangents are products with its parameters, too
         raise ConfigurationError(
             f"collect_gram: expected a module with linear layers on parameters of its own, got {type(module).__name__} "
             "without. Give the encoder itself, neither linearised nor with LoRA."
@@ -82,6 +83,7 @@ class LayerInputs(TorchFunctionMode):
             torch.matmul: self._matmul,
             Tensor.matmul: self._matmul,
             Tensor.__matmul__: self._matmul,
+            torch.addmm: self._addmm,
             F.multi_head_attention_forward: self._attention,
             **({F.conv2d: self._convolution} if convolutions else {}),
         }
@@ -115,6 +117,10 @@ class LayerInputs(TorchFunctionMode):
         if other.ndim == 2:
             self._note(other.t(), input)
         return torch.matmul(input, other, **out)
+
+    def _addmm(self, input: Tensor, mat1: Tensor, mat2: Tensor, **settings: Any) -> Tensor:
+        self._note(mat2.t(), mat1)
+        return torch.addmm(input, mat1, mat2, **settings)
 
     def _convolution(
         self,

@@ -55,7 +55,7 @@ def collect_kfac(
 
     As in the authors' program the rows of a packed projection of query, key and value (``in_proj_weight``) have a G
     each and one A. Other than there also linear layers that are no part of a transformer block have factors, and means
-    are stored instead of sums. Found is what :func:`collect_gram` finds, and ``torch.addmm`` (GPT-2's layers); a bias
+    are stored instead of sums. Found is what :func:`collect_gram` finds; a bias
     is taken with its weight if its name ends in ``bias`` where that of the weight ends in ``weight``. Embeddings,
     positions, other normalisations and layers that the features do not depend on have no factors.
 
