@@ -111,12 +111,13 @@ def before() -> Iterator[None]:
         yield
 
 
-def measured(rounds: int, tasks: int) -> list[dict[str, Any]]:
+def measured(rounds: int, tasks: int, recipes: list[str]) -> list[dict[str, Any]]:
     """One row per recipe."""
     exact = stacks(tasks)
     single = vectors_of(exact, torch.float32)
     rows = []
-    for name, recipe in RECIPES.items():
+    for name in recipes:
+        recipe = RECIPES[name]
         seconds: dict[str, list[float]] = {"before": [], "now": []}
         found: dict[str, dict[str, Tensor]] = {}
         for _ in range(rounds):
@@ -174,10 +175,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--tasks", type=int, default=8)
-    parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--recipes", nargs="+", choices=list(RECIPES), default=list(RECIPES))
+    parser.add_argument("--output", type=Path, default=RESULTS, help="rows of other recipes in it stay")
     options = parser.parse_args()
-    rows = measured(options.rounds, options.tasks)
-    found = {"tasks": options.tasks, "rounds": options.rounds, "goal": GOAL, "rows": rows}
+    known = json.loads(options.output.read_text(encoding="utf-8"))["rows"] if options.output.exists() else []
+    rows = {row["recipe"]: row for row in [*known, *measured(options.rounds, options.tasks, options.recipes)]}
+    ordered = [rows[name] for name in RECIPES if name in rows]
+    found = {"tasks": options.tasks, "rounds": options.rounds, "goal": GOAL, "rows": ordered}
     found |= {"versions": versions(), "hardware": hardware()}
     write_text(options.output, json.dumps(found, indent=1) + "\n")
     text = table(found)
