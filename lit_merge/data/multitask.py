@@ -11,12 +11,13 @@ from lightning.pytorch.utilities import CombinedLoader
 from torch.utils.data import DataLoader
 
 from lit_merge.data.batch import Batch
+from lit_merge.data.embedded.drawing import draw_missing
 from lit_merge.data.embedded.tasks import EMBEDDED_TASKS, FINE_SUITE
 from lit_merge.data.packaged.registry import PACKAGED_SUITES
 from lit_merge.data.published.registry import SUITES
 from lit_merge.data.published.task import is_published
 from lit_merge.data.published.text_registry import TEXT_SUITES
-from lit_merge.data.sources import Task
+from lit_merge.data.sources import EmbeddedSource, Task
 from lit_merge.data.task import TaskDataModule
 from lit_merge.errors import ConfigurationError, first_few
 
@@ -157,6 +158,8 @@ class MultiTaskDataModule(L.LightningDataModule):
 
     def prepare_data(self) -> None:
         """Draw and cache what is missing; Lightning calls this on one process per machine."""
+        sources = [module.source for module in self.tasks.values()]
+        draw_missing([(one.drawn, one.sizes) for one in sources if isinstance(one, EmbeddedSource)])
         for module in self.tasks.values():
             module.prepare_data()
 

@@ -50,6 +50,10 @@ class Cache:
         """SHA-256 of the JSON of everything that a result depends on, 64 hexadecimal digits."""
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
+    def has_tensors(self, key: str) -> bool:
+        """Whether there is a file under this key, which may be damaged."""
+        return self._path(key, "safetensors").exists()
+
     def tensors(self, key: str) -> Params | None:
         """The tensors under this key, all bytes verified, mapped rather than in memory; None if there are none."""
         try:

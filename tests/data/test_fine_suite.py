@@ -118,6 +118,34 @@ def test_prepare_draws(own_cache, monkeypatch, capsys):
         drawing.draw_splits(["cards"], -1, print)
 
 
+def test_missing_splits_are_drawn_at_once_by_several_processes(own_cache, monkeypatch):
+    few = tuple({"train": 3, "val": 2, "test": 2}.items())
+    for name in ("cards", "seasons"):
+        monkeypatch.setitem(tasks.DRAWN_TASKS, name, replace(FINE_TASKS[name], sizes=few))
+    monkeypatch.setattr(drawing, "_processors", lambda: 2)
+    load_split("cards", "train")
+    started = []
+
+    class Watched(drawing.DataLoader):
+        def __init__(self, splits, **settings):
+            started.append((splits.splits, settings["num_workers"]))
+            super().__init__(splits, **settings)
+
+    monkeypatch.setattr(drawing, "DataLoader", Watched)
+    MultiTaskDataModule(["cards", "seasons"]).prepare_data()
+    ((missing, workers),) = started
+    assert workers == 2
+    assert missing[0][:2] == ("seasons", "train")
+    assert len(missing) == 5
+    assert len(list((own_cache / "embedded").iterdir())) == 6
+    images, labels = load_split("seasons", "val")
+    pixels, targets = tasks.generate_split(tasks.DRAWN_TASKS["seasons"], "val")
+    assert torch.equal(images, torch.from_numpy(pixels).permute(0, 3, 1, 2))
+    assert labels.tolist() == targets.tolist()
+    MultiTaskDataModule(["cards", "seasons"]).prepare_data()
+    assert started[1] == ([], 0)
+
+
 if __name__ == "__main__":
     content = json.dumps({name: digests(name) for name in FINE_TASKS}, indent=1) + "\n"
     DIGESTS.write_text(content, encoding="utf-8")
