@@ -52,6 +52,8 @@ OURS: dict[str, list[Any]] = {
     "ties_tensor": [{"ties": {"density": 0.2, "coefficient": 1.0, "scope": "tensor"}}],
     "dare": [{"dare_linear": {"p": 0.9, "coefficient": 0.3}}],
     "lines": [{"lines": {"alpha": "norm_ratio", "beta": 0.5}}],
+    # Measured by benchmarks/merge_matrices.py.
+    **{name: [{name: {}}] for name in ("tsv_m", "iso_c", "iso_cts", "svc", "cart", "esm", "dc_merge", "aswudi")},
 }
 MERGEKIT: dict[str, tuple[str, dict[str, Any]]] = {
     "task_arithmetic": ("task_arithmetic", {"weight": 0.3, "normalize": False}),
