@@ -56,8 +56,8 @@ PAGE = ROOT / "docs/language.md"
 BEGIN, END = "<!-- language model: written by benchmarks/language_model.py -->", "<!-- end of language model -->"
 DOMAINS, CONTROL, FORGOTTEN = ("news_texts", "glossary_texts"), "quotations", "news_texts"
 MERGES = {"task arithmetic": task_arithmetic, "TIES": ties, "Iso-C": iso_c}
-COEFFICIENTS = (0.2, 0.4, 0.6, 0.8, 1.0, 1.2)
-NEGATIVE = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0, 1.25, 1.5)
+COEFFICIENTS = (0.4, 0.6, 0.8, 1.0, 1.3, 1.7, 2.2, 3.0, 4.0)
+NEGATIVE = (0.0, 0.02, 0.04, 0.06, 0.08, 0.1, 0.15, 0.2, 0.3, 0.5, 0.8, 1.2)
 SHARE = 0.95
 LINES = {"plain": (), "LiNeS": (LiNeS(0.5, 0.5),)}
 Parameters = Mapping[str, Tensor]
@@ -342,6 +342,7 @@ def main() -> None:
     seeds = given.seeds or ([0] if given.small else [0, 1, 2])
     measured: dict[str, Any] = {
         **{"model": model.network.name, "fingerprint": model.network.fingerprint, "settings": vars(size)},
+        **{"coefficients": COEFFICIENTS, "negative": NEGATIVE},
         **{"share": SHARE, "versions": {**versions(), **packages()}, "hardware": hardware()},
         **{"pretrained": shown(model, model.at(None)), "seeds": {}},
     }

@@ -40,6 +40,7 @@ def script(name: str) -> ModuleType:
         ("choosing", "text_suite", "choosing", "table"),
         ("language", "text_step", "text_step", "table"),
         ("language", "t5_large", "t5_large", "table"),
+        ("language", "language_model", "language_model", "table"),
     ],
 )
 def test_the_page_says_what_was_measured(page: str, name: str, source: str, written: str) -> None:
