@@ -51,6 +51,12 @@ def table(found: dict[str, Any]) -> str:
     )
 
 
+def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Of all rounds of a recipe."""
+    seconds = [one["seconds"] for one in rows]
+    return {"seconds": seconds, "median": statistics.median(seconds), "peak_mib": max(one["peak_mib"] for one in rows)}
+
+
 def main() -> None:
     """Measure, and write the JSON and the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -73,17 +79,10 @@ def main() -> None:
             tool = "limit" if name == "limit" else "lit_merge"
             runs.setdefault(name, []).append(measure(tool, name, folder, options.memory))
             print(name, runs[name][-1], flush=True)
-    for name, rows in runs.items():
-        if failed := [one for one in rows if "failed" in one]:
-            sys.exit(f"{name}: {failed[0]['failed']}")
-        seconds = [one["seconds"] for one in rows]
-        row = {
-            "seconds": seconds,
-            "median": statistics.median(seconds),
-            "peak_mib": max(one["peak_mib"] for one in rows),
-        }
-        (found if name == "limit" else found["recipes"])[name] = row
-    write_text(options.output, json.dumps(found, indent=1) + "\n")
+            if "failed" in runs[name][-1]:
+                sys.exit(f"{name}: {runs[name][-1]['failed']}")
+            (found if name == "limit" else found["recipes"])[name] = summary(runs[name])
+            write_text(options.output, json.dumps(found, indent=1) + "\n")
     shutil.rmtree(folder)
     text = table(found)
     print(text)

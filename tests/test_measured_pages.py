@@ -31,6 +31,8 @@ def script(name: str) -> ModuleType:
         ("regimes", "linearized", "linearized", "table"),
         ("recipes", "recipes", "recipes", "tables"),
         ("recipes", "merge", "merge", "table"),
+        ("recipes", "merge_matrices", "merge_matrices", "table"),
+        ("recipes", "decompositions", "decompositions", "table"),
         ("recipes", "parity", "parity_table", "table"),
         ("adamerging", "adamerging", "adamerging_table", "table"),
         ("adamerging", "learned_merges", "learned_merges", "table"),
