@@ -146,7 +146,8 @@ def suite(
         control=list(dict.fromkeys(control or [])),
     )
     plan.check(check_configuration)
-    plan.data_module.prepare_data()  # of all tasks at once, and not in every process
+    if engine == "ray" or parallel not in (None, 1):
+        plan.data_module.prepare_data()  # once, not in every process
     of_ray = (ray_address, ray_cpus, ray_gpus)
     opened = partial(open_engine, engine, run_command, parallel, output, plan.devices, *of_ray, _imports_of(plan))
     results = run_suite(plan, opened, overwrite, retries)
