@@ -23,6 +23,9 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
+sys.path.insert(0, str(Path(__file__).parent))
+from placing import place_between
+
 from lit_merge.files.text import write_text
 from lit_merge.report.environment import hardware, versions
 from lit_merge.transforms import (
@@ -186,10 +189,8 @@ def main() -> None:
     write_text(options.output, json.dumps(found, indent=1) + "\n")
     text = table(found)
     sys.stdout.write(text + "\n")
-    page = PAGE.read_text(encoding="utf-8")
-    if options.output == RESULTS and BEGIN in page:
-        head, rest = page.split(BEGIN)
-        write_text(PAGE, f"{head}{BEGIN}\n\n{text}\n\n{END}{rest.partition(END)[2]}")
+    if options.output == RESULTS:
+        place_between(PAGE, BEGIN, END, text)
 
 
 if __name__ == "__main__":

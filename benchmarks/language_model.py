@@ -19,6 +19,7 @@ import argparse
 import copy
 import json
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -30,6 +31,9 @@ from typing import Any
 import lightning as L
 import torch
 from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parent))
+from placing import place_between
 
 from lit_merge.data import TaskDataModule
 from lit_merge.data.text import TextTask
@@ -357,10 +361,8 @@ def main() -> None:
         save(one_seed(model, seed, not given.no_rewards, save))
     text = table(measured)
     print(text)
-    page = PAGE.read_text(encoding="utf-8")
-    if given.output == RESULTS and BEGIN in page:
-        before, rest = page.split(BEGIN)
-        write_text(PAGE, f"{before}{BEGIN}\n\n{text}\n\n{END}{rest.partition(END)[2]}")
+    if given.output == RESULTS:
+        place_between(PAGE, BEGIN, END, text)
 
 
 if __name__ == "__main__":

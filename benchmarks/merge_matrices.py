@@ -19,6 +19,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 from merge import TASKS, measure, prepare, shapes_of
+from placing import place_between
 
 from lit_merge.files.text import write_text
 from lit_merge.report.environment import hardware, versions
@@ -86,10 +87,8 @@ def main() -> None:
     shutil.rmtree(folder)
     text = table(found)
     print(text)
-    page = PAGE.read_text(encoding="utf-8")
-    if options.output == RESULTS and BEGIN in page:
-        head, rest = page.split(BEGIN)
-        write_text(PAGE, f"{head}{BEGIN}\n\n{text}\n\n{END}{rest.partition(END)[2]}")
+    if options.output == RESULTS:
+        place_between(PAGE, BEGIN, END, text)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lit_merge.files.text import write_text
+sys.path.insert(0, str(Path(__file__).parent))
+from placing import place_between
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/results"
@@ -245,8 +246,7 @@ def main() -> None:
             if found := slower(ratios(RESULTS), rows):
                 sys.exit("slower than committed:\n" + "\n".join(found))
             return
-    head, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
-    write_text(PAGE, f"{head}{BEGIN}\n\n{table(ratios(RESULTS))}\n\n{END}{rest.partition(END)[2]}")
+    place_between(PAGE, BEGIN, END, table(ratios(RESULTS)))
 
 
 if __name__ == "__main__":

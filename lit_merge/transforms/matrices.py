@@ -175,14 +175,19 @@ def _not_zero(values: Tensor, matrix: Tensor, most: int, largest: Tensor | None 
 
 
 def _from_squares(matrix: Tensor, most: int, largest: Tensor | None) -> Triplets:
+    wide, rows, values, near = _shorter_side(matrix, most, largest)
+    far = (rows.mT @ near).div_(values)
+    left, right = (near, far) if wide else (far, near)
+    return left.to(matrix.dtype), values.to(matrix.dtype), right.mT.to(matrix.dtype)
+
+
+def _shorter_side(matrix: Tensor, most: int, largest: Tensor | None = None) -> tuple[bool, Tensor, Tensor, Tensor]:
+    """Whether a matrix is wide; in float64 it or its transpose, wide; its values that are not zero and left vectors."""
     wide = matrix.shape[1] >= matrix.shape[0]
     rows = (matrix if wide else matrix.mT).double()
     values, near = _squares(rows)
     kept = _not_zero(values, matrix, most, largest)
-    values, near = values[:kept], near[:, :kept]
-    far = (rows.mT @ near).div_(values)
-    left, right = (near, far) if wide else (far, near)
-    return left.to(matrix.dtype), values.to(matrix.dtype), right.mT.to(matrix.dtype)
+    return wide, rows, values[:kept], near[:, :kept]
 
 
 def _squares(rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -203,11 +208,7 @@ def polar(matrix: Tensor) -> tuple[Tensor, Tensor]:
     if matrix.dtype != torch.float32:
         left, values, right = triplets(matrix, min(matrix.shape))
         return left @ right, values
-    wide = matrix.shape[1] >= matrix.shape[0]
-    rows = (matrix if wide else matrix.mT).double()
-    values, near = _squares(rows)
-    kept = _not_zero(values, matrix, len(values))
-    values, near = values[:kept], near[:, :kept]
+    wide, rows, values, near = _shorter_side(matrix, min(matrix.shape))
     factor = ((near / values) @ near.mT @ rows).to(matrix.dtype)  # P S⁻¹ Pᵀ · P S Qᵀ
     return (factor if wide else factor.mT), values.to(matrix.dtype)
 
