@@ -28,10 +28,12 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lit_merge import LinearizedModel
+from lit_merge.evaluation.statistics import collect_kfac
 from lit_merge.files.text import write_text
 from lit_merge.functional.attention import fast_attention
 from lit_merge.metrics import tau_jp_norms
 from lit_merge.models import Attention
+from lit_merge.modules.curvature import Curvature, curvatures, dtype_of_products
 from lit_merge.report.environment import hardware, versions
 
 START, END = "<!-- cost: written by benchmarks/linearized.py -->", "<!-- end of cost -->"
@@ -87,15 +89,30 @@ def variant(name: str, device: torch.device, batch: int) -> tuple[Callable[[], T
     names = Attention(1)(dict(model.named_parameters())) if name == "attention" else None
     linearized = LinearizedModel(model, names)
 
+    forms = factors(model, images[:8]) if name == "tak" else []
+    kept: dict[torch.dtype, list[Curvature]] = {}
+
     def step() -> Tensor:
         value, tangent = linearized.forward_parts(images)
         loss = objective(value[:batch] + tangent[:batch])
+        if forms:
+            changes = linearized.changes()
+            dtype = dtype_of_products(next(iter(changes.values())))
+            if dtype not in kept:
+                kept[dtype] = [one.to(device, dtype) for one in forms]
+            terms = (one.of(changes) for one in kept[dtype])
+            return loss + torch.stack([term for term in terms if term is not None]).sum()
         return loss + 0.1 * tau_jp_norms(tangent[batch:]).mean() if count > batch else loss
 
     return step, list(linearized.parameters())
 
 
-VARIANTS = ["ordinary", "linearized", "attention_ordinary", "attention", "cyclic", "strict", "plain_jvp"]
+def factors(model: nn.Module, images: Tensor) -> list[Curvature]:
+    """The Kronecker factors of a few images: a penalty's cost does not depend on their values."""
+    return curvatures(collect_kfac(model, [images]), dict(model.named_parameters()), "factors")
+
+
+VARIANTS = ["ordinary", "linearized", "attention_ordinary", "attention", "cyclic", "strict", "tak", "plain_jvp"]
 
 
 def one_step(loss: Callable[[], Tensor], trained: list[Tensor], device: torch.device, precision: str) -> None:
@@ -131,7 +148,7 @@ def timings(options: argparse.Namespace, device: torch.device) -> dict[str, Any]
     seconds["adamw"] = seconds["adamw"][1:]
     report = {}
     for name, values in seconds.items():
-        reference = "linearized" if name in ("cyclic", "strict") else "ordinary"
+        reference = "linearized" if name in ("cyclic", "strict", "tak") else "ordinary"
         ratios = [value / other for value, other in zip(values, seconds[reference], strict=True)]
         report[name] = {
             "seconds": round(statistics.median(values), 4),

@@ -32,6 +32,7 @@ __all__ = [
     "aggregated",
     "curvatures",
     "curvatures_of_files",
+    "dtype_of_products",
     "kronecker_form",
 ]
 
@@ -121,12 +122,12 @@ class EigenCurvature(LayerCurvature):
     def _form(self, rows: Tensor) -> Tensor:
         with torch.autocast(rows.device.type, enabled=False):
             wide = rows.to(self.inputs.dtype).unflatten(0, (-1, self.outputs.shape[-1]))
-            return (self.values * (self.outputs.mT @ wide @ self.inputs).square()).sum()
+            return (self.values * (self.outputs.mT @ wide @ self.inputs).to(self.values.dtype).square()).sum()
 
     def to(self, device: torch.device, dtype: torch.dtype) -> EigenCurvature:
-        """See :class:`Curvature`."""
+        """See :class:`Curvature`; D is not rounded below float32."""
         moved = cast(EigenCurvature, super().to(device, dtype))
-        return replace(moved, values=self.values.to(device, dtype))
+        return replace(moved, values=self.values.to(device, torch.promote_types(dtype, torch.float32)))
 
 
 @dataclass(frozen=True)
@@ -157,22 +158,32 @@ class ParameterCurvature(Curvature):
         return replace(self, matrix=self.matrix.to(device, dtype))
 
 
+def dtype_of_products(change: Tensor) -> torch.dtype:
+    """What the products of a form are in: bfloat16 where autocast has the network's in it; float16 lacks the range."""
+    kind = change.device.type
+    if torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.bfloat16:
+        return torch.bfloat16
+    return torch.promote_types(change.dtype, torch.float32)
+
+
 def kronecker_form(change: Tensor, inputs: Tensor, outputs: Tensor) -> Tensor:
     """``tr(G Δ A Δᵀ)``, computed with its gradient ``2 G Δ A``, so that a backward pass has no further products.
 
     Args:
         change: Δ, ``[out, in]``.
-        inputs: A, ``[in, in]``, symmetric; of the result's dtype.
+        inputs: A, ``[in, in]``, symmetric; products are in its dtype.
         outputs: G, ``[out, out]``, symmetric, or its diagonal blocks ``[k, out/k, out/k]``; of the same dtype.
 
     Returns:
-        A scalar that can be differentiated once.
+        A scalar that can be differentiated once, in float32 at least.
     """
+    summed = torch.promote_types(inputs.dtype, torch.float32)
     with torch.autocast(change.device.type, enabled=False):
-        wide = change.to(inputs.dtype)
         with torch.no_grad():
-            curved = (outputs @ wide.unflatten(0, (-1, outputs.shape[-1])) @ inputs).flatten(0, 1)
-        half = (curved * wide).sum()  # one of the two factors is held constant: half of the gradient
+            wide = change.to(inputs.dtype).unflatten(0, (-1, outputs.shape[-1]))
+            curved = (outputs @ wide @ inputs).flatten(0, 1)
+        # One of the two factors is held constant: half of the gradient.
+        half = (curved.to(summed) * change.to(summed)).sum()
         return 2 * half - half.detach()
 
 

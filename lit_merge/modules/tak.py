@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lit_merge.errors import ConfigurationError, first_few
 from lit_merge.files.hub import pinned
-from lit_merge.modules.curvature import Curvature, LayerCurvature, curvatures_of_files
+from lit_merge.modules.curvature import Curvature, LayerCurvature, curvatures_of_files, dtype_of_products
 from lit_merge.modules.penalty import Penalty
 from lit_merge.transforms.base import finite_number, one_of, whole_number
 from lit_merge.vectors.statistics import StatisticsFiles, open_one
@@ -26,7 +26,8 @@ class Tak(Penalty):
     An estimate of ``E_x ‖J_θ f(x; θ0) τ‖²`` over other tasks' inputs, which needs none of them in training: their
     Kronecker factors at θ0 come from ``lit-merge statistics --kind kfac``, a file for each task. They are put together
     into one set (:func:`~lit_merge.modules.curvature.aggregated`), so that neither memory nor time depends on their
-    number. The penalty is quadratic in τ, whether the network is linearised or not, and costs two products per layer.
+    number. The penalty is quadratic in τ, whether the network is linearised or not, and costs two products per layer,
+    under bfloat16 autocast in bfloat16 (factors rounded to it; sums in float32).
     Files with corrected eigenvalues (``--corrected true``, EK-FAC) are taken as they are: they fit better, are kept for
     each task, and cost four products per layer and task.
 
@@ -58,7 +59,7 @@ class Tak(Penalty):
     projections: str = r"(^|\.)(proj|visual_projection\.weight)$"
     without_factor: Literal["frozen", "unpenalised"] = "frozen"
     start_step: int = 0
-    _read: dict[tuple[str, str], list[Curvature]] = field(default_factory=dict, init=False, compare=False)
+    _read: dict[tuple[Any, ...], list[Curvature]] = field(default_factory=dict, init=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.files is not None:
@@ -109,7 +110,7 @@ class Tak(Penalty):
         """The sum of all forms, a scalar in float32 or float64."""
         changes = dict(module.parametrisation.departures())
         some = next(iter(changes.values()))
-        where = (some.device, torch.promote_types(some.dtype, torch.float32))
+        where = (some.device, dtype_of_products(some))
         forms = ((one, one.of(changes)) for one in self._curvatures(module, *where))
         return torch.stack([self._factor(one) * form for one, form in forms if form is not None]).sum()
 
@@ -119,14 +120,17 @@ class Tak(Penalty):
         return self.projection if re.search(self.projections, one.weight) else 1.0
 
     def _curvatures(self, module: Any, *where: Any) -> list[Curvature]:
-        """Those of the other tasks, read once and kept where they are used."""
+        """Those of the other tasks, read once, and kept where and in the dtype in which they are used."""
         key = (module.base_fingerprint, module.task)
         if key not in self._read:
             self._read.clear()
             self._read[key] = self._opened(module)
-        if where:
-            self._read[key] = [one.to(*where) for one in self._read[key]]
-        return self._read[key]
+        if not where:
+            return self._read[key]
+        moved = (*key, *where)
+        if moved not in self._read:
+            self._read[moved] = [one.to(*where) for one in self._read[key]]
+        return self._read[moved]
 
     def _opened(self, module: Any) -> list[Curvature]:
         if self.files is None:

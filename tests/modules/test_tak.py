@@ -18,7 +18,7 @@ from lit_merge.models import Preprocessing
 from lit_merge.models.lora import LoRA
 from lit_merge.models.selection import Matching
 from lit_merge.modules import FineTuneModule, Tak
-from lit_merge.modules.curvature import aggregated, curvatures, kronecker_form
+from lit_merge.modules.curvature import EigenCurvature, aggregated, curvatures, kronecker_form
 from lit_merge.vectors import LazyTensors, TaskVector
 from lit_merge.vectors.statistics import write_statistics
 
@@ -99,6 +99,35 @@ def test_mixed_precision_does_not_round_it() -> None:
         inside = kronecker_form(change, matrix, matrix)
     assert torch.equal(inside, kronecker_form(change, matrix, matrix))
     assert kronecker_form(change.bfloat16(), matrix, matrix).dtype == torch.float32
+
+
+@pytest.mark.parametrize(("kind", "rounded"), [(torch.bfloat16, True), (torch.float16, False)])
+def test_products_are_in_bfloat16_under_its_autocast(kind, rounded, module, write) -> None:
+    torch.manual_seed(0)
+    tuned = module(penalty=Tak(write(), 1.0))
+    for _, one in tuned.trainable_parameters():
+        one.data.add_(0.1 * torch.randn_like(one))
+    exact = tuned.penalty.of_module(tuned)
+    gradients = torch.autograd.grad(exact, [one for _, one in tuned.trainable_parameters()])
+    with torch.autocast("cpu", dtype=kind):
+        found = tuned.penalty.of_module(tuned)
+    near = torch.autograd.grad(found, [one for _, one in tuned.trainable_parameters()])
+    assert found.dtype == (torch.float32 if rounded else DOUBLE)
+    for one, other in zip((exact.detach()[None], *gradients), (found.detach()[None], *near), strict=True):
+        error = float((one - other).norm() / one.norm())
+        assert error < 0.01 if rounded else error == 0
+        assert error > 0 or not rounded
+    torch.testing.assert_close(tuned.penalty.of_module(tuned), exact)  # the factors themselves are not rounded
+
+
+def test_bfloat16_keeps_corrected_eigenvalues() -> None:
+    generator = torch.Generator().manual_seed(0)
+    basis, values = torch.linalg.qr(positive(8, generator))[0], torch.rand(8, 8, dtype=DOUBLE, generator=generator)
+    curvature = EigenCurvature("w", "", False, basis, basis, values)
+    rounded = curvature.to(torch.device("cpu"), torch.bfloat16)
+    assert (rounded.inputs.dtype, rounded.values.dtype) == (torch.bfloat16, torch.float32)
+    change = {"w": torch.randn(8, 8, dtype=DOUBLE, generator=generator)}
+    torch.testing.assert_close(rounded.of(change).double(), curvature.of(change), rtol=0.01, atol=0.0)
 
 
 def test_it_is_how_far_a_linear_network_moves_other_inputs(tmp_path) -> None:
