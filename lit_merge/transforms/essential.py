@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -19,6 +19,7 @@ from lit_merge.transforms.matrices import (
     decomposed,
     decomposition,
     is_matrix,
+    polar,
     triplets,
     work_of_matrices,
 )
@@ -99,19 +100,24 @@ def _merged(transform: ESM, files: Sequence[LazyTensors], name: str, stack: Tens
         return stack.mean(0, keepdim=True)
     key = gram_key(name, files[0]) if files else None
     turned = key not in (None, name)  # of a weight that is used as x @ W
-    grams = [None] * len(stack) if key is None else [file[key].to(stack.device, torch.float64) for file in files]
-    merge = partial(_essential, transform, grams)
+    merge = partial(_essential, transform, _grams(files, key, stack))
     merged = decomposed("ESM", name, merge, stack.mT if turned else stack)
     return (merged.mT if turned else merged).unsqueeze(0)
 
 
-def _essential(transform: ESM, grams: Sequence[Tensor | None], stack: Tensor) -> Tensor:
+def _grams(files: Sequence[LazyTensors], key: str | None, stack: Tensor) -> Iterator[Tensor | None]:
+    """Every task's Gram matrix, one at a time; None where there is none."""
+    for index in range(len(stack)):
+        yield None if key is None else files[index][key].to(stack.device, torch.float64)
+
+
+def _essential(transform: ESM, grams: Iterable[Tensor | None], stack: Tensor) -> Tensor:
     outputs = stack.shape[1]
     share = outputs // len(stack) if transform.rank_fraction is None else count_of(transform.rank_fraction, outputs)
-    bases, coordinates, norms = [], [], []
+    bases, coordinates, norms, single = [], [], [], stack.dtype == torch.float32
     for matrix, gram in zip(stack, grams, strict=True):
         vector = matrix.double()
-        values, basis = _principal_directions(vector, gram, max(share, 1))
+        values, basis = _principal_directions(vector, gram, max(share, 1), single)
         weights = values
         if len(values):
             weights = relative_sizes(values, transform.weighting)
@@ -126,14 +132,14 @@ def _essential(transform: ESM, grams: Sequence[Tensor | None], stack: Tensor) ->
     joined = torch.cat(coordinates)
     if transform.polarised and joined.numel():
         joined = joined * relative_sizes(torch.linalg.vector_norm(joined, dim=0), 2.0)
-    return (_whitened(torch.cat(bases, 1)) @ _whitened(joined)).to(stack.dtype)
+    return (_whitened(torch.cat(bases, 1), single) @ _whitened(joined, single)).to(stack.dtype)
 
 
-def _principal_directions(vector: Tensor, gram: Tensor | None, most: int) -> tuple[Tensor, Tensor]:
+def _principal_directions(vector: Tensor, gram: Tensor | None, most: int, single: bool) -> tuple[Tensor, Tensor]:
     """The largest eigenvalues of ``τ G τᵀ``, ``(k,)``, none of them zero, and their eigenvectors ``(out, k)``."""
     rows, columns = vector.shape
     if gram is None or rows > columns:  # of the smaller of both orders
-        left, values, _ = triplets(vector if gram is None else vector @ _root(gram), most)
+        left, values, _ = triplets(vector if gram is None else vector @ _root(gram), most, single=single)
         return values**2, left
     values, vectors = _eigenvectors(vector @ gram @ vector.mT)
     kept = min(most, int((values > torch.finfo(values.dtype).eps * rows * values[-1]).sum()))
@@ -154,10 +160,10 @@ def _eigenvectors(matrix: Tensor) -> tuple[Tensor, Tensor]:
     return values, vectors
 
 
-def _whitened(matrix: Tensor) -> Tensor:
+def _whitened(matrix: Tensor, single: bool) -> Tensor:
     """The nearest orthogonal matrix times the mean of the singular values that are not zero."""
-    left, values, right = triplets(matrix, min(matrix.shape))
-    return (left @ right) * values.mean() if len(values) else torch.zeros_like(matrix)
+    factor, values = polar(matrix, single)
+    return factor * values.mean() if len(values) else torch.zeros_like(matrix)
 
 
 def _essential_work(tasks: int, rows: int, columns: int, itemsize: int) -> Work:
@@ -167,5 +173,4 @@ def _essential_work(tasks: int, rows: int, columns: int, itemsize: int) -> Work:
     parts = [shift, decomposition(rows, columns, 8)] if rows > columns else [shift]
     parts = [*parts * tasks, decomposition(rows, rows, 8), decomposition(rows, columns, 8)]
     work = Work.together([*parts, Work(0, 4.0 * matrix * rows)])
-    grams = 8 * tasks * columns**2
-    return Work(work.memory + grams + 8 * 3 * (rows**2 + matrix), work.operations)
+    return Work(work.memory + 8 * (columns**2 + 3 * (rows**2 + matrix)), work.operations)

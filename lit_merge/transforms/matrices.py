@@ -118,7 +118,7 @@ def decomposed(who: str, name: str, function: Callable[..., _Result], *given: An
         ) from error
 
 
-def triplets(matrix: Tensor, most: int, largest: Tensor | None = None) -> Triplets:
+def triplets(matrix: Tensor, most: int, largest: Tensor | None = None, single: bool = False) -> Triplets:
     """The first singular triplets of a matrix ``(m, n)``.
 
     Those of a float32 matrix A come from the eigenvectors of ``A Aᵀ`` or ``Aᵀ A``, of the smaller one, in float64. What
@@ -129,11 +129,12 @@ def triplets(matrix: Tensor, most: int, largest: Tensor | None = None) -> Triple
         matrix: in float32 or float64.
         most: at most so many.
         largest: to what zero is compared, by default the largest singular value.
+        single: of a matrix in float64, whether its elements are no more exact than float32: then as of float32.
 
     Returns:
         The triplets whose singular values are not zero.
     """
-    if matrix.dtype == torch.float32:
+    if single or matrix.dtype == torch.float32:
         return _from_squares(matrix, most, largest)
     left, values, right = torch.linalg.svd(matrix, full_matrices=False)
     if not is_finite(values):  # of a sum that overflowed; some libraries do not refuse it
@@ -160,7 +161,7 @@ def left_vectors(matrix: Tensor, single: bool) -> Tensor:
     rows, columns = matrix.shape
     if single:
         values, near = _squares(matrix if columns >= rows else matrix.mT)
-        kept = int((values > (torch.finfo(values.dtype).eps * max(rows, columns)) ** 0.5 * values[:1]).sum())
+        kept = _not_zero(values, matrix, rows, squared=True)
         return near[:, :kept] if columns >= rows else matrix @ (near[:, :kept] / values[:kept])
     small = torch.linalg.qr(matrix.mT, mode="r").R.mT if columns > rows else matrix  # the right ones are not needed
     left, values, _ = torch.linalg.svd(small, full_matrices=False)
@@ -169,8 +170,9 @@ def left_vectors(matrix: Tensor, single: bool) -> Tensor:
     return left[:, : _not_zero(values, matrix, rows)]
 
 
-def _not_zero(values: Tensor, matrix: Tensor, most: int, largest: Tensor | None = None) -> int:
-    floor = torch.finfo(matrix.dtype).eps * max(matrix.shape) * (values[:1] if largest is None else largest)
+def _not_zero(values: Tensor, matrix: Tensor, most: int, largest: Tensor | None = None, squared: bool = False) -> int:
+    eps = torch.finfo(matrix.dtype).eps * max(matrix.shape)
+    floor = (eps**0.5 if squared else eps) * (values[:1] if largest is None else largest)
     return min(most, int((values > floor).sum()))
 
 
@@ -186,7 +188,7 @@ def _shorter_side(matrix: Tensor, most: int, largest: Tensor | None = None) -> t
     wide = matrix.shape[1] >= matrix.shape[0]
     rows = (matrix if wide else matrix.mT).double()
     values, near = _squares(rows)
-    kept = _not_zero(values, matrix, most, largest)
+    kept = _not_zero(values, matrix, most, largest, squared=matrix.dtype == torch.float64)
     return wide, rows, values[:kept], near[:, :kept]
 
 
@@ -203,9 +205,14 @@ def nearest_orthogonal(matrix: Tensor) -> Tensor:
     return polar(matrix)[0]
 
 
-def polar(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """P Qᵀ of ``matrix = P S Qᵀ``, and S, over the singular values that are not zero; as exact as :func:`triplets`."""
-    if matrix.dtype != torch.float32:
+def polar(matrix: Tensor, single: bool = False) -> tuple[Tensor, Tensor]:
+    """P Qᵀ of ``matrix = P S Qᵀ``, and S, over the singular values that are not zero; as exact as :func:`triplets`.
+
+    Args:
+        matrix: in float32 or float64.
+        single: as of :func:`triplets`.
+    """
+    if not single and matrix.dtype != torch.float32:
         left, values, right = triplets(matrix, min(matrix.shape))
         return left @ right, values
     wide, rows, values, near = _shorter_side(matrix, min(matrix.shape))
