@@ -283,8 +283,7 @@ def right(row: dict[str, Any]) -> list[Tensor]:
     parts = []
     for task, packed in row["right"].items():
         bits = np.unpackbits(np.frombuffer(bytes.fromhex(packed), np.uint8))
-        count = len(load_split(task, "test")[1])
-        parts.append(torch.from_numpy(bits[:count].astype(np.float64)))
+        parts.append(torch.from_numpy(bits[: EMBEDDED_TASKS[task].size("test")].astype(np.float64)))
     return parts
 
 

@@ -180,6 +180,7 @@ def alive(process):
     return state != "Z"
 
 log = []
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored by what a shell starts in the background
 for how in (signal.SIGINT, signal.SIGKILL):
     suite = os.fork()
     if suite == 0:

@@ -165,6 +165,12 @@ class LitMergeCLI(LightningCLI):
             if line:
                 rank_zero_info(line)
 
+    def _dump_config(self) -> None:
+        """What goes into checkpoints as the classes' settings: of the command, without checking it once more."""
+        if not hasattr(self, "config_dump"):
+            text = self.parser.dump(self.config, skip_link_targets=False, skip_none=False, skip_validation=True)
+            self.config_dump = yaml.safe_load(text)[self.command]
+
     def instantiate_classes(self) -> None:
         """Loggers that are not told where to write do so in the run directory; the saved configuration is as given."""
         self._given = self.config
