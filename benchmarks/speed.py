@@ -40,6 +40,7 @@ SMALL_ARGUMENTS: dict[str, list[str]] = {
 NAMES = {
     **{"task_arithmetic": "task arithmetic", "dare": "DARE", "lines": "LiNeS", "ties": "TIES, trimmed over all"},
     **{"ties_tensor": "TIES, trimmed by tensor", "lines_ties": "LiNeS on TIES, trimmed over all"},
+    "tsv_m": "TSV-M, without the embeddings",
 }
 
 
@@ -149,11 +150,18 @@ def _linearized(found: dict[str, Any]) -> Iterator[Ratio]:
     for setting, report in found.items():
         times = report["time"]
         for name, limit in (("linearized", 1.75), ("attention", None)):
+            if name not in times:
+                continue
             row = times[name]
             said = f"an ordinary step, {times['ordinary']['seconds']:.3g} s"
             ours = seconds(row["spread"], row["seconds"])
             what = {"linearized": "linearised step", "attention": "linearised step, attention only"}[name]
             yield Ratio("linearized", f"{what}, ViT-B/32, {setting}", ours, said, row["ratio_to_ordinary"], limit)
+
+        if "tak" in times:
+            row, said = times["tak"], f"a linearised step, {times['linearized']['seconds']:.3g} s"
+            ours = seconds(row["spread"], row["seconds"])
+            yield Ratio("linearized", f"TAK's step, ViT-B/32, {setting}", ours, said, row["ratio_to_linearized"], 1.1)
 
 
 def _text_step(found: dict[str, Any]) -> Iterator[Ratio]:
@@ -177,8 +185,29 @@ def _linear_search(found: dict[str, Any]) -> Iterator[Ratio]:
     yield Ratio("linear_search", "coefficient search, linearised", "", said, found["times_faster"], 1.0, lower=False)
 
 
+def _billions(found: dict[str, Any]) -> Iterator[Ratio]:
+    for row in found["rows"]:
+        tools = row["tools"]
+        on = f"{row['tasks']} × {row['parameters'] / 1e9:.2f} billion parameters, {row['layers']} blocks"
+        for name, one in tools.items():
+            if name == "limit" or name.startswith("mergekit"):
+                continue
+            ours = seconds([run["seconds"] for run in one["runs"]], one["median_seconds"])
+            ours, what = f"{ours}, {one['peak_mib']:,} MiB", f"{NAMES[name]}, {on}"
+            goal = 1.3 if name in ("task_arithmetic", "dare", "lines") else None
+            said = f"reading and writing the files, {tools['limit']['median_seconds']:.3g} s"
+            yield Ratio("billions", what, ours, said, one["median_seconds"] / tools["limit"]["median_seconds"], goal)
+            yield Ratio("billions", f"{what}: memory", ours, "1 GiB", one["peak_mib"] / 1024, 1.0)
+            peer = tools.get({"ties_tensor": "mergekit_ties"}.get(name, f"mergekit_{name}"))
+            if peer is not None and name != "ties":
+                said = f"mergekit, {peer['median_seconds']:.3g} s, {peer['peak_mib']:,} MiB"
+                ratio = peer["median_seconds"] / one["median_seconds"]
+                yield Ratio("billions", what, ours, said, ratio, 1.0, lower=False)
+
+
 READERS = {
     "merge": _merge,
+    "billions": _billions,
     "t5_large": _t5_large,
     "decompositions": _decompositions,
     "linearized": _linearized,

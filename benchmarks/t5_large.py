@@ -21,17 +21,17 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
 import statistics
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+
+sys.path.insert(0, str(Path(__file__).parent))
+from whole_processes import copied, difference, lit_merge_command, measured, mergekit_command, names_of, tensor, weights
 
 from lit_merge.files.text import write_text
 from lit_merge.report.environment import hardware, versions
@@ -45,7 +45,6 @@ OURS: dict[str, list[Any]] = {
     "ties_tensor": [{"Trim": {"density": DENSITY, "scope": "tensor"}}, *TIES[1:]],
 }
 TOOLS = ("limit", *OURS, "mergekit")
-PAGE, MIB = os.sysconf("SC_PAGESIZE"), 2**20
 
 
 def folders_of(place: Path, tasks: int) -> tuple[Path, list[Path]]:
@@ -76,11 +75,6 @@ def prepare(place: Path, options: argparse.Namespace) -> None:
         print(f"wrote {folder}", flush=True)
 
 
-def weights(folder: Path) -> list[Path]:
-    """The files that hold a model's weights."""
-    return sorted(folder.glob("*.safetensors"))
-
-
 def command(tool: str, place: Path, output: Path, options: argparse.Namespace) -> list[str]:
     """What a fresh process runs."""
     base, tuned = folders_of(place, options.tasks)
@@ -92,105 +86,17 @@ def command(tool: str, place: Path, output: Path, options: argparse.Namespace) -
             "parameters": {"normalize": True},
             "dtype": options.dtype,
         }
-        (place / "mergekit.yaml").write_text(json.dumps(recipe), encoding="utf-8")
-        size = options.shard_size.upper().removesuffix("B").replace("G", "B")  # in billions, as mergekit spells it
-        more = ["--no-copy-tokenizer", "--out-shard-size", size]
-        own = ["-m", "mergekit.scripts.run_yaml", str(place / "mergekit.yaml"), str(output), *more]
-        return [str(options.mergekit_python), *own]
-    given = ["--base", str(base), "--vectors", json.dumps([str(one) for one in tuned])]
-    given += ["--parts", json.dumps(OURS[tool]), "--shard_size", options.shard_size, "--progress", "false"]
-    return [sys.executable, "-m", "lit_merge", "merge", *given, "--output", str(output)]
+        return mergekit_command(options.mergekit_python, recipe, place / "mergekit.yaml", output, options.shard_size)
+    return lit_merge_command(base, tuned, output, OURS[tool], options.shard_size)
 
 
-def copied(output: Path, place: Path, tasks: int) -> float:
-    """Seconds to read everything once in pieces, and to write as much as the result has."""
-    base, tuned = folders_of(place, tasks)
-    started, piece = time.perf_counter(), memoryview(bytearray(MIB))
-    for folder in (base, *tuned):
-        for file in weights(folder):
-            with file.open("rb", buffering=0) as source:
-                while source.readinto(piece):
-                    pass
-    output.mkdir(parents=True)
-    with (output / "copy.safetensors").open("wb") as target:
-        for _ in range(-(-sum(file.stat().st_size for file in weights(base)) // MIB)):
-            target.write(piece)
-        target.flush()
-        os.fsync(target.fileno())
-    return time.perf_counter() - started
-
-
-def tree(process: int) -> list[int]:
-    """A process and all below it."""
-    try:
-        below = [
-            int(child)
-            for thread in Path(f"/proc/{process}/task").iterdir()
-            for child in (thread / "children").read_text().split()
-        ]
-    except OSError:  # it has just ended
-        return []
-    return [process, *(one for child in below for one in tree(child))]
-
-
-def memory(process: int) -> tuple[int, int]:
-    """Resident and anonymous bytes of a process and all below it."""
-    resident = anonymous = 0
-    for one in tree(process):
-        try:
-            _, total, shared, *_ = map(int, Path(f"/proc/{one}/statm").read_text().split())
-        except (OSError, ValueError):
-            continue
-        resident, anonymous = resident + total * PAGE, anonymous + (total - shared) * PAGE
-    return resident, anonymous
-
-
-def measured(tool: str, place: Path, output: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """One run: seconds, and of merges peak memory and bytes written."""
-    shutil.rmtree(output, ignore_errors=True)
-    os.sync()
+def one_run(tool: str, place: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """Seconds, and of merges peak memory and bytes."""
+    base, tuned = folders_of(place, options.tasks)
+    output = place / f"merged-{tool}"
     if tool == "limit":
-        return {"seconds": round(copied(output, place, options.tasks), 2)}
-    arguments, peaks = command(tool, place, output, options), (0, 0)
-    log = place / f"{tool}.log"
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    if tool == "mergekit":
-        environment.pop("PYTHONPATH", None)
-    with log.open("w", encoding="utf-8") as said:
-        started = time.perf_counter()
-        running = subprocess.Popen(arguments, stdout=said, stderr=subprocess.STDOUT, env=environment)
-        while running.poll() is None:
-            resident, anonymous = memory(running.pid)
-            peaks = max(peaks[0], resident), max(peaks[1], anonymous)
-            time.sleep(0.02)
-        seconds = time.perf_counter() - started
-    if running.returncode:
-        sys.exit(f"{tool}: ended with {running.returncode}; the end of {log}:\n{log.read_text()[-2000:]}")
-    written = sum(file.stat().st_size for file in weights(output))
-    found = {"seconds": round(seconds, 2), "peak_mib": round(peaks[0] / MIB), "anonymous_mib": round(peaks[1] / MIB)}
-    return {**found, "bytes_written": written}
-
-
-def difference(ours: Path, theirs: Path) -> dict[str, float]:
-    """How far two results are from each other: the largest difference, and the fraction of elements that differ."""
-    where = [{name: file for file in weights(one) for name in _names(file)} for one in (ours, theirs)]
-    worst, unequal, count = 0.0, 0, 0
-    for name in sorted(set(where[0]) & set(where[1])):
-        first, second = (_tensor(place[name], name).float() for place in where)
-        gap = (first - second).abs()
-        worst, unequal = max(worst, float(gap.max())), unequal + int((gap > 1e-6).sum())
-        count += gap.numel()
-    return {"tensors": len(set(where[0]) & set(where[1])), "largest": worst, "fraction_unequal": unequal / count}
-
-
-def _names(file: Path) -> list[str]:
-    with safe_open(file, "pt") as stored:
-        return list(stored.keys())
-
-
-def _tensor(file: Path, name: str) -> torch.Tensor:
-    with safe_open(file, "pt") as stored:
-        return stored.get_tensor(name)
+        return {"seconds": round(copied([base, *tuned], output), 2)}
+    return measured(command(tool, place, output, options), output, place / f"{tool}.log")
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
@@ -203,10 +109,10 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     rows: dict[str, list[dict[str, Any]]] = {tool: [] for tool in tools}
     for _ in range(options.rounds):
         for tool in tools:
-            rows[tool].append(measured(tool, place, place / f"merged-{tool}", options))
+            rows[tool].append(one_run(tool, place, options))
             print(tool, rows[tool][-1], flush=True)
     inputs = [file.stat().st_size for folder in (base, *tuned) for file in weights(folder)]
-    parameters = sum(_tensor(file, name).numel() for file in weights(base) for name in _names(file))
+    parameters = sum(tensor(file, name).numel() for file in weights(base) for name in names_of(file))
     found: dict[str, Any] = {"parameters": parameters, "bytes_read": sum(inputs), "files": len(inputs)}
     found["tools"] = {
         tool: {
