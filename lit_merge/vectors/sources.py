@@ -118,7 +118,7 @@ class Rows(Source):
         return max(_ELEMENTS_IN_CACHE // len(self.rows), _FEWEST_ELEMENTS)
 
     def _finite(self, chunk: Tensor, name: str) -> Tensor:
-        if math.isfinite(float(chunk.sum())):  # a sum may overflow by itself, but it never hides what is not finite
+        if is_finite(chunk):
             return chunk
         for index, values in enumerate(chunk):
             if not is_finite(values):

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lit_merge.params import count_nonzero
+
 __all__ = ["RoundingLoss", "is_narrow", "rounding_caution", "written_cautions"]
 
 _LOST = 0.05  # of ‖τ‖, from which on rounding is warned of
@@ -51,11 +53,8 @@ class RoundingLoss:
         wide = torch.promote_types(update.dtype, torch.float32)
         update = update.to(stored.device, wide)
         left = stored.to(wide).sub_(base.to(stored.device, stored.dtype).to(wide))
-        moved = update != 0
-        unchanged = int(torch.count_nonzero(moved & (left == 0)))
-        error = torch.linalg.vector_norm(left.sub_(update), dtype=torch.float64)
-        norm = torch.linalg.vector_norm(update, dtype=torch.float64)
-        return cls(float(error) ** 2, float(norm) ** 2, unchanged, int(torch.count_nonzero(moved)))
+        moved, changed = count_nonzero(update), count_nonzero(left)  # what is changed has moved
+        return cls(_squared_norm(left.sub_(update)), _squared_norm(update), moved - changed, moved)
 
     def __add__(self, other: RoundingLoss) -> RoundingLoss:
         return RoundingLoss(
@@ -94,6 +93,11 @@ class RoundingLoss:
             return float(content["lost"]), float(content["unchanged"])
         except (ValueError, TypeError, KeyError, RecursionError):
             return 0.0, 0.0
+
+
+def _squared_norm(values: Tensor) -> float:
+    wide = values.flatten().double()
+    return float(torch.dot(wide, wide))
 
 
 def rounding_caution(what: str, dtypes: Sequence[torch.dtype], loss: RoundingLoss, estimated_on: int = 0) -> str:
