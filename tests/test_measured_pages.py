@@ -34,6 +34,7 @@ def script(name: str) -> ModuleType:
         ("recipes", "merge_matrices", "merge_matrices", "table"),
         ("recipes", "decompositions", "decompositions", "table"),
         ("recipes", "parity", "parity_table", "table"),
+        ("speed", "billions", "billions", "table"),
         ("adamerging", "adamerging", "adamerging_table", "table"),
         ("adamerging", "learned_merges", "learned_merges", "table"),
         ("checkpoints", "checkpoints", "checkpoints", "table"),

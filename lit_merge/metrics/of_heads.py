@@ -11,13 +11,15 @@ from torchmetrics import Metric
 from lit_merge.metrics.perplexity import Perplexity
 from lit_merge.metrics.spearman import Spearman
 
-__all__ = ["more_metrics", "update_more"]
+__all__ = ["MORE", "more_metrics", "update_more"]
 
 _METRICS: dict[str, tuple[type[Metric], str]] = {
     "perplexity": (Perplexity, "surprise"),
     "spearman": (Spearman, "numbers"),
 }
 """Name -> metric, and the head's method that gives what it is made of."""
+MORE = tuple(_METRICS)
+"""The names."""
 
 
 def more_metrics(head: Any) -> nn.ModuleDict:

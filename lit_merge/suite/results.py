@@ -14,6 +14,7 @@ from lit_merge.errors import ConfigurationError, FileFormatError, LitMergeError,
 from lit_merge.files.cache import Cache
 from lit_merge.files.store import LazyTensors
 from lit_merge.metrics import CosineMatrix
+from lit_merge.metrics.of_heads import MORE
 from lit_merge.naming import number_of_blocks
 from lit_merge.report.environment import hardware, versions
 from lit_merge.report.results import JOINT
@@ -58,13 +59,14 @@ def suite_results(
         references = {JOINT: _accuracies(stages / "joint" / "test", tasks)} if joint else {}
         return {
             "individual": {task: _accuracy(stages / "individual" / task, "test/accuracy") for task in tasks},
+            **_more({task: (stages / "individual" / task, "test/") for task in tasks}, "individual_"),
             **({"references": references} if references else {}),
             **_measures(vectors, ledger),
             "merged": {
                 name: {
                     **(_learned if recipe.learned else _merged)(directory, stages / "merge" / name, recipe),
                     "accuracy": _accuracies(stages / "test" / name, tasks),
-                    **_perplexities(stages / "test" / name, every, "perplexity"),
+                    **_more(_together(stages / "test" / name, every)),
                 }
                 for name, recipe in recipes.items()
             },
@@ -79,7 +81,7 @@ def suite_results(
         "versions": versions(),
         "hardware": hardware(),
         "zero_shot": _accuracies(directory / "zero-shot", tasks),
-        **_perplexities(directory / "zero-shot", every, "zero_shot_perplexity"),
+        **_more(_together(directory / "zero-shot", every), "zero_shot_"),
         "seeds": {str(seed): of_seed(seed) for seed in seeds},
     }
 
@@ -144,12 +146,24 @@ def _accuracies(stage: Path, tasks: Sequence[str]) -> dict[str, float]:
     return {task: _accuracy(stage, f"test/{task}/accuracy") for task in tasks}
 
 
-def _perplexities(stage: Path, tasks: Sequence[str], key: str) -> dict[str, dict[str, float]]:
-    """Of tasks in which a language model predicts tokens; nothing of others."""
-    logged = json.loads((stage / "test_metrics.json").read_text(encoding="utf-8"))
-    named = {task: f"test/{task}/perplexity" for task in tasks}
-    found = {task: round(logged[name], 6) for task, name in named.items() if name in logged}
-    return {key: found} if found else {}
+def _more(places: Mapping[str, tuple[Path, str]], prefix: str = "") -> dict[str, dict[str, float]]:
+    """Metric -> task -> value, of what is measured beside the accuracy: of next tokens, of numbers.
+
+    Args:
+        places: task -> the stage that has tested it, and what its metrics' names begin with.
+        prefix: of the metrics' names in the result.
+    """
+    found: dict[str, dict[str, float]] = {}
+    for task, (stage, begin) in places.items():
+        logged = json.loads((stage / "test_metrics.json").read_text(encoding="utf-8"))
+        for metric in [one for one in MORE if begin + one in logged]:
+            found.setdefault(prefix + metric, {})[task] = round(logged[begin + metric], 6)
+    return found
+
+
+def _together(stage: Path, tasks: Sequence[str]) -> dict[str, tuple[Path, str]]:
+    """Where a stage that tests all tasks has the metrics of each."""
+    return {task: (stage, f"test/{task}/") for task in tasks}
 
 
 def _measures(paths: Sequence[Path], ledger: FileLedger) -> dict[str, Any]:

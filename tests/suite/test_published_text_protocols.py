@@ -110,7 +110,18 @@ def test_from_end_to_end(name: str, prepared, capfd) -> None:
         assert heads == "runs/S/seed-0/fit/{task}/task_vector.head.safetensors"
         assert all(Path(heads.replace("{task}", task)).is_file() for task in config["tasks"])
         metrics = json.loads(Path(f"runs/S/seed-0/test/{recipe}/test_metrics.json").read_text(encoding="utf-8"))
-        assert "test/glue8_roberta-stsb/spearman" in metrics
+        of_numbers = results["seeds"]["0"]
+        for found, logged in (
+            (merged["spearman"], metrics["test/glue8_roberta-stsb/spearman"]),
+            (of_numbers["individual_spearman"], _logged("seed-0/individual/glue8_roberta-stsb")["test/spearman"]),
+            (results["zero_shot_spearman"], _logged("zero-shot")["test/glue8_roberta-stsb/spearman"]),
+        ):
+            assert found == {"glue8_roberta-stsb": pytest.approx(logged, abs=1e-6, nan_ok=True)}
+
+
+def _logged(stage: str) -> dict[str, float]:
+    found: dict[str, float] = json.loads(Path(f"runs/S/{stage}/test_metrics.json").read_text(encoding="utf-8"))
+    return found
 
 
 @pytest.mark.parametrize("name", OBJECTS)
