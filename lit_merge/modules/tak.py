@@ -27,8 +27,8 @@ class Tak(Penalty):
     Kronecker factors at θ0 come from ``lit-merge statistics --kind kfac``, a file for each task. They are put together
     into one set (:func:`~lit_merge.modules.curvature.aggregated`), so that neither memory nor time depends on their
     number. The penalty is quadratic in τ, whether the network is linearised or not, and costs two products per layer,
-    under bfloat16 autocast in bfloat16 (sums in float32). Rounded to it, factors of a MiniLM have eigenvalues that differ
-    by up to 5e-5 of the largest, so that what is nearly free may be, or be rewarded by as little.
+    under bfloat16 autocast in bfloat16 (sums in float32). Rounded to it, factors of a MiniLM have eigenvalues that
+    differ by up to 5e-5 of the largest, so that what is nearly free may be, or be rewarded by as little.
     Files with corrected eigenvalues (``--corrected true``, EK-FAC) are taken as they are: they fit better, are kept for
     each task, and cost four products per layer and task.
 
