@@ -1,0 +1,158 @@
+"""Tests of what may explain claims that do not hold on the embedded suite: merges beside each other, one thing changed.
+
+    python benchmarks/all.py --instruments embedded --regimes full --output runs/all --keep   # the vectors
+    python benchmarks/explaining.py --vectors 'runs/all/embedded/full/seed-{seed}/seed-{seed}/fit'
+
+Every merge's coefficient is chosen on validation images; differences on test images are judged by the rule of
+benchmarks/verdicts.py, three fine-tuning seeds. What is concluded stands in benchmarks/explanations.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parent))
+from learned_merges import TASKS, Suite, accuracy
+from verdicts import judge
+
+from lit_merge import TaskVector, TaskVectors
+from lit_merge.files.text import write_text
+from lit_merge.params import norm
+from lit_merge.report.environment import hardware, versions
+from lit_merge.transforms import Calibrate, Drop, IsoC, Scale, Sum, Transform, TSVMerge, chain, ties
+
+RESULTS = Path(__file__).parents[1] / "benchmarks/results/explaining.json"
+SMALL, LARGE = (0.1, 0.15, 0.2, 0.25, 0.3, 0.4), (0.6, 0.8, 1.0, 1.2, 1.4, 1.6)
+Build = Callable[[TaskVectors, float], Transform]
+
+
+def equal_lengths(vectors: TaskVectors) -> Transform:
+    """Brings every vector to the mean of their lengths."""
+    lengths = [norm(dict(vectors.select([task]).single())) for task in vectors.tasks]
+    return Scale(tuple(mean(lengths) / one for one in lengths))
+
+
+MERGES: dict[str, tuple[Build, tuple[float, ...]]] = {
+    "task arithmetic": (lambda _, value: chain(Sum(), Scale(value)), SMALL),
+    "TIES": (lambda _, value: ties(density=0.2, coefficient=value), (0.4, 0.5, 0.6, 0.7, 0.8, 1.0)),
+    "TIES, half kept": (lambda _, value: ties(density=0.5, coefficient=value), (0.4, 0.6, 0.8, 1.0, 1.2, 1.4)),
+    "TIES, all kept": (lambda _, value: ties(density=1.0, coefficient=value), (0.6, 0.8, 1.0, 1.3, 1.6, 2.0)),
+    "DARE, half dropped": (lambda _, value: chain(Drop(0.5), Sum(), Scale(value)), SMALL),
+    "DARE, nine tenths dropped": (lambda _, value: chain(Drop(0.9), Sum(), Scale(value)), SMALL),
+    "TSV-M": (lambda _, value: chain(TSVMerge(), Scale(value)), LARGE),
+    "TSV-M, equal lengths": (lambda own, value: chain(equal_lengths(own), TSVMerge(), Scale(value)), LARGE),
+    "Iso-C": (lambda _, value: chain(IsoC(), Scale(value)), LARGE),
+    "Iso-C, equal lengths": (lambda own, value: chain(equal_lengths(own), IsoC(), Scale(value)), LARGE),
+}
+COMPARED = [
+    ("TIES", "task arithmetic"),
+    ("TIES, half kept", "task arithmetic"),
+    ("TIES, all kept", "task arithmetic"),
+    ("DARE, half dropped", "task arithmetic"),
+    ("DARE, nine tenths dropped", "task arithmetic"),
+    ("Iso-C", "TSV-M"),
+    ("Iso-C, equal lengths", "Iso-C"),
+    ("TSV-M, equal lengths", "TSV-M"),
+    ("Iso-C, equal lengths", "TSV-M, equal lengths"),
+]
+
+
+def vectors_of(folder: str, seed: int) -> TaskVectors:
+    """All tasks' vectors of a seed."""
+    place = Path(folder.format(seed=seed))
+    return TaskVectors([TaskVector.load(place / task / "task_vector.safetensors") for task in TASKS])
+
+
+def measured(job: tuple[str, int, str]) -> tuple[int, str, float, dict[str, Tensor]]:
+    """Seed, merge, its coefficient, and which test images it has right."""
+    folder, seed, name = job
+    torch.set_num_threads(1)
+    suite, vectors = Suite(), vectors_of(folder, seed)
+    build, grid = MERGES[name]
+    scores = {}
+    for value in grid:
+        suite.load(build(vectors, value)(vectors))
+        scores[value] = accuracy(suite.hits("val"))
+    best = max(scores, key=lambda value: scores[value])
+    suite.load(build(vectors, best)(vectors))
+    return seed, name, best, suite.hits("test")
+
+
+def calibrated(vectors: TaskVectors) -> dict[str, float]:
+    """How much calibration changes two merges, relative to their length, and how much of it is their length alone."""
+    found = {}
+    for name, before, alpha in (("task arithmetic", chain(Sum(), Scale(0.3)), 0.1), ("TSV-M", TSVMerge(), 1.0)):
+        merged, changed = before(vectors).single(), chain(before, Calibrate(alpha))(vectors).single()
+        pairs = [(merged[key].double().flatten(), changed[key].double().flatten()) for key in merged]
+        first, second = torch.cat([one for one, _ in pairs]), torch.cat([one for _, one in pairs])
+        found[name] = round(float((second - first).norm() / first.norm()), 4)
+        found[f"{name}, cosine"] = round(float(torch.dot(first, second) / first.norm() / second.norm()), 4)
+        found[f"{name}, length"] = round(float(second.norm() / first.norm()), 4)
+    return found
+
+
+def compared(hits: dict[str, list[dict[str, Tensor]]]) -> list[dict[str, Any]]:
+    """Every pair: difference in points with its interval, and by task."""
+    rows = []
+    for first, second in COMPARED:
+        found = judge(hits[first], hits[second])
+        by_task = {
+            task: round(100 * mean(float(a[task].double().mean() - b[task].double().mean()) for a, b in pairs), 2)
+            for pairs in [list(zip(hits[first], hits[second], strict=True))]
+            for task in TASKS
+        }
+        row = {"first": first, "second": second, "points": round(100 * found.effect, 2)}
+        rows.append(row | {"interval": [round(100 * found.low, 2), round(100 * found.high, 2)], "by_task": by_task})
+    return rows
+
+
+def main() -> None:
+    """Measure all merges, some at a time, and write the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--vectors", required=True, help="folder of a seed's task vectors, with {seed} in it")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    hits: dict[str, dict[int, dict[str, Tensor]]] = {name: {} for name in MERGES}
+    chosen: dict[str, dict[int, float]] = {name: {} for name in MERGES}
+    waiting = [(options.vectors, seed, name) for name in MERGES for seed in options.seeds]
+    with multiprocessing.get_context("spawn").Pool(options.processes) as pool:
+        for seed, name, best, right in pool.imap_unordered(measured, waiting):
+            hits[name][seed], chosen[name][seed] = right, best
+            print(seed, name, best, round(100 * accuracy(right), 2), flush=True)
+    result = {
+        "merges": {
+            name: {
+                "coefficients": [chosen[name][seed] for seed in options.seeds],
+                "accuracies": [round(100 * accuracy(hits[name][seed]), 2) for seed in options.seeds],
+                "grid": MERGES[name][1],
+            }
+            for name in MERGES
+        },
+        "compared": compared({name: [found[seed] for seed in options.seeds] for name, found in hits.items()}),
+        "calibrated": {str(seed): calibrated(vectors_of(options.vectors, seed)) for seed in options.seeds},
+        "lengths": {
+            str(seed): {task: round(norm(dict(own.select([task]).single())), 4) for task in TASKS}
+            for seed in options.seeds
+            for own in [vectors_of(options.vectors, seed)]
+        },
+        "versions": versions(),
+        "hardware": hardware(),
+    }
+    write_text(options.output, json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result["compared"], indent=1))
+
+
+if __name__ == "__main__":
+    main()
