@@ -134,7 +134,7 @@ def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 def table(found: dict[str, Any]) -> str:
     """What docs/speed.md says of it."""
-    lines = []
+    lines: list[str] = []
     for row in found["rows"]:
         limit, size = row["tools"]["limit"]["median_seconds"], row["bytes"]
         lines += [

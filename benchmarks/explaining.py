@@ -2,6 +2,7 @@
 
     python benchmarks/all.py --instruments embedded --regimes full --output runs/all --keep   # the vectors
     python benchmarks/explaining.py --vectors 'runs/all/embedded/full/seed-{seed}/seed-{seed}/fit'
+    python benchmarks/explaining.py --regmean 'runs/all/embedded/calibrated/seed-{seed}' --vectors …    # RegMean's part
 
 Every merge's coefficient is chosen on validation images; differences on test images are judged by the rule of
 benchmarks/verdicts.py, three fine-tuning seeds. What is concluded stands in benchmarks/explanations.md.
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent))
+from collected import Stored
 from learned_merges import TASKS, Suite, accuracy
 from verdicts import judge
 
@@ -29,7 +31,7 @@ from lit_merge import TaskVector, TaskVectors
 from lit_merge.files.text import write_text
 from lit_merge.params import norm
 from lit_merge.report.environment import hardware, versions
-from lit_merge.transforms import Calibrate, Drop, IsoC, Scale, Sum, Transform, TSVMerge, chain, ties
+from lit_merge.transforms import Calibrate, Drop, IsoC, RegMean, Scale, Sum, Transform, TSVMerge, chain, ties
 
 RESULTS = Path(__file__).parents[1] / "benchmarks/results/explaining.json"
 SMALL, LARGE = (0.1, 0.15, 0.2, 0.25, 0.3, 0.4), (0.6, 0.8, 1.0, 1.2, 1.4, 1.6)
@@ -116,14 +118,35 @@ def compared(hits: dict[str, list[dict[str, Tensor]]]) -> list[dict[str, Any]]:
     return rows
 
 
+def without_coefficient(suites: str, vectors: str, seeds: list[int]) -> dict[str, Any]:
+    """RegMean++, which has no coefficient, against RegMean without one; the former's hits are those of its suites."""
+    suite, stored, plain = Suite(), Stored("embedded"), []
+    for seed in seeds:
+        grams = Path(suites.format(seed=seed)) / f"seed-{seed}/statistics/regmean"
+        files = {task: str(grams / task / "gram.safetensors") for task in TASKS}
+        suite.load(RegMean(files)(vectors_of(vectors, seed)))
+        plain.append(suite.hits("test"))
+    found = judge([stored.hits("calibrated", "regmean_plus_plus", str(seed)) for seed in seeds], plain)
+    row = {"first": "RegMean++", "second": "RegMean, no coefficient", "points": round(100 * found.effect, 2)}
+    row |= {"interval": [round(100 * found.low, 2), round(100 * found.high, 2)]}
+    return row | {"accuracies": [round(100 * accuracy(one), 2) for one in plain]}
+
+
 def main() -> None:
     """Measure all merges, some at a time, and write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--vectors", required=True, help="folder of a seed's task vectors, with {seed} in it")
+    parser.add_argument("--regmean", help="a seed's suite of the regime calibrated: RegMean's part alone")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()
+    if options.regmean:
+        known = json.loads(options.output.read_text(encoding="utf-8"))
+        known["regmean"] = without_coefficient(options.regmean, options.vectors, options.seeds)
+        write_text(options.output, json.dumps(known, indent=1) + "\n")
+        print(known["regmean"])
+        return
     hits: dict[str, dict[int, dict[str, Tensor]]] = {name: {} for name in MERGES}
     chosen: dict[str, dict[int, float]] = {name: {} for name in MERGES}
     waiting = [(options.vectors, seed, name) for name in MERGES for seed in options.seeds]
