@@ -31,7 +31,7 @@ from lit_merge import TaskVector, TaskVectors
 from lit_merge.files.text import write_text
 from lit_merge.params import norm
 from lit_merge.report.environment import hardware, versions
-from lit_merge.transforms import Calibrate, Drop, IsoC, RegMean, Scale, Sum, Transform, TSVMerge, chain, ties
+from lit_merge.transforms import WUDI, Calibrate, Drop, IsoC, RegMean, Scale, Sum, Transform, TSVMerge, chain, ties
 
 RESULTS = Path(__file__).parents[1] / "benchmarks/results/explaining.json"
 SMALL, LARGE = (0.1, 0.15, 0.2, 0.25, 0.3, 0.4), (0.6, 0.8, 1.0, 1.2, 1.4, 1.6)
@@ -53,6 +53,11 @@ MERGES: dict[str, tuple[Build, tuple[float, ...]]] = {
     "DARE, nine tenths dropped": (lambda _, value: chain(Drop(0.9), Sum(), Scale(value)), SMALL),
     "TSV-M": (lambda _, value: chain(TSVMerge(), Scale(value)), LARGE),
     "TSV-M, equal lengths": (lambda own, value: chain(equal_lengths(own), TSVMerge(), Scale(value)), LARGE),
+    "WUDI": (lambda _, value: chain(WUDI(), Scale(value)), (0.2, 0.3, 0.4, 0.6, 0.8, 1.0)),
+    "WUDI, steps eight times as long": (
+        lambda _, value: chain(WUDI(learning_rate=8e-5), Scale(value)),
+        (0.2, 0.3, 0.4, 0.6, 0.8, 1.0),
+    ),
     "Iso-C": (lambda _, value: chain(IsoC(), Scale(value)), LARGE),
     "Iso-C, equal lengths": (lambda own, value: chain(equal_lengths(own), IsoC(), Scale(value)), LARGE),
 }
@@ -62,6 +67,8 @@ COMPARED = [
     ("TIES, all kept", "task arithmetic"),
     ("DARE, half dropped", "task arithmetic"),
     ("DARE, nine tenths dropped", "task arithmetic"),
+    ("WUDI, steps eight times as long", "WUDI"),
+    ("WUDI, steps eight times as long", "TSV-M"),
     ("Iso-C", "TSV-M"),
     ("Iso-C, equal lengths", "Iso-C"),
     ("TSV-M, equal lengths", "TSV-M"),
@@ -106,7 +113,7 @@ def calibrated(vectors: TaskVectors) -> dict[str, float]:
 def compared(hits: dict[str, list[dict[str, Tensor]]]) -> list[dict[str, Any]]:
     """Every pair: difference in points with its interval, and by task."""
     rows = []
-    for first, second in COMPARED:
+    for first, second in [pair for pair in COMPARED if set(pair) <= set(hits)]:
         found = judge(hits[first], hits[second])
         by_task = {
             task: round(100 * mean(float(a[task].double().mean() - b[task].double().mean()) for a, b in pairs), 2)
@@ -137,6 +144,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--vectors", required=True, help="folder of a seed's task vectors, with {seed} in it")
     parser.add_argument("--regmean", help="a seed's suite of the regime calibrated: RegMean's part alone")
+    parser.add_argument("--merges", nargs="+", choices=MERGES, default=list(MERGES), help="what else is known stays")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--output", type=Path, default=RESULTS)
@@ -147,32 +155,35 @@ def main() -> None:
         write_text(options.output, json.dumps(known, indent=1) + "\n")
         print(known["regmean"])
         return
-    hits: dict[str, dict[int, dict[str, Tensor]]] = {name: {} for name in MERGES}
-    chosen: dict[str, dict[int, float]] = {name: {} for name in MERGES}
-    waiting = [(options.vectors, seed, name) for name in MERGES for seed in options.seeds]
+    hits: dict[str, dict[int, dict[str, Tensor]]] = {name: {} for name in options.merges}
+    chosen: dict[str, dict[int, float]] = {name: {} for name in options.merges}
+    waiting = [(options.vectors, seed, name) for name in options.merges for seed in options.seeds]
     with multiprocessing.get_context("spawn").Pool(options.processes) as pool:
         for seed, name, best, right in pool.imap_unordered(measured, waiting):
             hits[name][seed], chosen[name][seed] = right, best
             print(seed, name, best, round(100 * accuracy(right), 2), flush=True)
-    result = {
-        "merges": {
-            name: {
-                "coefficients": [chosen[name][seed] for seed in options.seeds],
-                "accuracies": [round(100 * accuracy(hits[name][seed]), 2) for seed in options.seeds],
-                "grid": MERGES[name][1],
-            }
-            for name in MERGES
-        },
-        "compared": compared({name: [found[seed] for seed in options.seeds] for name, found in hits.items()}),
-        "calibrated": {str(seed): calibrated(vectors_of(options.vectors, seed)) for seed in options.seeds},
-        "lengths": {
-            str(seed): {task: round(norm(dict(own.select([task]).single())), 4) for task in TASKS}
-            for seed in options.seeds
-            for own in [vectors_of(options.vectors, seed)]
-        },
-        "versions": versions(),
-        "hardware": hardware(),
+    result: dict[str, Any] = {"merges": {}, "compared": []}
+    if options.output.exists():
+        result |= json.loads(options.output.read_text(encoding="utf-8"))
+    for name in options.merges:
+        result["merges"][name] = {
+            "coefficients": [chosen[name][seed] for seed in options.seeds],
+            "accuracies": [round(100 * accuracy(hits[name][seed]), 2) for seed in options.seeds],
+            "grid": MERGES[name][1],
+        }
+    rows = compared({name: [found[seed] for seed in options.seeds] for name, found in hits.items()})
+    pairs = [(row["first"], row["second"]) for row in rows]
+    result["compared"] = [row for row in result["compared"] if (row["first"], row["second"]) not in pairs] + rows
+    every = {str(seed): vectors_of(options.vectors, seed) for seed in options.seeds}
+    result["calibrated"] = {seed: calibrated(own) for seed, own in every.items()}
+    result["lengths"] = {
+        seed: {task: round(norm(dict(own.select([task]).single())), 4) for task in TASKS} for seed, own in every.items()
     }
+    size = sum(value.numel() for value in every[str(options.seeds[0])].select([0]).single().values())
+    result["root_mean_squares"] = {
+        seed: round(mean(lengths.values()) / size**0.5, 6) for seed, lengths in result["lengths"].items()
+    }
+    result |= {"versions": versions(), "hardware": hardware()}
     write_text(options.output, json.dumps(result, indent=1) + "\n")
     print(json.dumps(result["compared"], indent=1))
 
