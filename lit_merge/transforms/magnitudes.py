@@ -35,7 +35,7 @@ __all__ = [
 Walk = Callable[[], Iterator[tuple[str, int, Tensor]]]
 """Starts a pass: parameter names in sorted order, positions in them, chunks ``(T, n)``."""
 
-_SAMPLE = 1 << 21  # elements of a sample, at least
+_SAMPLE = 1 << 21  # elements of a sample
 _CHUNK = 1 << 10  # that lie side by side
 _LENGTH = 1 << 18  # elements per row and chunk: a histogram of 2^16 counters should cost little beside them
 _DIGITS: dict[torch.dtype, tuple[torch.dtype, list[tuple[int, int]]]] = {  # shift and number of bits, the highest first
@@ -196,14 +196,9 @@ def size_of(vectors: TaskVectors) -> int:
     return sum(vectors.shape(name)[1:].numel() for name in vectors)
 
 
-def _sample_size(size: int) -> int:
-    """More of large models, as what lies between the brackets is kept: ``size / sqrt(sample)`` of it."""
-    return max(_SAMPLE, int(3 * size ** (2 / 3)))
-
-
 def _brackets(vectors: TaskVectors, kept: int) -> list[tuple[float, float]]:
     """Two magnitudes per row between which the kept-th largest lies, all but certainly."""
-    stride = size_of(vectors) * _CHUNK // _sample_size(size_of(vectors))
+    stride = size_of(vectors) * _CHUNK // _SAMPLE
     generator = random.Random(0)  # a regular grid could meet the same columns of every matrix
     parts, before = [], 0
     wanted = generator.randrange(stride)
