@@ -4,6 +4,7 @@
     python benchmarks/explaining.py --vectors 'runs/all/embedded/full/seed-{seed}/seed-{seed}/fit'
     python benchmarks/explaining.py --regmean 'runs/all/embedded/calibrated/seed-{seed}' --vectors …    # RegMean's part
 
+Merges are evaluated in float32, those of the suites in bf16-mixed, which differs by about a tenth of a point.
 Every merge's coefficient is chosen on validation images; differences on test images are judged by the rule of
 benchmarks/verdicts.py, three fine-tuning seeds. What is concluded stands in benchmarks/explanations.md.
 """

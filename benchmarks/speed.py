@@ -42,6 +42,8 @@ NAMES = {
     **{"ties_tensor": "TIES, trimmed by tensor", "lines_ties": "LiNeS on TIES, trimmed over all"},
     "tsv_m": "TSV-M, without the embeddings",
 }
+PEERS = {"task_arithmetic": "mergekit_task_arithmetic", "dare": "mergekit_dare", "ties_tensor": "mergekit_ties"}
+"""What of benchmarks/billions.py does the same."""
 
 
 @dataclass(frozen=True)
@@ -198,8 +200,8 @@ def _billions(found: dict[str, Any]) -> Iterator[Ratio]:
             said = f"reading and writing the files, {tools['limit']['median_seconds']:.3g} s"
             yield Ratio("billions", what, ours, said, one["median_seconds"] / tools["limit"]["median_seconds"], goal)
             yield Ratio("billions", f"{what}: memory", ours, "1 GiB", one["peak_mib"] / 1024, 1.0)
-            peer = tools.get({"ties_tensor": "mergekit_ties"}.get(name, f"mergekit_{name}"))
-            if peer is not None and name != "ties":
+            peer = tools.get(PEERS.get(name, ""))
+            if peer is not None:
                 said = f"mergekit, {peer['median_seconds']:.3g} s, {peer['peak_mib']:,} MiB"
                 ratio = peer["median_seconds"] / one["median_seconds"]
                 yield Ratio("billions", what, ours, said, ratio, 1.0, lower=False)

@@ -16,7 +16,6 @@ import torch
 from safetensors import safe_open
 
 __all__ = [
-    "MIB",
     "copied",
     "difference",
     "lit_merge_command",
@@ -109,7 +108,7 @@ def read_by(process: int) -> int:
 
 
 def measured(arguments: Sequence[str], output: Path, log: Path) -> dict[str, Any]:
-    """One run: seconds, peak memory, and the bytes of weights that were read (``rchar``) and written.
+    """One run: seconds, peak memory, and bytes read by system calls (``rchar``) and written as weights.
 
     Raises:
         SystemExit: the process failed; the end of its log is said.

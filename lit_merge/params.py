@@ -116,12 +116,12 @@ def check_same_structure(
 
 def count_nonzero(values: Tensor) -> int:
     """How many elements of a floating-point tensor are not 0; several times as fast as torch's own on a CPU."""
-    signs = values.sign().abs_()
-    return int(signs.sum(dtype=torch.float64 if values.numel() > 1 << 24 else None))  # float32 counts no further
+    exact = torch.float32 if values.numel() <= 1 << 24 else torch.float64  # the former counts no further
+    return int(values.sign().abs_().sum(dtype=torch.promote_types(values.dtype, exact)))
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Whether a floating-point tensor holds neither NaN nor infinity, in one pass and without a temporary."""
+    """Whether a floating-point tensor holds neither NaN nor infinity; in one pass, two where its sum overflows."""
     values = tensor.float() if tensor.dtype.itemsize == 1 else tensor
     if values.numel() == 0 or math.isfinite(float(values.sum())):
         return True  # a sum may overflow by itself, but it never hides what is not finite

@@ -63,6 +63,22 @@ def test_what_differs(got, settings, expected):
     assert params.compare({"a": (2,), "b": ()}, got, **settings) == expected
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_zeros_are_counted_exactly(dtype):
+    values = torch.ones(3, 1501).mul_(-1e-6).to(dtype)  # bfloat16 counts to 256, float16 to 2,048
+    values[1, ::2] = 0
+    values[0, 0] = -0.0
+    assert params.count_nonzero(values) == int(torch.count_nonzero(values)) == 3 * 1501 - 751 - 1
+    assert params.count_nonzero(values[:0]) == 0
+
+
+def test_a_sum_that_overflows_hides_nothing():
+    huge = torch.full((4,), 3e38)
+    assert params.is_finite(huge)
+    assert not params.is_finite(torch.tensor([torch.inf, -torch.inf]))
+    assert not params.is_finite(torch.cat([huge, torch.tensor([torch.nan])]))
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.float8_e4m3fn])
 def test_is_finite(dtype):
     assert params.is_finite(torch.ones(3).to(dtype))

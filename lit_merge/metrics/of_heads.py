@@ -19,7 +19,7 @@ _METRICS: dict[str, tuple[type[Metric], str]] = {
 }
 """Name -> metric, and the head's method that gives what it is made of."""
 MORE = tuple(_METRICS)
-"""The names."""
+"""The names of what :func:`more_metrics` measures."""
 
 
 def more_metrics(head: Any) -> nn.ModuleDict:

@@ -160,9 +160,8 @@ def left_vectors(matrix: Tensor, single: bool) -> Tensor:
     """
     rows, columns = matrix.shape
     if single:
-        values, near = _squares(matrix if columns >= rows else matrix.mT)
-        kept = _not_zero(values, matrix, rows, squared=True)
-        return near[:, :kept] if columns >= rows else matrix @ (near[:, :kept] / values[:kept])
+        wide, _, values, near = _shorter_side(matrix, rows)
+        return near if wide else matrix @ (near / values)
     small = torch.linalg.qr(matrix.mT, mode="r").R.mT if columns > rows else matrix  # the right ones are not needed
     left, values, _ = torch.linalg.svd(small, full_matrices=False)
     if not is_finite(values):
