@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 import random
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
@@ -222,55 +224,72 @@ def _brackets(vectors: TaskVectors, kept: int) -> list[tuple[float, float]]:
 
 
 def _cuts_within(vectors: TaskVectors, kept: int, brackets: Sequence[tuple[float, float]]) -> tuple[Cut, ...] | None:
-    """The cuts, if every row's threshold is within its bracket; None if one is not, is 0, or is too wide."""
+    """The cuts, if every row's threshold is within its bracket; None if one is not, is 0, or is too wide.
+
+    Magnitudes between the brackets are kept, and not where they are: differences of bfloat16 equal the threshold so
+    often that this was most of it. The chunk with the last of those that are kept is read again instead.
+    """
     if min(low for low, _ in brackets) == 0:
         return None
     dtype = common_dtype(vectors)
     limits = [(_limit(low, True, dtype), high) for low, high in brackets]
     most = _SAMPLE + size_of(vectors) // 32
-    # Of what lies between. Thousands of small tensors instead would keep freed memory from being used again.
-    positions = torch.empty(len(brackets), most, dtype=torch.int32)
+    # Thousands of small tensors instead would keep freed memory from being used again.
     magnitudes = torch.empty(len(brackets), most, dtype=dtype)
-    ends: list[list[tuple[str, int]]] = [[] for _ in brackets]  # where each chunk's part ends
-    above, filled = [0] * len(brackets), [0] * len(brackets)
-    for name, rows in vectors.over_chunks(partial(_compared, limits, dtype), sorted(vectors), _LENGTH):
-        for row, (count, found, values) in enumerate(rows):
+    chunks: list[tuple[str, int, int]] = []
+    ends: list[list[int]] = [[0] for _ in brackets]  # where each chunk's part ends
+    above = [0] * len(brackets)
+    for chunk, rows in vectors.over_chunks(partial(_compared, limits, dtype), sorted(vectors), _LENGTH):
+        chunks.append(chunk)
+        for row, (count, values) in enumerate(rows):
             above[row] += count
-            begin, filled[row] = filled[row], filled[row] + len(found)
-            if filled[row] > most:  # many equal magnitudes: memory has to stay bounded
+            begin, end = ends[row][-1], ends[row][-1] + len(values)
+            if end > most:  # many equal magnitudes: memory has to stay bounded
                 return None
-            positions[row, begin : filled[row]] = found
-            magnitudes[row, begin : filled[row]] = values
-            ends[row].append((name, filled[row]))
+            magnitudes[row, begin:end] = values
+            ends[row].append(end)
     cuts = []
-    for row, size in enumerate(filled):
-        missing, values = kept - above[row], magnitudes[row, :size]
-        if not 1 <= missing <= size:
+    for row, counted in enumerate(above):
+        values, missing = magnitudes[row, : ends[row][-1]], kept - counted
+        if not 1 <= missing <= len(values):
             return None
-        threshold = float(values.kthvalue(size - missing + 1).values)
-        left = missing - int((values > threshold).sum())
-        equal = (values == threshold).nonzero().flatten()
-        cut = Cut(threshold)
-        if left < len(equal):
-            last = int(equal[left - 1])
-            name = next(name for name, end in ends[row] if last < end)
-            cut = Cut(threshold, name, int(positions[row, last]))
-        cuts.append(cut)
+        ordered = values.clone().numpy()
+        ordered.partition(len(ordered) - missing)
+        threshold = float(ordered[len(ordered) - missing])
+        left = missing - count_nonzero(torch.hardshrink(values, threshold))
+        equal = [int((values[begin:end] == threshold).sum()) for begin, end in pairwise(ends[row])]
+        cuts.append(Cut(threshold) if left == sum(equal) else _cut_at(vectors, chunks, row, threshold, equal, left))
     return tuple(cuts)
+
+
+def _cut_at(
+    vectors: TaskVectors,
+    chunks: Sequence[tuple[str, int, int]],
+    row: int,
+    threshold: float,
+    equal: list[int],
+    most: int,
+) -> Cut:
+    """The cut that keeps so many of the elements that equal the threshold, of which each chunk has its number."""
+    before = list(accumulate(equal, initial=0))
+    place = bisect_left(before, most) - 1  # the chunk of the last one
+    name, start, stop = chunks[place]
+    values = vectors.reader(name)(start, stop)[row].to(common_dtype(vectors))
+    positions = (values.abs() == threshold).nonzero().flatten()
+    return Cut(threshold, name, start + int(positions[most - before[place] - 1]))
 
 
 def _compared(
     limits: Sequence[tuple[float, float]], dtype: torch.dtype, name: str, start: int, chunk: Tensor
-) -> tuple[str, list[tuple[int, Tensor, Tensor]]]:
-    """Of every row how many elements are above its limits, and the positions and magnitudes of those between them."""
+) -> tuple[tuple[str, int, int], list[tuple[int, Tensor]]]:
+    """Which chunk it is; of every row how many elements are above its limits, and the magnitudes between, in order."""
     rows = []
     for row, (low, high) in zip(chunk, limits, strict=True):
         values = row.to(dtype)
         top = torch.hardshrink(values, high)
         found = torch.hardshrink(values, low).sub_(top).abs_()
-        positions = _nonzero(found)
-        rows.append((count_nonzero(top), (positions + start).to(torch.int32), found[positions]))
-    return name, rows
+        rows.append((count_nonzero(top), found[_nonzero(found)]))
+    return (name, start, start + chunk.shape[1]), rows
 
 
 def _nonzero(values: Tensor) -> Tensor:

@@ -54,6 +54,17 @@ def test_the_loss_is_what_distinguishes_the_stored_model_from_the_base(dtype, wi
     assert len(loss.entry()) == len(RoundingLoss().entry())
 
 
+@pytest.mark.parametrize("size", [1, 511, 512, 3000])
+@pytest.mark.parametrize("scale", [1e-30, 1e-12, 1e-3, 1e25])
+def test_sums_of_squares_are_exact_to_a_millionth_whatever_the_size_of_the_numbers(size, scale):
+    base, update = gaussian(size, 0, scale).bfloat16(), gaussian(size, 1, scale)
+    stored = (base.float() + update).bfloat16()
+    loss = RoundingLoss.of(base, update, stored)
+    error = stored.double() - base.double() - update.double()
+    assert loss.squared_norm == pytest.approx(float(update.double().square().sum()), rel=1e-6)
+    assert loss.squared_error == pytest.approx(float(error.square().sum()), rel=1e-6)
+
+
 def test_a_bfloat16_base_loses_four_fifths_of_a_small_vector():
     base = gaussian(200_000, 0).bfloat16()
     expected = {1e-2: (0.166, 0.175), 1e-3: (0.80, 0.775), 1e-4: (0.98, 0.977)}

@@ -85,6 +85,9 @@ def big_vectors(kind: str, dtype: torch.dtype = torch.float32) -> tuple[TaskVect
             values = {name: value.mul(8).round() for name, value in values.items()}
         if kind == "constant":
             values = {name: value.sign() for name, value in values.items()}
+        if kind == "narrow":  # differences of bfloat16: a percent of them equals the threshold
+            base = {name: torch.randn(shape, generator=generator).bfloat16() for name, shape in sizes.items()}
+            values = {name: (one + values[name] / 9).bfloat16().to(dtype) - one for name, one in base.items()}
         rows.append(TaskVector(values, task))
     vectors = TaskVectors(rows)
     return vectors, torch.cat([vectors[name].flatten(1) for name in sorted(sizes)], dim=1)
@@ -100,7 +103,7 @@ def flattened(result: TaskVectors) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("kind", ["random", "equal", "constant"])
+@pytest.mark.parametrize("kind", ["random", "equal", "constant", "narrow"])
 @pytest.mark.parametrize("chunks", [None, 64], ids=["digits", "sample"])
 def test_large_vectors_are_ranked_exactly(kind, dtype, chunks, monkeypatch):
     """In many chunks; by digits alone, and with a sample that tells where the threshold lies."""
@@ -131,9 +134,18 @@ def test_equal_magnitudes_without_end_are_not_collected(monkeypatch):
     constant, flat = big_vectors("constant")
     kept = flat.shape[1] // 5
     assert magnitudes._cuts_within(constant, kept, [(1.0, 1.0)] * 2) is None
-    random, _ = big_vectors("random")
-    found = magnitudes._cuts_within(random, kept, magnitudes._brackets(random, kept))
-    assert found == magnitudes.find_cuts(lambda: magnitudes.walk_all(random), kept, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("kind", ["random", "narrow"])
+def test_between_the_brackets_one_pass_finds_what_the_digits_find(kind, dtype, monkeypatch):
+    monkeypatch.setattr(magnitudes, "_SAMPLE", 1 << 14)
+    monkeypatch.setattr(magnitudes, "_LENGTH", 1 << 12)
+    vectors, flat = big_vectors(kind, dtype)
+    for kept in (flat.shape[1] // 5, flat.shape[1] // 5 + 700):
+        found = magnitudes._cuts_within(vectors, kept, magnitudes._brackets(vectors, kept))
+        assert found == magnitudes.find_cuts(lambda: magnitudes.walk_all(vectors), kept, dtype)
+        assert (None in {cut.name for cut in found}) != (kind == "narrow")
 
 
 def test_trim_of_what_was_dropped():

@@ -15,6 +15,8 @@ from lit_merge.params import count_nonzero
 __all__ = ["RoundingLoss", "is_narrow", "rounding_caution", "written_cautions"]
 
 _LOST = 0.05  # of ‖τ‖, from which on rounding is warned of
+_ROW = 512  # elements whose squares are summed up in float32
+_SMALLEST = 1e-26  # a mean square that float32 has with all its digits, many times over
 
 
 def is_narrow(dtype: torch.dtype) -> bool:
@@ -96,8 +98,15 @@ class RoundingLoss:
 
 
 def _squared_norm(values: Tensor) -> float:
-    wide = values.flatten().double()
-    return float(torch.dot(wide, wide))
+    """Σ x² to about 1e-7: rows in float32, a tenth of the time, and their sum in float64."""
+    flat = values.flatten()
+    rows = len(flat) // _ROW
+    norms = torch.linalg.vector_norm(flat[: rows * _ROW].view(rows, _ROW), dim=1).double()
+    found = float(torch.dot(norms, norms))
+    if not rows * _SMALLEST < found < math.inf:  # squares may be too small or too large for float32
+        rows, found = 0, 0.0
+    rest = flat[rows * _ROW :].double()
+    return found + float(torch.dot(rest, rest))
 
 
 def rounding_caution(what: str, dtypes: Sequence[torch.dtype], loss: RoundingLoss, estimated_on: int = 0) -> str:
