@@ -6,12 +6,14 @@ show it as it is. Anything else that escapes is a bug.
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterable
 from difflib import SequenceMatcher
 
 __all__ = [
     "ConfigurationError",
     "DataError",
+    "EndRequested",
     "FileFormatError",
     "HubError",
     "LitMergeError",
@@ -54,6 +56,16 @@ class NonFiniteError(LitMergeError):
 
 class WriteError(LitMergeError, OSError):
     """The system refuses to write: the disk or a quota is full, or the path is not writable."""
+
+
+class EndRequested(SystemExit):
+    """The process was asked to end (SIGTERM) while Lightning ran, which puts that off to the next batch.
+
+    Lightning's own exception has no exit code, and would end a process as if all were done.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(128 + signal.SIGTERM)
 
 
 def first_few(items: Iterable[object], limit: int = 3) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 from lit_merge._version import __version__
 from lit_merge.commands.running import run_command
 from lit_merge.commands.table import overview
-from lit_merge.errors import ConfigurationError, LitMergeError, one_line
+from lit_merge.errors import ConfigurationError, EndRequested, LitMergeError, one_line
 
 __all__ = ["main", "run"]
 
@@ -25,7 +25,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: without the program's name; by default ``sys.argv[1:]``.
 
     Returns:
-        0 for success, 1 for a failure, 2 for a wrong command line or configuration, 130 after an interruption.
+        0 for success, 1 for a failure, 2 for a wrong command line or configuration, 130 after an interruption, 143
+        where the process was asked to end.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     parent = os.getppid()
@@ -39,9 +40,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         run(arguments)
     except KeyboardInterrupt:
         if _is_first():
-            on = "; run the same command again to go on" if arguments[:1] in (["suite"], ["analyze"]) else ""
-            sys.stderr.write(f"lit-merge: interrupted{on}\n")
+            sys.stderr.write(f"lit-merge: interrupted{_going_on(arguments)}\n")
         return 130
+    except EndRequested as request:
+        if _is_first():
+            sys.stderr.write(f"lit-merge: asked to end (SIGTERM){_going_on(arguments)}\n")
+        return int(str(request.code))
     except SystemExit as request:  # from the argument parsers: --help, --print_config, a usage error
         return request.code if isinstance(request.code, int) else (0 if request.code is None else 1)
     except Exception as error:
@@ -73,6 +77,10 @@ def run(arguments: Sequence[str]) -> Any:
     if arguments[0] in ("-V", "--version"):
         return sys.stdout.write(f"lit-merge {__version__}\n")
     return run_command(arguments[0], arguments[1:])
+
+
+def _going_on(arguments: Sequence[str]) -> str:
+    return "; run the same command again to go on" if arguments[:1] in (["suite"], ["analyze"]) else ""
 
 
 def _is_first() -> bool:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import ast
 import inspect
-import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from contextvars import ContextVar
 from importlib import import_module
 from pathlib import Path
@@ -14,7 +14,7 @@ from types import FunctionType
 from typing import Any
 
 from lit_merge.commands.table import Command, command_screen, commands, group_screen, groups
-from lit_merge.errors import ConfigurationError, did_you_mean
+from lit_merge.errors import ConfigurationError, EndRequested, did_you_mean
 
 __all__ = ["RESOLVED", "run_command", "warn"]
 
@@ -39,6 +39,7 @@ def run_command(command: str, arguments: Sequence[str] = ()) -> Any:
 
     Raises:
         SystemExit: help was asked for, or the parser has said on the standard error what is wrong.
+        EndRequested: the process was asked to end.
         LitMergeError: there is no such command, or it refuses its input.
     """
     known = commands()
@@ -54,9 +55,10 @@ def run_command(command: str, arguments: Sequence[str] = ()) -> Any:
     arguments = ["--help" if one == "--help_all" else one for one in arguments]
     module = chosen.load()
     function = getattr(module, chosen.file.stem)
-    if chosen.takes_command_line:
-        return _ended(function(*arguments))
-    return _run(chosen, function, getattr(module, "arguments", list)(arguments))
+    with _requests_to_end():
+        if chosen.takes_command_line:
+            return _ended(function(*arguments))
+        return _run(chosen, function, getattr(module, "arguments", list)(arguments))
 
 
 def warn(lines: Iterable[str]) -> None:
@@ -66,13 +68,25 @@ def warn(lines: Iterable[str]) -> None:
         sys.stderr.write(f"lit-merge: warning: {text}\n")
 
 
+@contextmanager
+def _requests_to_end() -> Iterator[None]:
+    """Lightning's exception for SIGTERM as ours, which is a failure."""
+    try:
+        yield
+    except SystemExit as request:
+        raised = sys.modules.get("lightning.pytorch.utilities.exceptions")
+        if raised is not None and isinstance(request, raised.SIGTERMException):
+            raise EndRequested from request
+        raise
+
+
 def _ended(result: Any) -> Any:
     """What a command of Lightning's returns, unless it was told to end while it trained or tested.
 
     Lightning puts the end off to the next batch; after the last one it would come to nothing, and a suite would go on.
     """
     if getattr(getattr(result, "trainer", None), "received_sigterm", False):
-        raise SystemExit(128 + signal.SIGTERM)
+        raise EndRequested
     return result
 
 

@@ -278,6 +278,19 @@ def test_a_request_to_end_is_not_lost_after_the_last_batch(fit) -> None:
     assert Path("R/task_vector.safetensors").exists()
 
 
+class EndedInTraining(Callback):
+    """Asks its process to end after the first step."""
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_a_request_to_end_in_training_is_a_failure(fit) -> None:
+    with pytest.raises(AssertionError, match="assert 143 == 0"):
+        fit("R", f"--trainer.callbacks+={__name__}.EndedInTraining", "--trainer.max_steps=50")
+    assert not Path("R/task_vector.safetensors").exists()
+
+
 def test_runs_without_a_name_get_folders_of_their_own(fit, tiny) -> None:
     short = ["fit", *QUIET, *tiny, "--data.task=digits", "--trainer.max_steps=1", "--trainer.limit_val_batches=0"]
     assert main(short) == main(short) == 0

@@ -416,6 +416,29 @@ def test_an_interrupted_suite_goes_on(place, capsys, monkeypatch) -> None:
     assert before.items() <= times(Path("S")).items()
 
 
+@pytest.mark.parametrize(
+    ("step", "done"), [("training_step", {"zero-shot"}), ("test_step", {"zero-shot", "seed-0/fit/digits"})]
+)
+def test_a_suite_that_was_asked_to_end_goes_on(step, done, place, capsys, monkeypatch) -> None:
+    """In Lightning's hands a process is not ended by SIGTERM at once: neither its stage nor the suite may go on."""
+    original = getattr(FineTuneModule, step)
+
+    def asked(self: FineTuneModule, *arguments: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FineTuneModule, step, asked)
+        assert main(["suite", "--config=suite.yaml", "--output=S", *FEW]) == 143
+    said = capsys.readouterr().err.splitlines()
+    assert said[-1] == "lit-merge: asked to end (SIGTERM); run the same command again to go on"
+    assert not [line for line in said if "error" in line or "failed" in line]
+    before = times(Path("S"))
+    assert set(before) == done
+    suite("S", *FEW)
+    assert before.items() <= times(Path("S")).items()
+
+
 def test_a_refusing_stage_is_named_and_the_rest_is_kept(place, capsys, monkeypatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(FineTuneModule, "compute_loss", lambda self, logits, batch: logits.sum() * float("inf"))

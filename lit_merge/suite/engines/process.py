@@ -12,7 +12,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from lit_merge.errors import ConfigurationError, LitMergeError
+from lit_merge.errors import ConfigurationError, EndRequested, LitMergeError
 from lit_merge.suite.engines.job import Job, Outcome
 from lit_merge.suite.engines.lifeline import LIFELINE
 from lit_merge.suite.engines.template import ForkedProcess, Template
@@ -84,8 +84,9 @@ class StageProcess:
         refusal = refusal_in(said, ConfigurationError if code == 2 else LitMergeError)
         if refusal is not None and code in (1, 2):
             return Outcome(self.job.name, seconds, refusal, not _OF_THE_MACHINE.search(str(refusal)))
-        if code < 0:
-            reason = f"was killed by signal {-code} ({_signal_name(-code)}; the machine may be out of memory)"
+        if code < 0 or code == EndRequested().code:
+            number = -code if code < 0 else signal.SIGTERM
+            reason = f"was killed by signal {number:d} ({_signal_name(number)}; the machine may be out of memory)"
         else:
             last = " ".join((said.strip().splitlines() or ["no message"])[-1].split())
             reason = f"failed with exit code {code}: {last.rstrip('.')}"

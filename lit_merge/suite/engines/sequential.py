@@ -12,7 +12,7 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
-from lit_merge.errors import ConfigurationError, LitMergeError
+from lit_merge.errors import ConfigurationError, EndRequested, LitMergeError
 from lit_merge.suite.engines.job import Job, Outcome
 from lit_merge.suite.engines.process import LOG, StageProcess, refusal_in
 
@@ -66,6 +66,8 @@ class SequentialEngine:
             with _written_to(log):
                 self._run(job.command, job.arguments)
             gc.collect()  # a trainer and its model refer to each other, and would stay through the next stages
+        except EndRequested:
+            raise
         except SystemExit as error:  # from the parser
             raise refusal_in(log.read_text(encoding="utf-8")) or ConfigurationError(
                 f"{job.command}: the configuration {job.folder}/stage.yaml was refused, see {log}."
