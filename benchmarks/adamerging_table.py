@@ -173,6 +173,6 @@ def device_tables(result: dict[str, Any], device: str, machine: dict[str, Any]) 
 
 def place(result: dict[str, Any], page: Path = ROOT / "docs/adamerging.md") -> None:
     """Put the tables between this script's marks; what stands between others' is left alone."""
-    text = page.read_text(encoding="utf-8")
-    before, rest = text.split(START)
-    page.write_text(f"{before}{START}\n\n{table(result)}\n\n{END}{rest.split(END)[1]}", encoding="utf-8")
+    from placing import place_between  # not in a peer's environment, which has no lit-merge
+
+    place_between(page, START, END, table(result))

@@ -22,6 +22,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parent))
+from placing import place_between
+
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
@@ -77,9 +80,7 @@ def table(measured: dict[str, Any]) -> str:
 
 def place(measured: dict[str, Any]) -> None:
     """Put the table where it stands in the page."""
-    page = PAGE.read_text(encoding="utf-8")
-    before, rest = page.split(START)
-    write_text(PAGE, f"{before}{START}\n\n{table(measured)}\n\n{END}{rest.split(END)[1]}")
+    place_between(PAGE, START, END, table(measured))
 
 
 def main() -> None:

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import json
 import statistics
+import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lit_merge.files.text import write_text
+sys.path.insert(0, str(Path(__file__).parent))
+from placing import place_between
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/results/text_suite.json"
@@ -143,9 +145,7 @@ def _learned(seeds: list[dict[str, Any]], key: str) -> str:
 
 def main() -> None:
     measured = json.loads(RESULTS.read_text(encoding="utf-8"))
-    text = PAGE.read_text(encoding="utf-8")
-    before, after = text.partition(BEGIN)[0], text.partition(END)[2]
-    write_text(PAGE, f"{before}{BEGIN}\n\n{table(measured)}\n\n{END}{after}")
+    place_between(PAGE, BEGIN, END, table(measured))
     print(table(measured))
 
 

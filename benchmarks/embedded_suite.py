@@ -10,8 +10,12 @@ from __future__ import annotations
 import argparse
 import json
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+from placing import place_between
 
 from lit_merge.commands.main import run
 from lit_merge.files.text import write_text
@@ -25,11 +29,7 @@ def place(results: dict[str, Any]) -> None:
     """Write the README's table and the picture from results."""
     loaded = Results.from_dict(results)
     results_figure(loaded, ROOT / "docs" / "results.png")
-    readme = ROOT / "README.md"
-    text = readme.read_text(encoding="utf-8")
-    before, rest = text.split(START)
-    _, after = rest.split(END)
-    write_text(readme, f"{before}{START}\n\n{markdown_table(loaded)}\n{facts(results)}\n\n{END}{after}")
+    place_between(ROOT / "README.md", START, END, f"{markdown_table(loaded)}\n{facts(results)}")
 
 
 def facts(results: dict[str, Any]) -> str:

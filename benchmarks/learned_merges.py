@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import mean, stdev
@@ -24,6 +25,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parent))
+from placing import place_between
 
 from lit_merge import TaskVector, TaskVectors
 from lit_merge.data import EMBEDDED_TASKS, MergeDataModule, MultiTaskDataModule, load_split
@@ -404,9 +408,7 @@ def _corruptions(rows: dict[str, dict[int, Any]]) -> list[str]:
 
 def place(result: dict[str, Any]) -> None:
     """Put the tables into docs/adamerging.md."""
-    path = ROOT / "docs/adamerging.md"
-    before, rest = path.read_text(encoding="utf-8").split(START)
-    path.write_text(f"{before}{START}\n\n{table(result)}\n\n{END}{rest.split(END)[1]}", encoding="utf-8")
+    place_between(ROOT / "docs/adamerging.md", START, END, table(result))
 
 
 if __name__ == "__main__":

@@ -27,6 +27,9 @@ from torch.func import functional_call, jvp
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+sys.path.insert(0, str(Path(__file__).parent))
+from placing import place_between
+
 from lit_merge import LinearizedModel
 from lit_merge.evaluation.statistics import collect_kfac
 from lit_merge.files.text import write_text
@@ -231,9 +234,7 @@ def table(kept: dict[str, Any]) -> str:
 
 def place(kept: dict[str, Any]) -> None:
     """Put the table into docs/regimes.md."""
-    path = Path(__file__).parents[1] / "docs/regimes.md"
-    before, rest = path.read_text(encoding="utf-8").split(START)
-    write_text(path, f"{before}{START}\n\n{table(kept)}\n\n{END}{rest.split(END)[1]}")
+    place_between(Path(__file__).parents[1] / "docs/regimes.md", START, END, table(kept))
 
 
 def main() -> None:

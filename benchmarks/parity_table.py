@@ -6,10 +6,12 @@ python benchmarks/parity_table.py
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
-from lit_merge.files.text import write_text
+sys.path.insert(0, str(Path(__file__).parent))
+from placing import place_between
 
 START, END = "<!-- parity: written by benchmarks/parity.py -->", "<!-- end of parity -->"
 ROOT = Path(__file__).parents[1]
@@ -43,9 +45,7 @@ def table(result: dict[str, Any]) -> str:
 
 def place(result: dict[str, Any]) -> None:
     """Put the table into docs/recipes.md."""
-    path = ROOT / "docs/recipes.md"
-    before, rest = path.read_text(encoding="utf-8").split(START)
-    write_text(path, f"{before}{START}\n\n{table(result)}\n\n{END}{rest.split(END)[1]}")
+    place_between(ROOT / "docs/recipes.md", START, END, table(result))
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ import torch
 from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).parent))
+from placing import place_between
 from text_zero_shot import Encoder
 
 from lit_merge.commands.merge import merge
@@ -132,10 +133,7 @@ def main() -> None:
             print(name, found[name], flush=True)
     content = {"own": options.own.parent.name, "texts": MOST, "found": found, "said": said, "versions": versions()}
     write_text(options.output, json.dumps({**content, "hardware": hardware()}, indent=1) + "\n")
-    page = ROOT / "docs/downloaded.md"
-    text = page.read_text(encoding="utf-8")
-    before, after = text.partition(BEGIN)[0], text.partition(END)[2]
-    write_text(page, f"{before}{BEGIN}\n\n{table(content)}\n\n{END}{after}")
+    place_between(ROOT / "docs/downloaded.md", BEGIN, END, table(content))
 
 
 if __name__ == "__main__":

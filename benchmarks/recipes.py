@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -25,6 +26,9 @@ from statistics import mean, stdev
 from typing import Any
 
 import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+from placing import place_between
 
 from lit_merge import TaskVector, TaskVectors
 from lit_merge.data import EMBEDDED_TASKS, MultiTaskDataModule
@@ -309,10 +313,7 @@ def tables(result: dict[str, Any]) -> str:
 
 def place(result: dict[str, Any]) -> None:
     """Put the tables into docs/recipes.md."""
-    path = Path(__file__).parents[1] / "docs/recipes.md"
-    text = path.read_text(encoding="utf-8")
-    before, rest = text.split(START)
-    write_text(path, f"{before}{START}\n\n{tables(result)}\n\n{END}{rest.split(END)[1]}")
+    place_between(Path(__file__).parents[1] / "docs/recipes.md", START, END, tables(result))
 
 
 def main() -> None:

@@ -23,12 +23,16 @@ import argparse
 import json
 import multiprocessing
 import statistics
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+from placing import place_between
 
 from lit_merge import TaskVector, TaskVectors
 from lit_merge.callbacks import ExtractTaskVector
@@ -375,10 +379,7 @@ def tables(result: dict[str, Any]) -> str:
 
 def place(result: dict[str, Any]) -> None:
     """Put the tables into docs/regimes.md."""
-    path = Path(__file__).parents[1] / "docs/regimes.md"
-    text = path.read_text(encoding="utf-8")
-    before, rest = text.split(START)
-    write_text(path, f"{before}{START}\n\n{tables(result)}\n\n{END}{rest.split(END)[1]}")
+    place_between(Path(__file__).parents[1] / "docs/regimes.md", START, END, tables(result))
 
 
 def main() -> None:

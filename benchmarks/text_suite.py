@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
+from placing import place_between
 from verdicts import HOLDS, NOT, UNDECIDED, judge
 
 from lit_merge.files.text import write_text
@@ -201,9 +202,7 @@ def main() -> None:
     options = parser.parse_args()
     measured = collected(options.suites, options.add or not options.suites)
     write_text(RESULTS, json.dumps(measured, indent=1) + "\n")
-    text = PAGE.read_text(encoding="utf-8")
-    before, after = text.partition(BEGIN)[0], text.partition(END)[2]
-    write_text(PAGE, f"{before}{BEGIN}\n\n{tables(measured)}\n\n{END}{after}")
+    place_between(PAGE, BEGIN, END, tables(measured))
     print(tables(measured))
 
 
