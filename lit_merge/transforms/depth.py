@@ -69,7 +69,7 @@ class LiNeS(Transform):
 
     Args:
         alpha: the factor of the first block; or ``norm_ratio``, which takes one more pass over the inputs and one over
-            the merged vector.
+            the merged vector, unless that is their plain sum, of which it is 1 / T.
         beta: what is added at the last block; by default ``1 − alpha``.
         schedule: s, the growth with depth: linear, the square root, or quadratic.
         outside: the factor of the parameters outside the blocks (embeddings, the last normalisation, the projection);
@@ -107,6 +107,8 @@ class LiNeS(Transform):
                 f"LiNeS.alpha: expected one merged vector for norm_ratio, got {len(vectors.tasks)}. "
                 "Reduce them first, e.g. with Sum(), or give a number."
             )
+        if vectors.provenance == (*vectors.inputs.provenance, str(Sum())):
+            return vectors.map_elements(partial(_lines, self, depth, 1 / len(vectors.inputs.tasks)), note=self)
         reads = vectors.inputs.walk + vectors.walk
         ratio = Statistic("LiNeS: ratio of norms", reads, partial(_norm_ratio, vectors))
         return vectors.map_elements(partial(_lines, self, depth, ratio), note=self, statistics=[ratio])
