@@ -81,7 +81,9 @@ def _zero_below(limit: int, bits: Tensor, row: Tensor) -> None:
 
 def _mix(bits: Tensor, shifted: Tensor) -> Tensor:
     """lowbias32, in place; ``>>`` keeps the sign, so that what it brings in from above is masked out."""
-    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B - (1 << 32)), (16, 1)):
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B - (1 << 32)), (16, None)):
         torch.bitwise_right_shift(bits, shift, out=shifted).bitwise_and_((1 << (32 - shift)) - 1)
-        bits.bitwise_xor_(shifted).mul_(factor)
+        bits.bitwise_xor_(shifted)
+        if factor is not None:
+            bits.mul_(factor)
     return bits
