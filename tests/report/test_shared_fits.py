@@ -68,7 +68,7 @@ def test_one_rate_is_not_tried(script: ModuleType, run: object) -> None:
 
 def test_the_text_instrument_runs_what_it_names(script: ModuleType) -> None:
     found = {regime.name: regime for regime in script.every(["text"])}
-    assert list(found)[:3] == ["full", "linearized", "tau_jp_cyclic"]
+    assert list(found)[:4] == ["full", "full_spectral", "full_wudi", "linearized"]
     full = found["full"].suite([0], 1e-4, "data")
     assert list(full["recipes"]) == ["weight_average", "task_arithmetic_1", "task_arithmetic", "ties"]
     assert full["recipes"]["ties"]["search"]["values"] == [0.8, 1.2, 1.6, 2.0]
