@@ -67,6 +67,10 @@ class Batch:
         joined.indices = torch.cat([batch.indices for batch in batches])
         return joined
 
+    def unpadded(self) -> Iterator[Self]:
+        """The same examples in the same order, in batches whose examples all have the length of the inputs."""
+        yield self
+
     def _changed(self, change: Callable[[Tensor], Tensor]) -> Self:
         changed = object.__new__(type(self))
         for field in fields(self):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -68,10 +68,36 @@ class TextBatch(Batch):
         joined.indices = torch.cat([batch.indices for batch in batches])
         return joined
 
+    def unpadded(self) -> Iterator[Self]:
+        """The same texts in the same order, neighbours of the same length together, without padding.
+
+        A text's length is that of its longest answer's; so is what is predicted.
+        """
+        own, predicted = self.inputs[:2], self.inputs[2:]
+        lengths = [_lengths(own[1] > 0)]
+        lengths += [torch.stack([_lengths(one >= 0) for one in predicted]).amax(0)] if predicted else []
+        ends, counts = torch.unique_consecutive(torch.stack(lengths, 1), dim=0, return_counts=True)
+        start = 0
+        for end, count in zip(ends.tolist(), counts.tolist(), strict=True):
+            part = self.select(torch.arange(start, start + count, device=self.indices.device))
+            part.inputs = (
+                *(one[..., : end[0]] for one in part.inputs[:2]),
+                *(one[..., : end[-1]] for one in part.inputs[2:]),
+            )
+            part.targets = part.targets[..., : end[-1]] if part.targets.ndim > 1 else part.targets
+            start += count
+            yield part
+
     def _changed(self, change: Callable[[Tensor], Tensor]) -> Self:
         changed = super()._changed(change)
         changed.fills = self.fills
         return changed
+
+
+def _lengths(used: Tensor) -> Tensor:
+    """Where the last used place of every example is, ``[B, …, L]`` to ``[B]``; at least 1."""
+    places = torch.arange(1, used.shape[-1] + 1, device=used.device)
+    return (used * places).flatten(1).amax(1).clamp(min=1)
 
 
 def _joined(parts: Sequence[Tensor], fill: int) -> Tensor:

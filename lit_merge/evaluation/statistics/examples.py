@@ -14,7 +14,10 @@ __all__ = ["examples"]
 
 
 def examples(
-    loader: Iterable[Any], module: nn.Module, inputs: Callable[[Any], tuple[Any, ...]] | None = None
+    loader: Iterable[Any],
+    module: nn.Module,
+    inputs: Callable[[Any], tuple[Any, ...]] | None = None,
+    padded: bool = True,
 ) -> Iterator[tuple[tuple[Any, ...], Tensor]]:
     """Batches on the module's device, without what fills a batch up.
 
@@ -22,6 +25,8 @@ def examples(
         loader: gives :class:`lit_merge.data.Batch`, pairs ``(images, labels)``, or images alone.
         module: has at least one parameter.
         inputs: the module's arguments of a batch; by default its ``inputs``.
+        padded: whether examples may be padded to the longest of a batch; otherwise there are more batches, in the same
+            order, of examples of the same length.
 
     Yields:
         The module's arguments for B examples, at least one, and labels ``[B]``, -1 where they are not known.
@@ -37,26 +42,28 @@ def examples(
         )
     empty = True
     for batch in loader:
-        given, labels = _parts(batch, device, inputs)
-        if len(labels):
-            empty = False
-            yield given, labels.to(device)
+        for given, labels in _parts(batch, device, inputs, padded):
+            if len(labels):
+                empty = False
+                yield given, labels.to(device)
     if empty:
         raise DataError("statistics: expected at least one image, got none. Choose another split or more images.")
 
 
 def _parts(
-    batch: Any, device: torch.device, inputs: Callable[[Any], tuple[Any, ...]] | None
-) -> tuple[tuple[Any, ...], Tensor]:
+    batch: Any, device: torch.device, inputs: Callable[[Any], tuple[Any, ...]] | None, padded: bool
+) -> Iterator[tuple[tuple[Any, ...], Tensor]]:
     if hasattr(batch, "inputs"):
         present = batch.indices >= 0  # a full copy only where some are padding
         placed = (batch if bool(present.all()) else batch.select(present)).to(device)
-        return placed.inputs if inputs is None else inputs(placed), placed.targets
-    if isinstance(batch, Tensor):
-        return (batch.to(device),), torch.full((len(batch),), -1)
-    if isinstance(batch, list | tuple) and len(batch) == 2 and all(isinstance(part, Tensor) for part in batch):
-        return (batch[0].to(device),), batch[1]
-    raise ConfigurationError(
-        f"statistics: expected batches of images, or of images and labels, got {type(batch).__name__}. "
-        "Use a loader of one task."
-    )
+        for part in (placed,) if padded or not len(placed) else placed.unpadded():
+            yield part.inputs if inputs is None else inputs(part), part.targets
+    elif isinstance(batch, Tensor):
+        yield (batch.to(device),), torch.full((len(batch),), -1)
+    elif isinstance(batch, list | tuple) and len(batch) == 2 and all(isinstance(part, Tensor) for part in batch):
+        yield (batch[0].to(device),), batch[1]
+    else:
+        raise ConfigurationError(
+            f"statistics: expected batches of images, or of images and labels, got {type(batch).__name__}. "
+            "Use a loader of one task."
+        )

@@ -62,7 +62,7 @@ def collect_kfac(
     Corrected (EK-FAC, George et al. 2018, section 3), the curvature of a layer is ``V ⊗ U diag(D) (V ⊗ U)ᵀ``: U and V
     are the eigenvectors of A and G, and ``D = (1/N) Σ_n (Vᵀ ∇_n U)²`` the exact mean squares of single examples'
     gradients ``∇_n = Σ_t g_nt a_ntᵀ`` along them, instead of products of eigenvalues. It reads the examples twice. As
-    ∇ is a sum over tokens, D grows with their number, and padding, whose g is zero, adds nothing.
+    ∇ is a sum over tokens, D grows with their number. What texts are padded with is no token.
 
     Evaluation mode is used whatever the module's own, and nothing about the module has changed afterwards. Products are
     computed in the activations' own precision, float32 at least, and summed in float64 where there is one. One process
@@ -128,7 +128,7 @@ def _passed(
     generator = torch.Generator().manual_seed(seed)
     parameters = [value for value in module.parameters() if value.is_floating_point()]
     with torch.inference_mode(False), torch.enable_grad(), evaluating(module), requiring_gradients(parameters):
-        for given, _ in examples(loader, module, inputs):
+        for given, _ in examples(loader, module, inputs, padded=False):
             if mode.axes is None:
                 mode.find_axes(module, given)
             for chunk in zip(*(one.split(_CHUNK) for one in given), strict=True):

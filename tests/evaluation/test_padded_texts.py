@@ -1,0 +1,77 @@
+"""Statistics of texts: those of every text by itself, whatever the longest text of its batch is."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from builders.language_folders import KINDS, in_double, language_model, tokenizer
+
+from lit_merge.data.text.batch import TextBatch
+from lit_merge.evaluation.statistics import collect_gram, collect_kfac
+from lit_merge.models.language.modules import CausalModule, EncoderDecoderModule, PooledEncoder
+from lit_merge.models.language.tokenization import Tokenization
+
+MODULES = {"encoder": PooledEncoder, "encoder_decoder": EncoderDecoderModule, "causal": CausalModule}
+TEXTS = ["a b c w3 d", "b", "c w1", "e w2", "a b c d e f"]
+TARGETS = ["c d", "w1", "a b c", "w2 w3 e", "d"]
+FILLS = (0, 0, -1, -1)
+
+
+def tokenised(kind, texts, targets, ranked=False):
+    """A batch as long as its longest text."""
+    tokenization = Tokenization(tokenizer(kind), kind, 24, 8, start_id=0)
+    indices, labels = torch.arange(len(texts)), torch.zeros(len(texts), dtype=torch.int64)
+    if kind == "encoder":
+        return TextBatch(tokenization.padded(tokenization.encode(texts).input_ids)[0], labels, indices, FILLS)
+    encoded = tokenization.encode(texts, targets, ended=not ranked)
+    if ranked:
+        answers = [[one, *encoded.target_ids[:1]] for one in encoded.target_ids]
+        return TextBatch(tokenization.padded_answers(encoded.input_ids, answers), labels, indices, FILLS)
+    inputs, found = tokenization.padded(encoded.input_ids, encoded.target_ids)
+    return TextBatch(inputs, found, indices, FILLS)
+
+
+def alone(kind, ranked=False):
+    return [tokenised(kind, [text], [target], ranked) for text, target in zip(TEXTS, TARGETS, strict=True)]
+
+
+@pytest.mark.parametrize("collect", [collect_gram, collect_kfac])
+@pytest.mark.parametrize("name", ["bert", "t5", "gpt2", "llama"])
+def test_padding_is_no_token(name, collect):
+    kind = KINDS.get(name, "encoder")
+    module = MODULES[kind](in_double(language_model(name)))
+    together = collect(module, [tokenised(kind, TEXTS, TARGETS)])
+    singly = collect(module, alone(kind))
+    assert together.keys() == singly.keys()
+    for key, expected in singly.items():
+        torch.testing.assert_close(together[key], expected, rtol=1e-9, atol=1e-12, msg=key)
+
+
+def test_a_gram_matrix_is_that_of_the_texts_tokens():
+    module = PooledEncoder(in_double(language_model("bert")))
+    batch, rows = tokenised("encoder", TEXTS, TARGETS), []
+    name = next(name for name, _ in module.named_parameters() if "query.weight" in name)
+    layer = module.get_submodule(name.removesuffix(".weight"))
+    layer.register_forward_hook(lambda layer, given, output: rows.append(given[0]))
+    with torch.no_grad():
+        module.eval()(*batch.inputs)
+    counted = rows[0][batch.inputs[1] > 0]
+    torch.testing.assert_close(collect_gram(module, [batch])[name], counted.T @ counted / len(counted))
+
+
+@pytest.mark.parametrize(("kind", "ranked"), [("encoder", False), ("causal", False), ("causal", True)])
+def test_parts_without_padding_are_the_batch_again(kind, ranked):
+    batch = tokenised(kind, TEXTS, TARGETS, ranked)
+    parts = list(batch.unpadded())
+    assert [len(part) for part in parts] == [1, 1, 2, 1]  # neighbours of one length, of a text with its target too
+    for part in parts:
+        assert (part.inputs[1] > 0).any(-2 if ranked else 0)[..., -1].all()
+    joined = TextBatch.join(parts)
+    for found, expected in zip((*joined.inputs, joined.targets), (*batch.inputs, batch.targets), strict=True):
+        assert torch.equal(found, expected)
+
+
+def test_a_text_without_tokens_keeps_one_place():
+    inputs = (torch.tensor([[5, 6], [0, 0]]), torch.tensor([[1, 1], [0, 0]]))
+    parts = list(TextBatch(inputs, torch.zeros(2, dtype=torch.int64), torch.arange(2), FILLS).unpadded())
+    assert [part.inputs[0].tolist() for part in parts] == [[[5, 6]], [[0]]]
