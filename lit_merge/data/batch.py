@@ -67,8 +67,12 @@ class Batch:
         joined.indices = torch.cat([batch.indices for batch in batches])
         return joined
 
-    def unpadded(self) -> Iterator[Self]:
-        """The same examples in the same order, in batches whose examples all have the length of the inputs."""
+    def unpadded(self, in_order: bool = True) -> Iterator[Self]:
+        """The same examples in batches whose examples all have the length of the inputs.
+
+        Args:
+            in_order: whether the order is kept; otherwise there are as few batches as possible.
+        """
         yield self
 
     def _changed(self, change: Callable[[Tensor], Tensor]) -> Self:

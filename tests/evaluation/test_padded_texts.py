@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from builders.language_folders import KINDS, in_double, language_model, tokenizer
 
 from lit_merge.data.text.batch import TextBatch
+from lit_merge.evaluation.calibration import FeatCal, RegMeanPlusPlus
 from lit_merge.evaluation.statistics import collect_gram, collect_kfac
 from lit_merge.models.language.modules import CausalModule, EncoderDecoderModule, PooledEncoder
 from lit_merge.models.language.tokenization import Tokenization
+from lit_merge.transforms import Mean
+from lit_merge.vectors import TaskVector, TaskVectors
 
 MODULES = {"encoder": PooledEncoder, "encoder_decoder": EncoderDecoderModule, "causal": CausalModule}
 TEXTS = ["a b c w3 d", "b", "c w1", "e w2", "a b c d e f"]
@@ -59,12 +64,42 @@ def test_a_gram_matrix_is_that_of_the_texts_tokens():
     torch.testing.assert_close(collect_gram(module, [batch])[name], counted.T @ counted / len(counted))
 
 
+@pytest.mark.parametrize("rule", [FeatCal, RegMeanPlusPlus])
+def test_a_calibration_does_not_depend_on_the_batch(rule):
+    module = PooledEncoder(in_double(language_model("bert"))).eval()
+    draw = torch.Generator().manual_seed(0)
+    network = SimpleNamespace(module=module, inputs=lambda part: part.inputs)
+    examples = SimpleNamespace(__getitems__=lambda rows: tokenised("encoder", [TEXTS[row] for row in rows], TARGETS))
+    vectors = TaskVectors(
+        [
+            TaskVector(
+                {
+                    name: 0.05 * torch.randn(one.shape, generator=draw, dtype=one.dtype)
+                    for name, one in module.named_parameters()
+                },
+                task,
+            )
+            for task in "ab"
+        ]
+    )
+    found = []
+    for size in (5, 1):
+        given = {
+            task: list(rule(batch_size=size)._batches(network, examples, list(range(len(TEXTS))))) for task in "ab"
+        }
+        found.append(rule().calibrate(module, vectors, Mean()(vectors), given))
+    assert found[0].keys() == found[1].keys()
+    for name, one in found[0].items():
+        torch.testing.assert_close(one, found[1][name], rtol=1e-7, atol=1e-9, msg=name)
+
+
 @pytest.mark.parametrize(("kind", "ranked"), [("encoder", False), ("causal", False), ("causal", True)])
 def test_parts_without_padding_are_the_batch_again(kind, ranked):
     batch = tokenised(kind, TEXTS, TARGETS, ranked)
     parts = list(batch.unpadded())
     assert [len(part) for part in parts] == [1, 1, 2, 1]  # neighbours of one length, of a text with its target too
-    for part in parts:
+    assert sorted(int(index) for part in batch.unpadded(in_order=False) for index in part.indices) == [0, 1, 2, 3, 4]
+    for part in (*parts, *batch.unpadded(in_order=False)):
         assert (part.inputs[1] > 0).any(-2 if ranked else 0)[..., -1].all()
     joined = TextBatch.join(parts)
     for found, expected in zip((*joined.inputs, joined.targets), (*batch.inputs, batch.targets), strict=True):

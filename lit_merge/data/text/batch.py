@@ -68,18 +68,24 @@ class TextBatch(Batch):
         joined.indices = torch.cat([batch.indices for batch in batches])
         return joined
 
-    def unpadded(self) -> Iterator[Self]:
-        """The same texts in the same order, neighbours of the same length together, without padding.
+    def unpadded(self, in_order: bool = True) -> Iterator[Self]:
+        """The same texts without padding, those of the same length together; of several answers the longest counts.
 
-        A text's length is that of its longest answer's; so is what is predicted.
+        Args:
+            in_order: whether the order is kept, so that neighbours alone come together.
         """
         own, predicted = self.inputs[:2], self.inputs[2:]
         lengths = [_lengths(own[1] > 0)]
         lengths += [torch.stack([_lengths(one >= 0) for one in predicted]).amax(0)] if predicted else []
-        ends, counts = torch.unique_consecutive(torch.stack(lengths, 1), dim=0, return_counts=True)
+        found = torch.stack(lengths, 1)
+        order = torch.arange(len(self), device=found.device)
+        if not in_order:
+            for column in reversed(range(found.shape[1])):
+                order = order[found[order, column].argsort(stable=True)]
+        ends, counts = torch.unique_consecutive(found[order], dim=0, return_counts=True)
         start = 0
         for end, count in zip(ends.tolist(), counts.tolist(), strict=True):
-            part = self.select(torch.arange(start, start + count, device=self.indices.device))
+            part = self.select(order[start : start + count])
             part.inputs = (
                 *(one[..., : end[0]] for one in part.inputs[:2]),
                 *(one[..., : end[-1]] for one in part.inputs[2:]),

@@ -185,4 +185,6 @@ class Calibration(ABC):
             examples.__getitems__(rows[start : start + self.batch_size])
             for start in range(0, len(rows), self.batch_size)
         )
-        return (given for given, _ in placed_examples(batches, network.module, network.inputs))
+        return (
+            given for given, _ in placed_examples(batches, network.module, network.inputs, padded=False, in_order=False)
+        )

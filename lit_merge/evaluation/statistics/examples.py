@@ -18,6 +18,7 @@ def examples(
     module: nn.Module,
     inputs: Callable[[Any], tuple[Any, ...]] | None = None,
     padded: bool = True,
+    in_order: bool = True,
 ) -> Iterator[tuple[tuple[Any, ...], Tensor]]:
     """Batches on the module's device, without what fills a batch up.
 
@@ -25,8 +26,9 @@ def examples(
         loader: gives :class:`lit_merge.data.Batch`, pairs ``(images, labels)``, or images alone.
         module: has at least one parameter.
         inputs: the module's arguments of a batch; by default its ``inputs``.
-        padded: whether examples may be padded to the longest of a batch; otherwise there are more batches, in the same
-            order, of examples of the same length.
+        padded: whether examples may be padded to the longest of a batch; otherwise there are more batches, of examples
+            of the same length.
+        in_order: whether these keep the order of the examples.
 
     Yields:
         The module's arguments for B examples, at least one, and labels ``[B]``, -1 where they are not known.
@@ -42,7 +44,7 @@ def examples(
         )
     empty = True
     for batch in loader:
-        for given, labels in _parts(batch, device, inputs, padded):
+        for given, labels in _parts(batch, device, inputs, padded, in_order):
             if len(labels):
                 empty = False
                 yield given, labels.to(device)
@@ -51,12 +53,16 @@ def examples(
 
 
 def _parts(
-    batch: Any, device: torch.device, inputs: Callable[[Any], tuple[Any, ...]] | None, padded: bool
+    batch: Any,
+    device: torch.device,
+    inputs: Callable[[Any], tuple[Any, ...]] | None,
+    padded: bool,
+    in_order: bool,
 ) -> Iterator[tuple[tuple[Any, ...], Tensor]]:
     if hasattr(batch, "inputs"):
         present = batch.indices >= 0  # a full copy only where some are padding
         placed = (batch if bool(present.all()) else batch.select(present)).to(device)
-        for part in (placed,) if padded or not len(placed) else placed.unpadded():
+        for part in (placed,) if padded or not len(placed) else placed.unpadded(in_order):
             yield part.inputs if inputs is None else inputs(part), part.targets
     elif isinstance(batch, Tensor):
         yield (batch.to(device),), torch.full((len(batch),), -1)

@@ -55,7 +55,7 @@ def collect_gram(
     """
     mode = LayerInputs(module, convolutions)
     with torch.no_grad(), evaluating(module), mode:
-        for given, _ in examples(loader, module, inputs, padded=False):
+        for given, _ in examples(loader, module, inputs, padded=False, in_order=False):
             module(*given)
     if not mode.totals or isinstance(module, LinearizedModel):  # whose tangents are products with its parameters, too
         raise ConfigurationError(
