@@ -3,6 +3,7 @@
     python benchmarks/all.py --instruments embedded --regimes full --output runs/all --keep   # the vectors
     python benchmarks/explaining.py --vectors 'runs/all/embedded/full/seed-{seed}/seed-{seed}/fit'
     python benchmarks/explaining.py --regmean 'runs/all/embedded/calibrated/seed-{seed}' --vectors …    # RegMean's part
+    python benchmarks/explaining.py --masks --vectors …    # TALL masks' part
 
 Merges are evaluated in float32, those of the suites in bf16-mixed, which differs by about a tenth of a point.
 Every merge's coefficient is chosen on validation images; differences on test images are judged by the rule of
@@ -16,6 +17,7 @@ import json
 import multiprocessing
 import sys
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -32,7 +34,20 @@ from lit_merge import TaskVector, TaskVectors
 from lit_merge.files.text import write_text
 from lit_merge.params import norm
 from lit_merge.report.environment import hardware, versions
-from lit_merge.transforms import WUDI, Calibrate, Drop, IsoC, RegMean, Scale, Sum, Transform, TSVMerge, chain, ties
+from lit_merge.transforms import (
+    WUDI,
+    Calibrate,
+    Drop,
+    IsoC,
+    RegMean,
+    Scale,
+    Sum,
+    TallMask,
+    Transform,
+    TSVMerge,
+    chain,
+    ties,
+)
 
 RESULTS = Path(__file__).parents[1] / "benchmarks/results/explaining.json"
 SMALL, LARGE = (0.1, 0.15, 0.2, 0.25, 0.3, 0.4), (0.6, 0.8, 1.0, 1.2, 1.4, 1.6)
@@ -140,16 +155,66 @@ def without_coefficient(suites: str, vectors: str, seeds: list[int]) -> dict[str
     return row | {"accuracies": [round(100 * accuracy(one), 2) for one in plain]}
 
 
+THRESHOLDS, SCALES = (0.2, 0.3, 0.4, 0.5, 0.6), (0.7, 0.85, 1.0, 1.2)
+MASKS: dict[str, tuple[int, tuple[float, ...]]] = {  # how many tasks are merged, and by what the cut-out is scaled
+    "two tasks": (2, (1.0,)),
+    "four tasks": (4, (1.0,)),
+    "eight tasks": (8, (1.0,)),
+    "eight tasks, scaled": (8, SCALES),
+}
+
+
+def masked(job: tuple[str, int]) -> tuple[int, dict[str, dict[str, Any]]]:
+    """A seed, and of every row of MASKS how well TALL masks rebuild each task beside the ones that follow it."""
+    folder, seed = job
+    torch.set_num_threads(1)
+    suite, every = Suite(), vectors_of(folder, seed)
+    individual = {}
+    for task in TASKS:
+        suite.load(every.select([task]))
+        individual[task] = accuracy(suite.hits("test", tasks=[task]))
+    found: dict[str, dict[str, Any]] = {}
+    for name, (count, scales) in MASKS.items():
+        found[name] = {"normalised": {}, "threshold": {}, "scale": {}, "cosine": {}, "distance": {}}
+        for place, task in enumerate(TASKS):
+            vectors = every.select([TASKS[(place + step) % len(TASKS)] for step in range(count)])
+            tried = {}
+            for threshold, scale in product(THRESHOLDS, scales):
+                suite.load(chain(TallMask(threshold), Scale(scale))(vectors).select([0]))
+                tried[threshold, scale] = accuracy(suite.hits("val", tasks=[task]))
+            threshold, scale = max(tried, key=lambda one: tried[one])
+            cut = chain(TallMask(threshold), Scale(scale))(vectors).select([0])
+            suite.load(cut)
+            right = accuracy(suite.hits("test", tasks=[task]))
+            one, other = (torch.cat([part[key].flatten() for key in part]) for part in (cut, every.select([task])))
+            row = {"normalised": right / individual[task], "threshold": threshold, "scale": scale}
+            row["cosine"] = float(torch.cosine_similarity(one, other, dim=0))
+            row["distance"] = float((one - other).norm() / other.norm())
+            for key, value in row.items():
+                found[name][key][task] = round(value, 4)
+    return seed, found
+
+
 def main() -> None:
     """Measure all merges, some at a time, and write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--vectors", required=True, help="folder of a seed's task vectors, with {seed} in it")
     parser.add_argument("--regmean", help="a seed's suite of the regime calibrated: RegMean's part alone")
+    parser.add_argument("--masks", action="store_true", help="TALL masks' part alone")
     parser.add_argument("--merges", nargs="+", choices=MERGES, default=list(MERGES), help="what else is known stays")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()
+    if options.masks:
+        known = json.loads(options.output.read_text(encoding="utf-8"))
+        with multiprocessing.get_context("spawn").Pool(options.processes) as pool:
+            seeds = dict(pool.imap_unordered(masked, [(options.vectors, seed) for seed in options.seeds]))
+        known["masks"] = {str(seed): seeds[seed] for seed in options.seeds}
+        write_text(options.output, json.dumps(known, indent=1) + "\n")
+        for name in MASKS:
+            print(name, [round(100 * mean(one[name]["normalised"].values()), 2) for one in seeds.values()])
+        return
     if options.regmean:
         known = json.loads(options.output.read_text(encoding="utf-8"))
         known["regmean"] = without_coefficient(options.regmean, options.vectors, options.seeds)

@@ -93,10 +93,12 @@ class Suite:
         self.heads = {task: self.module.make_head(one) for task, one in data.tasks.items()}
 
     @torch.no_grad()
-    def hits(self, split: str, count: int | None = None, kind: str | None = None) -> dict[str, Tensor]:
+    def hits(
+        self, split: str, count: int | None = None, kind: str | None = None, tasks: Sequence[str] = TASKS
+    ) -> dict[str, Tensor]:
         """Which images of each task are classified rightly with the encoder as it is, bool ``[N]``."""
         found = {}
-        for task in TASKS:
+        for task in tasks:
             images, labels = load_split(task, split)
             images, labels = images[:count], labels[:count]
             if kind is not None:
