@@ -68,7 +68,8 @@ def test_one_rate_is_not_tried(script: ModuleType, run: object) -> None:
 
 def test_the_text_instrument_runs_what_it_names(script: ModuleType) -> None:
     found = {regime.name: regime for regime in script.every(["text"])}
-    assert list(found)[:4] == ["full", "full_spectral", "full_wudi", "linearized"]
+    assert list(found)[:5] == ["full", "full_spectral", "full_wudi", "calibrated", "linearized"]
+    assert list(found["full_wudi"].suite([0], 1e-4, "data")["recipes"]) == ["aswudi"]
     full = found["full"].suite([0], 1e-4, "data")
     assert list(full["recipes"]) == ["weight_average", "task_arithmetic_1", "task_arithmetic", "ties"]
     assert full["recipes"]["ties"]["search"]["values"] == [0.8, 1.2, 1.6, 2.0]
