@@ -62,10 +62,15 @@ class EndRequested(SystemExit):
     """The process was asked to end (SIGTERM) while Lightning ran, which puts that off to the next batch.
 
     Lightning's own exception has no exit code, and would end a process as if all were done.
+
+    Attributes:
+        status: the exit code, that of a process that a shell saw killed by SIGTERM.
     """
 
+    status = 128 + signal.SIGTERM
+
     def __init__(self) -> None:
-        super().__init__(128 + signal.SIGTERM)
+        super().__init__(self.status)
 
 
 def first_few(items: Iterable[object], limit: int = 3) -> str:

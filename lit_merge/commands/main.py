@@ -42,10 +42,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if _is_first():
             sys.stderr.write(f"lit-merge: interrupted{_going_on(arguments)}\n")
         return 130
-    except EndRequested as request:
+    except EndRequested:
         if _is_first():
             sys.stderr.write(f"lit-merge: asked to end (SIGTERM){_going_on(arguments)}\n")
-        return int(str(request.code))
+        return EndRequested.status
     except SystemExit as request:  # from the argument parsers: --help, --print_config, a usage error
         return request.code if isinstance(request.code, int) else (0 if request.code is None else 1)
     except Exception as error:

@@ -84,7 +84,7 @@ class StageProcess:
         refusal = refusal_in(said, ConfigurationError if code == 2 else LitMergeError)
         if refusal is not None and code in (1, 2):
             return Outcome(self.job.name, seconds, refusal, not _OF_THE_MACHINE.search(str(refusal)))
-        if code < 0 or code == EndRequested().code:
+        if code < 0 or code == EndRequested.status:
             number = -code if code < 0 else signal.SIGTERM
             reason = f"was killed by signal {number:d} ({_signal_name(number)}; the machine may be out of memory)"
         else:
