@@ -29,6 +29,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -40,6 +41,7 @@ from claims_page import write_pages
 from collected import COLLECTED, collect
 from suites import ROOT, Regime, every
 from suites import regimes as regimes_of
+from widened import SLOW, slower, widen
 
 from lit_merge.files.text import write_text
 
@@ -47,6 +49,7 @@ NEAR = 0.005
 """The smallest rate whose individual models are within this of the best is taken."""
 LARGE = ("seed-*/joint/fit/*.safetensors", "seed-*/merge/*/merged.safetensors")
 VECTORS = "seed-*/fit/*/*.safetensors"
+WIDENED = Path(__file__).parent / "widened.py"
 
 
 @dataclass
@@ -69,6 +72,11 @@ class Run:
     steps: int | None = None
     keep: bool = False
     started: float = field(default_factory=time.monotonic)
+
+    @cached_property
+    def widened(self) -> bool:
+        """Whether products of bfloat16 are computed in float32, as this processor has no units for them."""
+        return slower() > SLOW
 
     def left(self) -> float | None:
         """Seconds until the end; None without a limit."""
@@ -113,6 +121,8 @@ def fitted(job: tuple[Run, Regime, float, str]) -> dict[str, Any]:
     run, regime, rate, task = job
     folder = run.output / regime.instrument / "rates" / regime.name / f"{rate:g}-{task}"
     suite = run.suite(regime, [0], rate)
+    if run.widened:
+        widen()
     with _said_in(folder):
         from lit_merge.commands.running import run_command
         from lit_merge.evaluation.search import silent_trainer
@@ -224,7 +234,8 @@ def take_over(run: Run, regime: Regime, seed: int, folder: Path) -> None:
 
 def _suite_process(run: Run, config: Path, folder: Path) -> str:
     """How ``lit-merge suite`` ended: done, failed, or stopped at the limit."""
-    command = [sys.executable, "-m", "lit_merge", "suite", "--config", str(config), "--output", str(folder)]
+    program = [str(WIDENED)] if run.widened else ["-m", "lit_merge"]
+    command = [sys.executable, *program, "suite", "--config", str(config), "--output", str(folder)]
     with folder.with_suffix(".log").open("w", encoding="utf-8") as log:
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, "COLUMNS": "160"})
         while process.poll() is None:
@@ -269,6 +280,7 @@ def main() -> None:
     """Choose, run, collect, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3, help="how many fine-tuning seeds")
+    parser.add_argument("--first_seed", type=int, default=0, help="leave out the seeds before it, collected earlier")
     parser.add_argument("--instruments", nargs="+", help="all of experiments.yaml by default")
     parser.add_argument("--regimes", nargs="+", help="all by default")
     parser.add_argument("--output", type=Path, default=Path("runs/all"))
@@ -284,7 +296,7 @@ def main() -> None:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ["LIT_MERGE_DATA"] = data = str(Path(options.data).resolve())
     run = Run(options.output, data, options.parallel, options.seconds, options.steps, options.keep)
-    regimes, seeds = list(every(options.instruments, options.regimes)), list(range(options.seeds))
+    regimes, seeds = list(every(options.instruments, options.regimes)), list(range(options.first_seed, options.seeds))
     if options.list:
         print(listed(regimes, seeds, run))
         return
