@@ -306,7 +306,7 @@ def main() -> None:
     for instrument in dict.fromkeys(regime.instrument for regime in regimes):
         own = [regime for regime in regimes if regime.instrument == instrument]
         folders = {regime: [run.folder(regime) / f"seed-{seed}" for seed in seeds] for regime in own}
-        print(collect(instrument, folders, run.choices(instrument), options.collect), flush=True)
+        print(collect(instrument, folders, run.choices(instrument), options.collect, run.widened), flush=True)
     if not options.no_page:
         write_pages()
     print(f"{time.monotonic() - run.started:.0f} s; output in {ROOT.joinpath(options.collect)}")

@@ -219,10 +219,9 @@ def instrument_part(stored: Stored, level: str = "##") -> list[str]:
         if "script" in one:
             scripts.setdefault(f"the rows of `{one['script']}`", []).append(name)
     lines = [f"{level} Claims", "", *claim_table(stored), "", f"{level} Accuracies", ""]
-    machine = numbers["hardware"].get("accelerator") or numbers["hardware"]["processor"]
     lines += [
         f"Test accuracy in percent, mean over tasks ± standard deviation over seeds; {numbers['model']['name']}, "
-        f"{numbers['model']['parameters']:,} parameters, torch {numbers['versions']['torch']}, {machine}"
+        f"{numbers['model']['parameters']:,} parameters, torch {numbers['versions']['torch']}, {machines(numbers)}"
         + (f"; the suites' stages took {hours:.1f} hours of one process." if hours else ".")
         + "".join(f" {', '.join(names)}: {script}." for script, names in scripts.items()),
         "",
@@ -231,6 +230,22 @@ def instrument_part(stored: Stored, level: str = "##") -> list[str]:
     for title, part in (("Interference", interference(stored)), ("Learning rates", rates(stored))):
         lines += ["", f"{level} {title}", "", *part] if part else []
     return lines
+
+
+def machines(numbers: Mapping[str, Any]) -> str:
+    """What the seeds of an instrument ran on."""
+    if accelerator := numbers["hardware"].get("accelerator"):
+        return str(accelerator)
+    ran = [
+        seed["machine"] for one in numbers["regimes"].values() for seed in one["seeds"].values() if "machine" in seed
+    ]
+    found = dict.fromkeys(_machine(one) for one in ran)
+    return " and ".join(found) or str(numbers["hardware"]["processor"])
+
+
+def _machine(one: Mapping[str, Any]) -> str:
+    widened = " (products of bfloat16 in float32, rounded: `benchmarks/widened.py`)" if one["widened"] else ""
+    return f"{one['processor']}{widened}"
 
 
 def truth_page_head() -> list[str]:

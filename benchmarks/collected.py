@@ -72,14 +72,23 @@ def claims() -> list[dict[str, Any]]:
     return found
 
 
-def collect(instrument: str, folders: Mapping[Regime, Sequence[Path]], rates: Mapping[str, Any], to: Path) -> str:
-    """Put the hits and numbers of finished suites into ``to``; what is there of other regimes stays.
+def collect(
+    instrument: str,
+    folders: Mapping[Regime, Sequence[Path]],
+    rates: Mapping[str, Any],
+    to: Path,
+    widened: bool = False,
+) -> str:
+    """Put the hits and numbers of finished suites into ``to``.
+
+    What is there of other regimes stays, and of other seeds of the same regime, if it had the same settings.
 
     Args:
         instrument: whose suites.
         folders: regime -> the outputs of its suites, one or several seeds each; unfinished ones are left out.
         rates: regime -> its learning rate and what was tried.
         to: the folder.
+        widened: whether products of bfloat16 were computed in float32 (benchmarks/widened.py).
 
     Returns:
         What was found, in a line.
@@ -87,6 +96,7 @@ def collect(instrument: str, folders: Mapping[Regime, Sequence[Path]], rates: Ma
     to.mkdir(parents=True, exist_ok=True)
     path = to / f"{instrument}.json"
     known: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    _say_machines(known)
     complete = {
         regime: [one for one in suites if (one / "results.json").exists()] for regime, suites in folders.items()
     }
@@ -98,21 +108,23 @@ def collect(instrument: str, folders: Mapping[Regime, Sequence[Path]], rates: Ma
         hits = _hits(suites[0] / "zero-shot", same["tasks"])
         same["examples"] = {task: len(one) for task, one in hits.items()}
         packed = {ZERO_SHOT: _joined(hits, same["tasks"])}
+        seeds: dict[str, Any] = {}
         for suite, one in zip(suites, results, strict=True):
             packed |= _packed(suite, one)
-        save_hits(to / f"{instrument}-{regime.name}.safetensors", packed)
+            machine = {"processor": one["hardware"]["processor"], "widened": widened}
+            for seed, found in one["seeds"].items():
+                here = suite / f"seed-{seed}"
+                seeds[seed] = {"machine": machine, **_numbers(found, here), **_tau_jp(here, same["tasks"])}
         known |= {"instrument": instrument, **same}
         known.setdefault("rates", {})[regime.rate_of] = rates.get(regime.rate_of)
-        known.setdefault("regimes", {})[regime.name] = {
-            "digest": _digest(suites[0], regime),
-            "settings": results[0]["settings"],
-            "seconds": sum(_seconds(suite) for suite in suites),
-            "seeds": {
-                seed: {**_numbers(found, suite / f"seed-{seed}"), **_tau_jp(suite / f"seed-{seed}", same["tasks"])}
-                for suite, one in zip(suites, results, strict=True)
-                for seed, found in one["seeds"].items()
-            },
-        }
+        new = {"digest": _digest(suites[0], regime), "settings": results[0]["settings"]}
+        new |= {"seconds": sum(_seconds(suite) for suite in suites), "seeds": seeds}
+        file = to / f"{instrument}-{regime.name}.safetensors"
+        before = known.setdefault("regimes", {}).get(regime.name)
+        if before and before["digest"] == new["digest"]:
+            new, packed = _with_earlier(before, load_hits(file), new, packed)
+        save_hits(file, packed)
+        known["regimes"][regime.name] = new
     if known:
         known["claims"] = []
         write_text(path, written(known))
@@ -120,6 +132,25 @@ def collect(instrument: str, folders: Mapping[Regime, Sequence[Path]], rates: Ma
         write_text(path, written(known))
     missing = [one.name for regime, suites in folders.items() for one in suites if one not in complete[regime]]
     return f"{instrument}: {sum(map(len, complete.values()))} suites collected, {len(missing)} not finished"
+
+
+def _say_machines(known: dict[str, Any]) -> None:
+    """What was collected before seeds said what they ran on ran on the machine of the whole file."""
+    for regime in known.get("regimes", {}).values():
+        for seed, found in {} if "script" in regime else regime["seeds"].items():
+            machine = {"processor": known["hardware"]["processor"], "widened": False}
+            regime["seeds"][seed] = {"machine": found.get("machine", machine), **found}
+
+
+def _with_earlier(
+    before: Mapping[str, Any], stored: Mapping[str, Tensor], new: dict[str, Any], packed: Mapping[str, Tensor]
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """A regime with the seeds that were collected before, of the same settings, and are not among the new ones."""
+    kept = {seed: found for seed, found in before["seeds"].items() if seed not in new["seeds"]}
+    seeds = dict(sorted({**kept, **new["seeds"]}.items(), key=lambda one: int(one[0])))
+    share = len(kept) / len(before["seeds"])
+    hits = {key: one for key, one in stored.items() if key == ZERO_SHOT or key.partition("/")[0] in kept}
+    return {**new, "seconds": round(new["seconds"] + share * before["seconds"], 1), "seeds": seeds}, {**packed, **hits}
 
 
 def _packed(suite: Path, results: Mapping[str, Any]) -> dict[str, Tensor]:

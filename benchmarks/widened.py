@@ -2,11 +2,11 @@
 
     python benchmarks/widened.py suite --config configs/suite/text.yaml
 
-On such a processor torch multiplies bfloat16 matrices some fifty times slower than float32 ones (no matrix library that it
-has knows them), so that a suite in bf16-mixed would take days. With units, operands are bfloat16, sums are float32 and the
-result is rounded once; here as well: operands are widened, which is exact, multiplied in float32, and the result is
-rounded. The two differ in the order of the sums: of a product of 2,048 × 384 × 1,536 one element in ten thousand, by one
-rounding. Attention's weights stay in float32 between its two products, where bfloat16 units round them.
+On such a processor torch multiplies bfloat16 matrices some fifty times slower than float32 ones (no matrix library that
+it has knows them), so that a suite in bf16-mixed would take days. With units, operands are bfloat16, sums are float32 and
+the result is rounded once; here as well: operands are widened, which is exact, multiplied in float32, and the result is
+rounded. The two differ in the order of the sums: of a product of 2,048 × 384 × 1,536 one element in ten thousand, by
+one rounding. Attention's weights stay in float32 between its two products, where bfloat16 units round them.
 
 benchmarks/all.py starts its suites so where the processor needs it.
 """

@@ -90,6 +90,31 @@ def stored(collected: ModuleType, suite: Path, tmp_path_factory: pytest.TempPath
     return collected.Stored("embedded", folder)
 
 
+def test_other_seeds_of_the_same_settings_are_put_together(collected: ModuleType, suite: Path, tmp_path: Path) -> None:
+    import claims_page
+
+    regime, folder, later = collected.Regime("embedded", "full"), tmp_path / "collected", tmp_path / "later"
+    collected.collect("embedded", {regime: [suite]}, {}, folder)
+    shutil.copytree(suite, later)
+    results = json.loads((later / "results.json").read_text())
+    results["seeds"] = {"2": results["seeds"]["1"]}
+    results["hardware"]["processor"] = "q"
+    (later / "seed-1").rename(later / "seed-2")
+    (later / "results.json").write_text(json.dumps(results))
+    collected.collect("embedded", {regime: [later]}, {}, folder, widened=True)
+    both = collected.Stored("embedded", folder)
+    assert both.seeds("full") == ["0", "1", "2"]
+    (row,) = collected.judged(both, [claim(first="full/good", second="full/poor")])
+    assert len(row["by_seed"]) == 3
+    assert row["by_seed"][1] == row["by_seed"][2]
+    assert claims_page.machines(both.numbers) == (
+        "p and q (products of bfloat16 in float32, rounded: `benchmarks/widened.py`)"
+    )
+    (later / "suite.yaml").write_text(yaml.safe_dump({"recipes": {"other": {}}}))
+    collected.collect("embedded", {regime: [later]}, {}, folder)
+    assert collected.Stored("embedded", folder).seeds("full") == ["2"]  # other settings: another experiment
+
+
 def claim(**given: Any) -> dict[str, Any]:
     return {"claim": "c", "source": "s", "first": None, "second": None, "margin": 0.0, "measure": "accuracy", **given}
 
