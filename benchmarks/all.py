@@ -41,7 +41,7 @@ from claims_page import write_pages
 from collected import COLLECTED, collect
 from suites import ROOT, Regime, every
 from suites import regimes as regimes_of
-from widened import SLOW, slower, widen
+from widened import slow, widen
 
 from lit_merge.files.text import write_text
 
@@ -76,7 +76,7 @@ class Run:
     @cached_property
     def widened(self) -> bool:
         """Whether products of bfloat16 are computed in float32, as this processor has no units for them."""
-        return slower() > SLOW
+        return slow()
 
     def left(self) -> float | None:
         """Seconds until the end; None without a limit."""

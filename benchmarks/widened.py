@@ -3,10 +3,10 @@
     python benchmarks/widened.py suite --config configs/suite/text.yaml
 
 On such a processor torch multiplies bfloat16 matrices some fifty times slower than float32 ones (no matrix library that
-it has knows them), so that a suite in bf16-mixed would take days. With units, operands are bfloat16, sums are float32 and
-the result is rounded once; here as well: operands are widened, which is exact, multiplied in float32, and the result is
-rounded. The two differ in the order of the sums: of a product of 2,048 × 384 × 1,536 one element in ten thousand, by
-one rounding. Attention's weights stay in float32 between its two products, where bfloat16 units round them.
+it has knows them), so that a suite in bf16-mixed would take days. With units, operands are bfloat16, sums are float32
+and the result is rounded once; here as well: operands are widened, which is exact, multiplied in float32, and the
+result is rounded. The two differ in the order of the sums: of a product of 2,048 × 384 × 1,536 one element in ten
+thousand, by one rounding. The weights of attention stay in float32 between its two products, where units round them.
 
 benchmarks/all.py starts its suites so where the processor needs it.
 """
@@ -14,7 +14,6 @@ benchmarks/all.py starts its suites so where the processor needs it.
 from __future__ import annotations
 
 import sys
-import time
 import warnings
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -23,31 +22,16 @@ from typing import Any
 import torch
 from torch.library import Library, get_kernel
 
-__all__ = ["slower", "widen"]
+from lit_merge.functional.products import slow_precision
+
+__all__ = ["slow", "widen"]
 
 LIBRARY = Library("aten", "IMPL")
-SLOW = 4.0
-"""Products of bfloat16 that take so many times those of float32 are widened."""
 
 
-def slower(size: int = 256, rounds: int = 3) -> float:
-    """How many times as long a product of bfloat16 takes as one of float32, each the fastest of some rounds.
-
-    Args:
-        size: of the square matrices.
-        rounds: of either.
-    """
-    matrix = torch.randn(size, size)
-
-    def seconds(one: torch.Tensor) -> float:
-        times = []
-        for _ in range(rounds + 1):
-            started = time.perf_counter()
-            one @ one
-            times.append(time.perf_counter() - started)
-        return min(times[1:])
-
-    return seconds(matrix.bfloat16()) / seconds(matrix)
+def slow() -> bool:
+    """Whether this processor has no bfloat16 units."""
+    return slow_precision("bf16-mixed", "cpu") is not None
 
 
 @cache

@@ -8,12 +8,14 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
 from lit_merge.checkpoints.activation import IMAGE_TOWER, activations_of, check_activation
 from lit_merge.checkpoints.opening import open_checkpoint
 from lit_merge.errors import ConfigurationError, NonFiniteError, StructureMismatchError
 from lit_merge.functional.attention import fast_attention
+from lit_merge.functional.products import slow_precision
 from lit_merge.models.encoder import ClipModel, Preprocessing
 from lit_merge.models.lora import LoRA
 from lit_merge.models.network import ClipNetwork, Network, TaskWords, network_of
@@ -85,6 +87,12 @@ class EncoderModule(L.LightningModule):
             self.load_task_vector(TaskVector.load(task_vector, verify=True))
         if weights is not None:
             self.load_weights(weights)
+
+    def setup(self, stage: str) -> None:
+        """Warn of a precision that the processor is slow at."""
+        caution = slow_precision(self.trainer.precision or "32-true", self.device)
+        if caution is not None:
+            rank_zero_warn(caution)
 
     @property
     def clip(self) -> ClipModel | None:

@@ -103,6 +103,7 @@ class FineTuneModule(FineTuningProtocol):
 
     def setup(self, stage: str) -> None:
         """Take the task's name, classes and templates from the data module and build the head."""
+        super().setup(stage)
         data = getattr(self.trainer, "datamodule", None)
         if stage == "fit" and self.penalty is not None and self.penalty.reads_other_tasks:
             self._prepare_penalty(data)

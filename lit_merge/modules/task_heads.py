@@ -74,6 +74,7 @@ class TaskHeads(EncoderModule):
 
     def setup(self, stage: str) -> None:
         """Build a head for every task of the data module."""
+        super().setup(stage)
         data = getattr(self.trainer, "datamodule", None)
         if data is None or not hasattr(data, "task_names"):
             raise ConfigurationError(
