@@ -3,6 +3,7 @@
     lit-merge data prepare smollm2 news_texts glossary_texts quotations
     python benchmarks/language_model.py            # 3 seeds; on one data centre GPU in minutes
     python benchmarks/language_model.py --small    # 1 seed and less of everything: ten minutes on two cores
+    python benchmarks/language_model.py --small --seeds 1 2 --add    # keeps what was measured of other seeds
 
 Per seed: the model is fine-tuned on news articles and on a glossary of computing (language modelling, packed blocks),
 the two vectors are merged, and the news are unlearned by negation, whose coefficient keeps the control's perplexity
@@ -34,6 +35,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent))
 from placing import place_between
+from widened import slow, widen
 
 from lit_merge.data import TaskDataModule
 from lit_merge.data.text import TextTask
@@ -331,6 +333,20 @@ def packages() -> dict[str, str]:
     return found
 
 
+def earlier(measured: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The seeds of another call, with what they ran on.
+
+    Raises:
+        SystemExit: it was of another model or other settings.
+    """
+    known = json.loads(path.read_text(encoding="utf-8"))
+    expected = json.loads(json.dumps(measured))
+    for key in ("model", "fingerprint", "settings", "coefficients", "negative", "share"):
+        if known.get(key) != expected[key]:
+            sys.exit(f"{path}: expected the same {key}, got {known.get(key)}. Leave --add out.")
+    return {seed: {"processor": known["hardware"]["processor"], **one} for seed, one in known["seeds"].items()}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="data/models/smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
@@ -338,9 +354,12 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+")
     parser.add_argument("--small", action="store_true", help="one seed and less of everything")
     parser.add_argument("--no_rewards", action="store_true")
+    parser.add_argument("--add", action="store_true", help="keep the seeds in the output that are of the same settings")
     parser.add_argument("--output", type=Path, default=RESULTS)
     given = parser.parse_args()
     torch.set_float32_matmul_precision("high")
+    if slow():  # this processor at bfloat16
+        widen()
     began, size = time.perf_counter(), SMALL if given.small else Size()
     model = Model(given.model, given.data, size)
     seeds = given.seeds or ([0] if given.small else [0, 1, 2])
@@ -350,6 +369,8 @@ def main() -> None:
         **{"share": SHARE, "versions": {**versions(), **packages()}, "hardware": hardware()},
         **{"pretrained": shown(model, model.at(None)), "seeds": {}},
     }
+    if given.add:
+        measured["seeds"] = earlier(measured, given.output)
     given.output.parent.mkdir(parents=True, exist_ok=True)
     for seed in seeds:
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import threading
 import weakref
 from pathlib import Path
 from typing import Protocol
@@ -194,10 +195,27 @@ class Slices:
         if start == stop:
             return
         direct = out.dtype == self._dtype and out.device.type == "cpu" and out.is_contiguous()
-        part = out if direct else torch.empty(stop - start, dtype=self._dtype)
+        part = out if direct else _scratch(stop - start, self._dtype)
         self._file.fill(bytes_of(part), self._start + start * self._dtype.itemsize, self._name)
         if not direct:
             out.copy_(part)
+
+
+_KEPT = 1 << 20
+"""The most elements that memory is kept for, once a thread and dtype: chunks of merges are read again and again."""
+
+_of_thread = threading.local()
+
+
+def _scratch(count: int, dtype: torch.dtype) -> Tensor:
+    """Memory that the next call in this thread takes again."""
+    if count > _KEPT:
+        return torch.empty(count, dtype=dtype)
+    kept: dict[torch.dtype, Tensor] = _of_thread.__dict__.setdefault("kept", {})
+    if dtype not in kept or len(kept[dtype]) < count:
+        with torch.inference_mode(False):  # or it could not be written into outside of it
+            kept[dtype] = torch.empty(count, dtype=dtype)
+    return kept[dtype][:count]
 
 
 def bytes_of(tensor: Tensor) -> memoryview:

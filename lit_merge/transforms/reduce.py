@@ -23,7 +23,7 @@ class Sum(Transform):
 
     def __call__(self, vectors: TaskVectors) -> TaskVectors:
         """Reduce stacks ``(T, *shape)`` to ``(1, *shape)``."""
-        return vectors.reduce_elements(_sum, note=self)
+        return vectors.reduce_sum(_same, note=self)
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Mean(Transform):
 
     def __call__(self, vectors: TaskVectors) -> TaskVectors:
         """Reduce stacks ``(T, *shape)`` to ``(1, *shape)``."""
-        return vectors.reduce_elements(_mean, note=self)
+        return vectors.reduce_sum(partial(_divided, len(vectors.tasks)), note=self)
 
 
 @dataclass(frozen=True)
@@ -167,20 +167,12 @@ def _by_name(what: str, value: Mapping[str, float], tasks: tuple[str, ...]) -> t
     return tuple(value[task] for task in tasks)
 
 
-def sum_rows(chunk: Tensor) -> Tensor:
-    """``(T, n)`` to ``(1, n)``, one row after the other; the first row is written into."""
-    total = chunk[:1]
-    for row in range(1, len(chunk)):
-        total.add_(chunk[row : row + 1])
-    return total
+def _same(name: str, start: int, chunk: Tensor) -> Tensor:
+    return chunk
 
 
-def _sum(name: str, start: int, chunk: Tensor) -> Tensor:
-    return sum_rows(chunk)
-
-
-def _mean(name: str, start: int, chunk: Tensor) -> Tensor:
-    return sum_rows(chunk).div_(len(chunk))
+def _divided(count: int, name: str, start: int, chunk: Tensor) -> Tensor:
+    return chunk.div_(count)
 
 
 def _negated(name: str, start: int, chunk: Tensor) -> Tensor:

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from lit_merge.transforms.base import Transform
-from lit_merge.transforms.reduce import sum_rows
 from lit_merge.vectors import TaskVectors
 from lit_merge.vectors.global_value import Statistic
+from lit_merge.vectors.sources import sum_rows
 
 __all__ = ["DisjointMean", "DisjointSum", "ElectSign"]
 

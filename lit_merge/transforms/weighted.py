@@ -14,9 +14,10 @@ from torch import Tensor
 from lit_merge.errors import StructureMismatchError, first_few
 from lit_merge.files.lazy import Computed
 from lit_merge.transforms.base import Transform
-from lit_merge.transforms.reduce import per_task, per_task_values, sum_rows
+from lit_merge.transforms.reduce import per_task, per_task_values
 from lit_merge.vectors import LazyTensors, TaskVector, TaskVectors
 from lit_merge.vectors.global_value import Statistic
+from lit_merge.vectors.sources import sum_rows
 from lit_merge.vectors.statistics import StatisticsFiles, open_statistics
 
 __all__ = ["FisherMean", "RegMean", "Regression", "check_grams", "gram_key", "per_parameter"]

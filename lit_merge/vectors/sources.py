@@ -8,14 +8,14 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 from torch import Tensor
 
 from lit_merge.checkpoints.difference import DifferenceSlicer
 from lit_merge.errors import NonFiniteError, StructureMismatchError
-from lit_merge.files.lazy import LazyMapping, Structure
+from lit_merge.files.lazy import LazyMapping, Slicer, Structure
 from lit_merge.params import is_finite
 from lit_merge.vectors.threads import ordered_map
 
@@ -23,9 +23,10 @@ if TYPE_CHECKING:
     from lit_merge.vectors.task_vector import TaskVector
     from lit_merge.vectors.task_vectors import TaskVectors
 
-__all__ = ["Elements", "Reader", "Rows", "Source", "Stacks", "Subset", "Union", "Work"]
+__all__ = ["Elements", "Reader", "Rows", "Source", "Stacks", "Subset", "Sums", "Union", "Work", "sum_rows"]
 
 _ELEMENTS_IN_CACHE = 1 << 20  # four MiB of float32: larger ones leave the processor's cache, smaller ones cost calls
+_ELEMENTS_OF_A_SUM = 1 << 19  # of one vector at a time; fewer calls, that several threads wait for each other in
 _FEWEST_ELEMENTS = 1 << 12  # below, the cost of calling an operator is no longer small beside its work
 
 
@@ -72,6 +73,11 @@ class Source(ABC):
     def reader(self, name: str) -> Reader:
         """Reads any chunk of the flattened stack; what several chunks need is done once."""
 
+    def summed(self, name: str) -> Reader:
+        """Reads Σ_t τ_t of any chunk, ``(1, stop - start)``."""
+        read = self.reader(name)
+        return lambda start, stop: sum_rows(read(start, stop))
+
     def chunk_length(self, name: str) -> int:
         """How many elements a chunk should have."""
         raise NotImplementedError
@@ -98,18 +104,29 @@ class Rows(Source):
 
         def read(start: int, stop: int) -> Tensor:
             chunk = torch.empty((len(slicers), stop - start), dtype=dtype, device=device)
-            shared: tuple[LazyMapping, Tensor] | None = None
+            shared: _Shared = None
             for row, fill in zip(chunk, slicers, strict=True):
-                if not isinstance(fill, DifferenceSlicer):
-                    fill(start, stop, row)
-                    continue
-                fill.tuned(start, stop, row)
-                if shared is None or shared[0] is not fill.origin:  # one base for all: it is read once
-                    shared = fill.origin, fill.base_part(start, stop, row)
-                row.sub_(shared[1])
+                shared = _fill(row, fill, start, stop, shared)
             return self._finite(chunk, name)
 
         return read
+
+    def summed(self, name: str) -> Reader:
+        """Row by row, so that all of it stays in the cache, whatever T is."""
+        dtype = self.structure[name][1]
+        device = self.device or self.rows[0].device(name)
+        slicers = [row.slicer(name) for row in self.rows]
+
+        def summed(start: int, stop: int) -> Tensor:
+            total = torch.empty((1, stop - start), dtype=dtype, device=device)
+            row = torch.empty_like(total[0]) if len(slicers) > 1 else total[0]
+            shared = _fill(total[0], slicers[0], start, stop, None)
+            for fill in slicers[1:]:
+                shared = _fill(row, fill, start, stop, shared)
+                total[0].add_(row)
+            return total if is_finite(total) else sum_rows(self.reader(name)(start, stop))  # says whose fault it is
+
+        return summed
 
     def chunk_length(self, name: str) -> int:
         on_accelerator = self.device is not None and self.device.type != "cpu"
@@ -130,6 +147,29 @@ class Rows(Source):
         return chunk
 
 
+_Shared: TypeAlias = "tuple[LazyMapping, Tensor] | None"
+
+
+def _fill(row: Tensor, fill: Slicer, start: int, stop: int, shared: _Shared) -> _Shared:
+    """Read one vector's chunk; returns the part of θ0 that others may share with it."""
+    if not isinstance(fill, DifferenceSlicer):
+        fill(start, stop, row)
+        return shared
+    fill.tuned(start, stop, row)
+    if shared is None or shared[0] is not fill.origin:  # one base for all: it is read once
+        shared = fill.origin, fill.base_part(start, stop, row)
+    row.sub_(shared[1])
+    return shared
+
+
+def sum_rows(chunk: Tensor) -> Tensor:
+    """``(T, n)`` to ``(1, n)``, one row after the other; the first row is written into."""
+    total = chunk[:1]
+    for row in range(1, len(chunk)):
+        total.add_(chunk[row : row + 1])
+    return total
+
+
 class _Computed(Source):
     """A function of one view's stacks, and of others' read side by side."""
 
@@ -145,6 +185,9 @@ class _Computed(Source):
         self.source, self.others, self.function, self.count, self.note = source, others, function, count, note
         self._work = work
         self.reads = source.walk + sum(view.walk for view in others)
+
+    def chunk_length(self, name: str) -> int:
+        return self.source.chunk_length(name)
 
     def work(self, name: str) -> Work:
         views = [view.work(name) for view in (self.source, *self.others)]
@@ -204,6 +247,23 @@ class Elements(_Computed):
         return read
 
 
+class Sums(Elements):
+    """A function of the sums over all vectors, chunk by chunk."""
+
+    def chunk_length(self, name: str) -> int:
+        length = self.source.chunk_length(name)
+        return max(length, _ELEMENTS_OF_A_SUM) if isinstance(self.source._source, Rows) else length
+
+    def reader(self, name: str) -> Reader:
+        read, dtype = self.source.summed(name), self.source.dtype(name)
+
+        def apply(start: int, stop: int) -> Tensor:
+            result = self.function(name, start, read(start, stop))
+            return _checked(result, (self.count, stop - start), dtype, self.note, name)
+
+        return apply
+
+
 class Subset(Source):
     """The same stacks, of some of the parameters."""
 
@@ -216,6 +276,9 @@ class Subset(Source):
 
     def reader(self, name: str) -> Reader:
         return self.source.reader(name)
+
+    def summed(self, name: str) -> Reader:
+        return self.source.summed(name)
 
     def chunk_length(self, name: str) -> int:
         return self.source.chunk_length(name)
@@ -235,8 +298,14 @@ class Union(Source):
     def stack(self, name: str) -> Tensor:
         return self.views[name][name]
 
+    def chunk_length(self, name: str) -> int:
+        return self.views[name].chunk_length(name)
+
     def reader(self, name: str) -> Reader:
         return self.views[name].reader(name)
+
+    def summed(self, name: str) -> Reader:
+        return self.views[name].summed(name)
 
     def work(self, name: str) -> Work:
         return self.views[name].work(name)

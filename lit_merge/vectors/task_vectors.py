@@ -14,7 +14,7 @@ from lit_merge.errors import ConfigurationError, did_you_mean, first_few
 from lit_merge.files.lazy import Computed, LazyMapping, Structure
 from lit_merge.params import check_same_structure, working_dtype
 from lit_merge.vectors.global_value import Statistic
-from lit_merge.vectors.sources import Elements, Reader, Rows, Source, Stacks, Subset, Union, Work, WorkOf
+from lit_merge.vectors.sources import Elements, Reader, Rows, Source, Stacks, Subset, Sums, Union, Work, WorkOf
 from lit_merge.vectors.task_vector import TaskVector, joined_task, same_base
 from lit_merge.vectors.threads import ordered_map
 
@@ -223,6 +223,12 @@ class TaskVectors(LazyMapping):
             raise KeyError(name)
         return self._source.reader(name)
 
+    def summed(self, name: str) -> Reader:
+        """Reads Σ_t τ_t of any chunk of one parameter: ``(start, stop)`` -> a new ``(1, stop - start)``."""
+        if name not in self._structure:
+            raise KeyError(name)
+        return self._source.summed(name)
+
     def stream(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
         """The flattened stacks one after the other; those of one vector chunk by chunk, computed on several threads."""
         if len(self.tasks) > 1:
@@ -258,8 +264,11 @@ class TaskVectors(LazyMapping):
         return self._source.work(name)
 
     def chunk_length(self, name: str) -> int:
-        """Elements per chunk: about two MiB for all inputs together; on an accelerator the whole parameter."""
-        return self._inputs._source.chunk_length(name)
+        """Elements per chunk: four MiB for all inputs together, or two for one of those that are summed up.
+
+        On an accelerator it is the whole parameter.
+        """
+        return self._source.chunk_length(name)
 
     def map(
         self,
@@ -324,6 +333,14 @@ class TaskVectors(LazyMapping):
     ) -> TaskVectors:
         """As :meth:`map_elements`, from T vectors to one that is named after all tasks."""
         return self.map_elements(function, [self.merged_tasks], note, others, statistics)
+
+    def reduce_sum(self, function: ElementFunction, note: object = "") -> TaskVectors:
+        """As :meth:`reduce_elements`, of a function of the sum ``(1, n)`` of all vectors alone.
+
+        Files are read vector by vector: no chunk of all T is made.
+        """
+        names = _row_tasks(self, [self.merged_tasks])
+        return self._view(Sums(self, (), function, 1, str(note) or "function"), names, str(note), ())
 
     # Names of 0.1.0.
     pieces, map_entries, reduce_entries = chunks, map_elements, reduce_elements

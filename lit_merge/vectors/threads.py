@@ -6,11 +6,13 @@ beside other work. Here every thread computes whole chunks, and operators inside
 
 from __future__ import annotations
 
+import ctypes
 import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cache
 from typing import Any, TypeVar
 
 import torch
@@ -21,6 +23,7 @@ _Result = TypeVar("_Result")
 _state = threading.local()
 _executors: dict[int, ThreadPoolExecutor] = {}
 _lock = threading.Lock()
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
 class NeededInMainThread(Exception):  # noqa: N818 - a request, not an error
@@ -42,6 +45,7 @@ def ordered_map(function: Callable[..., _Result], jobs: Iterable[tuple[Any, ...]
     Gradients are not recorded; inference mode is that of the caller. In a worker, and where torch uses one thread, it
     is a plain loop.
     """
+    _keep_freed_memory()
     threads = torch.get_num_threads()
     if threads < 2 or in_worker():
         for job in jobs:
@@ -72,6 +76,21 @@ def _result(function: Callable[..., _Result], job: tuple[Any, ...], future: Futu
 def _run(function: Callable[..., _Result], job: tuple[Any, ...], inference: bool) -> _Result:
     with torch.inference_mode(inference), torch.no_grad():  # in this order: leaving inference mode records gradients
         return function(*job)
+
+
+@cache
+def _keep_freed_memory() -> None:
+    """Let glibc keep what chunks free, for the next ones.
+
+    By default it may give a few MiB back at every turn: the kernel then clears new pages for every chunk, which takes
+    as long as computing it. Blocks of 32 MiB and more are given back as before. Other C libraries do without.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):  # TypeError on Windows
+        return
+    mallopt(_M_MMAP_THRESHOLD, 32 << 20)
+    mallopt(_M_TRIM_THRESHOLD, 512 << 20)
 
 
 def _executor(threads: int) -> ThreadPoolExecutor:

@@ -451,6 +451,7 @@ def test_pieces_are_the_stack(case: Case) -> None:
 @every_case
 def test_the_number_of_threads_does_not_matter(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sources, "_ELEMENTS_IN_CACHE", 3 * len(case.tasks))
+    monkeypatch.setattr(sources, "_ELEMENTS_OF_A_SUM", 3)
     monkeypatch.setattr(sources, "_FEWEST_ELEMENTS", 2)
     threads, results = torch.get_num_threads(), []
     try:

@@ -8,6 +8,7 @@ from functools import partial
 import pytest
 import torch
 from builders.live_memory import LiveTensorBytes
+from safetensors.torch import save_file
 
 from lit_merge.errors import ConfigurationError, NonFiniteError, StructureMismatchError
 from lit_merge.files.lazy import Computed, LazyMapping
@@ -188,6 +189,7 @@ def test_the_length_of_pieces_changes_no_bit(transform, dtype, monkeypatch):
     expected = {name: expected[name] for name in expected}
     for length in (1, 7):
         monkeypatch.setattr(sources, "_ELEMENTS_IN_CACHE", 1)
+        monkeypatch.setattr(sources, "_ELEMENTS_OF_A_SUM", 1)
         monkeypatch.setattr(sources, "_FEWEST_ELEMENTS", length if length > 1 else 64)
         monkeypatch.setattr(magnitudes, "_LENGTH", 97)
         result = transform(vectors)
@@ -376,3 +378,45 @@ def test_the_base_is_given_or_asked_for():
         StructureMismatchError, match=r"base: expected every parameter .* got 1 of another shape \(proj \(3,\) inst"
     ):
         TaskVectors(rows, base={**base, "proj": torch.zeros(3)})
+
+
+def of_files(folder, count: int, damaged: int | None = None) -> tuple[TaskVectors, torch.Tensor]:
+    """Fine-tuned weights in bfloat16 beside their base, and their differences, ``(T, n)``."""
+    generator = torch.Generator().manual_seed(0)
+    base = torch.randn(100_000, generator=generator).bfloat16()
+    rows, differences = [], []
+    save_file({"w": base}, folder / "base.safetensors")
+    for index in range(count):
+        tuned = (base + 0.1 * torch.randn(100_000, generator=generator)).bfloat16()
+        if index == damaged:
+            tuned[77_777] = float("inf")
+        save_file({"w": tuned}, folder / f"{index}.safetensors")
+        path = folder / f"{index}.safetensors"
+        rows.append(TaskVector.from_checkpoints(folder / "base.safetensors", path, task=f"task{index}"))
+        differences.append(tuned.float() - base.float())
+    return TaskVectors(rows), torch.stack(differences)
+
+
+@pytest.mark.parametrize("transform", [Sum(), Mean(), chain(Sum(), Scale(0.3))], ids=repr)
+def test_sums_of_files_are_read_vector_by_vector(tmp_path, transform, monkeypatch):
+    """The same bits as from a stack of all of them, in memory that does not grow with T."""
+    vectors, differences = of_files(tmp_path, 12)
+    monkeypatch.setattr(sources, "_ELEMENTS_OF_A_SUM", 1 << 15)
+    expected = transform(TaskVectors([TaskVector({"w": row}, str(index)) for index, row in enumerate(differences)]))
+    result = transform(vectors)
+    assert torch.equal(result["w"], expected["w"])
+    with LiveTensorBytes() as live:
+        chunks = [chunk.sum() for _, chunk in result.chunks("w")]
+    assert len(chunks) > 1
+    assert live.peak < 6 * 4 * (1 << 17)  # a chunk of twelve has 1.5 MiB or more beside what is made of it
+
+
+def test_a_damaged_vector_in_a_sum_is_named(tmp_path):
+    vectors, _ = of_files(tmp_path, 3, damaged=1)
+    with pytest.raises(NonFiniteError, match="task vector 'task1': expected finite values, got NaN or infinity in w"):
+        Sum()(vectors)["w"]
+
+
+def test_a_sum_that_overflows_is_nobodys_fault():
+    rows = [TaskVector({"w": torch.full((5,), 3e38)}, task) for task in "ab"]
+    assert torch.isinf(Sum()(TaskVectors(rows))["w"]).all()

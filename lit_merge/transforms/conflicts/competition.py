@@ -12,9 +12,9 @@ from torch import Tensor
 
 from lit_merge.transforms.base import Transform
 from lit_merge.transforms.magnitudes import Cut, cuts_over_all, find_global_cuts, size_of
-from lit_merge.transforms.reduce import sum_rows
 from lit_merge.vectors import TaskVectors
 from lit_merge.vectors.global_value import Statistic
+from lit_merge.vectors.sources import sum_rows
 
 __all__ = ["PCB"]
 

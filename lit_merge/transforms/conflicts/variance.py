@@ -11,9 +11,8 @@ from torch import Tensor
 from lit_merge.errors import ConfigurationError
 from lit_merge.transforms.base import Transform
 from lit_merge.transforms.magnitudes import count_of, find_cuts_of_stack, keep_largest
-from lit_merge.transforms.reduce import sum_rows
 from lit_merge.vectors import TaskVectors
-from lit_merge.vectors.sources import Work
+from lit_merge.vectors.sources import Work, sum_rows
 
 __all__ = ["SCE"]
 
