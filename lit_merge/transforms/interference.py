@@ -9,7 +9,7 @@ some steps of Adam, :class:`SpectralWUDI` says of each direction how far it goes
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
@@ -269,11 +269,9 @@ def _filtered(
     total = stack.sum(0)
     if int((norms > 0).sum()) < 2:  # nobody is disturbed
         return total
-    present = norms > 0
-    matrices = stack[present].double()
-    lengths = norms[present] if normalise else norms.max().expand(int(present.sum()))
-    rows = matrices / lengths.view(-1, 1, 1)
-    values, basis = _eigenvectors(rows.flatten(0, 1))
+    tasks = (norms > 0).nonzero().flatten().tolist()
+    lengths = norms[tasks] if normalise else norms.max().expand(len(tasks))
+    values, basis = _eigenvectors(stack, tasks, lengths)
     count = len(values)
     if rank == "participation":
         kept = math.ceil(float(values.sqrt().sum() ** 2 / values.sum()))
@@ -283,29 +281,44 @@ def _filtered(
     kept = min(kept, count, int((values > floor * values[0]).sum()))
     values, basis = values[:kept], basis[:, :kept]
     reached = torch.ones_like(values) if time is None else -torch.expm1(-time * values)
-    wanted = torch.zeros(stack.shape[1], kept, dtype=torch.float64, device=stack.device)  # D V
-    for matrix, row in zip(matrices, rows, strict=True):
-        wanted += (row @ row.mT) @ (matrix @ basis) if row.shape[0] <= kept else row @ (row.mT @ (matrix @ basis))
-    start = matrices.sum(0)
+    start = torch.zeros(stack.shape[1:], dtype=torch.float64, device=stack.device)
+    wanted = start.new_zeros(stack.shape[1], kept)  # D V
+    for task, length in zip(tasks, lengths, strict=True):  # one at a time in float64
+        matrix = stack[task].double()
+        start += matrix
+        projected, row = matrix @ basis, matrix / length
+        wanted += (row @ row.mT) @ projected if row.shape[0] <= kept else row @ (row.mT @ projected)
     change = wanted * (reached / values) - (start @ basis) * reached
     return start.addmm_(change, basis.mT).to(stack.dtype)
 
 
-def _eigenvectors(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """The eigenvalues above rounding of ``rowsᵀ rows``, largest first, and their eigenvectors ``(n, k)``."""
-    wide = len(rows) < rows.shape[1]
-    values, vectors = torch.linalg.eigh(rows @ rows.mT if wide else rows.mT @ rows)
+def _eigenvectors(stack: Tensor, tasks: Sequence[int], lengths: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues of ``Σ_t τ_tᵀ τ_t / l_t²`` above rounding, largest first, and the eigenvectors ``(n, k)``."""
+    columns = stack.shape[2]
+    wide = len(tasks) * stack.shape[1] < columns
+    rows = torch.empty(0)
+    if wide:
+        rows = (stack[list(tasks)].double() / lengths.view(-1, 1, 1)).flatten(0, 1)
+        product = rows @ rows.mT
+    else:
+        product = torch.zeros(columns, columns, dtype=torch.float64, device=stack.device)
+        for task, length in zip(tasks, lengths, strict=True):
+            row = stack[task].double() / length
+            product.addmm_(row.mT, row)
+    values, vectors = torch.linalg.eigh(product)
+    del product
     if not is_finite(values):
         raise torch.linalg.LinAlgError
     kept = int((values > torch.finfo(values.dtype).eps * len(values) * values[-1]).sum())
-    values, vectors = values.flip(0)[:kept], vectors.flip(1)[:, :kept]
+    values, vectors = values.flip(0)[:kept], vectors[:, len(values) - kept :].flip(1)
     return values, rows.mT @ (vectors / values.sqrt()) if wide else vectors
 
 
 def _filtered_work(tasks: int, rows: int, columns: int, itemsize: int) -> Work:
     small, matrix = min(tasks * rows, columns), rows * columns
-    # The vectors and their rows, the product and its eigenvectors with what LAPACK's syevd asks for; V and its factors,
-    # D V, the sum and the change.
-    memory = 8 * (2 * tasks * matrix + 5 * small**2 + 2 * columns * small + 5 * rows * small + 3 * matrix)
+    # The product and its eigenvectors with what LAPACK's syevd asks for; V and its factors, D V; one task's matrix, the
+    # sum and the change. Of wide matrices the rows of all tasks.
+    wide = tasks * matrix if tasks * rows < columns else 0
+    memory = 8 * (wide + 4 * small**2 + 2 * columns * small + 5 * rows * small + 5 * matrix)
     products = 2.0 * tasks * matrix * small + 9.0 * small**3
     return Work(memory, products + tasks * 4.0 * matrix * small + 4.0 * matrix * small)

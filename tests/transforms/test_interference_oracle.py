@@ -33,6 +33,7 @@ from lit_merge.transforms import (
     iwudi,
     swudi,
 )
+from lit_merge.transforms.interference import _filtered
 
 
 def plainly(matrices: Tensor, steps: int, rate: float) -> Tensor:
@@ -315,3 +316,14 @@ def test_a_plan_says_at_least_what_is_held(transform: Transform, shape: tuple[in
 def test_what_is_refused(build, line: str) -> None:
     with pytest.raises(ConfigurationError, match=line):
         build()
+
+
+def test_spectral_wudi_has_one_task_at_a_time_in_float64():
+    """Beyond the stack, memory does not grow with T."""
+    beyond = []
+    for tasks in (4, 16):
+        stack = torch.randn(tasks, 96, 64, generator=torch.Generator().manual_seed(0))
+        with LiveTensorBytes() as live:
+            _filtered(None, "participation", True, 1e-8, stack)
+        beyond.append(live.peak - stack.nbytes)
+    assert beyond[1] <= beyond[0] + 96 * 64 * 8
