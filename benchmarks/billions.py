@@ -132,6 +132,12 @@ def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
     return {"median_seconds": statistics.median(one["seconds"] for one in runs), **largest, "runs": runs}
 
 
+def rounds(row: dict[str, Any]) -> str:
+    """Of all tools: rows that were measured again may have more of them."""
+    counts = sorted({len(one["runs"]) for one in row["tools"].values()})
+    return " to ".join(map(str, dict.fromkeys((counts[0], counts[-1]))))
+
+
 def table(found: dict[str, Any]) -> str:
     """What docs/speed.md says of it."""
     lines: list[str] = []
@@ -140,7 +146,7 @@ def table(found: dict[str, Any]) -> str:
         lines += [
             *([""] if lines else []),
             f"{row['tasks']} × {row['parameters'] / 1e9:.2f} billion parameters (`{row['shapes']}`, {row['layers']} "
-            f"blocks, bfloat16; {row['files']} files, {size / 2**30:.1f} GiB with the base), {row['rounds']} round(s):",
+            f"blocks, bfloat16; {row['files']} files, {size / 2**30:.1f} GiB with the base), {rounds(row)} round(s):",
             "",
             "| from disk to disk | seconds | times the limit | resident, MiB | of it anonymous | bytes read per byte |",
             "| :-- | --: | --: | --: | --: | --: |",

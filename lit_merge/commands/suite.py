@@ -146,6 +146,8 @@ def suite(
         control=list(dict.fromkeys(control or [])),
     )
     plan.check(check_configuration)
+    for line in plan.cautions() if engine == "local" else ():
+        warnings.warn(line, stacklevel=2)
     if engine == "ray" or parallel not in (None, 1):
         plan.data_module.prepare_data()  # once, not in every process
     of_ray = (ray_address, ray_cpus, ray_gpus)

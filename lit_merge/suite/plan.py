@@ -9,6 +9,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, get_args
 
+import torch
+
 from lit_merge._version import __version__
 from lit_merge.data.published.task import PublishedSource
 from lit_merge.data.sources import Task
@@ -16,6 +18,7 @@ from lit_merge.data.text.task import TextTask
 from lit_merge.errors import ConfigurationError, LitMergeError
 from lit_merge.evaluation.search import CoefficientSearch, Precision
 from lit_merge.files.cache import Cache
+from lit_merge.functional.products import slow_precision
 from lit_merge.models.encoder import weights_path
 from lit_merge.models.network import ClipNetwork, Network
 from lit_merge.models.task_output import output_name
@@ -42,6 +45,19 @@ class SuitePlan(SuiteSettings):
         """The most devices that a stage uses."""
         learned = [{"trainer": recipe.trainer} for recipe in self.recipes.values() if recipe.trainer]
         return max(_devices(config) for config in (self.fit, self.test, self.joint or {}, *learned))
+
+    def cautions(self) -> list[str]:
+        """What is said before the stages run, whose own warnings go to their logs: a precision that is slow here."""
+        learned = {f"recipes.{name}": recipe.trainer for name, recipe in self.recipes.items() if recipe.trainer}
+        parts = {"fit": self.fit, "test": self.test, "joint": self.joint or {}}
+        trainers = {**{name: part.get("trainer") or {} for name, part in parts.items()}, **learned}
+        lines: dict[str, str] = {}
+        for place, trainer in trainers.items():
+            on_cpu = trainer.get("accelerator") == "cpu" or not torch.accelerator.is_available()
+            line = slow_precision(str(trainer.get("precision", "")), "cpu") if on_cpu else None
+            if line is not None:
+                lines.setdefault(line, f"{place}.trainer.{line}")
+        return list(lines.values())
 
     @cached_property
     def stages(self) -> list[Stage]:

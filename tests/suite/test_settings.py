@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch import nn
 
 from lit_merge import FineTuneModule
@@ -13,6 +14,7 @@ from lit_merge.commands.suite import suite
 from lit_merge.data.sources import Task
 from lit_merge.errors import ConfigurationError
 from lit_merge.evaluation.search import CoefficientSearch
+from lit_merge.functional import products
 from lit_merge.models.network import Network
 from lit_merge.suite.plan import SuitePlan
 from lit_merge.suite.recipe import Recipe
@@ -338,3 +340,19 @@ def test_factors_that_nothing_could_use_are_refused(given, expected) -> None:
     with pytest.raises(ConfigurationError, match=expected) as error:
         of_tak(**given).check_statistics()
     assert len(str(error.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("on_cpu", [True, False])
+def test_a_precision_that_is_slow_here_is_said_before_the_stages_run(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, on_cpu: bool
+) -> None:
+    monkeypatch.setattr(products, "bfloat16_cost", lambda: 20.0)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: not on_cpu)
+    slow = {"trainer": {"precision": "bf16-mixed"}}
+    recipes = {"learned": Recipe(learned={"granularity": "task"}, **slow)}
+    plan = SuitePlan("n", tmp_path, "lit-tiny", None, ["digits"], {}, [0], {}, slow, recipes)
+    expected = (
+        "test.trainer.precision bf16-mixed: this processor has no units for bfloat16; its products take 20 times as "
+        "long as those of float32 (measured). Use 32-true."
+    )
+    assert plan.cautions() == ([expected] if on_cpu else [])
