@@ -53,4 +53,4 @@ def test_two_processes_give_the_same_task_vectors(tmp_path, fork_server: ForkSer
         one, both = (TaskVector.load(tmp_path / str(count) / name / "task_vector.safetensors") for count in (1, 2))
         assert one.metadata["step"] == both.metadata["step"] == "2"
         assert one.norm() > 0.01
-        assert (one - both).norm() / one.norm() <= 1e-5
+        assert (one - both).norm() / one.norm() <= 5e-5  # float32, and Adam divides small gradients by themselves
