@@ -46,11 +46,13 @@ from lit_merge.transforms import (
     Transform,
     TSVMerge,
     chain,
+    continual,
     ties,
 )
 
 RESULTS = Path(__file__).parents[1] / "benchmarks/results/explaining.json"
 SMALL, LARGE = (0.1, 0.15, 0.2, 0.25, 0.3, 0.4), (0.6, 0.8, 1.0, 1.2, 1.4, 1.6)
+LONG = (0.6, 0.8, 1.0, 1.2, 1.5, 2.0)
 Build = Callable[[TaskVectors, float], Transform]
 
 
@@ -74,6 +76,13 @@ MERGES: dict[str, tuple[Build, tuple[float, ...]]] = {
         lambda _, value: chain(WUDI(learning_rate=8e-5), Scale(value)),
         (0.2, 0.3, 0.4, 0.6, 0.8, 1.0),
     ),
+    "WUDI, steps a quarter as long": (
+        lambda _, value: chain(WUDI(learning_rate=2.5e-6), Scale(value)),
+        (0.15, 0.2, 0.25, 0.3, 0.4, 0.6),
+    ),
+    "continual, in order": (lambda _, value: continual(coefficient=value), LONG),
+    "continual, the other way round": (lambda own, value: continual(0.5, own.tasks[::-1], value), LONG),
+    "continual, mixed": (lambda own, value: continual(0.5, own.tasks[1::2] + own.tasks[::2], value), LONG),
     "Iso-C": (lambda _, value: chain(IsoC(), Scale(value)), LARGE),
     "Iso-C, equal lengths": (lambda own, value: chain(equal_lengths(own), IsoC(), Scale(value)), LARGE),
 }
@@ -85,6 +94,11 @@ COMPARED = [
     ("DARE, nine tenths dropped", "task arithmetic"),
     ("WUDI, steps eight times as long", "WUDI"),
     ("WUDI, steps eight times as long", "TSV-M"),
+    ("WUDI, steps a quarter as long", "WUDI"),
+    ("continual, in order", "task arithmetic"),
+    ("continual, in order", "TSV-M"),
+    ("continual, the other way round", "continual, in order"),
+    ("continual, mixed", "continual, in order"),
     ("Iso-C", "TSV-M"),
     ("Iso-C, equal lengths", "Iso-C"),
     ("TSV-M, equal lengths", "TSV-M"),

@@ -2,7 +2,7 @@
 
 import sys
 
-from lit_merge.commands.main import main
+from lit_merge.commands.main import process
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(process())

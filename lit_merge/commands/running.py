@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import gc
 import inspect
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -54,6 +55,9 @@ def run_command(command: str, arguments: Sequence[str] = ()) -> Any:
         return sys.stdout.write(command_screen(chosen))
     arguments = ["--help" if one == "--help_all" else one for one in arguments]
     module = chosen.load()
+    if not gc.isenabled():  # see lit_merge.commands.main.process
+        gc.freeze()
+        gc.enable()
     function = getattr(module, chosen.file.stem)
     with _requests_to_end():
         if chosen.takes_command_line:

@@ -18,12 +18,15 @@ from torch import Tensor
 from lit_merge.params import count_nonzero
 from lit_merge.vectors import TaskVectors
 from lit_merge.vectors.global_value import Statistic
+from lit_merge.vectors.threads import NeededInMainThread, in_worker, ordered_map
 
 __all__ = [
     "Cut",
+    "CutsByParameter",
     "Walk",
     "common_dtype",
     "count_of",
+    "cuts_by_parameter",
     "cuts_over_all",
     "find_cuts",
     "find_cuts_of_stack",
@@ -38,8 +41,9 @@ __all__ = [
 Walk = Callable[[], Iterator[tuple[str, int, Tensor]]]
 """Starts a pass: parameter names in sorted order, positions in them, chunks ``(T, n)``."""
 
-_SAMPLE = 1 << 21  # elements of a sample
-_CHUNK = 1 << 10  # that lie side by side
+_FEWEST = 1 << 18  # elements, from which on a sample of them pays
+_SAMPLE = 1 << 21  # elements of a sample, at most; an eighth of all
+_BLOCK, _CHUNK = 1 << 6, 1 << 10  # that lie side by side, at least and at most
 _LENGTH = 1 << 18  # elements per row and chunk: a histogram of 2^16 counters should cost little beside them
 _DIGITS: dict[torch.dtype, tuple[torch.dtype, list[tuple[int, int]]]] = {  # shift and number of bits, the highest first
     torch.float32: (torch.int32, [(15, 16), (0, 15)]),
@@ -137,7 +141,12 @@ def find_cuts_of_stack(name: str, stack: Tensor, kept: int) -> tuple[Cut, ...]:
     flat = stack.reshape(len(stack), -1)
     size = flat.shape[1]
     if size > _LENGTH:
-        return find_cuts(partial(walk_stack, name, flat), kept, flat.dtype)
+        walk = partial(walk_stack, name, flat)
+        if flat.device.type != "cpu" or size < _FEWEST:
+            return find_cuts(walk, kept, flat.dtype)
+        brackets = _brackets_of(_sample_of_stack(flat), kept / size)
+        again = lambda name, start, stop: flat[:, start:stop]  # noqa: E731
+        return _cuts_between(brackets, walk, again, size, kept, flat.dtype) or find_cuts(walk, kept, flat.dtype)
     magnitudes = flat.abs()  # few enough to be selected from directly
     thresholds = magnitudes.kthvalue(size - kept + 1, dim=1, keepdim=True).values
     missing = (kept - (magnitudes > thresholds).sum(1)).tolist()
@@ -189,9 +198,38 @@ def cuts_over_all(what: str, vectors: TaskVectors, kept: int) -> Statistic[tuple
     return Statistic(what, reads, partial(find_global_cuts, vectors, kept), at_most=True)
 
 
+class CutsByParameter:
+    """The cuts that keep so many elements of every parameter by itself, each found when it is first needed.
+
+    In memory that does not depend on the parameters' sizes; a parameter is read two or three times.
+
+    Args:
+        vectors: what is cut.
+        kept: from the number of a parameter's elements to how many of them are kept.
+    """
+
+    def __init__(self, vectors: TaskVectors, kept: Callable[[int], int]) -> None:
+        self._vectors, self._kept = vectors, kept
+        self._found: dict[str, tuple[Cut, ...]] = {}
+
+    def __call__(self, name: str) -> tuple[Cut, ...]:
+        """Of one parameter; in a thread that computes chunks they are asked of the main one."""
+        if name not in self._found:
+            if in_worker():
+                raise NeededInMainThread(partial(self, name))
+            one = self._vectors.restrict([name])
+            self._found[name] = find_global_cuts(one, self._kept(size_of(one)))
+        return self._found[name]
+
+
+def cuts_by_parameter(what: str, vectors: TaskVectors, kept: Callable[[int], int]) -> Statistic[CutsByParameter]:
+    """For the plan, how often all vectors are read for that."""
+    return Statistic(what, 2 * vectors.walk, partial(CutsByParameter, vectors, kept), at_most=True)
+
+
 def sampled(vectors: TaskVectors) -> bool:
     """Whether there are so many elements that a sample of them pays."""
-    return size_of(vectors) >= 4 * _SAMPLE
+    return size_of(vectors) >= _FEWEST
 
 
 def size_of(vectors: TaskVectors) -> int:
@@ -201,7 +239,8 @@ def size_of(vectors: TaskVectors) -> int:
 
 def _brackets(vectors: TaskVectors, kept: int) -> list[tuple[float, float]]:
     """Two magnitudes per row between which the kept-th largest lies, all but certainly."""
-    stride = size_of(vectors) * _CHUNK // _SAMPLE
+    block = _block_size(size_of(vectors))
+    stride = size_of(vectors) * block // _sample_size(size_of(vectors))
     generator = random.Random(0)  # a regular grid could meet the same columns of every matrix
     parts, before = [], 0
     wanted = generator.randrange(stride)
@@ -210,21 +249,59 @@ def _brackets(vectors: TaskVectors, kept: int) -> list[tuple[float, float]]:
         read = None
         while wanted < before + size:
             read = read or vectors.reader(name)
-            start = min(wanted - before, max(size - _CHUNK, 0))
-            parts.append(read(start, min(start + _CHUNK, size)).abs_().cpu())
+            start = min(wanted - before, max(size - block, 0))
+            parts.append(read(start, min(start + block, size)).abs_().cpu())
             wanted = wanted // stride * stride + stride + generator.randrange(stride)
         before += size
-    sample = torch.cat([part.to(common_dtype(vectors)) for part in parts], dim=1).numpy()
-    fraction = kept / before
-    count = sample.shape[1]
+    return _brackets_of(torch.cat([part.to(common_dtype(vectors)) for part in parts], dim=1), kept / before)
+
+
+def _sample_size(size: int) -> int:
+    return min(_SAMPLE, size >> 3)
+
+
+def _block_size(size: int) -> int:
+    return max(min(_sample_size(size) >> 11, _CHUNK), _BLOCK)
+
+
+def _sample_of_stack(flat: Tensor) -> Tensor:
+    """Magnitudes of blocks at random places, ``(T, n)``."""
+    size = flat.shape[1]
+    block = _block_size(size)
+    starts = torch.randint(
+        size - block + 1, (_sample_size(size) // block, 1), generator=torch.Generator().manual_seed(0)
+    )
+    return flat[:, (starts + torch.arange(block)).flatten()].abs_()
+
+
+def _brackets_of(sample: Tensor, fraction: float) -> list[tuple[float, float]]:
+    """From magnitudes of a sample ``(T, n)``, which is written into, where the threshold of this fraction is."""
+    values = sample.numpy()
+    count = values.shape[1]
     margin = 9 * math.sqrt(count * fraction * (1 - fraction)) + 1  # neighbours are alike: wider than chance asks for
     low = max(math.floor(count * (1 - fraction) - margin), 0)
     high = min(math.ceil(count * (1 - fraction) + margin), count - 1)
-    sample.partition([low, high], axis=1)
-    return [(float(row[low]), float(row[high])) for row in sample]
+    values.partition([low, high], axis=1)
+    return [(float(row[low]), float(row[high])) for row in values]
 
 
 def _cuts_within(vectors: TaskVectors, kept: int, brackets: Sequence[tuple[float, float]]) -> tuple[Cut, ...] | None:
+    """As :func:`_cuts_between`, of all parameters together."""
+
+    def again(name: str, start: int, stop: int) -> Tensor:
+        return vectors.reader(name)(start, stop)
+
+    return _cuts_between(brackets, vectors, again, size_of(vectors), kept, common_dtype(vectors))
+
+
+def _cuts_between(
+    brackets: Sequence[tuple[float, float]],
+    source: TaskVectors | Walk,
+    again: Callable[[str, int, int], Tensor],
+    size: int,
+    kept: int,
+    dtype: torch.dtype,
+) -> tuple[Cut, ...] | None:
     """The cuts, if every row's threshold is within its bracket; None if one is not, is 0, or is too wide.
 
     Magnitudes between the brackets are kept, and not where they are: differences of bfloat16 equal the threshold so
@@ -232,15 +309,19 @@ def _cuts_within(vectors: TaskVectors, kept: int, brackets: Sequence[tuple[float
     """
     if min(low for low, _ in brackets) == 0:
         return None
-    dtype = common_dtype(vectors)
     limits = [(_limit(low, True, dtype), high) for low, high in brackets]
-    most = _SAMPLE + size_of(vectors) // 32
+    most = _sample_size(size) + size // 32
     # Thousands of small tensors instead would keep freed memory from being used again.
     magnitudes = torch.empty(len(brackets), most, dtype=dtype)
     chunks: list[tuple[str, int, int]] = []
     ends: list[list[int]] = [[0] for _ in brackets]  # where each chunk's part ends
     above = [0] * len(brackets)
-    for chunk, rows in vectors.over_chunks(partial(_compared, limits, dtype), sorted(vectors), _LENGTH):
+    compare = partial(_compared, limits, dtype)
+    if isinstance(source, TaskVectors):
+        compared = source.over_chunks(compare, sorted(source), _LENGTH)
+    else:
+        compared = ordered_map(compare, source())
+    for chunk, rows in compared:
         chunks.append(chunk)
         for row, (count, values) in enumerate(rows):
             above[row] += count
@@ -259,12 +340,12 @@ def _cuts_within(vectors: TaskVectors, kept: int, brackets: Sequence[tuple[float
         threshold = float(ordered[len(ordered) - missing])
         left = missing - count_nonzero(torch.hardshrink(values, threshold))
         equal = [int((values[begin:end] == threshold).sum()) for begin, end in pairwise(ends[row])]
-        cuts.append(Cut(threshold) if left == sum(equal) else _cut_at(vectors, chunks, row, threshold, equal, left))
+        cuts.append(Cut(threshold) if left == sum(equal) else _cut_at(again, chunks, row, threshold, equal, left))
     return tuple(cuts)
 
 
 def _cut_at(
-    vectors: TaskVectors,
+    again: Callable[[str, int, int], Tensor],
     chunks: Sequence[tuple[str, int, int]],
     row: int,
     threshold: float,
@@ -275,8 +356,7 @@ def _cut_at(
     before = list(accumulate(equal, initial=0))
     place = bisect_left(before, most) - 1  # the chunk of the last one
     name, start, stop = chunks[place]
-    values = vectors.reader(name)(start, stop)[row].to(common_dtype(vectors))
-    positions = (values.abs() == threshold).nonzero().flatten()
+    positions = (again(name, start, stop)[row].abs() == threshold).nonzero().flatten()
     return Cut(threshold, name, start + int(positions[most - before[place] - 1]))
 
 
@@ -286,7 +366,7 @@ def _compared(
     """Which chunk it is; of every row how many elements are above its limits, and the magnitudes between, in order."""
     rows = []
     for row, (low, high) in zip(chunk, limits, strict=True):
-        magnitudes = row.to(dtype).abs_()
+        magnitudes = row.to(dtype).abs()
         if magnitudes.device.type == "cpu":  # NumPy compares several times as fast there
             values = magnitudes.numpy()
             above = values > high

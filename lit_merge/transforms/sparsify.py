@@ -14,7 +14,9 @@ from lit_merge.errors import ConfigurationError
 from lit_merge.transforms.base import Transform, whole_number
 from lit_merge.transforms.magnitudes import (
     Cut,
+    CutsByParameter,
     count_of,
+    cuts_by_parameter,
     cuts_over_all,
     find_cuts_of_stack,
     keep_largest,
@@ -165,18 +167,50 @@ class DropByRank(Transform):
         return vectors.map(partial(_dropped_by_rank, self, Uniform(self.seed, labels_of(vectors))), note=self)
 
 
+_STREAMED = 1 << 22  # elements of a stack, from which on it is not held in memory
+
+
 def _window(transform: Transform, vectors: TaskVectors, density: float, outliers: float, scope: Scope) -> TaskVectors:
     if density == 1.0:
         return vectors.map_elements(_unchanged, note=transform)
+    wanted = _counts(density, outliers)
     if scope == "tensor":
-        return vectors.map(partial(_window_of_tensor, density, outliers), note=transform)
+        return _by_tensor(transform, vectors, wanted)
     size, name = size_of(vectors), type(transform).__name__
-    top = count_of(outliers, size)
-    wanted = {f"{name}: threshold": min(top + _kept(density, size), size)}
-    if top:
-        wanted[f"{name}: threshold of outliers"] = top
-    found = [cuts_over_all(what, vectors, kept) for what, kept in wanted.items()]
+    whats = [f"{name}: threshold", f"{name}: threshold of outliers"]
+    found = [cuts_over_all(what, vectors, kept(size)) for what, kept in zip(whats, wanted, strict=False) if kept(size)]
     return vectors.map_elements(partial(_windowed, tuple(found)), note=transform, statistics=found)
+
+
+def _by_tensor(transform: Transform, vectors: TaskVectors, wanted: Sequence[partial[int]]) -> TaskVectors:
+    """Every parameter by itself: small stacks in memory, large ones read again instead."""
+    large = [name for name in vectors if _is_streamed(vectors, name, wanted)]
+    whole = [name for name in vectors if name not in set(large)]
+    note = transform if not (large and whole) else ""
+    views = []
+    if whole:
+        views.append(vectors.restrict(whole).map(partial(_window_of_tensor, wanted), note=note))
+    if large:
+        view, name = vectors.restrict(large), type(transform).__name__
+        found = [cuts_by_parameter(f"{name}: thresholds of large tensors", view, kept) for kept in wanted]
+        function = partial(_windowed_by_tensor, tuple(found))
+        views.append(view.map_elements(function, note=note, statistics=found))
+    return views[0] if len(views) == 1 else vectors.united(views, note=transform)
+
+
+def _is_streamed(vectors: TaskVectors, name: str, wanted: Sequence[partial[int]]) -> bool:
+    """Whether a stack is large, comes in chunks, as on a processor it does, and all cuts keep something."""
+    count, size = vectors.shape(name)[0], vectors.shape(name)[1:].numel()
+    return count * size >= _STREAMED and vectors.chunk_length(name) < size and all(kept(size) for kept in wanted)
+
+
+def _counts(density: float, outliers: float) -> list[partial[int]]:
+    """How many of so many elements the first cut keeps, and the second one, if there is any."""
+    return [partial(_up_to, density, outliers), *([partial(count_of, outliers)] if outliers else [])]
+
+
+def _up_to(density: float, outliers: float, size: int) -> int:
+    return min(count_of(outliers, size) + _kept(density, size), size)
 
 
 def _kept(density: float, size: int) -> int:
@@ -194,15 +228,17 @@ def _between(cuts: Sequence[tuple[Cut, ...]], name: str, start: int, chunk: Tens
     return kept if largest is None else kept.sub_(largest)
 
 
-def _window_of_tensor(density: float, outliers: float, name: str, stack: Tensor) -> Tensor:
+def _window_of_tensor(wanted: Sequence[partial[int]], name: str, stack: Tensor) -> Tensor:
     size = stack[0].numel()
     if size == 0:
         return stack
     flat = stack.view(len(stack), -1)
-    top = count_of(outliers, size)
-    wanted = [min(top + _kept(density, size), size), *([top] if top else [])]
-    cuts = [find_cuts_of_stack(name, flat, kept) for kept in wanted]
+    cuts = [find_cuts_of_stack(name, flat, kept(size)) for kept in wanted if kept(size)]
     return _between(cuts, name, 0, flat).view_as(stack)
+
+
+def _windowed_by_tensor(found: tuple[Statistic[CutsByParameter], ...], name: str, start: int, chunk: Tensor) -> Tensor:
+    return _between([statistic()(name) for statistic in found], name, start, chunk)
 
 
 def _unchanged(name: str, start: int, chunk: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import re
 import shlex
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lit_merge.commands.main import main
+from lit_merge.commands.main import main, process
 from lit_merge.commands.table import commands, groups
 from lit_merge.files.store import write_tensors
 
@@ -43,6 +44,20 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base = {f"blocks.{index}.weight": torch.randn(4, 4) for index in range(2)}
     write_tensors(tmp_path / "base.safetensors", base, {"format": "pt"})
     write_tensors(tmp_path / "tuned.safetensors", {name: value + 1 for name, value in base.items()}, {"format": "pt"})
+
+
+@pytest.mark.parametrize(("line", "collects"), [("data list", True), ("--version", False)])
+def test_garbage_is_collected_when_a_command_is_imported(line, collects, monkeypatch, capsys) -> None:
+    frozen: list[bool] = []
+    monkeypatch.setattr(gc, "freeze", lambda: frozen.append(gc.isenabled()))
+    monkeypatch.setattr(sys, "argv", ["lit-merge", *line.split()])
+    try:
+        assert process() == 0
+        assert gc.isenabled() == collects
+    finally:
+        gc.enable()
+    # When all is imported, which is before anything is collected, and at the end.
+    assert frozen == ([False, True] if collects else [False])
 
 
 @pytest.mark.parametrize("line", ["--help", "--version", "fit --help", "merge --help", "data --help", "data list"])

@@ -13,9 +13,20 @@ import pytest
 import torch
 from builders.oracle_arrays import arrays, random_vectors, window
 
-from lit_merge.transforms import Chain, Drop, DropByRank, MagnitudeWindow, Transform, Trim, chain, magnitudes
+from lit_merge.transforms import (
+    Chain,
+    Drop,
+    DropByRank,
+    MagnitudeWindow,
+    Sum,
+    Transform,
+    Trim,
+    chain,
+    magnitudes,
+    sparsify,
+)
 from lit_merge.transforms.random import Uniform
-from lit_merge.vectors import TaskVector, TaskVectors
+from lit_merge.vectors import TaskVector, TaskVectors, sources
 
 
 def check(transform: Transform, vectors: TaskVectors, density: float, outliers: float, scope: str) -> None:
@@ -108,6 +119,7 @@ def flattened(result: TaskVectors) -> torch.Tensor:
 def test_large_vectors_are_ranked_exactly(kind, dtype, chunks, monkeypatch):
     """In many chunks; by digits alone, and with a sample that tells where the threshold lies."""
     monkeypatch.setattr(magnitudes, "_LENGTH", 1 << 15)
+    monkeypatch.setattr(magnitudes, "_FEWEST", 1 << (16 if chunks else 20))
     if chunks:
         monkeypatch.setattr(magnitudes, "_CHUNK", chunks)
         monkeypatch.setattr(magnitudes, "_SAMPLE", 1 << 14)
@@ -118,6 +130,74 @@ def test_large_vectors_are_ranked_exactly(kind, dtype, chunks, monkeypatch):
     top = int(Decimal("0.1") * flat.shape[1])
     found = flattened(MagnitudeWindow(0.3, 0.1, "global")(vectors))
     assert torch.equal(found, largest(flat, top + int(Decimal("0.3") * flat.shape[1]), top))
+
+
+def files_of(tmp_path, rows: list[dict[str, torch.Tensor]]) -> TaskVectors:
+    """Task vectors in files, which are read in chunks."""
+    paths = [tmp_path / f"{index}.safetensors" for index in range(len(rows))]
+    for index, (path, values) in enumerate(zip(paths, rows, strict=True)):
+        TaskVector(values, f"t{index}").save(path)
+    return TaskVectors([TaskVector.load(path) for path in paths])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("kind", ["random", "equal", "constant", "narrow"])
+@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize(("density", "outliers"), [(0.2, 0.0), (0.3, 0.1), (0.3, 1e-5)])
+def test_tensors_are_ranked_by_themselves(kind, dtype, streamed, density, outliers, tmp_path, monkeypatch):
+    """In memory, with a sample for the largest; and chunk by chunk, without a stack in memory."""
+    monkeypatch.setattr(magnitudes, "_LENGTH", 1 << 14)
+    monkeypatch.setattr(magnitudes, "_FEWEST", 1 << 15)
+    monkeypatch.setattr(sources, "_ELEMENTS_IN_CACHE", 1 << 13)
+    monkeypatch.setattr(sparsify, "_STREAMED", 1 << (12 if streamed else 30))
+    held = big_vectors(kind, dtype)[0]
+    vectors = files_of(tmp_path, [dict(held.vector(task)) for task in held.tasks])
+    found = MagnitudeWindow(density, outliers, "tensor")(vectors)
+    assert any("large tensors" in one.what for one in found.statistics) == streamed
+    for name in held:
+        flat = held[name].flatten(1)
+        top = int(Decimal(str(outliers)) * flat.shape[1])
+        count = min(top + max(int(Decimal(str(density)) * flat.shape[1]), 1), flat.shape[1])
+        assert torch.equal(found[name].flatten(1), largest(flat, count, top)), name
+
+
+@pytest.mark.parametrize("brackets", [(5.0, 6.0), (0.1, 0.2), (0.0, 9.0), (0.5, 9.0)])
+def test_a_sample_of_a_stack_that_misleads_is_noticed(brackets, monkeypatch):
+    monkeypatch.setattr(magnitudes, "_LENGTH", 1 << 15)
+    monkeypatch.setattr(magnitudes, "_FEWEST", 1 << 16)
+    monkeypatch.setattr(magnitudes, "_brackets_of", lambda sample, fraction: [brackets, brackets])
+    vectors, _ = big_vectors("random")
+    flat = vectors["c"].flatten(1)
+    assert torch.equal(Trim(0.2, "tensor")(vectors)["c"].flatten(1), largest(flat, flat.shape[1] // 5))
+
+
+def test_a_large_tensor_is_never_a_stack_in_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(magnitudes, "_LENGTH", 1 << 14)
+    monkeypatch.setattr(sparsify, "_STREAMED", 1 << 17)
+    monkeypatch.setattr(sources, "_ELEMENTS_IN_CACHE", 1 << 15)
+    held = big_vectors("random")[0]
+    vectors = files_of(tmp_path, [dict(held.vector(task)) for task in held.tasks])
+    read: list[tuple[str, int]] = []
+    monkeypatch.setattr(sources.Rows, "reader", counted(sources.Rows.reader, read))
+    for _ in chain(Trim(0.2, "tensor"), Sum())(vectors).stream(list(held)):
+        pass
+    assert {name for name, length in read if length > 1 << 15} == {"a", "d"}  # the small ones, as a whole
+    assert {name for name, _ in read} == set(held)
+
+
+def counted(reader, read):
+    """As it is, keeping which parameters are read, and how much of them at a time."""
+
+    def of(self, name):
+        part = reader(self, name)
+
+        def noted(start: int, stop: int) -> torch.Tensor:
+            read.append((name, stop - start))
+            return part(start, stop)
+
+        return noted
+
+    return of
 
 
 @pytest.mark.parametrize("brackets", [(5.0, 6.0), (0.1, 0.2), (0.0, 9.0), (0.5, 9.0)])

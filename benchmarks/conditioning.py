@@ -1,0 +1,171 @@
+"""Vectors that harm a merge, and their cure: a task trained too fast or with label smoothing, and conditioned (DisTaC).
+
+    python benchmarks/all.py --instruments embedded --regimes full --output runs/all --keep   # the vectors
+    python benchmarks/conditioning.py --vectors 'runs/all/embedded/full/seed-{seed}/seed-{seed}/fit'
+
+Of eight tasks one is fine-tuned again: with a learning rate five times as high, which makes its vector long, or
+with label smoothing, which makes the model less sure. Its vector takes the place of the healthy one, as it is and after
+conditioning on unlabelled training images: brought to the mean length of the others, or kept as long and made more
+confident. Coefficients are chosen on validation images, per merge; the rate of conditioning on those of seed 0.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parent))
+from explaining import LARGE, SMALL, TASKS, Build
+from learned_merges import Suite, accuracy
+from verdicts import judge
+
+from lit_merge import TaskVector, TaskVectors
+from lit_merge.callbacks import ExtractTaskVector
+from lit_merge.data import TaskDataModule
+from lit_merge.evaluation.search import quiet, silent_trainer
+from lit_merge.files.text import write_text
+from lit_merge.modules import ConditionModule, FineTuneModule
+from lit_merge.report.environment import hardware, versions
+from lit_merge.transforms import Scale, Sum, TSVMerge, chain, ties
+
+RESULTS = Path(__file__).parents[1] / "benchmarks/results/conditioning.json"
+TASK, STEPS, RATE, CONDITION_STEPS = "digits", 60, 4e-4, 100
+RATES = (1e-5, 1e-4)
+ILL: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # of its fine-tuning, and of its conditioning
+    "long": ({"learning_rate": 5 * RATE}, {}),
+    "unsure": ({"learning_rate": RATE, "label_smoothing": 0.1}, {"scale": 1.0, "temperatures": (1.0, 10.0)}),
+}
+MERGES: dict[str, tuple[Build, tuple[float, ...]]] = {
+    "task arithmetic": (lambda _, value: chain(Sum(), Scale(value)), SMALL),
+    "TIES": (lambda _, value: ties(density=0.2, coefficient=value), (0.3, 0.5, 0.7, 0.9, 1.2)),
+    "TSV-M": (lambda _, value: chain(TSVMerge(), Scale(value)), LARGE),
+}
+
+
+def trained(module: FineTuneModule, folder: Path, name: str, steps: int, seed: int) -> Path:
+    """The file of its vector."""
+    file = folder / f"{name}.safetensors"
+    if not file.exists():
+        with quiet():
+            L.seed_everything(seed, workers=True, verbose=False)
+            trainer = silent_trainer(
+                default_root_dir=folder,
+                max_steps=steps,
+                limit_val_batches=0,
+                callbacks=[ExtractTaskVector(file.name)],
+            )
+            trainer.fit(module, TaskDataModule(TASK, seed=seed))
+    return file
+
+
+def vectors_of(files: dict[str, Path]) -> TaskVectors:
+    """In the order of the tasks."""
+    return TaskVectors([TaskVector.load(files[task]) for task in TASKS])
+
+
+def merged(suite: Suite, name: str, vectors: TaskVectors) -> tuple[float, float, dict[str, Tensor]]:
+    """The coefficient of best validation accuracy, that accuracy, and which test images are right with it."""
+    build, grid = MERGES[name]
+    scores = {}
+    for value in grid:
+        suite.load(build(vectors, value)(vectors))
+        scores[value] = accuracy(suite.hits("val"))
+    best = max(scores, key=lambda value: scores[value])
+    suite.load(build(vectors, best)(vectors))
+    return best, scores[best], suite.hits("test")
+
+
+def conditioned(suite: Suite, kind: str, ill: Path, healthy: dict[str, Path], folder: Path, seed: int) -> Path:
+    """The conditioned vector; of the rates that of the best merge on validation images of seed 0."""
+    others = [str(file) for task, file in healthy.items() if task != TASK]
+    settings = {"others": others} if "scale" not in ILL[kind][1] else {}
+    choice, found = folder / f"{kind}-rate.json", {}
+    if seed:
+        rates: tuple[float, ...] = (json.loads((folder.parent / f"seed-0/{choice.name}").read_text())["rate"],)
+    else:
+        rates = RATES
+    for rate in rates:
+        module = ConditionModule(str(ill), **settings, **ILL[kind][1], learning_rate=rate)
+        file = trained(module, folder, f"{kind}-conditioned-{rate:g}", CONDITION_STEPS, seed)
+        found[rate] = file
+    if len(rates) > 1:
+        scores = {
+            rate: merged(suite, "task arithmetic", vectors_of({**healthy, TASK: file}))[1]
+            for rate, file in found.items()
+        }
+        best = max(scores, key=lambda rate: scores[rate])
+        write_text(choice, json.dumps({"rate": best, "validation": {str(k): v for k, v in scores.items()}}) + "\n")
+        return found[best]
+    return found[rates[0]]
+
+
+def of_seed(folder: str, output: Path, seed: int) -> dict[str, Any]:
+    """All merges of a seed: ``case/merge`` -> coefficient and hits; and what the vectors are like."""
+    suite, place = Suite(), output / f"seed-{seed}"
+    healthy = {task: Path(folder.format(seed=seed)) / task / "task_vector.safetensors" for task in TASKS}
+    cases = {"healthy": healthy[TASK]}
+    for kind, (settings, _) in ILL.items():
+        cases[kind] = trained(FineTuneModule(**settings), place, kind, STEPS, seed)
+        cases[f"{kind}, conditioned"] = conditioned(suite, kind, cases[kind], healthy, place, seed)
+    found: dict[str, Any] = {"vectors": {}, "merges": {}}
+    mean = sum(TaskVector.load(file).norm() for task, file in healthy.items() if task != TASK) / (len(TASKS) - 1)
+    for case, file in cases.items():
+        vector = TaskVector.load(file)
+        suite.load(TaskVectors([vector]))
+        alone = accuracy(suite.hits("test", tasks=[TASK]))
+        found["vectors"][case] = {
+            "times_the_others": round(vector.norm() / mean, 3),
+            "confidence": vector.metadata.get("confidence", ""),
+            "accuracy": round(100 * alone, 2),
+        }
+        for name in MERGES:
+            best, _, right = merged(suite, name, vectors_of({**healthy, TASK: file}))
+            found["merges"][f"{case}/{name}"] = (best, right)
+            print(seed, case, name, best, round(100 * accuracy(right), 2), flush=True)
+    return found
+
+
+def main() -> None:
+    """Measure all seeds and write the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--vectors", required=True, help="folder of a seed's task vectors, with {seed} in it")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--folder", type=Path, default=Path("runs/conditioning"))
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    started = time.perf_counter()
+    seeds = [of_seed(options.vectors, options.folder, seed) for seed in options.seeds]
+    result: dict[str, Any] = {"task": TASK, "steps": STEPS, "condition_steps": CONDITION_STEPS, "seeds": options.seeds}
+    rates = {kind: json.loads((options.folder / f"seed-0/{kind}-rate.json").read_text()) for kind in ILL}
+    result |= {"rates": rates, "vectors": {str(s): one["vectors"] for s, one in zip(options.seeds, seeds, strict=True)}}
+    result["merges"], result["compared"] = {}, []
+    for key in seeds[0]["merges"]:
+        rows = [one["merges"][key] for one in seeds]
+        result["merges"][key] = {
+            "coefficients": [best for best, _ in rows],
+            "accuracies": [round(100 * accuracy(right), 2) for _, right in rows],
+            "of_the_task": [round(100 * accuracy({TASK: right[TASK]}), 2) for _, right in rows],
+        }
+    pairs = [(kind, "healthy") for kind in ILL] + [(f"{kind}, conditioned", kind) for kind in ILL]
+    for name in MERGES:
+        for first, second in pairs:
+            a, b = ([one["merges"][f"{case}/{name}"][1] for one in seeds] for case in (first, second))
+            found = judge(a, b)
+            row = {"merge": name, "first": first, "second": second, "points": round(100 * found.effect, 2)}
+            result["compared"].append(row | {"interval": [round(100 * found.low, 2), round(100 * found.high, 2)]})
+    result |= {"seconds": round(time.perf_counter() - started), "versions": versions(), "hardware": hardware()}
+    write_text(options.output, json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result["compared"], indent=1))
+
+
+if __name__ == "__main__":
+    main()
