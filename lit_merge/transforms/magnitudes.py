@@ -42,7 +42,7 @@ Walk = Callable[[], Iterator[tuple[str, int, Tensor]]]
 """Starts a pass: parameter names in sorted order, positions in them, chunks ``(T, n)``."""
 
 _FEWEST = 1 << 18  # elements, from which on a sample of them pays
-_SAMPLE = 1 << 21  # elements of a sample, at most; an eighth of all
+_SAMPLE = 1 << 21  # elements of a sample, at most
 _BLOCK, _CHUNK = 1 << 6, 1 << 10  # that lie side by side, at least and at most
 _LENGTH = 1 << 18  # elements per row and chunk: a histogram of 2^16 counters should cost little beside them
 _DIGITS: dict[torch.dtype, tuple[torch.dtype, list[tuple[int, int]]]] = {  # shift and number of bits, the highest first
@@ -257,11 +257,12 @@ def _brackets(vectors: TaskVectors, kept: int) -> list[tuple[float, float]]:
 
 
 def _sample_size(size: int) -> int:
-    return min(_SAMPLE, size >> 3)
+    return min(_SAMPLE, max(size >> 5, min(size >> 3, 1 << 15)))
 
 
 def _block_size(size: int) -> int:
-    return max(min(_sample_size(size) >> 11, _CHUNK), _BLOCK)
+    """Several hundred blocks at least, as neighbours are alike; not many more, as each is read by itself."""
+    return max(min(_sample_size(size) >> 9, _CHUNK), _BLOCK)
 
 
 def _sample_of_stack(flat: Tensor) -> Tensor:
