@@ -17,7 +17,7 @@ from lit_merge.vectors.sources import sum_rows
 
 __all__ = ["DisjointMean", "DisjointSum", "ElectSign"]
 
-_COLUMNS = 1 << 16
+_COLUMNS = 1 << 17
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Elements", "Reader", "Rows", "Source", "Stacks", "Subset", "Sums", "Union", "Work", "sum_rows"]
 
-_ELEMENTS_IN_CACHE = 1 << 20  # four MiB of float32: larger ones leave the processor's cache, smaller ones cost calls
+_ELEMENTS_IN_CACHE = 1 << 21  # eight MiB of float32: larger ones leave the processor's cache, smaller ones cost calls
 _ELEMENTS_OF_A_SUM = 1 << 19  # of one vector at a time; fewer calls, that several threads wait for each other in
 _FEWEST_ELEMENTS = 1 << 12  # below, the cost of calling an operator is no longer small beside its work
 

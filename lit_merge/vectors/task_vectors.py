@@ -206,7 +206,7 @@ class TaskVectors(LazyMapping):
 
         Args:
             name: a parameter.
-            length: elements per chunk; by default about two MiB per chunk, and the whole stack on an accelerator.
+            length: elements per chunk; by default about eight MiB per chunk, and the whole stack on an accelerator.
 
         Yields:
             The position of the chunk in the flattened parameter, and the chunk ``(T, n)``, which is the caller's own to
@@ -264,7 +264,7 @@ class TaskVectors(LazyMapping):
         return self._source.work(name)
 
     def chunk_length(self, name: str) -> int:
-        """Elements per chunk: four MiB for all inputs together, or two for one of those that are summed up.
+        """Elements per chunk: eight MiB for all inputs together, or two for one of those that are summed up.
 
         On an accelerator it is the whole parameter.
         """

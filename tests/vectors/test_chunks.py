@@ -402,6 +402,7 @@ def test_sums_of_files_are_read_vector_by_vector(tmp_path, transform, monkeypatc
     """The same bits as from a stack of all of them, in memory that does not grow with T."""
     vectors, differences = of_files(tmp_path, 12)
     monkeypatch.setattr(sources, "_ELEMENTS_OF_A_SUM", 1 << 15)
+    monkeypatch.setattr(sources, "_ELEMENTS_IN_CACHE", 1 << 20)
     expected = transform(TaskVectors([TaskVector({"w": row}, str(index)) for index, row in enumerate(differences)]))
     result = transform(vectors)
     assert torch.equal(result["w"], expected["w"])

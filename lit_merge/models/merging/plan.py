@@ -23,7 +23,7 @@ from lit_merge.vectors import TaskVectors
 
 __all__ = ["MergePlan", "check_space", "plan_merge"]
 
-_CHUNKS = 48 << 20  # the chunks of a few stacks, what is computed from them, and what waits to be written
+_CHUNKS = 80 << 20  # the chunks of a few stacks, what is computed from them, and what waits to be written
 _STACKS = 6  # a stack, and what the singular value decompositions of its matrices keep beside it
 
 
