@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import sys
 import time
 from pathlib import Path
@@ -23,7 +24,7 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent))
-from explaining import LARGE, SMALL, TASKS, Build
+from explaining import LARGE, SMALL, TASKS, scaled
 from learned_merges import Suite, accuracy
 from verdicts import judge
 
@@ -34,7 +35,7 @@ from lit_merge.evaluation.search import quiet, silent_trainer
 from lit_merge.files.text import write_text
 from lit_merge.modules import ConditionModule, FineTuneModule
 from lit_merge.report.environment import hardware, versions
-from lit_merge.transforms import Scale, Sum, TSVMerge, chain, ties
+from lit_merge.transforms import Sum, Transform, TSVMerge, ties
 
 RESULTS = Path(__file__).parents[1] / "benchmarks/results/conditioning.json"
 TASK, STEPS, RATE, CONDITION_STEPS = "digits", 60, 4e-4, 100
@@ -43,11 +44,12 @@ ILL: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # of its fine-tuning,
     "long": ({"learning_rate": 5 * RATE}, {}),
     "unsure": ({"learning_rate": RATE, "label_smoothing": 0.1}, {"scale": 1.0, "temperatures": (1.0, 10.0)}),
 }
-MERGES: dict[str, tuple[Build, tuple[float, ...]]] = {
-    "task arithmetic": (lambda _, value: chain(Sum(), Scale(value)), SMALL),
-    "TIES": (lambda _, value: ties(density=0.2, coefficient=value), (0.3, 0.5, 0.7, 0.9, 1.2)),
-    "TSV-M": (lambda _, value: chain(TSVMerge(), Scale(value)), LARGE),
+MERGES: dict[str, tuple[Transform, tuple[float, ...]]] = {
+    "task arithmetic": (Sum(), SMALL),
+    "TIES": (ties(density=0.2), (0.3, 0.5, 0.7, 0.9, 1.2)),
+    "TSV-M": (TSVMerge(), LARGE),
 }
+CHOSEN_ON = 256  # validation images of each task
 
 
 def trained(module: FineTuneModule, folder: Path, name: str, steps: int, seed: int) -> Path:
@@ -73,27 +75,21 @@ def vectors_of(files: dict[str, Path]) -> TaskVectors:
 
 def merged(suite: Suite, name: str, vectors: TaskVectors) -> tuple[float, float, dict[str, Tensor]]:
     """The coefficient of best validation accuracy, that accuracy, and which test images are right with it."""
-    build, grid = MERGES[name]
-    scores = {}
-    for value in grid:
-        suite.load(build(vectors, value)(vectors))
-        scores[value] = accuracy(suite.hits("val"))
-    best = max(scores, key=lambda value: scores[value])
-    suite.load(build(vectors, best)(vectors))
-    return best, scores[best], suite.hits("test")
+    transform, grid = MERGES[name]
+    return scaled(suite, transform(vectors), grid, CHOSEN_ON)
 
 
 def conditioned(suite: Suite, kind: str, ill: Path, healthy: dict[str, Path], folder: Path, seed: int) -> Path:
     """The conditioned vector; of the rates that of the best merge on validation images of seed 0."""
     others = [str(file) for task, file in healthy.items() if task != TASK]
-    settings = {"others": others} if "scale" not in ILL[kind][1] else {}
+    settings: dict[str, Any] = {**ILL[kind][1], **({} if "scale" in ILL[kind][1] else {"others": others})}
     choice, found = folder / f"{kind}-rate.json", {}
     if seed:
         rates: tuple[float, ...] = (json.loads((folder.parent / f"seed-0/{choice.name}").read_text())["rate"],)
     else:
         rates = RATES
     for rate in rates:
-        module = ConditionModule(str(ill), **settings, **ILL[kind][1], learning_rate=rate)
+        module = ConditionModule(str(ill), **settings, learning_rate=rate)
         file = trained(module, folder, f"{kind}-conditioned-{rate:g}", CONDITION_STEPS, seed)
         found[rate] = file
     if len(rates) > 1:
@@ -109,6 +105,7 @@ def conditioned(suite: Suite, kind: str, ill: Path, healthy: dict[str, Path], fo
 
 def of_seed(folder: str, output: Path, seed: int) -> dict[str, Any]:
     """All merges of a seed: ``case/merge`` -> coefficient and hits; and what the vectors are like."""
+    torch.set_num_threads(1)
     suite, place = Suite(), output / f"seed-{seed}"
     healthy = {task: Path(folder.format(seed=seed)) / task / "task_vector.safetensors" for task in TASKS}
     cases = {"healthy": healthy[TASK]}
@@ -138,12 +135,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--vectors", required=True, help="folder of a seed's task vectors, with {seed} in it")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--folder", type=Path, default=Path("runs/conditioning"))
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()
-    torch.set_num_threads(1)
     started = time.perf_counter()
-    seeds = [of_seed(options.vectors, options.folder, seed) for seed in options.seeds]
+    jobs = [(options.vectors, options.folder, seed) for seed in options.seeds]
+    with multiprocessing.get_context("spawn").Pool(options.processes) as pool:
+        seeds = [pool.apply(of_seed, jobs[0]), *pool.starmap(of_seed, jobs[1:])]  # the first one chooses rates
     result: dict[str, Any] = {"task": TASK, "steps": STEPS, "condition_steps": CONDITION_STEPS, "seeds": options.seeds}
     rates = {kind: json.loads((options.folder / f"seed-0/{kind}-rate.json").read_text()) for kind in ILL}
     result |= {"rates": rates, "vectors": {str(s): one["vectors"] for s, one in zip(options.seeds, seeds, strict=True)}}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import mmap
 import random
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
@@ -312,8 +313,7 @@ def _cuts_between(
         return None
     limits = [(_limit(low, True, dtype), high) for low, high in brackets]
     most = _sample_size(size) + size // 32
-    # Thousands of small tensors instead would keep freed memory from being used again.
-    magnitudes = torch.empty(len(brackets), most, dtype=dtype)
+    magnitudes = _room(len(brackets), most, dtype)
     chunks: list[tuple[str, int, int]] = []
     ends: list[list[int]] = [[0] for _ in brackets]  # where each chunk's part ends
     above = [0] * len(brackets)
@@ -336,13 +336,18 @@ def _cuts_between(
         values, missing = magnitudes[row, : ends[row][-1]], kept - counted
         if not 1 <= missing <= len(values):
             return None
-        ordered = values.clone().numpy()
+        ordered = _room(1, len(values), dtype)[0].copy_(values).numpy()
         ordered.partition(len(ordered) - missing)
         threshold = float(ordered[len(ordered) - missing])
         left = missing - count_nonzero(torch.hardshrink(values, threshold))
         equal = [int((values[begin:end] == threshold).sum()) for begin, end in pairwise(ends[row])]
         cuts.append(Cut(threshold) if left == sum(equal) else _cut_at(again, chunks, row, threshold, equal, left))
     return tuple(cuts)
+
+
+def _room(rows: int, length: int, dtype: torch.dtype) -> Tensor:
+    """Memory that is there when it is written to, and goes back to the system at once, unlike that of chunks."""
+    return torch.frombuffer(mmap.mmap(-1, rows * length * dtype.itemsize), dtype=dtype).view(rows, length)
 
 
 def _cut_at(

@@ -52,7 +52,7 @@ def ordered_map(function: Callable[..., _Result], jobs: Iterable[tuple[Any, ...]
             yield function(*job)
         return
     executor, inference = _executor(threads), torch.is_inference_mode_enabled()
-    pending: deque[tuple[tuple[Any, ...], Future[_Result]]] = deque()
+    pending: deque[tuple[tuple[Any, ...], Future[_Result | NeededInMainThread]]] = deque()
     try:
         for job in jobs:
             pending.append((job, executor.submit(_run, function, job, inference)))
@@ -65,17 +65,22 @@ def ordered_map(function: Callable[..., _Result], jobs: Iterable[tuple[Any, ...]
             future.cancel()
 
 
-def _result(function: Callable[..., _Result], job: tuple[Any, ...], future: Future[_Result]) -> _Result:
-    try:
-        return future.result()
-    except NeededInMainThread as request:
-        request.compute()
+def _result(
+    function: Callable[..., _Result], job: tuple[Any, ...], future: Future[_Result | NeededInMainThread]
+) -> _Result:
+    found = future.result()
+    if not isinstance(found, NeededInMainThread):
+        return found
+    found.compute()
     return function(*job)
 
 
-def _run(function: Callable[..., _Result], job: tuple[Any, ...], inference: bool) -> _Result:
+def _run(function: Callable[..., _Result], job: tuple[Any, ...], inference: bool) -> _Result | NeededInMainThread:
     with torch.inference_mode(inference), torch.no_grad():  # in this order: leaving inference mode records gradients
-        return function(*job)
+        try:
+            return function(*job)
+        except NeededInMainThread as request:  # not as a future's exception, whose frames hold the chunk
+            return request.with_traceback(None)
 
 
 @cache

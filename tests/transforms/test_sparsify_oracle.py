@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import itertools
 import json
@@ -27,6 +28,7 @@ from lit_merge.transforms import (
 )
 from lit_merge.transforms.random import Uniform
 from lit_merge.vectors import TaskVector, TaskVectors, sources
+from lit_merge.vectors.threads import NeededInMainThread
 
 
 def check(transform: Transform, vectors: TaskVectors, density: float, outliers: float, scope: str) -> None:
@@ -183,6 +185,31 @@ def test_a_large_tensor_is_never_a_stack_in_memory(tmp_path, monkeypatch):
         pass
     assert {name for name, length in read if length > 1 << 15} == {"a", "d"}  # the small ones, as a whole
     assert {name for name, _ in read} == set(held)
+
+
+def test_what_waits_for_a_threshold_is_not_held(tmp_path, monkeypatch):
+    """A chunk whose computation needs a value that there is not yet is let go, without the garbage collector."""
+    monkeypatch.setattr(magnitudes, "_LENGTH", 1 << 14)
+    monkeypatch.setattr(sparsify, "_STREAMED", 1 << 12)
+    monkeypatch.setattr(sources, "_ELEMENTS_IN_CACHE", 1 << 15)
+    held = big_vectors("random")[0]
+    vectors = files_of(tmp_path, [dict(held.vector(task)) for task in held.tasks])
+    asked = []
+    monkeypatch.setattr(
+        magnitudes, "NeededInMainThread", lambda compute: asked.append(1) or NeededInMainThread(compute)
+    )
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in chain(Trim(0.2, "tensor"), Sum())(vectors).vector(0).stream(["a", "c", "d"]):
+            pass
+        assert not [one for one in gc.get_objects() if isinstance(one, NeededInMainThread)]
+    finally:
+        gc.enable()
+        torch.set_num_threads(before)
+    assert asked
 
 
 def counted(reader, read):
