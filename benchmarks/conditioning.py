@@ -35,10 +35,10 @@ from lit_merge.evaluation.search import quiet, silent_trainer
 from lit_merge.files.text import write_text
 from lit_merge.modules import ConditionModule, FineTuneModule
 from lit_merge.report.environment import hardware, versions
-from lit_merge.transforms import Sum, Transform, TSVMerge, ties
+from lit_merge.transforms import Sum, Transform, TSVMerge
 
 RESULTS = Path(__file__).parents[1] / "benchmarks/results/conditioning.json"
-TASK, STEPS, RATE, CONDITION_STEPS = "digits", 60, 4e-4, 100
+TASK, STEPS, RATE, CONDITION_STEPS = "digits", 60, 4e-4, 60
 RATES = (1e-5, 1e-4)
 ILL: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # of its fine-tuning, and of its conditioning
     "long": ({"learning_rate": 5 * RATE}, {}),
@@ -46,7 +46,6 @@ ILL: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # of its fine-tuning,
 }
 MERGES: dict[str, tuple[Transform, tuple[float, ...]]] = {
     "task arithmetic": (Sum(), SMALL),
-    "TIES": (ties(density=0.2), (0.3, 0.5, 0.7, 0.9, 1.2)),
     "TSV-M": (TSVMerge(), LARGE),
 }
 CHOSEN_ON = 256  # validation images of each task

@@ -240,7 +240,7 @@ def main() -> None:
         return
     hits: dict[str, dict[int, dict[str, Tensor]]] = {name: {} for name in options.merges}
     chosen: dict[str, dict[int, float]] = {name: {} for name in options.merges}
-    waiting = [(options.vectors, seed, name) for name in options.merges for seed in options.seeds]
+    waiting = [(options.vectors, seed, name) for seed in options.seeds for name in options.merges]
     with multiprocessing.get_context("spawn").Pool(options.processes) as pool:
         for seed, name, best, right in pool.imap_unordered(measured, waiting):
             hits[name][seed], chosen[name][seed] = right, best
