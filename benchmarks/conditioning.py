@@ -2,6 +2,7 @@
 
     python benchmarks/all.py --instruments embedded --regimes full --output runs/all --keep   # the vectors
     python benchmarks/conditioning.py --vectors 'runs/all/embedded/full/seed-{seed}/seed-{seed}/fit'
+    python benchmarks/conditioning.py --place    # the table of docs/recipes.md again, from the JSON
 
 Of eight tasks one is fine-tuned again: with a learning rate five times as high, which makes its vector long, or
 with label smoothing, which makes the model less sure. Its vector takes the place of the healthy one, as it is and after
@@ -16,7 +17,9 @@ import json
 import multiprocessing
 import sys
 import time
+from itertools import product
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import lightning as L
@@ -26,6 +29,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parent))
 from explaining import LARGE, SMALL, TASKS, scaled
 from learned_merges import Suite, accuracy
+from placing import place_between
 from verdicts import judge
 
 from lit_merge import TaskVector, TaskVectors
@@ -37,7 +41,9 @@ from lit_merge.modules import ConditionModule, FineTuneModule
 from lit_merge.report.environment import hardware, versions
 from lit_merge.transforms import Sum, Transform, TSVMerge
 
-RESULTS = Path(__file__).parents[1] / "benchmarks/results/conditioning.json"
+ROOT = Path(__file__).parents[1]
+RESULTS, PAGE = ROOT / "benchmarks/results/conditioning.json", ROOT / "docs/recipes.md"
+BEGIN, END = "<!-- conditioning: written by benchmarks/conditioning.py -->", "<!-- end of conditioning -->"
 TASK, STEPS, RATE, CONDITION_STEPS = "digits", 60, 4e-4, 60
 RATES = (1e-5, 1e-4)
 ILL: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # of its fine-tuning, and of its conditioning
@@ -112,13 +118,13 @@ def of_seed(folder: str, output: Path, seed: int) -> dict[str, Any]:
         cases[kind] = trained(FineTuneModule(**settings), place, kind, STEPS, seed)
         cases[f"{kind}, conditioned"] = conditioned(suite, kind, cases[kind], healthy, place, seed)
     found: dict[str, Any] = {"vectors": {}, "merges": {}}
-    mean = sum(TaskVector.load(file).norm() for task, file in healthy.items() if task != TASK) / (len(TASKS) - 1)
+    others = mean(TaskVector.load(file).norm() for task, file in healthy.items() if task != TASK)
     for case, file in cases.items():
         vector = TaskVector.load(file)
         suite.load(TaskVectors([vector]))
         alone = accuracy(suite.hits("test", tasks=[TASK]))
         found["vectors"][case] = {
-            "times_the_others": round(vector.norm() / mean, 3),
+            "times_the_others": round(vector.norm() / others, 3),
             "confidence": vector.metadata.get("confidence", ""),
             "accuracy": round(100 * alone, 2),
         }
@@ -129,40 +135,83 @@ def of_seed(folder: str, output: Path, seed: int) -> dict[str, Any]:
     return found
 
 
+def summary(seeds: dict[int, dict[str, Any]]) -> dict[str, Any]:
+    """Of all seeds: accuracies, and differences with their intervals."""
+    rows = list(seeds.values())
+    result: dict[str, Any] = {"vectors": {str(seed): one["vectors"] for seed, one in seeds.items()}}
+    result["merges"] = {
+        key: {
+            "coefficients": [one["merges"][key][0] for one in rows],
+            "accuracies": [round(100 * accuracy(one["merges"][key][1]), 2) for one in rows],
+            "of_the_task": [round(100 * accuracy({TASK: one["merges"][key][1][TASK]}), 2) for one in rows],
+        }
+        for key in rows[0]["merges"]
+    }
+    pairs = [(kind, "healthy") for kind in ILL] + [(f"{kind}, conditioned", kind) for kind in ILL]
+    result["compared"] = []
+    for name, (first, second) in product(MERGES, pairs):
+        a, b = ([one["merges"][f"{case}/{name}"][1] for one in rows] for case in (first, second))
+        found = judge(a, b)
+        row = {"merge": name, "first": first, "second": second, "points": round(100 * found.effect, 2)}
+        result["compared"].append(row | {"interval": [round(100 * found.low, 2), round(100 * found.high, 2)]})
+    return result
+
+
+def table(found: dict[str, Any]) -> str:
+    """What docs/recipes.md shows of it."""
+    said = {"long": f"learning rate times five ({found['task']})", "unsure": "label smoothing of 0.1"}
+    lines = [
+        f"| vector of {found['task']} | times the others' length | accuracy alone | " + " | ".join(MERGES) + " |",
+        "| :-- | --: | --: | " + " | ".join("--:" for _ in MERGES) + " |",
+    ]
+    for case in next(iter(found["vectors"].values())):
+        kind, _, cured = case.partition(", ")
+        of = [one[case] for one in found["vectors"].values()]
+        cells = [said.get(kind, kind) + (f", {cured}" if cured else "")]
+        cells += [f"{mean(one['times_the_others'] for one in of):.2f}", f"{mean(one['accuracy'] for one in of):.1f}"]
+        for name in MERGES:
+            cell = f"{mean(found['merges'][f'{case}/{name}']['accuracies']):.1f}"
+            for row in found["compared"]:
+                if (row["merge"], row["first"]) == (name, case):
+                    cell += f" ({row['points']:+.1f} [{row['interval'][0]:+.1f}, {row['interval'][1]:+.1f}])"
+            cells.append(cell)
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"Mean test accuracy of eight tasks of the embedded suite, {len(found['vectors'])} fine-tuning seeds; in "
+            "brackets the difference, of a harmful vector to the healthy one and of a conditioned one to the harmful "
+            f"one, with its 95 % interval. Conditioned for {found['condition_steps']} steps. From "
+            "`benchmarks/results/conditioning.json`, written by `benchmarks/conditioning.py`.",
+        ]
+    )
+
+
 def main() -> None:
-    """Measure all seeds and write the JSON."""
+    """Measure all seeds, write the JSON and the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--vectors", required=True, help="folder of a seed's task vectors, with {seed} in it")
+    parser.add_argument("--vectors", help="folder of a seed's task vectors, with {seed} in it")
+    parser.add_argument("--place", action="store_true", help="the table alone")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--folder", type=Path, default=Path("runs/conditioning"))
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()
-    started = time.perf_counter()
-    jobs = [(options.vectors, options.folder, seed) for seed in options.seeds]
-    with multiprocessing.get_context("spawn").Pool(options.processes) as pool:
-        seeds = [pool.apply(of_seed, jobs[0]), *pool.starmap(of_seed, jobs[1:])]  # the first one chooses rates
-    result: dict[str, Any] = {"task": TASK, "steps": STEPS, "condition_steps": CONDITION_STEPS, "seeds": options.seeds}
-    rates = {kind: json.loads((options.folder / f"seed-0/{kind}-rate.json").read_text()) for kind in ILL}
-    result |= {"rates": rates, "vectors": {str(s): one["vectors"] for s, one in zip(options.seeds, seeds, strict=True)}}
-    result["merges"], result["compared"] = {}, []
-    for key in seeds[0]["merges"]:
-        rows = [one["merges"][key] for one in seeds]
-        result["merges"][key] = {
-            "coefficients": [best for best, _ in rows],
-            "accuracies": [round(100 * accuracy(right), 2) for _, right in rows],
-            "of_the_task": [round(100 * accuracy({TASK: right[TASK]}), 2) for _, right in rows],
-        }
-    pairs = [(kind, "healthy") for kind in ILL] + [(f"{kind}, conditioned", kind) for kind in ILL]
-    for name in MERGES:
-        for first, second in pairs:
-            a, b = ([one["merges"][f"{case}/{name}"][1] for one in seeds] for case in (first, second))
-            found = judge(a, b)
-            row = {"merge": name, "first": first, "second": second, "points": round(100 * found.effect, 2)}
-            result["compared"].append(row | {"interval": [round(100 * found.low, 2), round(100 * found.high, 2)]})
-    result |= {"seconds": round(time.perf_counter() - started), "versions": versions(), "hardware": hardware()}
-    write_text(options.output, json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result["compared"], indent=1))
+    if not options.place:
+        started = time.perf_counter()
+        jobs = [(options.vectors, options.folder, seed) for seed in options.seeds]
+        with multiprocessing.get_context("spawn").Pool(options.processes) as pool:
+            found = [pool.apply(of_seed, jobs[0]), *pool.starmap(of_seed, jobs[1:])]  # the first one chooses rates
+        rates = {kind: json.loads((options.folder / f"seed-0/{kind}-rate.json").read_text()) for kind in ILL}
+        result: dict[str, Any] = {"task": TASK, "steps": STEPS, "condition_steps": CONDITION_STEPS, "rates": rates}
+        result |= summary(dict(zip(options.seeds, found, strict=True)))
+        result |= {"seconds": round(time.perf_counter() - started), "versions": versions(), "hardware": hardware()}
+        write_text(options.output, json.dumps(result, indent=1) + "\n")
+    text = table(json.loads(options.output.read_text(encoding="utf-8")))
+    print(text)
+    if options.output == RESULTS:
+        place_between(PAGE, BEGIN, END, text)
 
 
 if __name__ == "__main__":

@@ -194,9 +194,14 @@ def find_global_cuts(vectors: TaskVectors, kept: int) -> tuple[Cut, ...]:
 
 def cuts_over_all(what: str, vectors: TaskVectors, kept: int) -> Statistic[tuple[Cut, ...]]:
     """What :func:`find_global_cuts` finds, when it is first needed."""
+    compute = partial(find_global_cuts, vectors, kept)
+    return Statistic(what, _reads(vectors, sampled(vectors)), compute, at_most=True)
+
+
+def _reads(vectors: TaskVectors, sampled: bool) -> int:
+    """At most, if a sample misleads."""
     digits = 5 if common_dtype(vectors) == torch.float64 else 3
-    reads = vectors.walk * (digits + 2 if sampled(vectors) else digits)
-    return Statistic(what, reads, partial(find_global_cuts, vectors, kept), at_most=True)
+    return vectors.walk * (digits + 2 if sampled else digits)
 
 
 class CutsByParameter:
@@ -224,8 +229,8 @@ class CutsByParameter:
 
 
 def cuts_by_parameter(what: str, vectors: TaskVectors, kept: Callable[[int], int]) -> Statistic[CutsByParameter]:
-    """For the plan, how often all vectors are read for that."""
-    return Statistic(what, 2 * vectors.walk, partial(CutsByParameter, vectors, kept), at_most=True)
+    """For a plan, :class:`CutsByParameter` and how often they read every input."""
+    return Statistic(what, _reads(vectors, sampled=True), partial(CutsByParameter, vectors, kept), at_most=True)
 
 
 def sampled(vectors: TaskVectors) -> bool:

@@ -43,7 +43,8 @@ class Trim(Transform):
         density: fraction of the elements that is kept, in (0, 1].
         scope: ``global`` ranks the elements of the whole flattened vector, as the paper does, in two more passes over
             the inputs (three if equal magnitudes must be told apart; two more for float64); ``tensor`` ranks those of
-            every parameter by itself, as some libraries do.
+            every parameter by itself, as some libraries do. A large parameter's stack is then never in memory as a
+            whole; it is read again instead.
 
     Raises:
         ConfigurationError: ``density`` is not in (0, 1], or there is no such scope.
