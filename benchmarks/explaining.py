@@ -52,7 +52,7 @@ from lit_merge.transforms import (
 
 RESULTS = Path(__file__).parents[1] / "benchmarks/results/explaining.json"
 SMALL, LARGE = (0.1, 0.15, 0.2, 0.25, 0.3, 0.4), (0.6, 0.8, 1.0, 1.2, 1.4, 1.6)
-LONG, WIDE = (0.6, 0.8, 1.0, 1.2, 1.5, 2.0), (0.15, 0.2, 0.3, 0.4, 0.6, 0.8, 1.0)
+LONG, WIDE = (0.6, 0.8, 1.0, 1.2, 1.5, 2.0), (0.15, 0.2, 0.3, 0.4, 0.6, 0.8, 1.0, 1.2, 1.4)
 Build = Callable[[TaskVectors], Transform]
 
 
