@@ -226,7 +226,7 @@ def table(rows: list[Ratio]) -> str:
         lines.append(f"| {row.what} | {row.ours} | {row.other} | {row.value:.2f} | {row.wanted} | {row.met} |")
     judged = [row.met for row in rows if row.met]
     machines = sorted({processor(RESULTS / f"{source}.json") for source in READERS} - {""})
-    lines += ["", f"{judged.count('yes')} of {len(judged)} goals are met. Measured on {', '.join(machines)}, 2 cores."]
+    lines += ["", f"{judged.count('yes')} of {len(judged)} goals are met. Measured on {' and '.join(machines)}, 2 cores."]
     return "\n".join(lines)
 
 
@@ -234,6 +234,7 @@ def processor(path: Path) -> str:
     """Of the machine that a file was measured on; "" if it does not say."""
     found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     parts = [found, *(one for one in found.values() if isinstance(one, dict)), *found.get("machines", {}).values()]
+    parts += found.get("rows", [])
     return next((str(one["hardware"]["processor"]) for one in parts if "hardware" in one), "")
 
 
