@@ -253,6 +253,7 @@ def main() -> None:
             "coefficients": [chosen[name][seed] for seed in options.seeds],
             "accuracies": [round(100 * accuracy(hits[name][seed]), 2) for seed in options.seeds],
             "grid": MERGES[name][1],
+            "processor": hardware()["processor"],
         }
     rows = compared({name: [found[seed] for seed in options.seeds] for name, found in hits.items()})
     pairs = [(row["first"], row["second"]) for row in rows]

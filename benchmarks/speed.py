@@ -226,7 +226,8 @@ def table(rows: list[Ratio]) -> str:
         lines.append(f"| {row.what} | {row.ours} | {row.other} | {row.value:.2f} | {row.wanted} | {row.met} |")
     judged = [row.met for row in rows if row.met]
     machines = sorted({processor(RESULTS / f"{source}.json") for source in READERS} - {""})
-    lines += ["", f"{judged.count('yes')} of {len(judged)} goals are met. Measured on {' and '.join(machines)}, 2 cores."]
+    met = f"{judged.count('yes')} of {len(judged)} goals are met."
+    lines += ["", f"{met} Measured on {' and '.join(machines)}, 2 cores."]
     return "\n".join(lines)
 
 
