@@ -159,7 +159,7 @@ def summary(seeds: dict[int, dict[str, Any]]) -> dict[str, Any]:
 
 def table(found: dict[str, Any]) -> str:
     """What docs/recipes.md shows of it."""
-    said = {"long": f"learning rate times five ({found['task']})", "unsure": "label smoothing of 0.1"}
+    said = {"long": "learning rate times five", "unsure": "label smoothing of 0.1"}
     lines = [
         f"| vector of {found['task']} | times the others' length | accuracy alone | " + " | ".join(MERGES) + " |",
         "| :-- | --: | --: | " + " | ".join("--:" for _ in MERGES) + " |",

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
 from itertools import accumulate, pairwise
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -142,12 +143,8 @@ def find_cuts_of_stack(name: str, stack: Tensor, kept: int) -> tuple[Cut, ...]:
     flat = stack.reshape(len(stack), -1)
     size = flat.shape[1]
     if size > _LENGTH:
-        walk = partial(walk_stack, name, flat)
-        if flat.device.type != "cpu" or size < _FEWEST:
-            return find_cuts(walk, kept, flat.dtype)
-        brackets = _brackets_of(_sample_of_stack(flat), kept / size)
-        again = lambda name, start, stop: flat[:, start:stop]  # noqa: E731
-        return _cuts_between(brackets, walk, again, size, kept, flat.dtype) or find_cuts(walk, kept, flat.dtype)
+        found = _cuts_within_stack(name, flat, kept) if flat.device.type == "cpu" else None
+        return found or find_cuts(partial(walk_stack, name, flat), kept, flat.dtype)
     magnitudes = flat.abs()  # few enough to be selected from directly
     thresholds = magnitudes.kthvalue(size - kept + 1, dim=1, keepdim=True).values
     missing = (kept - (magnitudes > thresholds).sum(1)).tolist()
@@ -207,7 +204,8 @@ def _reads(vectors: TaskVectors, sampled: bool) -> int:
 class CutsByParameter:
     """The cuts that keep so many elements of every parameter by itself, each found when it is first needed.
 
-    In memory that does not depend on the parameters' sizes; a parameter is read two or three times.
+    In memory that does not depend on the parameters' sizes; a parameter is read once, besides a sample of it, and more
+    often should that mislead.
 
     Args:
         vectors: what is cut.
@@ -294,16 +292,30 @@ def _brackets_of(sample: Tensor, fraction: float) -> list[tuple[float, float]]:
 
 def _cuts_within(vectors: TaskVectors, kept: int, brackets: Sequence[tuple[float, float]]) -> tuple[Cut, ...] | None:
     """As :func:`_cuts_between`, of all parameters together."""
+    dtype = common_dtype(vectors)
+    compared = vectors.over_chunks(partial(_compared, _limits(brackets, dtype), dtype), sorted(vectors), _LENGTH)
 
     def again(name: str, start: int, stop: int) -> Tensor:
         return vectors.reader(name)(start, stop)
 
-    return _cuts_between(brackets, vectors, again, size_of(vectors), kept, common_dtype(vectors))
+    return _cuts_between(brackets, compared, again, size_of(vectors), kept, dtype)
+
+
+def _cuts_within_stack(name: str, flat: Tensor, kept: int) -> tuple[Cut, ...] | None:
+    """As :func:`_cuts_between`, of a stack ``(T, n)`` in memory."""
+    size = flat.shape[1]
+    brackets = _brackets_of(_sample_of_stack(flat), kept / size)
+    compared = ordered_map(partial(_compared, _limits(brackets, flat.dtype), flat.dtype), walk_stack(name, flat))
+
+    def again(name: str, start: int, stop: int) -> Tensor:
+        return flat[:, start:stop]
+
+    return _cuts_between(brackets, compared, again, size, kept, flat.dtype)
 
 
 def _cuts_between(
     brackets: Sequence[tuple[float, float]],
-    source: TaskVectors | Walk,
+    compared: Iterator[_Compared],
     again: Callable[[str, int, int], Tensor],
     size: int,
     kept: int,
@@ -316,17 +328,11 @@ def _cuts_between(
     """
     if min(low for low, _ in brackets) == 0:
         return None
-    limits = [(_limit(low, True, dtype), high) for low, high in brackets]
     most = _sample_size(size) + size // 32
     magnitudes = _room(len(brackets), most, dtype)
     chunks: list[tuple[str, int, int]] = []
     ends: list[list[int]] = [[0] for _ in brackets]  # where each chunk's part ends
     above = [0] * len(brackets)
-    compare = partial(_compared, limits, dtype)
-    if isinstance(source, TaskVectors):
-        compared = source.over_chunks(compare, sorted(source), _LENGTH)
-    else:
-        compared = ordered_map(compare, source())
     for chunk, rows in compared:
         chunks.append(chunk)
         for row, (count, values) in enumerate(rows):
@@ -350,6 +356,11 @@ def _cuts_between(
     return tuple(cuts)
 
 
+def _limits(brackets: Sequence[tuple[float, float]], dtype: torch.dtype) -> list[tuple[float, float]]:
+    """What is above the first number and not above the second is within a bracket."""
+    return [(_limit(low, True, dtype), high) for low, high in brackets]
+
+
 def _room(rows: int, length: int, dtype: torch.dtype) -> Tensor:
     """Memory that is there when it is written to, and goes back to the system at once, unlike that of chunks."""
     return torch.frombuffer(mmap.mmap(-1, rows * length * dtype.itemsize), dtype=dtype).view(rows, length)
@@ -371,10 +382,13 @@ def _cut_at(
     return Cut(threshold, name, start + int(positions[most - before[place] - 1]))
 
 
+_Compared: TypeAlias = tuple[tuple[str, int, int], list[tuple[int, Tensor]]]
+"""Which chunk it is; of every row how many elements are above its bracket, and the magnitudes within it, in order."""
+
+
 def _compared(
     limits: Sequence[tuple[float, float]], dtype: torch.dtype, name: str, start: int, chunk: Tensor
-) -> tuple[tuple[str, int, int], list[tuple[int, Tensor]]]:
-    """Which chunk it is; of every row how many elements are above its limits, and the magnitudes between, in order."""
+) -> _Compared:
     rows = []
     for row, (low, high) in zip(chunk, limits, strict=True):
         magnitudes = row.to(dtype).abs()

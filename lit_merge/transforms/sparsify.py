@@ -29,6 +29,7 @@ from lit_merge.vectors.global_value import Statistic
 __all__ = ["Drop", "DropByRank", "MagnitudeWindow", "Trim"]
 
 Scope = Literal["global", "tensor"]
+_STREAMED = 1 << 22  # elements of a stack, from which on it is not held in memory
 
 
 @dataclass(frozen=True)
@@ -166,9 +167,6 @@ class DropByRank(Transform):
     def __call__(self, vectors: TaskVectors) -> TaskVectors:
         """Drop elements of every row of the stacks ``(T, *shape)``."""
         return vectors.map(partial(_dropped_by_rank, self, Uniform(self.seed, labels_of(vectors))), note=self)
-
-
-_STREAMED = 1 << 22  # elements of a stack, from which on it is not held in memory
 
 
 def _window(transform: Transform, vectors: TaskVectors, density: float, outliers: float, scope: Scope) -> TaskVectors:

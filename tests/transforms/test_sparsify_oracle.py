@@ -134,26 +134,31 @@ def test_large_vectors_are_ranked_exactly(kind, dtype, chunks, monkeypatch):
     assert torch.equal(found, largest(flat, top + int(Decimal("0.3") * flat.shape[1]), top))
 
 
-def files_of(tmp_path, rows: list[dict[str, torch.Tensor]]) -> TaskVectors:
-    """Task vectors in files, which are read in chunks."""
-    paths = [tmp_path / f"{index}.safetensors" for index in range(len(rows))]
-    for index, (path, values) in enumerate(zip(paths, rows, strict=True)):
-        TaskVector(values, f"t{index}").save(path)
-    return TaskVectors([TaskVector.load(path) for path in paths])
+@pytest.fixture
+def in_files(tmp_path, monkeypatch):
+    """``in_files(vectors, cached, streamed)``: the same in files, read in chunks; large stacks are streamed."""
+
+    def write(vectors: TaskVectors, cached: int, streamed: int) -> TaskVectors:
+        monkeypatch.setattr(magnitudes, "_LENGTH", 1 << 14)
+        monkeypatch.setattr(sources, "_ELEMENTS_IN_CACHE", cached)
+        monkeypatch.setattr(sparsify, "_STREAMED", streamed)
+        paths = [tmp_path / f"{task}.safetensors" for task in vectors.tasks]
+        for task, path in zip(vectors.tasks, paths, strict=True):
+            vectors.vector(task).save(path)
+        return TaskVectors([TaskVector.load(path) for path in paths])
+
+    return write
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("kind", ["random", "equal", "constant", "narrow"])
 @pytest.mark.parametrize("streamed", [False, True])
 @pytest.mark.parametrize(("density", "outliers"), [(0.2, 0.0), (0.3, 0.1), (0.3, 1e-5)])
-def test_tensors_are_ranked_by_themselves(kind, dtype, streamed, density, outliers, tmp_path, monkeypatch):
+def test_tensors_are_ranked_by_themselves(kind, dtype, streamed, density, outliers, in_files, monkeypatch):
     """In memory, with a sample for the largest; and chunk by chunk, without a stack in memory."""
-    monkeypatch.setattr(magnitudes, "_LENGTH", 1 << 14)
     monkeypatch.setattr(magnitudes, "_FEWEST", 1 << 15)
-    monkeypatch.setattr(sources, "_ELEMENTS_IN_CACHE", 1 << 13)
-    monkeypatch.setattr(sparsify, "_STREAMED", 1 << (12 if streamed else 30))
     held = big_vectors(kind, dtype)[0]
-    vectors = files_of(tmp_path, [dict(held.vector(task)) for task in held.tasks])
+    vectors = in_files(held, cached=1 << 13, streamed=1 << (12 if streamed else 30))
     found = MagnitudeWindow(density, outliers, "tensor")(vectors)
     assert any("large tensors" in one.what for one in found.statistics) == streamed
     for name in held:
@@ -166,19 +171,15 @@ def test_tensors_are_ranked_by_themselves(kind, dtype, streamed, density, outlie
 @pytest.mark.parametrize("brackets", [(5.0, 6.0), (0.1, 0.2), (0.0, 9.0), (0.5, 9.0)])
 def test_a_sample_of_a_stack_that_misleads_is_noticed(brackets, monkeypatch):
     monkeypatch.setattr(magnitudes, "_LENGTH", 1 << 15)
-    monkeypatch.setattr(magnitudes, "_FEWEST", 1 << 16)
     monkeypatch.setattr(magnitudes, "_brackets_of", lambda sample, fraction: [brackets, brackets])
     vectors, _ = big_vectors("random")
     flat = vectors["c"].flatten(1)
     assert torch.equal(Trim(0.2, "tensor")(vectors)["c"].flatten(1), largest(flat, flat.shape[1] // 5))
 
 
-def test_a_large_tensor_is_never_a_stack_in_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr(magnitudes, "_LENGTH", 1 << 14)
-    monkeypatch.setattr(sparsify, "_STREAMED", 1 << 17)
-    monkeypatch.setattr(sources, "_ELEMENTS_IN_CACHE", 1 << 15)
+def test_a_large_tensor_is_never_a_stack_in_memory(in_files, monkeypatch):
     held = big_vectors("random")[0]
-    vectors = files_of(tmp_path, [dict(held.vector(task)) for task in held.tasks])
+    vectors = in_files(held, cached=1 << 15, streamed=1 << 17)
     read: list[tuple[str, int]] = []
     monkeypatch.setattr(sources.Rows, "reader", counted(sources.Rows.reader, read))
     for _ in chain(Trim(0.2, "tensor"), Sum())(vectors).stream(list(held)):
@@ -187,13 +188,9 @@ def test_a_large_tensor_is_never_a_stack_in_memory(tmp_path, monkeypatch):
     assert {name for name, _ in read} == set(held)
 
 
-def test_what_waits_for_a_threshold_is_not_held(tmp_path, monkeypatch):
+def test_what_waits_for_a_threshold_is_not_held(in_files, monkeypatch):
     """A chunk whose computation needs a value that there is not yet is let go, without the garbage collector."""
-    monkeypatch.setattr(magnitudes, "_LENGTH", 1 << 14)
-    monkeypatch.setattr(sparsify, "_STREAMED", 1 << 12)
-    monkeypatch.setattr(sources, "_ELEMENTS_IN_CACHE", 1 << 15)
-    held = big_vectors("random")[0]
-    vectors = files_of(tmp_path, [dict(held.vector(task)) for task in held.tasks])
+    vectors = in_files(big_vectors("random")[0], cached=1 << 15, streamed=1 << 12)
     asked = []
     monkeypatch.setattr(
         magnitudes, "NeededInMainThread", lambda compute: asked.append(1) or NeededInMainThread(compute)
