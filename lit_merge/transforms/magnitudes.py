@@ -143,7 +143,8 @@ def find_cuts_of_stack(name: str, stack: Tensor, kept: int) -> tuple[Cut, ...]:
     flat = stack.reshape(len(stack), -1)
     size = flat.shape[1]
     if size > _LENGTH:
-        found = _cuts_within_stack(name, flat, kept) if flat.device.type == "cpu" else None
+        pays = flat.device.type == "cpu" and size >= _FEWEST
+        found = _cuts_within_stack(name, flat, kept) if pays else None
         return found or find_cuts(partial(walk_stack, name, flat), kept, flat.dtype)
     magnitudes = flat.abs()  # few enough to be selected from directly
     thresholds = magnitudes.kthvalue(size - kept + 1, dim=1, keepdim=True).values
