@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib
 import inspect
 import re
@@ -12,10 +13,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
-from jsonargparse import ArgumentParser, Namespace, get_loader, set_loader
+from jsonargparse import ArgumentParser, Namespace, get_loader, set_dumper, set_loader
 
 from lit_merge.errors import ConfigurationError, did_you_mean, one_line
-from lit_merge.files.yaml_limits import check_yaml, with_plain_keys
+from lit_merge.files.yaml_text import check_yaml, dump_yaml, load_yaml, with_plain_keys
 
 __all__ = ["CommandParser", "NearestNames", "configurations", "refuse_saved_permissions", "refuse_urls"]
 
@@ -57,10 +58,11 @@ class NearestNames:
 
     def _apply_actions(self, cfg: Any, *args: Any, **kwargs: Any) -> Any:
         """Refuse unknown keys without content, such as ``serch: {}``, which would get lost on the way."""
-        settings = [action.dest for action in self._actions if not action.dest.endswith(".help")]
         branches = [] if args or kwargs.get("parent_key") else list(dict(cfg).items())
+        settings = {action.dest for action in self._actions if not action.dest.endswith(".help")} if branches else set()
+        groups = {setting[: dot.start()] for setting in settings for dot in re.finditer(r"\.", setting)}
         for key, value in branches:
-            is_group = any(setting.startswith(f"{key}.") for setting in settings)
+            is_group = key in groups
             if isinstance(value, (dict, Namespace)) and (is_group or key not in settings):
                 if not value and not is_group:
                     self.error(f"Option '{key}' is not accepted")
@@ -154,7 +156,7 @@ def _configured(arguments: Sequence[str]) -> Iterator[tuple[dict[str, Any], Path
             file = Path(value) if Path(value).is_file() else None
             text = file.read_text(encoding="utf-8") if file is not None else value
             check_yaml(text, str(file or "config"))
-            content = yaml.safe_load(with_plain_keys(text))
+            content = load_yaml(with_plain_keys(text))
         except (OSError, ValueError, RecursionError, yaml.YAMLError):
             continue
         if isinstance(content, dict):
@@ -198,3 +200,4 @@ def _load_limited(text: str) -> Any:
 
 
 set_loader("yaml", _load_limited, exceptions=(yaml.YAMLError,))
+set_dumper("yaml", functools.partial(dump_yaml, default_flow_style=False))

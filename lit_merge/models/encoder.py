@@ -10,6 +10,7 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -163,7 +164,9 @@ class Architecture:
 
     def tokenizer(self) -> Callable[[Sequence[str]], Tensor]:
         """Texts -> token indices ``[N, context length]``."""
-        return _guard(self.name, self._tokenizer)
+        text = json.dumps(self.config["text_cfg"], sort_keys=True)
+        build = _tokenizer if self.config["text_cfg"].get("hf_tokenizer_name") else _shared_tokenizer
+        return _guard(self.name, lambda: build(self.name if self.built_in else None, text))
 
     def load_text(self, state: dict[str, Tensor], what: str) -> nn.Module:
         """Build the text tower with the weights of ``state``, in evaluation mode."""
@@ -183,18 +186,6 @@ class Architecture:
         check_finite(state, what)
         model.load_state_dict(state)
         return model.eval()
-
-    def _tokenizer(self) -> Callable[[Sequence[str]], Tensor]:
-        import open_clip
-        from open_clip.tokenizer import HFTokenizer
-
-        if self.built_in:
-            return open_clip.get_tokenizer(self.name)
-        text = self.config["text_cfg"]
-        options = {"context_length": text.get("context_length", 77), **text.get("tokenizer_kwargs", {})}
-        if text.get("hf_tokenizer_name"):
-            return HFTokenizer(text["hf_tokenizer_name"], tokenizer_mode=text.get("tokenizer_mode"), **options)
-        return open_clip.SimpleTokenizer(**options)
 
 
 @dataclass
@@ -529,6 +520,24 @@ def _build(architecture: Architecture, towers: str) -> Any:
             if hasattr(model, name):
                 delattr(model, name)
     return model
+
+
+def _tokenizer(name: str | None, text_config: str) -> Callable[[Sequence[str]], Tensor]:
+    """The tokenizer of one of open_clip's architectures, or of a text side's configuration, given as JSON."""
+    import open_clip
+    from open_clip.tokenizer import HFTokenizer
+
+    if name is not None:
+        return open_clip.get_tokenizer(name)
+    text = json.loads(text_config)
+    options = {"context_length": text.get("context_length", 77), **text.get("tokenizer_kwargs", {})}
+    if text.get("hf_tokenizer_name"):
+        return HFTokenizer(text["hf_tokenizer_name"], tokenizer_mode=text.get("tokenizer_mode"), **options)
+    return open_clip.SimpleTokenizer(**options)
+
+
+# CLIP's vocabulary, which every stage of a suite would read again; others' files may change.
+_shared_tokenizer = lru_cache(maxsize=8)(_tokenizer)
 
 
 def _guard(name: str, build: Callable[[], Any]) -> Any:

@@ -11,11 +11,10 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from lit_merge._version import __version__
 from lit_merge.errors import ConfigurationError
 from lit_merge.files.text import write_text
+from lit_merge.files.yaml_text import dump_yaml
 from lit_merge.report.analysis_page import ANALYSIS, analysis_page
 from lit_merge.report.document import Cell, Table, address_of, definitions, document, drawn_figure, drawn_table
 from lit_merge.report.figures import results_svg
@@ -183,7 +182,7 @@ def _settings(settings: dict[str, Any], configuration: str | None) -> str:
     command = f"lit-merge suite --config {_CONFIGURATION}"
     if configuration is not None:
         return f"<p><code>{command}</code> with this file:</p><pre>{escape(configuration)}</pre>\n"
-    text = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True, default_flow_style=None, width=100)
+    text = dump_yaml(settings, default_flow_style=None, width=100)
     return f"<p>The part of the configuration that the results hold:</p><pre>{escape(text)}</pre>\n"
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from lit_merge.errors import ConfigurationError
+from lit_merge.files.yaml_text import SafeLoader, dump_yaml, load_yaml
 from lit_merge.suite.settings import combine
 
 __all__ = ["with_parts"]
@@ -18,7 +19,7 @@ __all__ = ["with_parts"]
 _PARTS = ("data", "fit", "joint", "network", "recipes", "sources", "test")
 
 
-class _Loader(yaml.SafeLoader):
+class _Loader(SafeLoader):
     """YAML as the command line's parser reads it: ``1e-3`` is a number."""
 
 
@@ -53,7 +54,7 @@ def with_parts(arguments: Sequence[str]) -> list[str]:
             folder = Path(value).parent if Path(value).is_file() else Path()
             for key in [key for key in content if _part_of(key)]:
                 _assign(parts, key, content.pop(key), folder)
-            others += [option, yaml.safe_dump(content, sort_keys=False)]
+            others += [option, dump_yaml(content)]
         elif option.startswith("--") and _part_of(name) and (equals or follows):
             _assign(parts, name, _loaded(value), Path())
         else:
@@ -72,7 +73,7 @@ def _part_of(key: object) -> bool:
 def _configuration(path: str) -> dict[str, Any] | None:
     """A configuration, from a file or as it is; None if the parser is to refuse it."""
     try:
-        content = yaml.load(Path(path).read_text(encoding="utf-8") if Path(path).is_file() else path, Loader=_Loader)
+        content = load_yaml(Path(path).read_text(encoding="utf-8") if Path(path).is_file() else path, _Loader)
     except (OSError, ValueError, yaml.YAMLError):
         return None
     return content if isinstance(content, dict) and any(map(_part_of, content)) else None
@@ -101,7 +102,7 @@ def _read(name: str, value: Any, folder: Path) -> dict[str, Any]:
         return value
     path = folder / str(value)
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+        content = load_yaml(path.read_text(encoding="utf-8"), _Loader)
     except (OSError, ValueError, yaml.YAMLError) as error:
         reason = getattr(error, "strerror", None) or "no YAML"
         raise ConfigurationError(
@@ -122,6 +123,6 @@ def _recipe(value: Any) -> Any:
 
 def _loaded(value: str) -> Any:
     try:
-        return yaml.load(value, Loader=_Loader)
+        return load_yaml(value, _Loader)
     except yaml.YAMLError:
         return value

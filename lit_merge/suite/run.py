@@ -10,13 +10,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import yaml
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from lit_merge.errors import ConfigurationError, LitMergeError
 from lit_merge.files.text import write_text
+from lit_merge.files.yaml_text import dump_yaml
 from lit_merge.report import accuracy_table, report, results_figure
 from lit_merge.report.results import Results
 from lit_merge.suite.engines import Engine
@@ -51,7 +51,7 @@ def run_suite(
         stages = plan.stages
         engine = open_engine()
         try:
-            _claim(directory, yaml.safe_dump(plan.description(), sort_keys=False), overwrite)
+            _claim(directory, dump_yaml(plan.description()), overwrite)
             with _progress() as progress:
                 bar = progress.add_task("", total=len(stages))
 

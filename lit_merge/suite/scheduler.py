@@ -10,11 +10,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from lit_merge._version import __version__
 from lit_merge.errors import ConfigurationError, LitMergeError, first_few
 from lit_merge.files.text import write_text
+from lit_merge.files.yaml_text import dump_yaml
 from lit_merge.suite.engines import Engine, Job, Outcome
 from lit_merge.suite.ledger import FileLedger
 
@@ -168,7 +167,7 @@ class Scheduler:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         config = folder / "stage.yaml"
-        write_text(config, yaml.safe_dump(dict(stage.config), sort_keys=False))
+        write_text(config, dump_yaml(dict(stage.config)))
         arguments = ["--config", str(config)]
         if stage.command in _INTO_A_FOLDER:
             arguments += ["--output", str(folder)]

@@ -13,7 +13,6 @@ from typing import Any
 
 import lightning as L
 import torch.distributed
-import yaml
 from jsonargparse import Namespace
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
@@ -31,6 +30,7 @@ from lit_merge.data.multitask import MultiTaskDataModule
 from lit_merge.data.pretraining import CaptionDataModule
 from lit_merge.data.task import TaskDataModule
 from lit_merge.errors import ConfigurationError, FileFormatError, LitMergeError, one_line
+from lit_merge.files.yaml_text import dump_yaml, load_yaml
 from lit_merge.modules import ConditionModule, ContrastiveModule, FineTuneModule, MergeModule, MultiTaskModule
 
 __all__ = ["LitMergeCLI", "check_configuration"]
@@ -169,7 +169,7 @@ class LitMergeCLI(LightningCLI):
         """What goes into checkpoints as the classes' settings: of the command, without checking it once more."""
         if not hasattr(self, "config_dump"):
             text = self.parser.dump(self.config, skip_link_targets=False, skip_none=False, skip_validation=True)
-            self.config_dump = yaml.safe_load(text)[self.command]
+            self.config_dump = load_yaml(text)[self.command]
 
     def instantiate_classes(self) -> None:
         """Loggers that are not told where to write do so in the run directory; the saved configuration is as given."""
@@ -304,7 +304,7 @@ def check_configuration(command: str, config: dict[str, Any]) -> None:
     Raises:
         SystemExit: it is wrong, and the parser has said so on the standard error.
     """
-    _ParseOnly(command, ["--config", yaml.safe_dump(config)])
+    _ParseOnly(command, ["--config", dump_yaml(config)])
 
 
 def _no_checkpoint(path: Any, error: Exception) -> FileFormatError:

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import yaml
-
 from lit_merge.files.lazy import LazyMapping
 from lit_merge.files.shards import INDEX_ENDING
+from lit_merge.files.yaml_text import dump_yaml
 from lit_merge.models.merging.form import Form
 from lit_merge.models.merging.inputs import Input
 from lit_merge.models.network import Base, ClipNetwork
@@ -264,4 +263,4 @@ def _cell(text: str) -> str:
 
 
 def _yaml(content: Mapping[str, Any]) -> str:
-    return yaml.safe_dump(dict(content), sort_keys=False, allow_unicode=True)
+    return dump_yaml(dict(content))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import yaml
 
-from lit_merge.files.yaml_limits import with_plain_keys
+from lit_merge.files.yaml_text import with_plain_keys
 
 
 @pytest.mark.parametrize(

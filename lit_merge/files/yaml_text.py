@@ -1,4 +1,7 @@
-"""What YAML does that no one means: a few lines that stand for billions of nodes, a key ``on`` that reads as true."""
+"""YAML by the C library where PyYAML has it, and what YAML does that no one means.
+
+That is a few lines that stand for billions of nodes, and a key ``on`` that reads as true.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +11,41 @@ from typing import Any
 
 import yaml
 
+try:
+    from yaml import CSafeDumper as SafeDumper
+    from yaml import CSafeLoader as SafeLoader
+except ImportError:  # PyYAML built without the C library
+    from yaml import SafeDumper, SafeLoader  # type: ignore[assignment]
+
 from lit_merge.errors import ConfigurationError
 
-__all__ = ["check_yaml", "with_plain_keys"]
+__all__ = ["SafeDumper", "SafeLoader", "check_yaml", "dump_yaml", "load_yaml", "with_plain_keys"]
 
 _LIMIT = 100_000
 _TRUTH = re.compile(r"\b(on|off|yes|no)\s*:", re.IGNORECASE)
+
+
+def load_yaml(text: str, loader: Any = SafeLoader) -> Any:
+    """What YAML holds, of plain types only.
+
+    Args:
+        text: YAML.
+        loader: a subclass of ``SafeLoader`` that reads some values in another way.
+
+    Raises:
+        yaml.YAMLError: it is none.
+    """
+    return yaml.load(text, Loader=loader)
+
+
+def dump_yaml(content: Any, **settings: Any) -> str:
+    """YAML of plain types, keys in their order and without escapes.
+
+    Args:
+        content: dictionaries, lists, texts, numbers and truth values.
+        settings: of :func:`yaml.dump`, over these.
+    """
+    return yaml.dump(content, Dumper=SafeDumper, **{"sort_keys": False, "allow_unicode": True, **settings})
 
 
 def check_yaml(text: str, what: str = "config") -> None:
@@ -29,7 +61,7 @@ def check_yaml(text: str, what: str = "config") -> None:
     if len(text) < _LIMIT and not ("&" in text and "*" in text):
         return
     try:
-        root = yaml.compose(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+        root = yaml.compose(text, Loader=SafeLoader)
     except (yaml.YAMLError, RecursionError):
         return
     counts: dict[int, int] = {}
@@ -58,7 +90,7 @@ def with_plain_keys(text: str) -> str:
     if not _TRUTH.search(text):
         return text
     try:
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        root = yaml.compose(text, Loader=yaml.SafeLoader)  # marks count characters
     except (yaml.YAMLError, RecursionError):
         return text  # for its parser to say
     seen: set[int] = set()
