@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from functools import cache
 from html import escape
 from pathlib import Path
 
@@ -43,6 +44,7 @@ def room_of(module: str) -> str:
     return [*module.split("."), "__init__"][1]
 
 
+@cache
 def module_imports(package: Path = PACKAGE) -> dict[str, dict[str, int]]:
     """Module -> modules of the package that it imports, with a line; imports in functions and by name included.
 
@@ -51,17 +53,8 @@ def module_imports(package: Path = PACKAGE) -> dict[str, dict[str, int]]:
     files = {_name(file, package): file for file in sorted(package.rglob("*.py"))}
     found: dict[str, dict[str, int]] = {}
     for module, file in files.items():
-        tree = ast.parse(file.read_text(encoding="utf-8"))
-        unseen = {
-            id(inner)
-            for node in ast.walk(tree)
-            if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)
-            for inner in ast.walk(node)
-        }
         targets: dict[str, int] = {}
-        for node in ast.walk(tree):
-            if id(node) in unseen:
-                continue
+        for node in _executed(ast.parse(file.read_text(encoding="utf-8"))):
             for name in _named(node):
                 while name not in files and "." in name:  # a name inside of a module
                     name = name.rpartition(".")[0]
@@ -74,6 +67,16 @@ def module_imports(package: Path = PACKAGE) -> dict[str, dict[str, int]]:
                             targets.setdefault(executed, getattr(node, "lineno", 0))
         found[module] = targets
     return found
+
+
+def _executed(tree: ast.AST) -> Iterator[ast.AST]:
+    """All nodes but those that only a type checker sees."""
+    waiting = [tree]
+    while waiting:
+        node = waiting.pop()
+        if not (isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)):
+            yield node
+            waiting += reversed([*ast.iter_child_nodes(node)])
 
 
 def room_imports(modules: Mapping[str, Mapping[str, int]]) -> dict[str, dict[str, list[str]]]:

@@ -161,9 +161,10 @@ def shortened(name: str, longest: int = 22) -> str:
 
 def text_width(text: str, size: float) -> float:
     """Width of a line of text in points, at a font size in points."""
-    from matplotlib.textpath import TextPath
+    from matplotlib.font_manager import FontProperties
+    from matplotlib.textpath import text_to_path
 
-    return float(TextPath((0, 0), text, size=size).get_extents().width) if text.strip() else 0.0
+    return float(text_to_path.get_text_width_height_descent(text, FontProperties(size=size), ismath=False)[0])
 
 
 def _range(values: Sequence[float]) -> str:
