@@ -8,6 +8,7 @@ import logging
 import pickle
 import traceback
 import warnings
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -48,6 +49,8 @@ _SHORT_NAMES = (
     TaskDataModule,
 )
 
+
+_PARSERS: dict[tuple[str, frozenset[str]], tuple[LightningArgumentParser, dict[str, Any], dict[str, list[str]]]] = {}
 
 _RESTORING = "_restore_modules_and_callbacks"  # where Lightning opens a checkpoint
 
@@ -99,6 +102,7 @@ class LitMergeCLI(LightningCLI):
         self.command = command
         refuse_saved_permissions(arguments)
         self._arguments = _classes_first(arguments)
+        self._named = frozenset(_named_classes(self._arguments))
         self.run_directory: RunDirectory | None = None
         _hush()
         try:
@@ -126,9 +130,26 @@ class LitMergeCLI(LightningCLI):
         """Only the one that runs: building the others' parsers takes time."""
         return {self.command: LightningCLI.subcommands()[self.command]}
 
+    def setup_parser(
+        self, add_subcommands: bool, main_kwargs: dict[str, Any], subparser_kwargs: dict[str, Any]
+    ) -> None:
+        """Build the parser, or take that of an earlier command of this process: building takes as long as parsing."""
+        known = _PARSERS.pop((self.command, self._named), None)
+        if known is None:
+            super().setup_parser(add_subcommands, main_kwargs, subparser_kwargs)
+        else:
+            self.parser, self._subcommand_parsers, self._subcommand_method_arguments = known
+
+    def _add_instantiators(self) -> None:
+        """What gives the classes their settings lives as long as this command, not as long as the parser."""
+        LightningCLI._add_instantiators(weakref.proxy(self))
+
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse the given arguments, never ``sys.argv``."""
         self.config = parser.parse_args(args)
+        # Whatever else happened, such as --print_config, may have left something in it.
+        parts = self.parser, self._subcommand_parsers, self._subcommand_method_arguments
+        _PARSERS[self.command, self._named] = parts
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the run directory, and the classes that a run is most likely about."""
@@ -137,9 +158,8 @@ class LitMergeCLI(LightningCLI):
         )
         parser.add_argument("--overwrite", type=bool, default=False, help="Replace an earlier run in that directory.")
         # Only where no other class is named: it would take over the default class's settings of the same names.
-        named = _named_classes(self._arguments)
         defaults = {"model": "lit_merge.modules.FineTuneModule", "data": "lit_merge.data.TaskDataModule"}
-        parser.set_defaults({key: {"class_path": path} for key, path in defaults.items() if key not in named})
+        parser.set_defaults({key: {"class_path": path} for key, path in defaults.items() if key not in self._named})
 
     def _parse_ckpt_path(self) -> None:
         """Claim the run directory before anything expensive happens, then take over the checkpoint's settings."""
