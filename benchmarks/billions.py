@@ -6,8 +6,8 @@ fine-tunes' differences from the base are normal, of 1e-3. ``--layers`` takes fe
 
 Every run is a fresh process; imports, reading and writing are counted. Memory is the largest sum over the process and
 its children, sampled every 20 milliseconds: resident, pages of mapped files included, and anonymous alone. Bytes read
-are those of system calls, from disk or its cache. ``limit`` reads all inputs once and writes as many bytes as the
-result has, synchronised to disk.
+are those of system calls. Before every run all inputs are read, so that it finds them in the cache if there is room for
+them. ``limit`` reads them once more and writes as many bytes as the result has, synchronised to disk.
 
     python -m venv runs/mergekit && runs/mergekit/bin/pip install mergekit==0.1.5
     python benchmarks/billions.py --shapes 1b --mergekit-python runs/mergekit/bin/python
@@ -32,7 +32,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 from placing import place_between
-from whole_processes import copied, lit_merge_command, measured, mergekit_command, names_of, tensor, weights
+from whole_processes import copied, lit_merge_command, measured, mergekit_command, names_of, settle, tensor, weights
 
 from lit_merge.files.text import write_text
 from lit_merge.report.environment import hardware, versions
@@ -110,6 +110,7 @@ def one_run(tool: str, place: Path, folders: list[Path], mergekit: Path | None) 
     """Seconds, and of merges peak memory and bytes."""
     output, log = place / "merged", place / f"{tool}.log"
     base, *tuned = folders
+    settle(folders)
     if tool == "limit":
         return {"seconds": round(copied(folders, output), 3)}
     if tool in OURS:

@@ -34,30 +34,30 @@ from lit_merge.report.environment import hardware, versions
 from lit_merge.transforms import LiNeS
 
 RESULTS = Path(__file__).parents[1] / "benchmarks/results/depth_scaling.json"
-ALPHAS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.6, 0.8, 1.0)
+ALPHAS = (0.0, 0.15, 0.3, 0.5, 0.75, 1.0)
 REGIMES = ("lin_lr", "exp_lr", "half_ft", "last_ft")
 
 
-def point(hits: dict[str, dict[str, Tensor]]) -> dict[str, float]:
-    """Target and control accuracy in percent, of each task's model the hits on all tasks."""
-    accuracy = {task: {one: float(hits[task][one].double().mean()) for one in TASKS} for task in TASKS}
+def point(hits: dict[str, dict[str, Tensor]], count: int) -> dict[str, float]:
+    """Target and control accuracy in percent, of each task's model the hits on all tasks' first images."""
+    accuracy = {task: {one: float(hits[task][one][:count].double().mean()) for one in TASKS} for task in TASKS}
     target = mean(accuracy[task][task] for task in TASKS)
     control = mean(mean(accuracy[task][one] for one in TASKS if one != task) for task in TASKS)
     return {"target": round(100 * target, 3), "control": round(100 * control, 3)}
 
 
-def curve(job: tuple[str, int]) -> tuple[int, list[dict[str, float]]]:
+def curve(job: tuple[str, int, int]) -> tuple[int, list[dict[str, float]]]:
     """A seed, and its points along α."""
-    folder, seed = job
+    folder, seed, count = job
     torch.set_num_threads(1)
     suite, every = Suite(), vectors_of(folder, seed)
-    found = []
+    found: list[dict[str, float]] = []
     for alpha in ALPHAS:
-        hits = {}
+        hits: dict[str, dict[str, Tensor]] = {}
         for task in TASKS:
             suite.load(LiNeS(alpha=alpha)(every.select([task])))
-            hits[task] = suite.hits("test")
-        found.append({"alpha": alpha, **point(hits)})
+            hits[task] = suite.hits("test", count)
+        found.append({"alpha": alpha, **point(hits, count)})
         print(seed, found[-1], flush=True)
     return seed, found
 
@@ -71,14 +71,14 @@ def control_at(target: float, points: list[dict[str, float]]) -> float | None:
     return None
 
 
-def beside(seeds: dict[str, list[dict[str, float]]]) -> dict[str, Any]:
+def beside(seeds: dict[str, list[dict[str, float]]], count: int) -> dict[str, Any]:
     """Of every regime that is measured: its points, and how much more control LiNeS keeps at the same target."""
-    stored, found = Stored("embedded"), {}
+    stored, found = Stored("embedded"), dict[str, Any]()
     for regime in REGIMES:
-        rows = []
+        rows: list[dict[str, Any]] = []
         for seed, points in seeds.items():
             try:
-                own = point({task: stored.hits(regime, f"alone_{task}", seed) for task in TASKS})
+                own = point({task: stored.hits(regime, f"alone_{task}", seed) for task in TASKS}, count)
             except NotMeasuredError:
                 continue
             kept = control_at(own["target"], points)
@@ -94,17 +94,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--vectors", help="folder of a seed's task vectors, with {seed} in it; without, known curves")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--images", type=int, default=500, help="of every task's test images")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()
     if options.vectors:
+        jobs = [(options.vectors, seed, options.images) for seed in options.seeds]
         with multiprocessing.get_context("spawn").Pool(options.processes) as pool:
-            seeds = dict(pool.imap_unordered(curve, [(options.vectors, seed) for seed in options.seeds]))
-        result: dict[str, Any] = {"curve": {str(seed): seeds[seed] for seed in options.seeds}}
+            seeds = dict(pool.imap_unordered(curve, jobs))
+        result: dict[str, Any] = {"images": options.images, "curve": {str(seed): seeds[seed] for seed in options.seeds}}
         result |= {"versions": versions(), "hardware": hardware()}
     else:
         result = json.loads(options.output.read_text(encoding="utf-8"))
-    result["regimes"] = beside(result["curve"])
+    result["regimes"] = beside(result["curve"], result["images"])
     write_text(options.output, json.dumps(result, indent=1) + "\n")
     print(json.dumps(result["regimes"], indent=1))
 

@@ -5,8 +5,9 @@ The shapes are T5 v1.1-large's and Flan-T5-large's (783 million parameters), as 
 The base and eight fine-tunes have random values (the fine-tunes' differences from the base are normal, of 1e-3) and are
 written by transformers itself, in shards. Every run is a fresh process, ``lit-merge merge`` or ``mergekit-yaml``;
 imports, reading and writing are counted. Memory is the largest sum over the process and its children, sampled every 20
-milliseconds: resident, pages of mapped files included, and anonymous alone. ``limit`` reads all inputs once and writes
-as many bytes as the result has, synchronised to disk.
+milliseconds: resident, pages of mapped files included, and anonymous alone. Before every run all inputs are read, so
+that it finds them in the cache if there is room for them. ``limit`` reads them once more and writes as many bytes as
+the result has, synchronised to disk.
 
 mergekit trims every tensor by itself and has no LiNeS: ``ties`` is ours without it, ``ties_tensor`` with its scope too,
 whose result is compared with mergekit's. mergekit goes into an environment of its own:
@@ -31,7 +32,17 @@ from typing import Any
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from whole_processes import copied, difference, lit_merge_command, measured, mergekit_command, names_of, tensor, weights
+from whole_processes import (
+    copied,
+    difference,
+    lit_merge_command,
+    measured,
+    mergekit_command,
+    names_of,
+    settle,
+    tensor,
+    weights,
+)
 
 from lit_merge.files.text import write_text
 from lit_merge.report.environment import hardware, versions
@@ -94,6 +105,7 @@ def one_run(tool: str, place: Path, options: argparse.Namespace) -> dict[str, An
     """Seconds, and of merges peak memory and bytes."""
     base, tuned = folders_of(place, options.tasks)
     output = place / f"merged-{tool}"
+    settle([base, *tuned])
     if tool == "limit":
         return {"seconds": round(copied([base, *tuned], output), 2)}
     return measured(command(tool, place, output, options), output, place / f"{tool}.log")

@@ -22,6 +22,7 @@ __all__ = [
     "measured",
     "mergekit_command",
     "names_of",
+    "settle",
     "tensor",
     "weights",
 ]
@@ -49,6 +50,17 @@ def mergekit_command(python: Path, recipe: dict[str, Any], config: Path, output:
     size = shard_size.upper().removesuffix("B").replace("G", "B")  # in billions, as mergekit spells it
     more = ["--no-copy-tokenizer", "--out-shard-size", size]
     return [str(python), "-m", "mergekit.scripts.run_yaml", str(config), str(output), *more]
+
+
+def settle(folders: Sequence[Path]) -> None:
+    """Write what waits for the disk, and read all inputs: every run finds in memory what has room there."""
+    os.sync()
+    piece = memoryview(bytearray(MIB))
+    for folder in folders:
+        for file in weights(folder):
+            with file.open("rb", buffering=0) as source:
+                while source.readinto(piece):
+                    pass
 
 
 def copied(folders: Sequence[Path], output: Path) -> float:
