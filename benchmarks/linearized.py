@@ -217,7 +217,7 @@ def table(kept: dict[str, Any]) -> str:
                 continue
             reference = "linearized" if "ratio_to_linearized" in row else "ordinary"
             low, high = row["ratio_spread"]
-            ratio = f"{row['seconds'] / ordinary:.2f}"
+            ratio = f"{row.get('ratio_to_ordinary', row['seconds'] / ordinary):.2f}"
             ratio += (
                 f" ({row['ratio_to_linearized']:.2f} × linearised, {low:.2f}–{high:.2f})"
                 if reference == "linearized"

@@ -227,7 +227,7 @@ def table(result: dict[str, Any]) -> str:
     lines = []
     for shapes in dict.fromkeys(row["shapes"] for row in result["rows"]):
         limit_row = found[shapes, "task_arithmetic", "limit"]
-        limit_seconds = min(limit_row["seconds"])  # the first time the files may not be in the page cache yet
+        limit_seconds = statistics.median(limit_row["seconds"])
         lines += [
             *([""] if lines else []),
             f"{TASKS} × {shapes} (float32); reading the inputs and writing the result takes "

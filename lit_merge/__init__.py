@@ -1,7 +1,7 @@
 """lit-merge: models are fine-tuned to be merged, and merged.
 
 Names are loaded when they are first used: importing :mod:`lit_merge`, :mod:`lit_merge.vectors` or
-:mod:`lit_merge.transforms` costs torch and safetensors only.
+:mod:`lit_merge.transforms` costs torch only.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import inspect
 import json
 import re
 import shutil
@@ -169,4 +170,17 @@ def test_navigation_has_every_page() -> None:
     listed = re.findall(r": ([\w/]+\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.MULTILINE)
     there = {path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md")}
     assert set(listed) == there
+    assert len(listed) == len(set(listed))
+
+
+@pytest.mark.parametrize("page", sorted(path.stem for path in (DOCS / "api").glob("*.md")))
+def test_the_reference_has_every_class_and_function(page: str) -> None:
+    package = importlib.import_module(f"lit_merge.{page}")
+    text = (DOCS / "api" / f"{page}.md").read_text(encoding="utf-8")
+    listed = re.findall(rf"^::: lit_merge\.{page}\.(\w+)$", text, re.MULTILINE)
+    public = {name: getattr(package, name) for name in package.__all__}
+    assert {name for name, one in public.items() if inspect.isclass(one) or inspect.isfunction(one)} - set(
+        listed
+    ) == set()
+    assert set(listed) <= set(public)
     assert len(listed) == len(set(listed))

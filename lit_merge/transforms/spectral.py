@@ -121,7 +121,7 @@ class IsoCTS(Transform):
 
     def __call__(self, vectors: TaskVectors) -> TaskVectors:
         """Reduce stacks ``(T, *shape)`` to ``(1, *shape)``."""
-        return reduce_matrices(self, self.exclude, vectors, partial(_iso_cts, self.common_fraction), _joining_work)
+        return reduce_matrices(self, self.exclude, vectors, partial(_iso_cts, self.common_fraction), _iso_cts_work)
 
 
 @dataclass(frozen=True)
@@ -244,10 +244,14 @@ def _iso_c_work(tasks: int, rows: int, columns: int, itemsize: int) -> Work:
     return decomposition(rows, columns, itemsize)
 
 
-def _joining_work(tasks: int, rows: int, columns: int, itemsize: int) -> Work:
-    """Of every task's triplets, of their vectors side by side, r together, and of the products of these."""
+def _iso_cts_work(tasks: int, rows: int, columns: int, itemsize: int) -> Work:
+    return _joining_work(tasks + 1, rows, columns, itemsize)  # the sum is one more
+
+
+def _joining_work(matrices: int, rows: int, columns: int, itemsize: int) -> Work:
+    """Of every matrix' triplets, of their vectors side by side, r together, and of the products of these."""
     rank = min(rows, columns)
-    parts = [decomposition(rows, columns, itemsize)] * (tasks + 1)
+    parts = [decomposition(rows, columns, itemsize)] * matrices
     parts += [decomposition(rows, rank, itemsize), decomposition(rank, columns, itemsize)]
     work = Work.together([*parts, Work(0, 4.0 * rows * columns * rank)])
     return Work(work.memory + 2 * (rows + columns) * rank * itemsize, work.operations)

@@ -8,7 +8,7 @@ import torch
 
 from lit_merge.errors import ConfigurationError
 from lit_merge.transforms import CART, DCMerge, IsoC, IsoCTS, TSVMerge
-from lit_merge.transforms.matrices import left_vectors, polar, triplets
+from lit_merge.transforms.matrices import decomposition, left_vectors, polar, triplets
 from lit_merge.vectors import TaskVector, TaskVectors
 
 ALL = [TSVMerge(), IsoC(), IsoCTS(0.5)]
@@ -298,6 +298,23 @@ def test_a_decomposition_that_fails_names_the_parameter(transform, monkeypatch):
     who = type(transform).__name__
     with pytest.raises(ConfigurationError, match=rf"^{who}: expected a singular value decomposition of b\.1\.w, got n"):
         merge(transform, random_matrices(2, (3, 3)), name="b.1.w")
+
+
+@pytest.mark.parametrize(
+    ("transform", "more"), [(TSVMerge(), 2), (DCMerge(0.1), 2), (IsoCTS(0.5), 3), (CART(0.5, 1.5), 0)], ids=repr
+)
+def test_the_plan_counts_the_decompositions(transform, more, monkeypatch):
+    tasks, size = 3, 12
+    made = []
+    compute = torch.linalg.svd
+    monkeypatch.setattr(torch.linalg, "svd", lambda *given, **settings: made.append(1) or compute(*given, **settings))
+    vectors = TaskVectors(
+        [TaskVector({"w": torch.tensor(one)}, str(i)) for i, one in enumerate(random_matrices(tasks, (size, size)))]
+    )
+    view = transform(vectors)
+    view["w"]
+    assert len(made) == tasks + more
+    assert view.work("w").operations // decomposition(size, size, 8).operations == tasks + more
 
 
 def test_a_sum_that_overflows_is_refused():
