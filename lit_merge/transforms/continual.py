@@ -17,7 +17,7 @@ from lit_merge.errors import ConfigurationError, first_few
 from lit_merge.transforms.base import Transform
 from lit_merge.transforms.matrices import check_pattern, decomposition, reduce_matrices, triplets
 from lit_merge.vectors import TaskVectors
-from lit_merge.vectors.sources import Work
+from lit_merge.vectors.sources import Work, sum_rows
 
 __all__ = ["ProjectedSum", "RunningMean"]
 
@@ -63,7 +63,7 @@ class ProjectedSum(Transform):
         """Reduce stacks ``(T, *shape)`` to ``(1, *shape)``."""
         places = list(range(len(vectors.tasks)))
         if self.order is not None:
-            if sorted(self.order) != sorted(vectors.tasks):
+            if sorted(self.order) != sorted(vectors.tasks) or len(set(self.order)) < len(self.order):
                 raise ConfigurationError(
                     f"ProjectedSum.order: expected every task once, {first_few(vectors.tasks, 12)}, got "
                     f"{first_few(self.order, 12)}. Change it."
@@ -78,12 +78,15 @@ class RunningMean(Transform):
     """``(n M + τ) / (n + 1)``, one vector after another: the mean over tasks, each of which counts once.
 
     A row that was merged of n tasks counts n times, so that the average of some tasks and one more vector give the
-    average of all; of rows of one task each it is :class:`~lit_merge.transforms.Mean`. The order does not matter.
+    average of all; of rows of one task each it is :class:`~lit_merge.transforms.Mean`. A row without a task's name
+    counts once. The order does not matter.
     """
 
     def __call__(self, vectors: TaskVectors) -> TaskVectors:
         """Reduce stacks ``(T, *shape)`` to ``(1, *shape)``."""
-        return vectors.reduce_elements(partial(_mean, tuple(map(len, vectors.row_tasks))), note=self)
+        return vectors.reduce_elements(
+            partial(_mean, tuple(max(len(tasks), 1) for tasks in vectors.row_tasks)), note=self
+        )
 
 
 def _projected(alpha: float, places: Sequence[int], stack: Tensor) -> Tensor:
@@ -112,4 +115,4 @@ def _work(tasks: int, rows: int, columns: int, itemsize: int) -> Work:
 
 def _mean(counts: tuple[int, ...], name: str, start: int, chunk: Tensor) -> Tensor:
     weights = torch.tensor(counts, dtype=chunk.dtype, device=chunk.device).unsqueeze(1)
-    return chunk.mul_(weights).sum(0, keepdim=True).div_(sum(counts))
+    return sum_rows(chunk.mul_(weights)).div_(sum(counts))

@@ -107,7 +107,7 @@ class LiNeS(Transform):
                 f"LiNeS.alpha: expected one merged vector for norm_ratio, got {len(vectors.tasks)}. "
                 "Reduce them first, e.g. with Sum(), or give a number."
             )
-        if vectors.provenance == (*vectors.inputs.provenance, str(Sum())):
+        if vectors.sums_inputs and vectors.provenance == (*vectors.inputs.provenance, str(Sum())):
             return vectors.map_elements(partial(_lines, self, depth, 1 / len(vectors.inputs.tasks)), note=self)
         reads = vectors.inputs.walk + vectors.walk
         ratio = Statistic("LiNeS: ratio of norms", reads, partial(_norm_ratio, vectors))

@@ -28,7 +28,7 @@ from lit_merge.transforms.matrices import (
 )
 from lit_merge.transforms.reduce import Sum
 from lit_merge.vectors import TaskVectors
-from lit_merge.vectors.sources import Work
+from lit_merge.vectors.sources import Work, sum_rows
 
 __all__ = ["CARTDirections", "CalibratedDirections", "Departures", "TSVDirections"]
 
@@ -182,7 +182,7 @@ def _work(tasks: int, rows: int, columns: int, itemsize: int) -> Work:
 
 
 def _departed(coefficient: float, name: str, start: int, chunk: Tensor, merged: Tensor) -> Tensor:
-    return chunk.sub_(chunk.mean(0)).mul_(coefficient).add_(merged, alpha=1 / len(chunk))
+    return chunk.sub_(sum_rows(chunk.clone()).div_(len(chunk))).mul_(coefficient).add_(merged / len(chunk))
 
 
 def _averaged(stack: Tensor) -> Tensor:

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
 from numbers import Real
-from typing import Any
+from typing import Any, TypeVar
 
 from lit_merge.errors import ConfigurationError, did_you_mean
 from lit_merge.transforms.base import Chain, Transform
 
-__all__ = ["field_path", "field_value", "replace_field"]
+__all__ = ["field_path", "field_value", "parts_of", "replace_field"]
+
+Part = TypeVar("Part")
 
 FieldPath = tuple[str | int, ...]
 """How a field is reached: names of dataclass fields, keys of mappings and positions in sequences."""
@@ -50,6 +52,22 @@ def replace_field(transform: Transform, field: str, value: Any, *, step: int | N
     changed = _with_value(transform, path, value)
     assert isinstance(changed, Transform)
     return changed
+
+
+def parts_of(whole: Any, kinds: type[Part] | tuple[type[Part], ...]) -> Iterator[Part]:
+    """What is of some kinds in a transform, in order: itself, steps of chains, overrides, merges within others.
+
+    Args:
+        whole: a transform, or what one is made of.
+        kinds: classes; what is within one of them is not looked at.
+    """
+    if isinstance(whole, kinds):
+        yield whole
+    elif isinstance(whole, list | tuple):
+        for one in whole:
+            yield from parts_of(one, kinds)
+    elif isinstance(whole, Transform) or (is_dataclass(whole) and not isinstance(whole, type)):
+        yield from parts_of(list(vars(whole).values()), kinds)
 
 
 def field_value(transform: Transform, field: str) -> Any:

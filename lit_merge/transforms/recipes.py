@@ -18,7 +18,9 @@ from lit_merge.transforms.conflicts.variance import SCE
 from lit_merge.transforms.continual import ProjectedSum, RunningMean
 from lit_merge.transforms.covariance import ACE
 from lit_merge.transforms.depth import LiNeS
+from lit_merge.transforms.directions import TSVDirections
 from lit_merge.transforms.essential import ESM
+from lit_merge.transforms.fields import parts_of
 from lit_merge.transforms.geometry import KarcherMean, ModelStock, Slerp, Space
 from lit_merge.transforms.interference import WUDI, OptMerge, SpectralWUDI
 from lit_merge.transforms.learned import LearnedScale, transform_before
@@ -497,16 +499,19 @@ def svc(merge: Transform | None = None, alpha: float | None = None) -> Chain:
     Args:
         merge: its coefficient included; by default task arithmetic with 0.3.
         alpha: smallest projection; by default the authors' for the merge: 1 if TSV-M or WUDI (here: any of its family)
-            is in it, 0.2 if Iso-CTS is, 0.1 otherwise.
+            is in it, also within another part, 0.2 if Iso-CTS is, 0.1 otherwise.
     """
     before = chain(merge or task_arithmetic())
     if alpha is None:
-        found = [_CALIBRATED[type(step)] for step in before.steps if type(step) in _CALIBRATED]
-        alpha = found[-1] if found else 0.1
+        found = list(parts_of(before, tuple(_CALIBRATED)))
+        alpha = next(own for kind, own in _CALIBRATED.items() if isinstance(found[-1], kind)) if found else 0.1
     return chain(before, Calibrate(alpha))
 
 
-_CALIBRATED: dict[type[Transform], float] = {TSVMerge: 1.0, WUDI: 1.0, OptMerge: 1.0, SpectralWUDI: 1.0, IsoCTS: 0.2}
+_CALIBRATED: dict[type[Transform], float] = {
+    **dict.fromkeys((TSVMerge, TSVDirections, WUDI, OptMerge, SpectralWUDI), 1.0),
+    IsoCTS: 0.2,
+}
 
 
 def continual(alpha: float = 0.5, order: Sequence[str] | None = None, coefficient: float = 1.0) -> Chain:

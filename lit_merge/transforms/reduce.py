@@ -188,4 +188,6 @@ def _scaled_by_task(coefficients: tuple[float, ...], name: str, start: int, chun
 
 
 def _interpolated(fraction: float, name: str, start: int, chunk: Tensor) -> Tensor:
-    return chunk[:1].mul_(1 - fraction).add_(chunk[1:], alpha=fraction)
+    return (
+        chunk[:1].mul_(1 - fraction).add_(chunk[1:].mul_(fraction))
+    )  # a fused sum would round otherwise at a chunk's end

@@ -27,10 +27,11 @@ class OrthoMerge(Transform):
     OrthoMerge (Yang et al. 2026, 2602.05943), for models that were not fine-tuned by rotations. Of every matrix W0
     ``[out, in]`` and its task vectors:
 
-    1. ``R_t`` is the orthogonal matrix with the smallest ``‖W0 R_t − W_t‖`` (Procrustes): P Qᵀ of ``W0ᵀ W_t = P S Qᵀ``;
+    1. ``R_t`` is the rotation with the smallest ``‖W0 R_t − W_t‖`` (Procrustes): P Qᵀ of ``W0ᵀ W_t = P S Qᵀ``, with the
+       last column of P turned round if that is a reflection, which 2 cannot take (Kabsch 1976);
     2. Cayley's map makes it skew-symmetric, ``A_t = (R_t + I)⁻¹ (R_t − I)``, where rotations are added:
        ``A = Σ A_t / ‖Σ A_t‖ · (1/T) Σ ‖A_t‖``, the mean length in the direction of the sum;
-    3. back, ``R = (I − A)⁻¹ (I + A)``, and ``W = W0 R + merge(W_t − W0 R_t)``.
+    3. back, ``R = (I − A)⁻¹ (I + A)``, and ``W = W0 R + merge(W_t − W0 R_t)``, with R_t that A_t gives back as well.
 
     Where W0 or W_t has fewer rows than columns, R_t is not determined by 1; of the best the one nearest to the identity
     is taken, where the authors' program takes what its decomposition leaves. What is no matrix, or excluded, is merged
@@ -83,8 +84,7 @@ def _rest(transform: OrthoMerge, base: Mapping[str, Tensor], name: str, stack: T
         return stack
     origin, targets = _origin(base, name, stack), _targets(transform.conflicts, stack)
     for row, target in zip(stack, targets, strict=True):
-        rotation = decomposed("OrthoMerge", name, _rotation, origin, target)
-        row.copy_(row.double() + origin - origin @ rotation)
+        row.copy_(row.double() - origin @ _departure(decomposed("OrthoMerge", name, _skew, origin, target)))
     return stack
 
 
@@ -96,16 +96,14 @@ def _turned(transform: OrthoMerge, base: Mapping[str, Tensor], name: str, stack:
     total = torch.zeros(stack.shape[2], stack.shape[2], dtype=torch.float64, device=stack.device)
     length = 0.0
     for target in _targets(transform.conflicts, stack):
-        skew = decomposed("OrthoMerge", name, _skew, decomposed("OrthoMerge", name, _rotation, origin, target))
+        skew = decomposed("OrthoMerge", name, _skew, origin, target)
         total += skew
         length += float(torch.linalg.vector_norm(skew)) / len(stack)
     size = float(torch.linalg.vector_norm(total))
     if size <= torch.finfo(total.dtype).eps * len(total) * length:  # the rotations cancel, or there are none
         return rest
     total *= length / size
-    identity = torch.eye(len(total), dtype=total.dtype, device=total.device)
-    departure = torch.linalg.solve(identity - total, 2 * total)  # R − I
-    return (rest[0].double() + origin @ departure).to(stack.dtype).unsqueeze(0)
+    return (rest[0].double() + origin @ _departure(total)).to(stack.dtype).unsqueeze(0)
 
 
 def _targets(conflicts: bool, stack: Tensor) -> list[Tensor]:
@@ -118,29 +116,39 @@ def _targets(conflicts: bool, stack: Tensor) -> list[Tensor]:
 
 
 def _rotation(origin: Tensor, vector: Tensor) -> Tensor:
-    """The orthogonal R with the smallest ``‖W0 R − (W0 + τ)‖``, of several that nearest to the identity."""
+    """The rotation R with the smallest ``‖W0 R − (W0 + τ)‖``, of several that nearest to the identity."""
     if not bool(vector.any()):
         return torch.eye(origin.shape[1], dtype=origin.dtype, device=origin.device)
     left, values, right = torch.linalg.svd(origin.mT @ (origin + vector))
     if not is_finite(values):
         raise torch.linalg.LinAlgError
     kept = int((values > torch.finfo(values.dtype).eps * len(values) * values[:1]).sum())
-    rotation = left[:, :kept] @ right[:kept]
     if kept < len(values):
         free, other = left[:, kept:], right[kept:]
         turn, _, back = torch.linalg.svd(free.mT @ other.mT)
-        rotation = rotation + free @ (turn @ back) @ other
+        left = torch.cat([left[:, :kept], free @ turn], 1)
+        right = torch.cat([right[:kept], back @ other])
+    rotation = left @ right
+    if float(torch.linalg.slogdet(rotation).sign) < 0:  # the direction that costs least, or nothing
+        rotation = rotation - 2 * torch.outer(left[:, -1], right[-1])
     return rotation
 
 
-def _skew(rotation: Tensor) -> Tensor:
-    """Cayley's map of a rotation, made skew-symmetric to the last digit."""
+def _skew(origin: Tensor, vector: Tensor) -> Tensor:
+    """Cayley's map of a task's rotation, made skew-symmetric to the last digit."""
+    rotation = _rotation(origin, vector)
     identity = torch.eye(len(rotation), dtype=rotation.dtype, device=rotation.device)
     skew = torch.linalg.solve(rotation + identity, rotation - identity)
     return (skew - skew.mT) / 2
 
 
+def _departure(skew: Tensor) -> Tensor:
+    """``R − I`` of the rotation that Cayley's map makes of a skew-symmetric matrix."""
+    identity = torch.eye(len(skew), dtype=skew.dtype, device=skew.device)
+    return torch.linalg.solve(identity - skew, 2 * skew)
+
+
 def _rotation_work(tasks: int, rows: int, columns: int, itemsize: int) -> Work:
     part = decomposition(columns, columns, 8)
-    work = Work.together([part] * tasks + [Work(0, 3.0 * tasks * columns**3)])
+    work = Work.together([part] * tasks + [Work(0, 6.0 * tasks * columns**3)])
     return Work(work.memory + 8 * (6 * columns**2 + (tasks + 2) * rows * columns), work.operations)

@@ -150,7 +150,11 @@ def _finite(values: Tensor) -> Tensor:
 def _within(transform: KnOTS | CoreSpace, bases: BasesOf, work: WorkOf, vectors: TaskVectors) -> TaskVectors:
     """Apply ``transform.merge`` in the coordinates of the bases."""
     who = type(transform).__name__
-    outside = transform.merge(vectors)  # as many rows as inside, and as many passes
+    bare = vectors.without_base(
+        f"{who}.merge: expected a transform that needs no pre-trained parameters, which are not in the shared space, "
+        f"got {transform.merge!r}. Use another one."
+    )
+    outside = transform.merge(bare)  # as many rows as inside, and as many passes
     reads = 2 * vectors.walk + sum(one.reads for one in outside.statistics if one not in vectors.statistics)
     inside = Statistic(f"{who}: shared spaces", reads, partial(_merged, transform, bases, vectors), at_most=True)
     tasks = [outside.vector(row).tasks for row in range(len(outside.tasks))]
@@ -166,10 +170,12 @@ class _Spaces:
         self._bases = bases
         self._kept: dict[str, Bases] = {}
         self._ranks: dict[str, torch.Size] = {}
+        self.device: torch.device | None = None  # where matrices are computed
         for name in vectors:
             shape = vectors.shape(name)[1:]
             if is_matrix(transform.exclude, name, vectors.shape(name)):
                 left, right = self._compute(name)
+                self.device = left.device
                 shape = torch.Size([left.shape[1], shape[1] if right is None else right.shape[1]])
                 if 2 * max(left.shape[1], 0 if right is None else right.shape[1]) <= min(vectors.shape(name)[1:]):
                     self._kept[name] = left, right
@@ -207,7 +213,8 @@ def _merged(transform: KnOTS | CoreSpace, bases: BasesOf, vectors: TaskVectors) 
         rows.append(
             TaskVector(Computed(structure, partial(_coordinates, spaces, row)), row.tasks or task, metadata=known)
         )
-    return _Inside(spaces, transform.merge(TaskVectors(rows)))
+    inner = TaskVectors(rows, device=spaces.device, model_names=vectors.model_names)
+    return _Inside(spaces, transform.merge(inner))
 
 
 def _coordinates(spaces: _Spaces, row: TaskVector, name: str) -> Tensor:
@@ -215,13 +222,13 @@ def _coordinates(spaces: _Spaces, row: TaskVector, name: str) -> Tensor:
     if not is_matrix(spaces.transform.exclude, name, spaces.vectors.shape(name)):
         return values
     left, right = spaces.of(name)
-    inside = left.mT @ values.double()
+    inside = left.mT @ values.to(left.device, torch.float64)
     return (inside if right is None else inside @ right).to(values.dtype)
 
 
 def _lifted(transform: KnOTS | CoreSpace, inside: Statistic[_Inside], name: str, stack: Tensor) -> Tensor:
     found = inside()
-    merged = found.merged[name]
+    merged = found.merged[name].to(stack.device)
     if not is_matrix(transform.exclude, name, stack.shape):
         return merged
     left, right = found.spaces.of(name)

@@ -168,7 +168,7 @@ def _fisher_mean(
 ) -> Tensor:
     weights = (fisher.to(chunk.device).double() / scales().to(chunk.device)).clamp_(min=floor)
     weights.mul_(weights.new_tensor(coefficients).unsqueeze(1))
-    total = weights.sum(0, keepdim=True)
+    total = sum_rows(weights.clone())
     fractions = torch.where(total > 0, weights / total, 1 / len(chunk))
     return sum_rows(chunk.mul_(fractions))
 

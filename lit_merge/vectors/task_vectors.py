@@ -43,6 +43,7 @@ class TaskVectors(LazyMapping):
             parameters that others have, as that of a partial fine-tune does: it is zero there, see :attr:`notes`.
         base: θ0, name -> tensor, for the few transforms that need it; it has at least the vectors' names.
         device: where stacks are computed; by default where the vectors are. Inputs are moved one stack at a time.
+        model_names: all names of the network, which tell how many blocks it has; by default those of the vectors.
 
     Raises:
         ConfigurationError: ``vectors`` is empty or holds something else than task vectors.
@@ -59,6 +60,7 @@ class TaskVectors(LazyMapping):
         vectors: Sequence[TaskVector],
         base: Mapping[str, Tensor] | None = None,
         device: torch.device | str | None = None,
+        model_names: Sequence[str] | None = None,
     ) -> None:
         if isinstance(vectors, TaskVector):
             raise ConfigurationError(
@@ -87,8 +89,9 @@ class TaskVectors(LazyMapping):
         self._metadata = same_base(rows)
         self._provenance = tuple(_identity(row) for row in rows)
         self._inputs: TaskVectors = self
-        self._model_names = tuple(self._structure)
+        self._model_names = tuple(self._structure if model_names is None else model_names)
         self._base = base
+        self._without_base = ""
         self._statistics: tuple[Statistic[Any], ...] = ()
         self._from_files = all(row.content_digest for row in rows)
 
@@ -114,7 +117,7 @@ class TaskVectors(LazyMapping):
 
     @property
     def model_names(self) -> tuple[str, ...]:
-        """The names before :meth:`restrict`, which tell how many blocks the whole network has."""
+        """The network's names, before :meth:`restrict`, which tell how many blocks it has."""
         return self._model_names
 
     @property
@@ -142,11 +145,12 @@ class TaskVectors(LazyMapping):
         """θ0, name -> tensor.
 
         Raises:
-            ConfigurationError: the vectors were built without it.
+            ConfigurationError: the vectors were built without it, or see :meth:`without_base`.
         """
         if self._base is None:
             raise ConfigurationError(
-                "base: expected the pre-trained parameters, got none. Use TaskVectors(vectors, base=parameters)."
+                self._without_base
+                or "base: expected the pre-trained parameters, got none. Use TaskVectors(vectors, base=parameters)."
             )
         return self._base
 
@@ -169,6 +173,11 @@ class TaskVectors(LazyMapping):
     def from_files(self) -> bool:
         """Whether these are task vectors as they are stored in files, and no transform was applied."""
         return self._from_files
+
+    @property
+    def sums_inputs(self) -> bool:
+        """Whether this is a function of the plain sum of the vectors before any transform."""
+        return isinstance(self._source, Sums) and self._source.source is self._inputs
 
     @property
     def by_chunks(self) -> bool:
@@ -345,6 +354,14 @@ class TaskVectors(LazyMapping):
     # Names of 0.1.0.
     pieces, map_entries, reduce_entries = chunks, map_elements, reduce_elements
 
+    def without_base(self, reason: str) -> TaskVectors:
+        """The same vectors for what must not ask for θ0; ``reason`` is what it is told if it does."""
+        view = self._view(Subset(self), self._row_tasks, "", ())
+        view._base, view._without_base = None, reason
+        view._inputs = view if self._inputs is self else self._inputs
+        view._from_files = self._from_files
+        return view
+
     def restrict(self, names: Sequence[str]) -> TaskVectors:
         """The same vectors with some of the parameters only; statistics of what is applied next are over these.
 
@@ -391,7 +408,8 @@ class TaskVectors(LazyMapping):
         indices = [self._index(task) for task in tasks]
         if self._rows is not None:
             assert isinstance(self._source, Rows)
-            return TaskVectors([self._rows[index] for index in indices], self._base, self._source.device)
+            rows = [self._rows[index] for index in indices]
+            return TaskVectors(rows, self._base, self._source.device, self._model_names)
         view = self.map_elements(
             partial(_selected, indices),
             tasks=[self._row_tasks[index] for index in indices],
@@ -441,7 +459,7 @@ class TaskVectors(LazyMapping):
         view._provenance = (*self._provenance, note) if note else self._provenance
         view._inputs = self._inputs
         view._model_names = self._model_names
-        view._base = self._base
+        view._base, view._without_base = self._base, self._without_base
         view._from_files = False
         view._statistics = tuple(dict.fromkeys((*self._statistics, *statistics)))
         return view

@@ -13,7 +13,7 @@ from lit_merge.files.lazy import Computed
 from lit_merge.models.merging.cautions import cautions_of, rank_cautions, statistics_cautions
 from lit_merge.models.merging.inputs import Input
 from lit_merge.models.merging.rounding_loss import RoundingLoss, is_narrow, written_cautions
-from lit_merge.transforms import Departures, FisherMean, RegMean, Scale, Sum, chain, tsv_m
+from lit_merge.transforms import Departures, FisherMean, Override, RegMean, Scale, Sum, WithOverrides, chain, tsv_m
 from lit_merge.vectors import TaskVector, TaskVectors
 from lit_merge.vectors.statistics import write_statistics
 
@@ -147,6 +147,7 @@ def test_more_vectors_than_a_matrix_has_directions():
         "merge that gives each vector its own cannot keep them apart there. Name these matrices in exclude, or merge "
         "fewer vectors."
     )
+    assert rank_cautions(WithOverrides(Sum(), [Override(tsv_m(), names="w")]), TaskVectors(vectors)) == [line]
     assert rank_cautions(chain(Sum(), Scale(0.3)), TaskVectors(vectors)) == []
     assert rank_cautions(tsv_m(), TaskVectors(vectors[:2])) == []
 

@@ -11,13 +11,18 @@ from lit_merge.transforms import (
     CART,
     Calibrate,
     IsoCTS,
+    KnOTS,
+    Override,
     Polarise,
     Scale,
     SpectralWUDI,
     Sum,
     Transform,
+    TSVDirections,
     TSVMerge,
+    WithOverrides,
     chain,
+    core_space,
     iso_c,
     iso_cts,
     svc,
@@ -124,6 +129,9 @@ def test_the_recipe_takes_the_authors_alpha_for_each_merge():
         "tsv": 1,
     }
     assert svc(wudi()).steps[-1] == Calibrate(1.0)
+    within = (KnOTS(tsv_m()), core_space(), WithOverrides(tsv_m(), []), chain(TSVDirections(), Sum()))
+    assert [svc(merge).steps[-1] for merge in within] == [Calibrate(1.0)] * 4
+    assert svc(WithOverrides(Sum(), [Override(IsoCTS(0.5), blocks=[0])])).steps[-1] == Calibrate(0.2)
     assert svc(IsoCTS(0.5), 0.7).steps == (IsoCTS(0.5), Calibrate(0.7))
 
 

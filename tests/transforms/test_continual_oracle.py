@@ -91,6 +91,13 @@ def test_the_running_mean_is_the_mean_and_one_vector_itself():
         torch.testing.assert_close(alone[name], given[0][name])
 
 
+def test_vectors_without_a_name_count_once():
+    one, three = torch.ones(3), torch.full((3,), 3.0)
+    for tasks in (("", ""), ("a", "")):
+        rows = [TaskVector({"w": value}, task) for value, task in zip((one, three), tasks, strict=True)]
+        torch.testing.assert_close(RunningMean()(TaskVectors(rows)).single()["w"], 2 * one)
+
+
 def test_a_vector_along_the_merge_is_left_out_and_beside_a_low_rank_one_kept():
     one = torch.outer(torch.tensor([1.0, 2, 0, 0]), torch.tensor([0.0, 1, 1])).double()
     beside = torch.outer(torch.tensor([2.0, -1, 0, 0]), torch.tensor([0.0, 1, -1])).double()
@@ -109,6 +116,10 @@ def test_refused():
         (
             lambda: ProjectedSum(order=["a", "b", "c", "e"])(TaskVectors(rows())),
             "ProjectedSum.order: expected every task once, a, b, c, d, got a, b, c, e. Change it.",
+        ),
+        (
+            lambda: ProjectedSum(order=["a", "a"])(TaskVectors([TaskVector({"w": torch.ones(2)}, "a")] * 2)),
+            "ProjectedSum.order: expected every task once, a, a, got a, a. Change it.",
         ),
     ):
         with pytest.raises(ConfigurationError) as refused:

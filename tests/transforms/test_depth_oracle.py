@@ -146,3 +146,17 @@ def test_the_decoder_of_a_t5_follows_its_encoder():
     assert [name for name in expected if only[name][0, 0] == 5] == [
         f"decoder.block.{i}.layer.2.DenseReluDense.wi.weight" for i in (0, 2)
     ]
+
+
+def test_what_was_done_without_a_word_before_the_sum_counts_for_the_ratio_of_norms():
+    names = [f"blocks.{block}.weight" for block in range(3)]
+    vectors = TaskVectors([TaskVector({name: torch.full((2,), 1.0 + t) for name in names}, f"t{t}") for t in range(2)])
+    silent = vectors.map_elements(lambda name, start, chunk: chunk * 0.5)
+    named = vectors.map_elements(lambda name, start, chunk: chunk * 0.5, note="half")
+    first, second = (chain(Sum(), LiNeS("norm_ratio", 0.0))(one) for one in (silent, named))
+    for name in names:  # ‖Σ τ_t‖₁ / ‖τ‖₁ is 2, of two tasks
+        torch.testing.assert_close(first[name], torch.full((1, 2), 1.5))
+        assert torch.equal(first[name], second[name])
+    plain = chain(Sum(), LiNeS("norm_ratio", 0.0))(vectors)
+    assert not plain.statistics
+    torch.testing.assert_close(plain[names[0]], torch.full((1, 2), 1.5))

@@ -87,6 +87,7 @@ from lit_merge.transforms import (
     lines,
     model_stock,
     negation,
+    recipe,
     rewarded_soup,
     slerp,
     svc,
@@ -446,6 +447,24 @@ def test_pieces_are_the_stack(case: Case) -> None:
             whole = torch.cat([chunk for _, chunk in chunks], dim=1)
             assert whole.dtype == stack.dtype
             assert torch.equal(whole, stack.reshape(len(stack), -1))
+
+
+MANY = ["task_arithmetic", "weight_average", "continual_average", "ties", "dare_ties", "dare_linear", "della"]
+MANY += ["breadcrumbs", "magmax", "sce", "ram", "ram_plus", "consensus_ta", "consensus_ties", "lines", "model_stock"]
+MANY += ["emr", "tall_masks"]
+
+
+@pytest.mark.parametrize("transform", [*map(recipe, MANY), Departures(Sum()), Interpolate(0.3)], ids=str)
+def test_more_than_eight_vectors_are_added_in_one_order_everywhere(transform: Transform) -> None:
+    two = isinstance(transform, Interpolate)
+    drawn = torch.randn(2 if two else 9, 300, generator=torch.Generator().manual_seed(0))
+    names = [f"blocks.{block}.weight" for block in range(2)]
+    vectors = TaskVectors([TaskVector({name: row.clone() for name in names}, f"t{i}") for i, row in enumerate(drawn)])
+    result = transform(vectors)
+    for name in result:
+        for length in (7, 100, 299):
+            pieces = torch.cat([chunk for _, chunk in result.chunks(name, length)], dim=1)
+            assert torch.equal(pieces, result[name].reshape(len(result.tasks), -1))
 
 
 @every_case

@@ -38,6 +38,7 @@ def rotation(origin: np.ndarray, target: np.ndarray) -> np.ndarray:
     product = origin.T @ target
     nudge = 1e-9 * np.linalg.norm(product) if len(origin) < len(product) else 0.0
     u, _, v = np.linalg.svd(product + nudge * np.eye(len(product)))
+    u[:, -1] *= np.sign(np.linalg.det(u @ v))  # a reflection is no rotation (Kabsch 1976)
     return u @ v
 
 
@@ -73,6 +74,20 @@ def test_what_the_matrices_leave_open_is_not_turned():
     apart[:, :4] = np.eye(4)
     still = merge(OrthoMerge(chain(Sum(), Scale(0.0))), apart, [0.1 * apart, 0.2 * apart])
     close(still + 1, np.ones_like(still))
+
+
+@pytest.mark.parametrize("shape", [(6, 6), (1, 1), (12, 12), (9, 4), (4, 9)])
+def test_one_task_comes_back_also_where_procrustes_finds_a_reflection(shape):
+    reflections = 0
+    for seed in range(12):
+        generator = np.random.default_rng([seed, *shape])
+        origin, tau = generator.standard_normal(shape), 1.5 * generator.standard_normal(shape)
+        u, _, v = np.linalg.svd(origin.T @ (origin + tau))
+        reflections += np.linalg.det(u @ v) < 0
+        close(merge(orthomerge(1.0), origin, [tau]), tau, 1e-7)
+        nudged = merge(orthomerge(1.0), origin, [tau * (1 + 1e-12)])
+        close(nudged, tau, 1e-6)
+    assert shape[0] != shape[1] or reflections > 1
 
 
 def test_rotated_models_are_merged_as_rotations():

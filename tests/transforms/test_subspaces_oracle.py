@@ -21,11 +21,14 @@ from lit_merge.transforms import (
     LiNeS,
     Mean,
     Negate,
+    Override,
     Scale,
+    Slerp,
     Sum,
     Transform,
     Trim,
     TSVMerge,
+    WithOverrides,
     chain,
     task_arithmetic,
     ties,
@@ -164,6 +167,24 @@ def test_the_plan_knows_the_passes_and_the_decompositions() -> None:
     assert [repr(one) for one in result.statistics] == ["KnOTS: shared spaces (at most 6 reads)"]
     assert result.work("a").operations < CoreSpace()(vectors).work("a").operations
     assert result.work("c").operations == 0
+
+
+@pytest.mark.parametrize("subspace", [KnOTS, CoreSpace])
+def test_an_override_of_some_blocks_knows_the_depth_of_the_network(subspace: type[KnOTS | CoreSpace]) -> None:
+    vectors = vectors_of({f"blocks.{block}.weight": adapters((2, 2), seed=block) for block in range(12)})
+    scaled = chain(Sum(), LiNeS(0.0, 1.0))
+    found = WithOverrides(Sum(), [Override(subspace(scaled), blocks=[0, 1])])(vectors)
+    for block in (0, 1):
+        name = f"blocks.{block}.weight"
+        torch.testing.assert_close(found[name], block / 11 * Sum()(vectors)[name])
+
+
+@pytest.mark.parametrize("subspace", [KnOTS, CoreSpace])
+def test_a_merge_that_needs_the_base_is_refused_before_anything_is_computed(subspace: type[KnOTS | CoreSpace]) -> None:
+    stacks = {"w": adapters((2, 2))}
+    vectors = [TaskVector({"w": stacks["w"][task]}, f"task {task}") for task in range(2)]
+    with pytest.raises(ConfigurationError, match=r"merge: expected a transform that needs no pre-trained parameters"):
+        _ = subspace(Slerp())(TaskVectors(vectors, base={"w": stacks["w"][0]}))["w"]
 
 
 @pytest.mark.parametrize(

@@ -8,10 +8,9 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,6 +23,7 @@ from lit_merge.models.merging.inputs import Input
 from lit_merge.models.merging.rounding_loss import RoundingLoss, is_narrow, rounding_caution
 from lit_merge.models.network import Base
 from lit_merge.transforms import ESM, DCMerge, IsoCTS, OptMerge, Transform, TSVDirections, TSVMerge
+from lit_merge.transforms.fields import parts_of
 from lit_merge.vectors import TaskVector, TaskVectors
 from lit_merge.vectors.statistics import StatisticsFiles
 
@@ -114,7 +114,7 @@ def rank_cautions(transform: Transform, vectors: TaskVectors) -> list[str]:
     count = len(vectors.tasks)
     ranks = {name: min(vectors.shape(name)[1:]) for name in vectors if len(vectors.shape(name)) == 3}
     low = {name: rank for name, rank in ranks.items() if 0 < rank < count}
-    if not low or not _holds(transform, _DIVIDING):
+    if not low or not list(parts_of(transform, _DIVIDING)):
         return []
     name = min(low, key=lambda one: low[one])
     return [
@@ -169,7 +169,7 @@ def statistics_cautions(transform: Transform, vectors_fingerprint: str, base_fin
         StructureMismatchError: statistics were collected from models of another base.
     """
     found: list[str] = []
-    for files in _statistics_in(transform):
+    for files in parts_of(transform, StatisticsFiles):
         for task, path in files.items():
             known = LazyTensors(path).metadata.get("base_fingerprint", "")
             expected = vectors_fingerprint or base_fingerprint
@@ -296,25 +296,3 @@ def _estimated_losses(
             dtypes.add(dtype)
         if line := rounding_caution(_label(one), list(dtypes), loss, sample.count):
             yield line
-
-
-def _holds(part: Any, kinds: tuple[type, ...]) -> bool:
-    """Whether a chain has a part of some kind, also within another part."""
-    if isinstance(part, kinds):
-        return True
-    if isinstance(part, list | tuple):
-        return any(_holds(one, kinds) for one in part)
-    return isinstance(part, Transform) and any(_holds(one, kinds) for one in vars(part).values())
-
-
-def _statistics_in(part: Any) -> Iterator[StatisticsFiles]:
-    if isinstance(part, StatisticsFiles):
-        yield part
-    elif isinstance(part, list | tuple):
-        for one in part:
-            yield from _statistics_in(one)
-    elif is_dataclass(part) and not isinstance(part, type):
-        for field in fields(part):
-            yield from _statistics_in(getattr(part, field.name))
-    elif isinstance(part, Transform):
-        yield from _statistics_in(list(vars(part).values()))
