@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lit_merge.data.batch import ImageBatch
+from lit_merge.errors import ConfigurationError
 from lit_merge.files.text import write_text
 from lit_merge.report.hits import save_hits
 
@@ -100,7 +101,8 @@ class WritePredictions(L.Callback):
     """Writes the class and the probabilities of every example as CSV, in the order of the examples.
 
     Columns: ``image``, or ``example`` where it is none, ``class``, ``probability``, then one column per class; of a
-    task whose label is a number ``image`` or ``example``, and ``number``.
+    task whose label is a number ``image`` or ``example``, and ``number``. Tasks of next tokens have neither, and are
+    refused with a :class:`~lit_merge.errors.ConfigurationError` at the first batch.
 
     Args:
         path: the file, relative to the run's directory.
@@ -109,7 +111,7 @@ class WritePredictions(L.Callback):
     def __init__(self, path: str = "predictions.csv") -> None:
         self.path = path
         self._rows: dict[int, Tensor] = {}
-        self._column = "image"
+        self._column, self._numbers = "image", False
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Forget an earlier run."""
@@ -126,7 +128,14 @@ class WritePredictions(L.Callback):
     ) -> None:
         """Keep a batch's probabilities or numbers; padding has index -1."""
         self._column = "image" if isinstance(batch, ImageBatch) else "example"
-        found = outputs["numbers"] if "numbers" in outputs else outputs["probabilities"]
+        self._numbers = "numbers" in outputs
+        if not self._numbers and outputs["probabilities"].ndim != 2:
+            raise ConfigurationError(
+                "predict: expected a task with classes, answers or a number, got one of next tokens, whose "
+                "probabilities are no table. Use test for its perplexity, or the "
+                "callback GeneratedAnswers for what is written."
+            )
+        found = outputs["numbers" if self._numbers else "probabilities"]
         for index, row in zip(outputs["indices"].tolist(), found.cpu(), strict=True):
             if index >= 0:
                 self._rows[index] = row
@@ -144,9 +153,9 @@ class WritePredictions(L.Callback):
         classes = list(pl_module.classes)
         table = io.StringIO()
         writer = csv.writer(table, lineterminator="\n")
-        writer.writerow([self._column, *(["class", "probability", *classes] if classes else ["number"])])
+        writer.writerow([self._column, *(["number"] if self._numbers else ["class", "probability", *classes])])
         for index in sorted(rows):
-            if not classes:
+            if self._numbers:
                 writer.writerow([names[index], f"{float(rows[index][0]):.6f}"])
                 continue
             best = int(rows[index].argmax())

@@ -274,6 +274,14 @@ def test_predictions_are_a_table_in_the_order_of_the_images(module, silent_train
     assert len((tmp_path / "run" / "predictions.csv").read_text(encoding="utf-8").splitlines()) == 5
 
 
+def test_next_tokens_are_no_table():
+    outputs = {"probabilities": torch.full((2, 3, 5), 0.2), "indices": torch.arange(2)}
+    with pytest.raises(
+        ConfigurationError, match=r"predict: expected a task with classes, answers or a number, got one"
+    ):
+        WritePredictions().on_predict_batch_end(None, None, outputs, None, 0)
+
+
 # Text files
 
 

@@ -73,6 +73,10 @@ def test_plain_help_is_immediate_and_names_every_command() -> None:
         assert f"lit-merge {command}" in done.stdout
 
 
+NETWORK = ["fit", "--model.network=lit_merge.models.language.TextEncoderNetwork", "--model.network.path=p"]
+SOURCE = ["fit", "--data.source=lit_merge.data.TextTask", "--data.source.path=p"]
+
+
 @pytest.mark.parametrize("command", ["fit", "validate", "test", "predict", "merge", "suite", "data sheet"])
 def test_every_command_has_all_help_and_prints_its_configuration(command, capsys) -> None:
     started = time.process_time()
@@ -108,6 +112,9 @@ def test_every_command_has_all_help_and_prints_its_configuration(command, capsys
         (["suite", "--paths.mine", "p", "--seeds+=4"], "seeds", [0, 4]),
         (["suite", "--recipes", "{one: {recipe: negation}}"], "recipes.one.recipe", "negation"),
         (["data sheet", "--rows", "3"], "rows", 3),
+        ([*NETWORK, "--model.network.max_length", "null"], "model.init_args.network.init_args.max_length", None),
+        ([*SOURCE, "--data.source.label_column=null"], "data.init_args.source.init_args.label_column", None),
+        ([*SOURCE, "--data.source.prompt=null"], "data.init_args.source.init_args.prompt", None),
     ],
     ids=str,
 )

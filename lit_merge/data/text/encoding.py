@@ -14,7 +14,7 @@ from lit_merge.data.text.examples import TextPreprocessing
 from lit_merge.errors import ConfigurationError, DataError
 from lit_merge.files.cache import Cache
 
-__all__ = ["checked_preprocessing", "encoded", "encoded_answers", "packed"]
+__all__ = ["answer_tokens", "checked_preprocessing", "encoded", "encoded_answers", "packed"]
 
 _VERSION = 2  # part of every cache key: raise it when the computation changes
 _WORTH_KEEPING = 100_000  # characters that take longer to tokenise than their tokens to read
@@ -85,6 +85,30 @@ def encoded(
     return _rows("sources", stored), None if targets is None else _rows("targets", stored)
 
 
+def answer_tokens(
+    preprocessing: TextPreprocessing, name: str, sources: Sequence[Any], answers: Sequence[Sequence[str]]
+) -> dict[str, np.ndarray]:
+    """The tokens of every answer that one of N texts has.
+
+    Raises:
+        DataError: two answers of a text have the same tokens, so that no network can tell them apart.
+    """
+    different = list(dict.fromkeys(answer for own in answers for answer in own))
+    short = min(sources, key=lambda one: len(str(one)))
+    ids = preprocessing.encode([short] * len(different), different, preprocessing.kind != "causal").target_ids
+    tokens = dict(zip(different, ids, strict=True))
+    for own in dict.fromkeys(map(tuple, answers)):
+        first: dict[bytes, str] = {}
+        for answer in own:
+            other = first.setdefault(np.asarray(tokens[answer]).tobytes(), answer)
+            if other != answer:
+                raise DataError(
+                    f"{name}: expected answers that the network's tokenizer tells apart, got {other!r} and {answer!r}, "
+                    "which have the same tokens. Set answers to other words."
+                )
+    return tokens
+
+
 def encoded_answers(
     preprocessing: TextPreprocessing, name: str, sources: Sequence[Any], answers: Sequence[Sequence[str]]
 ) -> tuple[Tokens, list[list[np.ndarray]]]:
@@ -93,11 +117,8 @@ def encoded_answers(
     Raises:
         DataError: as :func:`encoded`.
     """
-    different = list(dict.fromkeys(answer for own in answers for answer in own))
     ended = preprocessing.kind != "causal"
-    short = min(sources, key=lambda one: len(str(one)))
-    ids = preprocessing.encode([short] * len(different), different, ended).target_ids
-    tokens = dict(zip(different, ids, strict=True))
+    tokens = answer_tokens(preprocessing, name, sources, answers)
     longest = [max(own, key=lambda answer: len(tokens[answer])) for own in answers]
     rows, _ = encoded(preprocessing, name, sources, longest, ended)
     return rows, [[tokens[answer] for answer in own] for own in answers]

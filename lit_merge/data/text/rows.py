@@ -11,7 +11,7 @@ from lit_merge.data.text.prompts import Prompt, is_missing, shown
 from lit_merge.data.text.tables import Table
 from lit_merge.errors import ConfigurationError, DataError, did_you_mean, first_few
 
-__all__ = ["Labels", "Rows", "Wording", "identity", "kept"]
+__all__ = ["Labels", "Rows", "Wording", "identity", "kept", "spelled_label"]
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,12 @@ class Wording:
         return texts[0] if len(texts) == 1 else (texts[0], texts[1])
 
 
+def spelled_label(value: Any) -> str:
+    """A label as it is compared: without blanks around it; a whole number as such, also where a gap made it 1.0."""
+    whole = isinstance(value, float) and value.is_integer()
+    return str(int(value)) if whole else shown(value).strip()
+
+
 @dataclass(frozen=True)
 class Labels:
     """How the cells of a column become classes.
@@ -89,9 +95,10 @@ class Labels:
                 wrong.append((row + 1, value))
             found.append(PADDING if place is None else place)
         if wrong:
+            known_ones = first_few(self.spelled or self.classes, 8)
             unlabelled = all(value == PADDING for _, value in wrong)
             raise DataError(
-                f"{where}: expected labels among {first_few(self.classes, 8)} in the column {self.column}, got "
+                f"{where}: expected labels among {known_ones} in the column {self.column}, got "
                 f"{first_few(dict.fromkeys(repr(value) for _, value in wrong))} in {len(wrong):,} of {len(found):,} "
                 f"rows (row {wrong[0][0]:,} is the first). "
                 + ("These labels are not published: set splits." if unlabelled else "Correct them, or set classes.")
@@ -99,11 +106,9 @@ class Labels:
         return found
 
     def _place(self, value: Any, known: Mapping[str, int]) -> int | None:
-        if isinstance(value, float) and value.is_integer():
-            value = int(value)
         if isinstance(value, bool):
             return known.get(str(value), known.get(str(value).lower(), int(value) if len(self.classes) == 2 else None))
-        text = shown(value).strip()
+        text = spelled_label(value)
         if text in known:
             return known[text]
         position = int(text) if text.isdecimal() and not self.spelled else len(self.classes)

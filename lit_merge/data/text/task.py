@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import re
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -14,10 +15,10 @@ import torch
 from lit_merge.data.batch import PADDING
 from lit_merge.data.fractions import checked_fractions
 from lit_merge.data.sources import Task, chosen_templates
-from lit_merge.data.text.encoding import checked_preprocessing, encoded, encoded_answers, packed
+from lit_merge.data.text.encoding import answer_tokens, checked_preprocessing, encoded, encoded_answers, packed
 from lit_merge.data.text.examples import TextExamples, TextPreprocessing
-from lit_merge.data.text.prompts import Prompt, is_missing, shown
-from lit_merge.data.text.rows import Labels, Rows, Wording, identity, kept
+from lit_merge.data.text.prompts import Prompt, is_missing
+from lit_merge.data.text.rows import Labels, Rows, Wording, identity, kept, spelled_label
 from lit_merge.data.text.splits import SPLITS, divided, part_of
 from lit_merge.data.text.stores import STORED_NAMES, FileStore, FolderStore, HubStore, RowStore, Store
 from lit_merge.data.text.tables import Table, read_table
@@ -205,7 +206,7 @@ class TextTask(Task):
         if given is not None:
             spelled = given if isinstance(given, Mapping) else {}
             names = tuple(dict.fromkeys(given.values())) if isinstance(given, Mapping) else tuple(given)
-            places = {str(label): names.index(name) for label, name in spelled.items()}
+            places = {text: names.index(name) for label, name in spelled.items() for text in _spellings(label)}
             return _several(Labels(column, names, places), "classes")
         table = self._stored("train")
         if table is None:
@@ -219,8 +220,8 @@ class TextTask(Task):
             )
         if column in table.label_names:
             return Labels(column, table.label_names[column])
-        found = {shown(cell).strip() for cell in table.columns[column] if not is_missing(cell)}
-        numeric = all(label.lstrip("-").isdecimal() for label in found)
+        found = {spelled_label(cell) for cell in table.columns[column] if not is_missing(cell)}
+        numeric = all(re.fullmatch(r"-?[0-9]+", label) for label in found)
         names = tuple(sorted(found, key=int) if numeric else sorted(found))
         return _several(Labels(column, names, {name: place for place, name in enumerate(names)}), table.where)
 
@@ -306,7 +307,8 @@ class TextTask(Task):
     ) -> dict[str, Rows | None]:
         columns = self._wording.read
         texts = [identity(table, columns, row) for row in chosen]
-        labels = [shown(table.columns[self._label_column][row]) if self._label_column else "" for row in chosen]
+        column = table.columns[self._label_column] if self._label_column else None
+        labels = ["" if column is None else spelled_label(column[row]) for row in chosen]
         _say_repeated(table.where, texts, labels)
         parts = divided(texts, labels, fractions, self._seed, table.where)
         found = {split: [chosen[place] for place in parts[split]] for split in splits}
@@ -380,6 +382,12 @@ class TextTask(Task):
             places = [f"{name}/{place}" for place in range(len(blocks))]
             known = torch.zeros(len(blocks), dtype=torch.int64)
             return TextExamples(blocks, known, places, preprocessing, content=list(rows.texts))
+        written = (self._wording.target, self._label_column, self._number_column)
+        if preprocessing.kind == "encoder_decoder" and written == (None, None, None):
+            raise ConfigurationError(
+                f"{self.name}: expected answers or a target, which an encoder-decoder writes, got texts alone. Set "
+                "label_column or target, or use a causal network."
+            )
         self._check_room(preprocessing)
         ranked = self._answers_as == "ranked" or (self._answers_as == "auto" and split != "train")
         targets, tokens, choices = rows.targets, None, None
@@ -389,6 +397,7 @@ class TextTask(Task):
             texts, choices = encoded_answers(preprocessing, name, rows.texts, rows.answers)
         else:
             if rows.answers is not None:
+                answer_tokens(preprocessing, name, rows.texts, rows.answers)
                 targets = [own[max(0, int(label))] for own, label in zip(rows.answers, rows.labels, strict=True)]
             unknown = targets is not None and not any(targets)
             texts, tokens = encoded(preprocessing, name, rows.texts, None if unknown else targets)
@@ -449,6 +458,11 @@ def _escaped(text: str) -> str:
 
 def _filled(wording: Wording, table: Table, row: int) -> bool:
     return any(not is_missing(table.columns[name][row]) for name in wording.read)
+
+
+def _spellings(label: Any) -> tuple[str, ...]:
+    """How a key of ``classes`` may stand in a column: YAML reads ``true`` as a truth value."""
+    return (str(label), str(label).lower()) if isinstance(label, bool) else (spelled_label(label),)
 
 
 def _several(labels: Labels, where: str) -> Labels:

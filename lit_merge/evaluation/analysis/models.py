@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassCalibrationError
 
-from lit_merge.errors import ConfigurationError
+from lit_merge.errors import ConfigurationError, first_few
 from lit_merge.evaluation.accuracies import in_memory
 from lit_merge.evaluation.analysis.disentanglement import DirectPair, LinearPair, ModelPair, disentanglement_errors
 from lit_merge.evaluation.analysis.images import TaskImages
@@ -93,8 +93,16 @@ def accuracy(evaluator: Evaluator, methods: Mapping[str, Method], record: Record
 
     Models are the pre-trained one, each task's own, and the merged ones; a method that keeps one vector per task is
     measured on each task with its own.
+
+    Raises:
+        ConfigurationError: a task has no classes.
     """
     tasks = list(evaluator.images)
+    if without := [task for task, images in evaluator.images.items() if not images.classes]:
+        raise ConfigurationError(
+            f"accuracy: expected tasks with classes or answers, got {first_few(without)} without. Leave accuracy out "
+            "of analyses, or measure these tasks by test (perplexity, exact match, Spearman)."
+        )
 
     def measured(name: str, models: Iterable[tuple[TaskVector | None, Sequence[str]]]) -> dict[str, dict[str, float]]:
         rows: dict[str, dict[str, float]] = {}

@@ -334,11 +334,50 @@ def test_digests_and_subsets():
     assert torch.equal(some.__getitems__([0]).inputs[0], examples.__getitems__([3]).inputs[0])
     assert some.digest() != examples.digest()
     other = tokenization("causal", ALL)
-    one, two = (TextTask(rows=ROWS, answers=given).split("test", other) for given in (["a", "b"], ["no", "yes"]))
+    one, two = (TextTask(rows=ROWS, answers=given).split("test", other) for given in (["w1", "w2"], ["no", "yes"]))
     assert one.digest() != two.digest()
     assert TextTask(rows=ROWS).split("train", network) is not TextTask(rows=ROWS).split("train", network)
     task = pickle.loads(pickle.dumps(TextTask(rows=ROWS)))
     assert task.split("train", network).digest() == examples.digest()
+
+
+@pytest.mark.parametrize(
+    "cells",
+    [
+        [0.0, 1.0],  # as pandas makes of whole numbers in a column with a gap
+        ["0", "1 "],
+        [" 0", 1],
+    ],
+)
+def test_spellings_of_one_label_are_one_class(cells):
+    rows = [{"text": f"good {word}", "label": cells[place % 2]} for place, word in enumerate(WORDS)]
+    task = TextTask(rows=rows)
+    assert task.classes == ("0", "1")
+    labels = [task.split(split, encoder()).labels for split in ("train", "val", "test")]
+    assert torch.cat(labels).bincount().tolist() == [30, 30]
+    named = TextTask(rows=rows, classes={0: "off", 1: "on"})
+    assert named.classes == ("off", "on")
+    assert torch.cat([named.split(split, encoder()).labels for split in ("train", "val", "test")]).sum() == 30
+
+
+def test_truth_values_of_a_csv_have_names():
+    rows = [{"text": f"good {word}", "label": ("true", "false")[place % 2]} for place, word in enumerate(WORDS)]
+    task = TextTask(rows=rows, classes={True: "pos", False: "neg"})  # as YAML reads {true: pos, false: neg}
+    assert task.split("train", encoder()).labels.unique().tolist() == [0, 1]
+    dashes = [{**row, "label": ("--1", "--2")[place % 2]} for place, row in enumerate(rows)]
+    assert TextTask(rows=dashes).classes == ("--1", "--2")
+    with pytest.raises(DataError, match=r"expected labels among yes, no in the column label, got 'false', 'true'"):
+        TextTask(rows=rows, classes={"yes": "pos", "no": "neg"}).split("train", encoder())
+
+
+def test_what_a_network_cannot_tell_apart_or_write_is_refused():
+    for split in ("train", "test"):
+        with pytest.raises(
+            DataError, match=r"expected answers that .* tells apart, got 'zz' and 'yy', which"
+        ):
+            TextTask(rows=ROWS, answers={"neg": "zz", "pos": "yy"}).split(split, tokenization("causal", ALL))
+    with pytest.raises(ConfigurationError, match=r"expected answers or a target, which an encoder-decoder writes, got"):
+        TextTask(rows=ROWS, label_column=None).split("train", tokenization("encoder_decoder", ALL))
 
 
 def test_large_tasks_are_tokenised_once(tmp_path, monkeypatch):
