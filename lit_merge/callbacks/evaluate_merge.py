@@ -128,6 +128,8 @@ class EvaluateMerge(EverySteps):
             self._stored = [TaskVector.load(path, verify=True) for path in self.vectors]
             for vector in self._stored:
                 pl_module.check_vector(vector)
+            known = [vector.tasks for vector in self._stored]
+            pl_module.look_beside(zip(self.vectors, known, strict=True))
             self._merged(pl_module)
             data: Any = self._tasks(pl_module)
             data.trainer = trainer

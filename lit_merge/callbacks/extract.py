@@ -14,7 +14,7 @@ from lit_merge._version import __version__
 from lit_merge.callbacks.steps import EverySteps
 from lit_merge.errors import ConfigurationError, first_few
 from lit_merge.files.writing import writing
-from lit_merge.models.language.classifiers import TaskHead
+from lit_merge.models.language.classifiers import TaskHead, head_file
 from lit_merge.params import norm
 from lit_merge.transforms.base import one_of, whole_number
 from lit_merge.vectors.task_vector import TaskVector
@@ -132,10 +132,10 @@ class ExtractTaskVector(EverySteps):
             target.parent.mkdir(parents=True, exist_ok=True)
         tensors = pl_module.task_vector()
         self.vector = TaskVector(tensors, pl_module.task, metadata=self._describe(trainer, pl_module, tensors))
-        several = {f".{task}": pl_module.head_of(task) for task in getattr(pl_module, "tasks", ())}
+        several = {task: pl_module.head_of(task) for task in getattr(pl_module, "tasks", ())}
         for task, head in (several or {"": getattr(pl_module, "head", None)}).items():
             if isinstance(head, TaskHead):
-                head.save(target.with_name(f"{target.stem}{task}.head.safetensors"))
+                head.save(head_file(target, task))
         error = self.vector.save(target, torch.bfloat16 if self.dtype == "bfloat16" else None)
         rounding = f" ({self.dtype}, relative rounding error {error:.2e})" if error else ""
         L.pytorch.utilities.rank_zero_info(f"Task vector of {pl_module.task!r}: {target}{rounding}")

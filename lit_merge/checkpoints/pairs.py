@@ -3,27 +3,31 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from lit_merge.checkpoints.activation import IMAGE_TOWER, activations_of, check_activations
-from lit_merge.checkpoints.adapters.additions import model_settings
+from lit_merge.checkpoints.adapters.additions import is_embedding, model_settings
+from lit_merge.checkpoints.adapters.additions import is_head as is_output_head
 from lit_merge.checkpoints.layouts.linearised_towers import linearised_towers
 from lit_merge.checkpoints.layouts.towers import Recognised, image_tower, recognise, written_as
 from lit_merge.checkpoints.layouts.views import as_lazy
 from lit_merge.checkpoints.opening import OpenedCheckpoint, open_checkpoint
-from lit_merge.checkpoints.pairing.differences import Rules, fit_to_base, parameter_names
+from lit_merge.checkpoints.pairing.differences import Rules, fit_to_base, heads_advice, parameter_names
 from lit_merge.checkpoints.pairing.ties import tied_names
 from lit_merge.errors import ConfigurationError, StructureMismatchError, first_few
 from lit_merge.files.lazy import Computed, LazyMapping, Selected, Slicer, Structure
-from lit_merge.naming import is_running_statistic, number_of_blocks
+from lit_merge.naming import is_head, is_running_statistic, is_vocabulary, number_of_blocks
 from lit_merge.params import check_same_structure
+
+if TYPE_CHECKING:
+    from lit_merge.checkpoints.adapters.reading import Adapter
 
 __all__ = ["Checkpoint", "Names", "Pair", "pair_of"]
 
@@ -54,6 +58,7 @@ class Pair:
         heads: what only the fine-tune has of a head, under its own names.
         used: the patterns of ``leave_out`` that fitted a name.
         activation: of an image tower's blocks, which no weight shows; empty if nothing beside the weights says it.
+        adapter: what τ is made of, if that is an adapter of peft, without heads that are left out or kept.
     """
 
     base: Mapping[str, Tensor]
@@ -68,6 +73,7 @@ class Pair:
     heads: LazyMapping | None = None
     used: frozenset[str] = frozenset()
     activation: str = ""
+    adapter: Adapter | None = None
 
 
 def pair_of(
@@ -236,27 +242,85 @@ def _adapted(
     assert tuned.adapter is not None
     if config is None:
         config = model_settings(base.files) if isinstance(base, OpenedCheckpoint) else {}
-    notes, lazy = tuned.adapter.notes, as_lazy(base)
+    lazy, rules = as_lazy(base), rules or Rules()
     if _goes_by_tower(base, names):
-        tower = image_tower(tuned.adapter.difference(lazy, config), _recognised(base))
-        return Pair(_tower(base), tower, is_difference=True, image_tower=True, notes=notes)
+        sorted_out = _sorted_out(tuned.adapter, lazy, rules)
+        tower = image_tower(sorted_out.adapter.difference(lazy, config), _recognised(base))
+        pair = Pair(_tower(base), tower, is_difference=True, image_tower=True)
+        return _with_heads(pair, sorted_out, sorted_out.left)
     # A head that is stored beside the embedding, and equal to it, is that tensor again, unless the model says not.
     ties = {} if config.get("tie_word_embeddings") is False else tied_names(base)
     once = Selected(lazy, {name: name for name in lazy if name not in ties})
-    difference = tuned.adapter.difference(once, config)
-    patterns = rules.leave_out if rules else ()
+    sorted_out = _sorted_out(tuned.adapter, once, rules)
+    difference = sorted_out.adapter.difference(once, config)
+    patterns = rules.leave_out
     fitting = {name: [one for one in patterns if fnmatchcase(name, one)] for name in parameter_names(base, ties)}
-    left = [name for name, fits in fitting.items() if fits]
-    measured = [name for name in tuned.adapter.changes(once, config) if is_running_statistic(name)]
+    left = dict.fromkeys([*(name for name, fits in fitting.items() if fits), *sorted_out.left])
+    measured = [name for name in sorted_out.adapter.changes(once, config) if is_running_statistic(name)]
     structure = {name: (lazy.shape(name), lazy.dtype(name)) for name in measured}
-    return Pair(
+    pair = Pair(
         base,
         Selected(difference, {name: name for name, fits in fitting.items() if not fits and name in difference}),
         is_difference=True,
-        notes=(*notes, *([f"left out as asked: {len(left)} tensors ({first_few(left, 3)})"] if left else [])),
         statistics=Computed(structure, partial(_moved, lazy, difference)) if measured else None,
         used=frozenset(one for fits in fitting.values() for one in fits),
     )
+    return _with_heads(pair, sorted_out, list(left))
+
+
+@dataclass(frozen=True)
+class _SortedOut:
+    """An adapter without what the base has no place for, and what became of that."""
+
+    adapter: Adapter
+    left: list[str]  # under the base's names where it has them, otherwise the adapter's
+    kept: LazyMapping
+    used: frozenset[str]
+
+
+def _sorted_out(adapter: Adapter, base: LazyMapping, rules: Rules) -> _SortedOut:
+    """Leave out or keep the heads that were saved with an adapter and do not fit the base, as the rules say.
+
+    Raises:
+        StructureMismatchError: the rules say nothing of one.
+    """
+    found = adapter.misfits(base, rules.leave_out)
+    fitting = {
+        name: [one for one in rules.leave_out if fnmatchcase(name, one) or (target and fnmatchcase(target, one))]
+        for name, target in found.items()
+    }
+    rest = {name: target for name, target in found.items() if not fitting[name]}
+    absent = [name for name, target in rest.items() if not target]
+    kept = [*adapter.saved(absent)] if rules.keep_heads else []
+    # The head of a language model may be its embedding: that has messages of its own, as have other vocabularies.
+    if not rules.keep_heads and not all(is_output_head(name) or is_embedding(name) for name in absent):
+        raise StructureMismatchError(
+            f"{adapter.path}: expected a base with the heads that were saved with the adapter, got none named "
+            f"{first_few(absent)}. {heads_advice(absent, rules, kept=True)}."
+        )
+    whole = adapter.saved(rest)
+    others = {name: target for name, target in rest.items() if target and is_head(name) and not is_vocabulary(name)}
+    if others:
+        shapes = [f"{name} {tuple(whole.shape(name))} instead of {tuple(base.shape(others[name]))}" for name in others]
+        raise StructureMismatchError(
+            f"{adapter.path}: expected the heads that were saved with the adapter in the base's shapes, got "
+            f"{first_few(shapes)}. {heads_advice(others, rules, kept=False)}."
+        )
+    left = [name for name in found if fitting[name]]
+    used = frozenset(one for fits in fitting.values() for one in fits)
+    fitted = adapter.without([*left, *kept])
+    return _SortedOut(fitted, [found[name] or name for name in left], adapter.saved(kept), used)
+
+
+def _with_heads(pair: Pair, sorted_out: _SortedOut, left: Sequence[str]) -> Pair:
+    """The pair of an adapter, with what is said of all that is left out, and the heads that are kept."""
+    notes, kept = [*sorted_out.adapter.notes], list(sorted_out.kept)
+    if left:
+        notes.append(f"left out as asked: {len(left)} tensors ({first_few(left, 3)})")
+    if kept:
+        notes.append(f"a head of its own: {len(kept)} tensors ({first_few(kept, 3)}), written for itself")
+    used = pair.used | sorted_out.used
+    return replace(pair, notes=tuple(notes), heads=sorted_out.kept, used=used, adapter=sorted_out.adapter)
 
 
 def _recognised(tensors: Mapping[str, Tensor]) -> Recognised:

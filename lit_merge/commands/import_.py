@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -24,7 +24,8 @@ from lit_merge.checkpoints.layouts.towers import check_layout, rewritten
 from lit_merge.checkpoints.layouts.views import as_lazy
 from lit_merge.checkpoints.left_out import changes_left_out, text_side
 from lit_merge.checkpoints.opening import OpenedCheckpoint, named_after, open_checkpoint
-from lit_merge.checkpoints.pairs import Names, pair_of
+from lit_merge.checkpoints.pairing.differences import Rules
+from lit_merge.checkpoints.pairs import Names, Pair, pair_of
 from lit_merge.errors import ConfigurationError, StructureMismatchError, first_few
 from lit_merge.files.hub import address_entry, parse_address, pinned
 from lit_merge.files.lazy import LazyMapping
@@ -69,6 +70,7 @@ def import_checkpoints(
     section: str | None = None,
     pretrained_section: str | None = None,
     output: str | None = None,
+    leave_out: list[str] | None = None,
     dtype: Literal["float32", "bfloat16", "float16"] | None = None,
     write_as: Literal["open_clip", "image_tower", "transformers", "timm"] | None = None,
     overwrite: bool = False,
@@ -90,6 +92,8 @@ def import_checkpoints(
         pretrained_section: the same of the pre-trained file.
         output: file to write, ending in .safetensors, by default task_vector.safetensors (model.safetensors with
             write_as); for several task vectors a folder.
+        leave_out: patterns of names whose change is left out, such as those of heads that only the fine-tuned one has,
+            e.g. classifier.*.
         dtype: of the stored tensors; by default that of the difference, or of the checkpoint with write_as.
         write_as: write the weights of one checkpoint, finetuned or pretrained, under the names of this layout instead.
         overwrite: replace existing outputs.
@@ -108,6 +112,11 @@ def import_checkpoints(
         raise ConfigurationError(f"dtype: expected {', '.join(_DTYPES)}, got {dtype!r}. Use one of them.")
     if write_as is not None:
         given = [*([pretrained] if pretrained is not None else []), *paths]
+        if leave_out:
+            raise ConfigurationError(
+                "leave_out: expected it only for task vectors, got it with write_as, which writes all weights. Remove "
+                "one of them."
+            )
         return _convert(given, section or pretrained_section, output, dtype, write_as, overwrite, dry_run)
     if not paths:
         raise ConfigurationError(f"finetuned: expected at least one checkpoint, got none. {_ADVICE}")
@@ -122,15 +131,18 @@ def import_checkpoints(
     _check_targets(targets, [*base.files, *(file for one in opened for file in one.files)], overwrite)
     result = ImportResult(targets, [base.line] if base.line else [], not dry_run)
     names = "image_tower" if model is not None and names == "auto" else names
+    started = [(*base.paired(one), one) for one in opened]
+    rules = Rules(tuple(leave_out or ()), offered=("leave_out",))
+    pairs = [pair_of(start, tuned, names, rules) for start, tuned, _ in started]
+    _check_used(rules, pairs)
     fingerprints: dict[frozenset[str], str] = {}
-    for path, one, name, target in zip(paths, opened, tasks, targets, strict=True):
+    for path, (start, tuned, one), pair, name, target in zip(paths, started, pairs, tasks, targets, strict=True):
         result.lines.append(f"{one.path}: {one.describe()}")
-        start, tuned = base.paired(one)
-        pair = pair_of(start, tuned, names)
         if base.architecture is not None and pair.image_tower:
             check_same_structure(base.architecture, pair.base, f"image tower of {model}")
         known = "" if dry_run else fingerprints.get(frozenset(pair.base))
-        vector = TaskVector.from_checkpoints(start, tuned, name, base_fingerprint=known, names=names)
+        own = replace(rules, leave_out=tuple(one for one in rules.leave_out if one in pair.used))
+        vector = TaskVector.from_checkpoints(start, tuned, name, base_fingerprint=known, names=names, rules=own)
         fingerprints[frozenset(pair.base)] = vector.base_fingerprint
         notes = [*pair.notes, *(changes_left_out(base.text, one) if pair.image_tower else ())]
         result.lines += [f"{one.path}: {note}" for note in notes]
@@ -140,6 +152,16 @@ def import_checkpoints(
 
 
 import_ = import_checkpoints
+
+
+def _check_used(rules: Rules, pairs: list[Pair]) -> None:
+    """Refuse patterns that fit no name of any checkpoint: they are misspelled."""
+    used = frozenset[str]().union(*(pair.used for pair in pairs))
+    if unused := sorted(set(rules.leave_out) - used):
+        raise ConfigurationError(
+            f"leave_out: expected patterns that fit a name of one of the checkpoints, got {first_few(unused)}. Use "
+            "names as they are in the file, e.g. 'classifier.*'."
+        )
 
 
 @dataclass

@@ -177,6 +177,7 @@ def merge(
             from lit_merge.evaluation.search import search_coefficient
 
             settled: dict[str, Any] = {"data": data, "linearized": linearized, "network": job.network()}
+            settled["vector_files"] = [one.path for one in job.inputs]
             found = search_coefficient(job.vectors, chosen, search, **settled)
             planned = job.plan(found.transform, found=found)
             warn(line for line in planned.plan.warnings if line not in said)

@@ -105,6 +105,7 @@ def soup(
     data = data if data is not None else MultiTaskDataModule(tasks=list(dict.fromkeys(job.vectors.tasks)))
     names = task_names(data)
     module = MultiTaskModule(network=job.network(), linearized=linearized)
+    module.look_beside((one.path, one.vector.tasks) for one in job.inputs)
     evaluation = Evaluation(module, validation_loaders(module, data, names))
     found = greedy_soup(job.vectors, lambda vector: mean_accuracy(evaluation.accuracy(in_memory(vector)), names))
     files = [one.path for one in job.inputs]

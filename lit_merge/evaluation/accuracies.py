@@ -235,6 +235,7 @@ def validation_loaders(module: MultiTaskModule, data: Any, tasks: Sequence[str])
     trainer = silent_trainer(limit_val_batches=0)
     with quiet():
         trainer.validate(module, datamodule=data, verbose=False)
+    module.check_heads()  # without batches the validation has not started
     module.to(trainer.strategy.root_device).eval()
     given = data.val_dataloader()
     loaders = dict(zip(names, given if isinstance(given, list | tuple) else [given], strict=False))

@@ -18,6 +18,7 @@ __all__ = ["TextEncoder", "ZeroShotHead", "build_head", "zero_shot_weights"]
 
 # Part of every cache key: raise it when the computation changes.
 _CACHE_VERSION = 1
+_SAME = 1e-6  # of the elements of rows of length 1
 
 
 class TextEncoder(Protocol):
@@ -75,8 +76,8 @@ class ZeroShotHead(nn.Module):
         self.register_buffer("logit_scale", torch.tensor(float(logit_scale), dtype=weight.dtype, device=weight.device))
 
     def forward(self, features: Tensor) -> Tensor:
-        """Raw features ``[B, d]`` -> logits ``[B, C]``."""
-        return self.logit_scale * F.normalize(features, dim=-1) @ self.weight.T
+        """Raw features ``[B, d]``, of any precision, -> logits ``[B, C]`` in that of the weights."""
+        return self.logit_scale * F.normalize(features.to(self.weight.dtype), dim=-1) @ self.weight.T
 
     def extra_repr(self) -> str:
         """Show the sizes when printed."""
@@ -135,17 +136,36 @@ def build_head(
         The head, on the CPU.
 
     Raises:
-        ConfigurationError: as :func:`zero_shot_weights`, or the cache cannot be created.
+        ConfigurationError: as :func:`zero_shot_weights`, two classes have the same features, or the cache cannot be
+            created.
     """
     _check_texts(classes, templates)
     cache = Cache("heads", cache_dir)
     key = cache.key([_CACHE_VERSION, clip.text_fingerprint, list(classes), list(templates)])
     stored = cache.tensors(key)
     if stored is not None:
-        return ZeroShotHead(stored["weight"], float(stored["logit_scale"]), classes)
-    head = ZeroShotHead(zero_shot_weights(clip, classes, templates).cpu(), clip.logit_scale, classes)
-    cache.write_tensors(key, head.state_dict())
+        head = ZeroShotHead(stored["weight"], float(stored["logit_scale"]), classes)
+    else:
+        head = ZeroShotHead(zero_shot_weights(clip, classes, templates).cpu(), clip.logit_scale, classes)
+        cache.write_tensors(key, head.state_dict())
+    _check_apart(head.weight.detach(), classes)
     return head
+
+
+def _check_apart(weights: Tensor, classes: Sequence[str]) -> None:
+    """Refuse names that a tokenizer takes for the same: none of such classes could ever be told from the other."""
+    order = sorted(range(len(classes)), key=lambda place: float(weights[place, 0]))
+    for place, one in enumerate(order):
+        for other in order[place + 1 :]:
+            if float(weights[other, 0] - weights[one, 0]) > _SAME:
+                break
+            if float((weights[other] - weights[one]).abs().max()) <= _SAME:
+                first, second = sorted((one, other))
+                raise ConfigurationError(
+                    f"classes: expected names that the text encoder tells apart, got {classes[first]!r} and "
+                    f"{classes[second]!r}, whose tokens are the same. Set classes to other words for these labels, or "
+                    "train a classifier (head) instead."
+                )
 
 
 def _check_texts(classes: Sequence[str], templates: Sequence[str]) -> None:

@@ -26,6 +26,7 @@ from lit_merge.checkpoints.opening import OpenedCheckpoint, named_after, open_mo
 from lit_merge.checkpoints.pairing.ties import tied_names
 from lit_merge.checkpoints.pairs import Names
 from lit_merge.errors import ConfigurationError, StructureMismatchError, first_few
+from lit_merge.files.hub import parse_address
 from lit_merge.files.lazy import Computed, LazyMapping, Selected
 from lit_merge.files.shards import bytes_of
 from lit_merge.models.encoder import (
@@ -153,6 +154,10 @@ class Network(Base):
         Raises:
             ConfigurationError: there is no head for such a task.
         """
+
+    def makes_new_head(self, task: TaskWords) -> bool:
+        """Whether :meth:`head` gives a task a new head, which says nothing before it has been trained."""
+        return False
 
     @cached_property
     def parameters(self) -> LazyMapping:
@@ -320,6 +325,8 @@ class FileBase(Base):
         self.opened = open_model(path)
         self.files = self.opened.files
         self._tensors: LazyMapping = self.opened
+        address = parse_address(path)
+        self.repository = None if address is None else address.repository
 
     @cached_property
     def activations(self) -> Activations:  # type: ignore[override]

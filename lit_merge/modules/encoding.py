@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lit_merge.checkpoints.activation import IMAGE_TOWER, activations_of, check_activation
 from lit_merge.checkpoints.opening import open_checkpoint
-from lit_merge.errors import ConfigurationError, NonFiniteError, StructureMismatchError
+from lit_merge.errors import ConfigurationError, LitMergeError, NonFiniteError, StructureMismatchError
 from lit_merge.functional.attention import fast_attention
 from lit_merge.functional.products import slow_precision
 from lit_merge.models.encoder import ClipModel, Preprocessing
@@ -21,6 +21,7 @@ from lit_merge.models.lora import LoRA
 from lit_merge.models.network import ClipNetwork, Network, TaskWords, network_of
 from lit_merge.models.parametrisations import Parametrisation, parametrisation_of
 from lit_merge.models.selection import Selection
+from lit_merge.modules.trained_heads import VectorFile, trained_head
 from lit_merge.params import Params, check_finite, check_same_structure
 from lit_merge.vectors.merge import check_base
 from lit_merge.vectors.task_vector import TaskVector
@@ -74,6 +75,9 @@ class EncoderModule(L.LightningModule):
         parametrisation: Parametrisation | None = None,
     ) -> None:
         super().__init__()
+        self._stage = ""
+        self._vector_files: list[VectorFile] = []
+        self._refused: dict[str, LitMergeError] = {}  # task -> why it has no trained head, until a checkpoint brings it
         if task_vector is not None and weights is not None:
             raise ConfigurationError("task_vector and weights: expected one of them, got both. Remove one.")
         self.parametrisation = parametrisation_of(parametrisation, linearized, trainable, lora)
@@ -84,12 +88,15 @@ class EncoderModule(L.LightningModule):
         self.linearized = self.parametrisation.linearised
         self.encoder = self.parametrisation.prepare(self.base.module)
         if task_vector is not None:
-            self.load_task_vector(TaskVector.load(task_vector, verify=True))
+            vector = TaskVector.load(task_vector, verify=True)
+            self.load_task_vector(vector)
+            self.look_beside([(task_vector, vector.tasks)])
         if weights is not None:
             self.load_weights(weights)
 
     def setup(self, stage: str) -> None:
-        """Warn of a precision that the processor is slow at."""
+        """Warn of a precision that the processor is slow at; know the stage, on which depends what heads there are."""
+        self._stage = stage
         caution = slow_precision(self.trainer.precision or "32-true", self.device)
         if caution is not None:
             rank_zero_warn(caution)
@@ -177,15 +184,65 @@ class EncoderModule(L.LightningModule):
             buffer.copy_(values[name])
 
     def make_head(self, task: TaskWords) -> nn.Module:
-        """The frozen head of a task: that of the network, unless this is overridden.
+        """The head of a task: that of the network, unless this is overridden.
+
+        Where the network would make a new one, and it does not train here, it is the one that a run has written beside
+        the task vector.
 
         Args:
             task: has a ``name``, ``classes`` and ``templates``.
 
         Raises:
-            ConfigurationError: the network has no head for such a task.
+            ConfigurationError: the network has no head for such a task, or a new one only.
+            StructureMismatchError: the head beside the task vector is of other classes.
         """
-        return self.base.head(task)
+        if not self.base.makes_new_head(task) or self.starts_head(task):
+            return self.base.head(task)
+        return trained_head(task, self._vector_files)
+
+    def starts_head(self, task: TaskWords) -> bool:
+        """Whether a new head of this task is trained here."""
+        return False
+
+    def look_beside(self, vectors: Iterable[VectorFile]) -> None:
+        """Look for trained heads beside these task vectors, too.
+
+        Args:
+            vectors: files and their tasks.
+        """
+        self._vector_files += vectors
+
+    def _head_to_restore(self, task: TaskWords) -> nn.Module:
+        """:meth:`make_head`; where it refuses for want of a trained one, a new one, as a checkpoint may follow."""
+        self._refused.pop(task.name or "", None)
+        try:
+            return self.make_head(task)
+        except LitMergeError as error:
+            if not self.base.makes_new_head(task):
+                raise
+            self._refused[task.name or ""] = error
+            return self.base.head(task)
+
+    def check_heads(self) -> None:
+        """Refuse heads that nobody has trained, once a checkpoint would have brought others.
+
+        Raises:
+            LitMergeError: as :meth:`make_head`.
+        """
+        for error in self._refused.values():
+            raise error
+
+    def on_validation_start(self) -> None:
+        """See :meth:`check_heads`."""
+        self.check_heads()
+
+    def on_test_start(self) -> None:
+        """See :meth:`check_heads`."""
+        self.check_heads()
+
+    def on_predict_start(self) -> None:
+        """See :meth:`check_heads`."""
+        self.check_heads()
 
     def inputs(self, batch: Any) -> tuple[Any, ...]:
         """What the encoder takes of a batch."""
@@ -250,6 +307,7 @@ class EncoderModule(L.LightningModule):
                 f"checkpoint: expected one of a run with linearized={self.linearized}, got one with "
                 f"linearized={not self.linearized}. Set linearized as that run did."
             )
+        self._refused.clear()  # it holds the heads
         self.parametrisation.restored()
 
     def base_description(self) -> dict[str, str]:

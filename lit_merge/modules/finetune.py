@@ -16,7 +16,7 @@ from lit_merge.metrics.hits import hits_of, losses_of
 from lit_merge.metrics.of_heads import more_metrics, update_more
 from lit_merge.models.heads import ZeroShotHead
 from lit_merge.models.language.classifiers import TaskHead
-from lit_merge.models.network import ModuleNetwork
+from lit_merge.models.network import ModuleNetwork, TaskWords
 from lit_merge.models.selection import TaLoS
 from lit_merge.modules.objectives import CrossEntropy, Objective, minimised
 from lit_merge.modules.penalty import Penalty, TauJpPenalty, split_batch
@@ -91,6 +91,7 @@ class FineTuneModule(FineTuningProtocol):
         self.label_smoothing, self._objective, self._own_objective = label_smoothing, objective, own
         self.head = None if head is None else _prepared(head)
         self.task, self.classes = "", tuple[str, ...]()
+        self._vector_files = [(path, None) for path, _ in self._vector_files]  # whatever the data call the task
         self._other_heads: list[nn.Module] = []  # not registered: no part of a checkpoint
         self.masks: Params = {}
         self._held: Params = {}
@@ -115,13 +116,17 @@ class FineTuneModule(FineTuningProtocol):
                 )
         else:
             self.task, self.classes = data.name or "", tuple(data.classes)
-            if self.head is None or self._head_is_of_other_classes():
-                self.head = _prepared(self.make_head(data)).to(self.device)
+            if self.head is None or self.task in self._refused or self._head_is_of_other_classes():
+                self.head = _prepared(self._head_to_restore(data)).to(self.device)
         if stage == "fit" and self.penalty is not None:
             self.penalty.prepare(self)
         self.accuracy = nn.ModuleDict({split: ExampleMean() for split in ("fit", "val", "test")}).to(self.device)
         self.loss = nn.ModuleDict({split: ExampleMean() for split in ("val", "test")}).to(self.device)
         self.more = nn.ModuleDict({split: more_metrics(self.head) for split in ("val", "test")}).to(self.device)
+
+    def starts_head(self, task: TaskWords) -> bool:
+        """In fit, the head of the task that is trained on; not those of others."""
+        return self._stage == "fit" and (task.name or "") == self.task
 
     def on_fit_start(self) -> None:
         """With :class:`~lit_merge.models.TaLoS`, find which elements train, unless a checkpoint has said it."""

@@ -151,6 +151,7 @@ class MergeModule(TaskHeads):
         rows = [TaskVector.load(path) for path in vectors]
         for row in rows:
             self.check_vector(row)
+        self.look_beside((path, row.tasks) for path, row in zip(vectors, rows, strict=True))
         self.transform = from_parts(parts) if parts is not None else transform
         self._inputs = TaskVectors(rows, base=self.initial_parameters)
         changed = self.transform(self._inputs) if self.transform else self._inputs
@@ -414,6 +415,7 @@ class MergeModule(TaskHeads):
 
     def on_fit_start(self) -> None:
         """Warn of what cannot be learned; compute what a linearised model with task-wise coefficients needs."""
+        self.check_heads()
         if self.merged.masks is not None and self._optimizer is None:
             caution = self.merged.masks.caution(self.learning_rate, self.trainer.max_steps)
             if caution is not None:
@@ -467,6 +469,7 @@ class MergeModule(TaskHeads):
 
     def on_validation_start(self) -> None:
         """Merge once for the whole validation."""
+        super().on_validation_start()
         self._hold()
 
     def on_validation_end(self) -> None:
@@ -475,6 +478,7 @@ class MergeModule(TaskHeads):
 
     def on_test_start(self) -> None:
         """Merge once for the whole test."""
+        super().on_test_start()
         self._hold()
 
     def on_test_end(self) -> None:

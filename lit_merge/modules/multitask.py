@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_merge.errors import ConfigurationError
+from lit_merge.models.network import TaskWords
 from lit_merge.modules.objectives import CrossEntropy, Objective, minimised
 from lit_merge.modules.passes import passes
 from lit_merge.modules.protocol import FineTuningProtocol
@@ -67,6 +68,10 @@ class MultiTaskModule(FineTuningProtocol, TaskHeads):
         super().setup(stage)
         for head in self.heads.values() if stage == "fit" else ():
             head.requires_grad_(getattr(head, "trains", False))
+
+    def starts_head(self, task: TaskWords) -> bool:
+        """In fit, all of them."""
+        return self._stage == "fit"
 
     def trainable_parameters(self) -> list[tuple[str, nn.Parameter]]:
         """Of the encoder those that require gradients, and the heads that train with their tasks."""

@@ -83,8 +83,9 @@ class TaskHeads(EncoderModule):
             )
         self.tasks = tuple(data.task_names)
         for task in self.tasks:
-            if _key(task) not in self.heads or self._head_is_of_other_classes(task, data.tasks[task].classes):
-                head = self.make_head(data.tasks[task]).requires_grad_(False).eval()
+            known = _key(task) in self.heads and task not in self._refused
+            if not known or self._head_is_of_other_classes(task, data.tasks[task].classes):
+                head = self._head_to_restore(data.tasks[task]).requires_grad_(False).eval()
                 self.heads[_key(task)] = head.to(self.device)
         self._check_outputs()
         keys = [_key(task, split) for split in ("val", "test") for task in self.tasks]

@@ -67,7 +67,10 @@ class SuitePlan(SuiteSettings):
             LitMergeError: the model or a task cannot be opened, or a recipe names a file in the suite's directory that
                 no stage writes.
         """
-        found = [self._test_all("zero-shot", {})]
+        # Without fine-tuned heads there is nothing to test the pre-trained encoder with: those of the first seed.
+        own = self._heads(f"seed-{self.seeds[0]}/fit/{{task}}/task_vector.head.safetensors")
+        zero_shot = self._test_all("zero-shot", {}, own)
+        found = [] if self._trains_heads else [zero_shot]
         collected = {task: self._factors(task) for task in self.factors_of}
         found += collected.values()
         factors = {task: self._output(stage) for task, stage in collected.items()}
@@ -76,6 +79,8 @@ class SuitePlan(SuiteSettings):
             vectors = {task: self._output(stage) for task, stage in fits.items()}
             heads = self._heads(f"seed-{seed}/fit/{{task}}/task_vector.head.safetensors")
             found += [*fits.values(), *(self._test_one(seed, task, vectors[task], heads) for task in self.tasks)]
+            if self._trains_heads and seed == self.seeds[0]:
+                found.append(zero_shot)
             if self.joint is not None:
                 fit, own = self._fit_joint(seed), self._heads(f"seed-{seed}/joint/fit/{_JOINT_HEAD}")
                 found += [fit, self._test_all(f"seed-{seed}/joint/test", {"task_vector": self._output(fit)}, own)]

@@ -162,6 +162,13 @@ def test_an_entry_under_anothers_name_is_not_used(tmp_path):
     torch.testing.assert_close(head.weight, expected.weight)
 
 
+def test_names_with_the_same_tokens_are_refused_also_from_the_cache(clip, tmp_path):
+    for _ in range(2):
+        with pytest.raises(ConfigurationError, match=r"tells apart, got 'Us' and 'us', whose tokens are the same"):
+            build_head(clip, ["cat", "Us", "dog", "us"], TEMPLATE_LIST, tmp_path)
+    assert build_head(clip, ["cat", "us"], TEMPLATE_LIST, tmp_path).classes == ("cat", "us")
+
+
 def test_concurrent_writers(tmp_path):
     heads = []
     threads = [

@@ -7,8 +7,8 @@ W0 + s · B A with s = α / r, or α / √r for rank-stabilised LoRA (Hu et al. 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -24,12 +24,13 @@ from lit_merge.checkpoints.adapters.additions import (
     tied_head,
 )
 from lit_merge.checkpoints.adapters.changes import AdapterParts, Change, adapter_difference
+from lit_merge.checkpoints.adapters.placement import misfits, place_of
 from lit_merge.checkpoints.adapters.settings import Settings, read_settings
 from lit_merge.checkpoints.adapters.updates import ENDINGS, LowRank, update_of
 from lit_merge.checkpoints.layouts.views import as_lazy
 from lit_merge.checkpoints.pickles.torch_files import open_torch_file
 from lit_merge.errors import FileFormatError, StructureMismatchError, first_few
-from lit_merge.files.lazy import LazyMapping
+from lit_merge.files.lazy import LazyMapping, Selected
 from lit_merge.files.remote import is_remote
 from lit_merge.files.store import LazyTensors
 
@@ -73,7 +74,30 @@ class Adapter:
                 than one position.
         """
         lazy = as_lazy(base)
-        return self._placed(self._parts.without(self._absent_heads(lazy)), lazy)
+        return place_of(self._parts.without(self._absent_heads(lazy)), lazy)
+
+    def misfits(self, base: Mapping[str, Tensor], patterns: Sequence[str] = ()) -> dict[str, str]:
+        """Heads that were saved with the adapter, and that the base lacks or has in another shape.
+
+        Args:
+            base: name -> tensor of the base model; nothing is read.
+            patterns: of names that may be missing besides those of heads.
+
+        Returns:
+            Name in the adapter -> name in the base, ``""`` where the base has none; nothing if all the rest of the
+            adapter does not fit.
+        """
+        lazy = as_lazy(base)
+        return misfits(self._parts.without(self._absent_heads(lazy)), lazy, patterns)
+
+    def without(self, names: Iterable[str]) -> Adapter:
+        """The same adapter without what it changes in some parameters."""
+        return replace(self, _parts=self._parts.without(names))
+
+    def saved(self, names: Iterable[str]) -> LazyMapping:
+        """Those of the parameters that it saved as a whole, under the model's names."""
+        whole = self._parts.saved
+        return Selected(self.tensors, {name: whole[name] for name in names if name in whole})
 
     def additions(self, base: Mapping[str, Tensor], config: Mapping[str, Any] | None = None) -> Additions:
         """What the base must be extended by, with the same outputs, before the adapter's difference can be added.
@@ -89,8 +113,10 @@ class Adapter:
         total = Additions()
         total |= self._broken_tie(lazy, config)
         parts = self._parts.without([*self._absent_heads(lazy), *total.copies])
-        removed, added = self._placed(parts, lazy)
-        missing = [added + name.removeprefix(removed) for name in parts.biases()]
+        if not (biases := parts.biases()):
+            return total
+        removed, added = place_of(parts.without(misfits(parts, lazy)), lazy)  # heads are left to the settings
+        missing = [added + name.removeprefix(removed) for name in biases]
         missing = [name for name in missing if name not in lazy]
         return total | bias_additions(lazy, config, missing) if missing else total
 
@@ -129,7 +155,7 @@ class Adapter:
             )
         self._check_shared(base)
         parts = self._parts.without(self._absent_heads(base))
-        return parts, parts.changes(base, *self._placed(parts, base))
+        return parts, parts.changes(base, *place_of(parts, base))
 
     def _absent_heads(self, base: LazyMapping) -> list[str]:
         """Heads that change as their embedding does, for a base that has both in one tensor."""
@@ -204,31 +230,6 @@ class Adapter:
             return False
         other = self.tensors[second]
         return torch.equal(self.tensors[first], other.T if transposed else other)
-
-    def _placed(self, parts: AdapterParts, base: LazyMapping) -> tuple[str, str]:
-        if not _missing(parts, base, "", ""):
-            return "", ""
-        by_name = [one for one in dict.fromkeys(_placements(parts, base)) if not _missing(parts, base, *one)]
-        fitting = [one for one in by_name if _fits(parts, base, *one)] if len(by_name) > 1 else by_name
-        if not fitting:
-            missing = _missing(parts, base, "", "")
-            advice = "Use the base model that it was trained on, with its names."
-            if all(is_head(name) or is_embedding(name) for name in missing):
-                advice = (
-                    "Where the base has embeddings and head in one tensor, give the folder of a causal model as base, "
-                    "train with ensure_weight_tying, or save the base untied."
-                )
-            raise StructureMismatchError(
-                f"{self.path}: expected a base with every parameter that the adapter changes, got none named "
-                f"{first_few(missing)}. {advice}"
-            )
-        if len(fitting) > 1:
-            starts = [repr(added or f"without {removed}") for removed, added in fitting]
-            raise StructureMismatchError(
-                f"{self.path}: expected one position in the base where the adapter fits, got {len(fitting)} "
-                f"({first_few(starts)}). Use the part of the base that it was trained on."
-            )
-        return fitting[0]
 
 
 def adapter_folder(folder: Path) -> Path | None:
@@ -362,27 +363,3 @@ def _choices(settings: Settings, modules: list[str]) -> tuple[str, ...]:
 
 def _same_place(name: str, embedding: str) -> bool:
     return name == embedding or embedding.endswith("." + name) or name.endswith("." + embedding)
-
-
-def _missing(parts: AdapterParts, base: LazyMapping, removed: str, added: str) -> list[str]:
-    return [
-        name for name in parts.names() if not name.startswith(removed) or added + name.removeprefix(removed) not in base
-    ]
-
-
-def _placements(parts: AdapterParts, base: LazyMapping) -> Iterator[tuple[str, str]]:
-    """Where the first name could be; not checked for the others."""
-    first = parts.names()[0]
-    for name in base:
-        if name.endswith("." + first):
-            yield "", name[: -len(first)]
-        if first.endswith("." + name):
-            yield first[: -len(name)], ""
-
-
-def _fits(parts: AdapterParts, base: LazyMapping, removed: str, added: str) -> bool:
-    try:
-        parts.changes(base, removed, added)
-    except StructureMismatchError:
-        return False
-    return True

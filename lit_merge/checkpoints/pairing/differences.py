@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Literal
@@ -18,7 +18,7 @@ from lit_merge.files.lazy import LazyMapping, Selected
 from lit_merge.naming import block_of, is_buffer, is_head, is_running_statistic, is_vocabulary
 from lit_merge.params import compare, dtype_of
 
-__all__ = ["Fitted", "RowRule", "Rules", "fit_to_base", "parameter_names"]
+__all__ = ["Fitted", "RowRule", "Rules", "fit_to_base", "heads_advice", "parameter_names"]
 
 RowRule = Literal["base", "common", "union"]
 """Which rows of a vocabulary's tables a merge has, if the checkpoints differ in their number."""
@@ -36,11 +36,13 @@ class Rules:
         leave_out: patterns of names, as a shell has them (``classifier.*``), whose change is left out.
         keep_heads: leave out the heads that only a fine-tune has; they are written for themselves.
         rows: what to do about tables of different vocabularies; None refuses them.
+        offered: the settings that the user has for this, which messages may name: not every command has all.
     """
 
     leave_out: tuple[str, ...] = ()
     keep_heads: bool = False
     rows: RowRule | None = None
+    offered: tuple[str, ...] = ("leave_out", "heads", "rows")
 
 
 @dataclass(frozen=True)
@@ -127,7 +129,7 @@ def fit_to_base(
     surplus = [name for name in extra if not (rules.keep_heads and name in heads)]
     merged = [name for name in parameters if name not in left.names]
     others = {name: other for name, other in names.items() if name not in known}
-    _refuse(lazy_base, lazy, merged, others, present, surplus, what)
+    _refuse(lazy_base, lazy, merged, others, present, surplus, what, rules)
     absent = [name for name in parameters if name not in present]
     _refuse_other_depth(parameters, [name for name in absent if name not in left.names], what)
     if left.names:
@@ -247,6 +249,7 @@ def _refuse(
     present: Mapping[str, str],
     extra: Sequence[str],
     what: str,
+    rules: Rules,
 ) -> None:
     """Refuse what no rule covers, with the way out."""
     shapes = {name: base.shape(name) for name in present}
@@ -269,23 +272,37 @@ def _refuse(
     found = compare(expected, {**got, **{name: tuned.shape(name) for name in extra}})
     wrong = [name for name in present if shapes[name] != got[name]]
     raise StructureMismatchError(
-        f"{what}: expected the same {len(parameters)} parameters, got {found}. {_advice(wrong, extra, shapes, got)}"
+        f"{what}: expected the same {len(parameters)} parameters, got {found}. "
+        f"{_advice(wrong, extra, shapes, got, rules)}"
     )
 
 
-def _advice(wrong: Sequence[str], extra: Sequence[str], shapes: Shapes, got: Shapes) -> str:
+def heads_advice(names: Iterable[str], rules: Rules, kept: bool) -> str:
+    """The settings by which heads that do not fit are left out or written for themselves; without a full stop.
+
+    Args:
+        names: of the heads' parameters.
+        rules: whose settings the user has.
+        kept: whether they can be written for themselves: the base has none of their names.
+    """
+    patterns = sorted({name.rpartition(".")[0] + ".*" for name in names})
+    keep = ", or heads to keep to write them for themselves" if kept and "heads" in rules.offered else ""
+    return f"Set leave_out to [{', '.join(patterns)}] to merge all but the heads{keep}"
+
+
+def _advice(wrong: Sequence[str], extra: Sequence[str], shapes: Shapes, got: Shapes, rules: Rules) -> str:
     """What to set: ``wrong`` are of another shape, ``extra`` are what the base has not."""
     rows = [name for name in wrong if is_vocabulary(name) and got[name][1:] == shapes[name][1:]]
     heads = [name for name in (*wrong, *extra) if is_head(name) and name not in rows]
     if {*rows, *heads} != {*wrong, *extra}:
         return "Use parameters of the same architecture, or set leave_out to what is not to be merged."
     also = "set rows to base, common or union, as the vocabularies differ"
+    if "rows" not in rules.offered:
+        also = "merge them by lit-merge merge, whose setting rows is for vocabularies that differ"
     if not heads:
-        return f"{also.capitalize()}."
-    patterns = sorted({name.rpartition(".")[0] + ".*" for name in heads})
-    ways = f"Set leave_out to [{', '.join(patterns)}] to merge all but the heads"
-    kept = "" if any(name in heads for name in wrong) else ", or heads to keep to write them for themselves"
-    return f"{ways}{kept}{f'; {also}' if rows else ''}."
+        return f"{also[0].upper()}{also[1:]}."
+    ways = heads_advice(heads, rules, not any(name in heads for name in wrong))
+    return f"{ways}{f'; {also}' if rows else ''}."
 
 
 def _refuse_other_depth(parameters: Sequence[str], absent: Sequence[str], what: str) -> None:

@@ -53,7 +53,8 @@ def plan_rows(
 
     ``base`` has those of the base, ``common`` the first ones that all have, ``union`` those of the base and one for
     every token, or without tokenizers every row, that only inputs have. A token is found by its text if all tokenizers
-    are known. A new token has its number in the input if that is free, otherwise the next one.
+    are known. A new token has its number in the input if that is free, otherwise the next one; the largest vocabulary
+    comes first, so that one with the tokens of all others keeps its numbers.
 
     Args:
         rule: which rows.
@@ -116,7 +117,7 @@ def _with_new(base: Vocabulary, base_rows: int, others: Sequence[Vocabulary]) ->
     merged = dict(base)
     taken = set(merged.values())
     following = base_rows
-    for one in others:
+    for one in sorted(others, key=len, reverse=True):
         for token, number in sorted(one.items(), key=lambda item: item[1]):
             if token in merged:
                 continue

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from lit_merge._version import __version__
+from lit_merge.checkpoints.pairing.differences import Rules
 from lit_merge.evaluation.analysis.checks import (
     check_images,
     check_tasks,
@@ -66,6 +67,7 @@ def analyze(
     network: Network | None = None,
     base: str | None = None,
     tasks: list[str] | None = None,
+    leave_out: list[str] | None = None,
     linearized: bool = False,
     batch_size: int = 256,
     seed: int = 0,
@@ -96,6 +98,7 @@ def analyze(
         network: instead of both, any network, by class path.
         base: instead, weights of any model that the vectors start from; only the vectors can then be analysed.
         tasks: names of the vectors, in order; by default their own.
+        leave_out: patterns of names that are not analysed, such as those of heads, e.g. classifier.*.
         linearized: whether the vectors were trained for the encoder's tangent at θ0, and are evaluated as that.
         batch_size: images that go through the network at a time.
         seed: of the choice of images.
@@ -114,7 +117,7 @@ def analyze(
         wanted = wanted_analyses(analyses, origin, coefficients)
         finite_number("density", density, minimum=0.0, maximum=1.0)
         whole_number("batch_size", batch_size, minimum=1)
-        inputs, _ = open_inputs(vectors, origin, tasks, False)
+        inputs, _ = open_inputs(vectors, origin, tasks, False, Rules(tuple(leave_out or ()), offered=("leave_out",)))
         stacked = stacked_vectors([one.vector for one in inputs], origin)
         grid, paths = grid or Grid(), paths or Paths()
         methods = default_methods() if methods is None else methods
@@ -129,7 +132,8 @@ def analyze(
         result |= {"warnings": warned} if warned else {}
         evaluator: Evaluator | None = None
         if any(name in ON_IMAGES for name in wanted):
-            evaluator = _evaluator(stacked, origin, linearized, data, split, images, batch_size, seed, shared)
+            files = [(one.path, one.vector.tasks) for one in inputs]
+            evaluator = _evaluator(stacked, files, origin, linearized, data, split, images, batch_size, seed, shared)
             check_images(stacked, list(evaluator.images), wanted, grid, paths)
             known = {task: {"images": own.total, "sha256": own.digest()} for task, own in evaluator.images.items()}
             result |= {"split": split, "images": known, "linearized": linearized}
@@ -175,6 +179,7 @@ def _head(vectors: TaskVectors, origin: Base, wanted: Sequence[str], seed: int) 
 
 def _evaluator(
     vectors: TaskVectors,
+    files: Sequence[tuple[str, Sequence[str]]],
     origin: Base,
     linearized: bool,
     data: Any,
@@ -193,6 +198,7 @@ def _evaluator(
     data = data if data is not None else MultiTaskDataModule(tasks=list(vectors.tasks))
     assert isinstance(origin, Network)
     module = MultiTaskModule(network=origin, linearized=linearized).eval()
+    module.look_beside(files)
     chosen = task_images(data, task_names(data), split, module, images, seed, batch_size, shared)
     heads = {task: module.make_head(own).to(shared.device) for task, own in chosen.items()}
     return Evaluator(PlacedModel(module.to(shared.device)), vectors, heads, chosen)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from numbers import Integral
@@ -50,6 +50,7 @@ def search_coefficient(
     data: Any = None,
     linearized: bool = False,
     network: Network | None = None,
+    vector_files: Sequence[str] = (),
 ) -> SearchResult:
     """Evaluate ``θ0 + transform(vectors)`` at every point of a search, on the validation split of every task.
 
@@ -71,6 +72,7 @@ def search_coefficient(
             those of the vectors, and for the criteria with control tasks all others.
         linearized: whether to evaluate the encoder's tangent at θ0, as vectors that were trained linearised want it.
         network: the base model, instead of model and pretrained; its parameters stay θ0.
+        vector_files: where the vectors are from, in order: trained heads are looked for beside them.
 
     Returns:
         Every point, and the chosen one.
@@ -89,6 +91,7 @@ def search_coefficient(
     data = data if data is not None else _embedded(vectors, search)
     target, control = _roles(vectors, search, data)
     module = MultiTaskModule(network=network_of(network, model, pretrained), linearized=linearized)
+    module.look_beside((file, [task]) for file, task in zip(vector_files, vectors.tasks, strict=False))
     runner = _Search(vectors, transform, search, target, control, module, data)
     if search.optuna is None:
         for point in search.grid(last=runner.factor):

@@ -93,6 +93,8 @@ def statistics(
 
     files: dict[str, Any] = {} if kind in _OF_THE_BASE else {"task_vector": task_vector, "weights": weights}
     module = FineTuneModule(model, pretrained, network=network, linearized=linearized, **files)
+    if task_vector is not None and kind in _OF_THE_BASE:  # of which the head counts, too
+        module.look_beside([(task_vector, None)])
     own = _data_of(task, data)
     loader = _loader(own, module, split, images, seed)
     with quiet():

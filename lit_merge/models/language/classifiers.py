@@ -21,7 +21,15 @@ from lit_merge.files.store import LazyTensors, write_tensors
 from lit_merge.models.merging.companions import is_companion
 from lit_merge.params import working_dtype
 
-__all__ = ["TaskClassifier", "TaskHead", "TaskRegressor", "TwoLayerClassifier", "TwoLayerRegressor", "stored_head"]
+__all__ = [
+    "TaskClassifier",
+    "TaskHead",
+    "TaskRegressor",
+    "TwoLayerClassifier",
+    "TwoLayerRegressor",
+    "head_file",
+    "stored_head",
+]
 
 _FORMAT = "lit-merge/classifier/1"
 _TANH_HEADS = frozenset({"roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "mpnet"})
@@ -89,6 +97,10 @@ class TaskClassifier(TaskHead, nn.Linear):
             super().__init__(features, len(classes) or 1, bias)
         self.classes = tuple(classes)
 
+    def forward(self, features: Tensor) -> Tensor:
+        """Features ``[B, d]``, of any precision, to logits ``[B, C]`` in the weights'."""
+        return super().forward(features.to(self.weight.dtype))
+
 
 class TwoLayerClassifier(TaskHead):
     """RoBERTa's, features ``[B, d]`` to logits ``[B, C]``: W₂ tanh(W₁ f + b₁) + b₂, of which no dropout is taken.
@@ -111,8 +123,8 @@ class TwoLayerClassifier(TaskHead):
         self.classes = tuple(classes)
 
     def forward(self, features: Tensor) -> Tensor:
-        """Features ``[B, d]`` to logits ``[B, C]``."""
-        logits: Tensor = self.out_proj(torch.tanh(self.dense(features)))
+        """Features ``[B, d]``, of any precision, to logits ``[B, C]`` in the weights'."""
+        logits: Tensor = self.out_proj(torch.tanh(self.dense(features.to(self.dense.weight.dtype))))
         return logits
 
 
@@ -144,6 +156,20 @@ class TaskRegressor(_Number, TaskClassifier):
 
 class TwoLayerRegressor(_Number, TwoLayerClassifier):
     """Two layers whose output is one number, ``[B, 1]``; see :class:`TwoLayerClassifier`."""
+
+
+def head_file(vector: str | Path, task: str = "") -> str:
+    """Where a run writes a head that trained with the task: beside its vector.
+
+    Args:
+        vector: the vector's file.
+        task: its name, where the vector is of several.
+
+    Examples:
+        >>> head_file("runs/joint/task_vector.safetensors", "rte")
+        'runs/joint/task_vector.rte.head.safetensors'
+    """
+    return f"{str(vector).removesuffix('.safetensors')}{f'.{task}' if task else ''}.head.safetensors"
 
 
 def stored_head(path: str, task: str, classes: Sequence[str], regression: bool = False) -> TaskHead:

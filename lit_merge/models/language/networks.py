@@ -117,7 +117,7 @@ class TextEncoderNetwork(LanguageNetwork):
         head: ``class_names``, ``classifier`` or ``two_layer``.
         heads: trained classifiers: a path with ``{task}`` in it, or task -> path, of files that runs wrote or of
             folders of transformers (:func:`~lit_merge.models.language.classifiers.stored_head`); tasks without one get
-            a new classifier, which is to be trained.
+            a new classifier to train, and where nothing is trained the one that lies beside the task vector.
         logit_scale: factor of the cosine similarities, the inverse of the temperature: at 20, that of sentence
             encoders' training, 0.05.
         max_length: most tokens of a text; by default what model and tokenizer say.
@@ -199,9 +199,16 @@ class TextEncoderNetwork(LanguageNetwork):
         with evaluating(self.module):
             return build_head(self._texts, list(task.classes), list(task.templates))
 
+    def makes_new_head(self, task: TaskWords) -> bool:
+        """Whether the task has a classifier of its own, and ``heads`` names none."""
+        return self._head != "class_names" and self._place_of(task) is None
+
+    def _place_of(self, task: TaskWords) -> str | None:
+        return self._heads.get(task.name) if isinstance(self._heads, dict) else self._heads
+
     def _own_head(self, task: TaskWords, regression: bool) -> TaskHead:
         """The task's own, from its file if there is one."""
-        place = self._heads.get(task.name) if isinstance(self._heads, dict) else self._heads
+        place = self._place_of(task)
         if place is not None:
             return stored_head(place.replace("{task}", task.name), task.name, task.classes, regression)
         classifier, regressor = (

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
@@ -15,13 +16,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lit_merge.checkpoints.adapters.additions import model_settings
 from lit_merge.checkpoints.vocabulary import differing_tokens, vocabulary_of
-from lit_merge.errors import FileFormatError, StructureMismatchError, first_few
+from lit_merge.errors import FileFormatError, StructureMismatchError, first_few, one_line
 from lit_merge.files.lazy import LazyMapping
 from lit_merge.files.store import LazyTensors
 from lit_merge.models.merging.inputs import Input
 from lit_merge.models.merging.rounding_loss import RoundingLoss, is_narrow, rounding_caution
-from lit_merge.models.network import Base
+from lit_merge.models.network import Base, ClipNetwork
 from lit_merge.transforms import ESM, DCMerge, IsoCTS, OptMerge, Transform, TSVDirections, TSVMerge
 from lit_merge.transforms.fields import parts_of
 from lit_merge.vectors import TaskVector, TaskVectors
@@ -33,6 +35,7 @@ _TENSORS = 128  # that are sampled; those of a model with more are chosen by a h
 _PLACES = 4  # in a tensor, evenly spread
 _ELEMENTS = 512  # at each of them
 _RATIO = 3.0  # of norms
+_ADDRESS = re.compile(r"[\w.-]+/[\w.-]+")  # owner/name on the Hugging Face Hub
 _UNSURE = 0.1  # by which confidence may be below accuracy
 _DIVIDING = (TSVMerge, TSVDirections, IsoCTS, DCMerge, ESM, OptMerge)  # a matrix's rank among the vectors
 
@@ -99,6 +102,7 @@ def cautions_of(inputs: Sequence[Input], base: Base, stored: Callable[[str], tor
     names = _chosen([one.vector for one in inputs])
     samples = [_sample(one.vector, names, _label(one)) for one in inputs]
     lasting = [*_repeated(inputs, samples), *_norms(samples), *_tokenizers(inputs, base)]
+    lasting += _other_bases(inputs, base)
     lasting += [line for one in inputs for line in training_cautions(one.vector.metadata, _label(one))]
     estimates = [] if stored is None else _estimated_losses(inputs, samples, base, stored)
     return Cautions(tuple(lasting), tuple(estimates))
@@ -264,6 +268,8 @@ def _tokenizers(inputs: Sequence[Input], base: Base) -> Iterator[str]:
         yield "the tokenizer of the base cannot be read, and is not compared with those of the inputs."
         return
     for one in inputs if own is not None else ():
+        if one.by_token:  # as rows has asked for: no row meets that of another token
+            continue
         try:
             other = vocabulary_of(one.files[0].parent) if one.files else None
         except FileFormatError:
@@ -276,6 +282,43 @@ def _tokenizers(inputs: Sequence[Input], base: Base) -> Iterator[str]:
                 f"({first_few(map(repr, tokens))}) of {len(own or ()):,}: their embeddings are merged with those of "
                 "other tokens. Merge models of one tokenizer."
             )
+
+
+def _other_bases(inputs: Sequence[Input], base: Base) -> Iterator[str]:
+    """Where an adapter's configuration names another base. Copies have other names, too: that refuses nothing."""
+    for one in inputs:
+        stated = None if one.adapter is None else one.adapter.settings.get("base_model_name_or_path")
+        if isinstance(stated, str) and stated and (own := _other_name(stated, base)):
+            yield (
+                f"{_label(one)} was trained on {one_line(stated, 200)}, as its adapter_config.json says, and its base "
+                f"here is {own}: on other weights an adapter does not do what it was trained to. Use that base, unless "
+                "this is a copy of it."
+            )
+
+
+def _other_name(stated: str, base: Base) -> str:
+    """What the base is called, if that can be told to be another one than the stated; otherwise ""."""
+    # open_clip's addresses are not those of the same weights in transformers, which adapters name.
+    if not base.files or isinstance(base, ClipNetwork):
+        return ""
+    folder, repository = base.files[0].parent, base.repository
+    if _is_folder(stated):  # on this machine: whether a download is the same is not known
+        known = repository is None and folder.is_dir()
+        return str(folder) if known and not folder.samefile(stated) else ""
+    entry = model_settings(base.files).get("_name_or_path")
+    own = repository or (entry if isinstance(entry, str) and not _is_folder(entry) else "")
+    both = _ADDRESS.fullmatch(stated) and _ADDRESS.fullmatch(own)
+    if not both or stated.casefold() == own.casefold():
+        return ""
+    return own if repository else f"{folder}, whose config.json names {own}"
+
+
+def _is_folder(name: str) -> bool:
+    """Of a name that may be anything."""
+    try:
+        return Path(name).is_dir()
+    except (OSError, ValueError):
+        return False
 
 
 def _estimated_losses(

@@ -54,6 +54,11 @@ _OURS = re.compile(r"merge\.yaml|(search|soup|provenance)\.json")  # what a merg
 _CARD = re.compile(r"readme(\..*)?", re.IGNORECASE)
 _MODULE_FOLDER = re.compile(r"\d+_\w+")  # as sentence-transformers names them
 _TEMPLATES = "additional_chat_templates"
+_TOKENIZER = re.compile(
+    r"tokenizer(_config)?\.[\w.]+|tokenization_\w+\.py|(special_tokens_map|added_tokens|tekken|normalizer)\.json"
+    r"|(vocab|merges|encoder)([_-]\w+)?\.(json|txt|bpe)|(bpe\.codes|dict\.txt)|.+\.(model|spm|tiktoken)"
+    r"|chat_template\.\w+"
+)
 _LICENCE = re.compile(r"(licen[cs]e|notice|copying)([._-].*)?", re.IGNORECASE)
 _REMOTE_CODE = re.compile(r"([\w.-]+/[\w.-]+)--.*")  # in auto_map: code of another repository
 _STEMS = {"open_clip": "open_clip_model", "peft": "adapter_model"}
@@ -123,6 +128,33 @@ class Companions:
         content = (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
         notes = (*self.notes, f"{file}: {', '.join(dict.fromkeys(said))}")
         return replace(self, files={**self.files, file: content}, config=config, notes=notes)
+
+    @property
+    def tokenizer(self) -> list[str]:
+        """The names of those that belong to the tokenizer, chat templates included."""
+        return sorted(name for name in self.files if _of_tokenizer(name))
+
+    def with_tokenizer(self, folder: Path, whose: str) -> Companions:
+        """The same with the tokenizer of another model, all of its files; none of the base's tokenizer stays.
+
+        Args:
+            folder: of the other model.
+            whose: what it is called in words.
+        """
+        found: dict[str, Path | bytes] = {}
+        left: dict[str, str] = {}
+        for path in sorted([*folder.iterdir(), *(folder / _TEMPLATES).glob("*")]):
+            name = path.relative_to(folder).as_posix()
+            if path.is_file() and _of_tokenizer(name):
+                _sort_in(path, name, found, left)
+        before = self.tokenizer
+        kept = {name: one for name, one in self.files.items() if name not in before}
+        lost = [name for name in before if name not in found]
+        notes = [f"{first_few(sorted(found), 8)}: of {whose} instead of the base"]
+        notes += [f"not written, as {whose} has none: the base's {first_few(lost, 8)}"] if lost else []
+        notes += [f"left in {whose}: {first_few(f'{n} ({why})' for n, why in left.items())}"] if left else []
+        code = [name for name in self.code if name not in before] + [name for name in found if name.endswith(".py")]
+        return replace(self, files={**kept, **found}, code=tuple(code), notes=(*self.notes, *notes))
 
     def with_dtype(self, dtype: torch.dtype | None) -> Companions:
         """The same with the dtype that is written in the configuration; None leaves the base's."""
@@ -332,6 +364,11 @@ def _sort_in(path: Path, name: str, found: dict[str, Path | bytes], left: dict[s
         found[name] = path
     else:
         left[name] = reason
+
+
+def _of_tokenizer(name: str) -> bool:
+    outer, _, inner = name.rpartition("/")
+    return outer == _TEMPLATES if outer else _TOKENIZER.fullmatch(inner) is not None
 
 
 def _reason(name: str) -> str | None:

@@ -18,6 +18,7 @@ from lit_merge.errors import ConfigurationError, StructureMismatchError, first_f
 from lit_merge.files.lazy import LazyMapping
 from lit_merge.files.text import read_json
 from lit_merge.models.merging.companions import OPEN_CLIP_CONFIG, Companions, companions_of
+from lit_merge.models.merging.vocabularies import FittingTokenizer
 from lit_merge.models.network import Base, ClipNetwork, FileBase
 from lit_merge.params import dtype_of, shape_of
 
@@ -80,6 +81,36 @@ class Form:
     def with_entries(self, entries: Mapping[str, Any]) -> Form:
         """The same with other entries in the configuration, see :meth:`Companions.with_entries`."""
         found = self.companions.with_entries(entries)
+        return replace(self, companions=found, notes=(*self.notes, *found.notes[len(self.companions.notes) :]))
+
+    def with_tokenizer(self, fitting: FittingTokenizer | None) -> Form:
+        """The same with the tokenizer that fits the rows of the merge; as it is where no tokenizer is written.
+
+        Raises:
+            ConfigurationError: no model has such a tokenizer, or the configuration names a token without a row.
+        """
+        if fitting is None or not self.companions.tokenizer:
+            return self
+        if fitting.refusal:
+            raise ConfigurationError(
+                "rows: expected a tokenizer with exactly the tokens of the rows that are written, as tokens without a "
+                f"row break the model and rows without their token are lost, got none: {fitting.refusal}. Give one of "
+                "these models a tokenizer with all of them, choose other rows (base fits always), or name a file "
+                "ending in .safetensors as output, which has no tokenizer."
+            )
+        if fitting.folder is None:
+            return self
+        config = self.companions.config
+        for part in [one for one in (config, config.get("text_config")) if isinstance(one, Mapping)]:
+            rows = part.get("vocab_size")
+            for name, number in part.items():
+                known = isinstance(rows, int) and isinstance(number, int) and name.endswith("_token_id")
+                if known and number >= rows:
+                    raise ConfigurationError(
+                        f"rows: expected special tokens below {rows}, the rows that are written, got {name} {number} "
+                        "in the base's config.json. Choose rows that have it (base or union)."
+                    )
+        found = self.companions.with_tokenizer(fitting.folder, fitting.name)
         return replace(self, companions=found, notes=(*self.notes, *found.notes[len(self.companions.notes) :]))
 
     def check_shards(self, files: int) -> None:

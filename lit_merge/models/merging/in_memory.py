@@ -102,7 +102,7 @@ def merge(
             TaskVectors([_vector(one, task) for one, task in zip(vectors, named, strict=True)], device=device)
         )
         return _one_or_several(merged, {task: merged.vector(index) for index, task in enumerate(merged.tasks)})
-    rules = Rules(tuple(leave_out), False, rows)
+    rules = Rules(tuple(leave_out), False, rows, offered=("leave_out", "rows"))
     base, vectors = (_pinned(one) for one in (base, list(vectors)))
     with RemoteSources() as sources:
         inputs, same = _opened(base, vectors, named, rules)

@@ -50,6 +50,7 @@ class Input:
         heads: what only it has of a head, under its own names, if that is to be written.
         used: the patterns of names to leave out that fitted one of its names.
         adapter: what it is the difference of, if that is an adapter of peft.
+        by_token: whether the rows of its vocabulary were merged with those of the same tokens of the base.
     """
 
     path: str
@@ -63,6 +64,7 @@ class Input:
     heads: LazyMapping | None = None
     used: frozenset[str] = frozenset()
     adapter: Adapter | None = None
+    by_token: bool = False
 
     @property
     def size(self) -> int:
@@ -121,12 +123,13 @@ def open_inputs(
     named: Sequence[str | None] = tasks or [None] * len(paths)
     rules = rules or Rules()
     opened = [open_checkpoint(path) for path in paths]
-    rows = SameRows(base) if rules.rows is None else same_rows(base, opened, rules.rows)
+    rows = SameRows(base) if rules.rows is None else same_rows(base, opened, rules.rows, paths)
     rows, additions = extended_base(rows, opened)
     inputs = [
         _extended(_open_input(path, one, rows.tensors.get(position), rows, named[position], verify, rules), additions)
         for position, (path, one) in enumerate(zip(paths, opened, strict=True))
     ]
+    inputs = [replace(one, by_token=position in rows.by_token) for position, one in enumerate(inputs)]
     used = frozenset[str]().union(*(one.used for one in inputs))
     if unused := sorted(set(rules.leave_out) - used):
         raise ConfigurationError(
@@ -163,7 +166,7 @@ def _open_input(
         *(path, vector, source, True, opened.files, digests, pair.notes, pair.statistics),
         heads=pair.heads if rules.keep_heads and pair.heads else None,
         used=pair.used,
-        adapter=opened.adapter,
+        adapter=pair.adapter,
     )
 
 

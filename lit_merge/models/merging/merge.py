@@ -179,7 +179,7 @@ class Merge:
                 f"{'; '.join(self._rows.added)}. Write weights instead."
             )
         self.base = self._rows.base
-        self.form = self.form.with_entries(self._rows.entries)
+        self.form = self.form.with_entries(self._rows.entries).with_tokenizer(self._rows.tokenizer)
         self._set_inputs(inputs)
         if recalibrate is not None:
             self._check_recalibration()

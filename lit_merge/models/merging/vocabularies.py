@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,13 +12,43 @@ import torch
 from lit_merge.checkpoints.opening import OpenedCheckpoint
 from lit_merge.checkpoints.pairing.alignment import align
 from lit_merge.checkpoints.pairing.differences import RowRule
-from lit_merge.checkpoints.pairing.rows import WithRows, plan_rows, vocabulary_names
+from lit_merge.checkpoints.pairing.rows import RowPlan, WithRows, plan_rows, vocabulary_names
 from lit_merge.checkpoints.vocabulary import Vocabulary, vocabulary_of
-from lit_merge.errors import ConfigurationError
+from lit_merge.errors import ConfigurationError, first_few
 from lit_merge.files.lazy import LazyMapping, Selected
 from lit_merge.models.network import Base, FileBase
 
-__all__ = ["SameRows", "same_rows"]
+__all__ = ["FittingTokenizer", "SameRows", "same_rows"]
+
+
+@dataclass(frozen=True)
+class FittingTokenizer:
+    """Whose tokenizer has exactly the tokens of the rows of a merge.
+
+    Attributes:
+        name: of the model, as it was given; empty for the base.
+        folder: that it lies in; None for the base's.
+        refusal: why no model has one; empty if one has.
+        without_row: tokens that are in a tokenizer and have no row of the merge.
+    """
+
+    name: str = ""
+    folder: Path | None = None
+    refusal: str = ""
+    without_row: tuple[str, ...] = ()
+
+    def describe(self) -> str:
+        """It in words."""
+        if self.refusal:
+            return f"no model's tokenizer has exactly the tokens of these rows: {self.refusal}"
+        whose = f"that of {self.name}" if self.name else "the base's"
+        count = len(self.without_row)
+        lost = (
+            f"; {count} token{'s have' if count != 1 else ' has'} no row ({first_few(map(repr, self.without_row))})"
+            if count
+            else ""
+        )
+        return f"the tokenizer of these rows is {whose}{lost}"
 
 
 @dataclass(frozen=True)
@@ -29,7 +59,8 @@ class SameRows:
         base: θ0 with the rows of the merge.
         tensors: position of an input -> its tensors with those rows; inputs that had them already are left out.
         entries: what changes in the base's configuration.
-        tokenizer: the folder whose tokenizer is that of the merge; None for the base's.
+        tokenizer: whose has the tokens of these rows; None where the base has none, or all is as it was.
+        by_token: positions of the inputs of whose rows every one was merged with that of the same token.
         notes: what was done, in words.
         added: what was added to the base beside rows, and why, in words.
     """
@@ -37,18 +68,20 @@ class SameRows:
     base: Base
     tensors: Mapping[int, LazyMapping] = field(default_factory=dict)
     entries: Mapping[str, Any] = field(default_factory=dict)
-    tokenizer: Path | None = None
+    tokenizer: FittingTokenizer | None = None
+    by_token: frozenset[int] = frozenset()
     notes: tuple[str, ...] = ()
     added: tuple[str, ...] = ()
 
 
-def same_rows(base: Base, inputs: Sequence[OpenedCheckpoint], rule: RowRule) -> SameRows:
+def same_rows(base: Base, inputs: Sequence[OpenedCheckpoint], rule: RowRule, names: Sequence[str]) -> SameRows:
     """Bring the tables of all vocabularies to the same rows; nothing but headers and tokenizers is read.
 
     Args:
         base: θ0, as weights.
         inputs: what is merged; task vectors and adapters have the base's rows.
         rule: which rows, see :func:`~lit_merge.checkpoints.pairing.rows.plan_rows`.
+        names: what the inputs are called in words, in the same order.
 
     Raises:
         ConfigurationError: the base is a network.
@@ -59,9 +92,9 @@ def same_rows(base: Base, inputs: Sequence[OpenedCheckpoint], rule: RowRule) -> 
     tables = [name for name in vocabulary_names(base.opened) if name not in base.ties]
     found: dict[int, dict[str, str]] = {}
     for position, one in enumerate(inputs):
-        names = align(base.opened, one).names if one.adapter is None and not _is_vector(one) else {}
-        found[position] = {name: names[name] for name in tables if name in names}
-    positions = [position for position, names in found.items() if names]
+        aligned = align(base.opened, one).names if one.adapter is None and not _is_vector(one) else {}
+        found[position] = {name: aligned[name] for name in tables if name in aligned}
+    positions = [position for position, aligned in found.items() if aligned]
     sizes = {base.opened.shape(name)[0] for name in tables}
     if not positions or len(sizes) != 1:
         return SameRows(base)
@@ -86,18 +119,74 @@ def same_rows(base: Base, inputs: Sequence[OpenedCheckpoint], rule: RowRule) -> 
         )
         for position, index in zip(positions, plan.inputs, strict=True)
     }
-    same = [position for position, one in zip(positions, others, strict=True) if plan.tokens and one == plan.tokens]
-    changed = plan.tokens is not None and plan.tokens != own
+    called, folders = zip(*((names[position], inputs[position].path) for position in positions), strict=True)
+    tokenizer = _fitting(rule, plan, own, list(zip(called, folders, others, strict=True)))
     notes = [f"vocabularies of {base_rows} and {', '.join(map(str, counts))} rows: {plan.note}"]
-    if changed and not same:
-        notes.append("no tokenizer has all of these tokens: the base's is written, add the new ones to it")
+    by_token = {
+        position
+        for position, one, count in zip(positions, others, counts, strict=True)
+        if one is not None and own is not None and _goes_by_token(rule, plan, own, one, min(base_rows, count))
+    }
     return SameRows(
         base.with_tensors(whole),
         tensors,
         {"vocab_size": plan.rows} if plan.rows != base_rows else {},
-        inputs[same[0]].path if changed and same else None,
-        tuple(notes),
+        tokenizer,
+        frozenset(by_token),
+        (*notes, *([tokenizer.describe()] if tokenizer is not None else [])),
     )
+
+
+def _goes_by_token(rule: RowRule, plan: RowPlan, own: Vocabulary, other: Vocabulary, shared: int) -> bool:
+    """Whether the rows of two tables were found by their tokens, or have the same ones under the same numbers."""
+    if rule != "common" and plan.tokens is not None:
+        return True
+    first, second = ({pair for pair in one.items() if pair[1] < shared} for one in (own, other))
+    return first == second
+
+
+def _fitting(
+    rule: RowRule,
+    plan: RowPlan,
+    own: Vocabulary | None,
+    others: Sequence[tuple[str, Path, Vocabulary | None]],
+) -> FittingTokenizer | None:
+    """The base's tokenizer if it has exactly the tokens of the rows, otherwise the first of an input that has.
+
+    Where rows went by number, all tokenizers together say which tokens they have: a number may have been given to
+    different tokens then, and no tokenizer has both.
+    """
+    if own is None:
+        return None
+    known = [own, *(one for _, _, one in others if one is not None)]
+    if rule == "base":
+        wanted = {pair for pair in own.items() if pair[1] < plan.rows}
+    elif rule == "union" and plan.tokens is not None:
+        wanted = set(plan.tokens.items())
+    else:
+        wanted = {pair for one in known for pair in one.items() if pair[1] < plan.rows}
+    tokens = {token for token, _ in wanted}
+    lost = tuple(dict.fromkeys(token for one in known for token in one if token not in tokens))
+    if rule == "base" or own.items() == wanted:
+        return FittingTokenizer(without_row=lost)
+    for name, folder, one in others:
+        if one is not None and one.items() == wanted:
+            return FittingTokenizer(name, folder, without_row=lost)
+    said = [f"the base's {_misfit(own, wanted)}"]
+    said += [f"that of {name} {_misfit(one, wanted)}" for name, _, one in others if one is not None]
+    return FittingTokenizer(refusal="; ".join(said), without_row=lost)
+
+
+def _misfit(one: Vocabulary, wanted: Set[tuple[str, int]]) -> str:
+    """How a tokenizer differs from the one that is wanted, with the tokens."""
+    missing = [token for token, number in sorted(wanted, key=lambda pair: pair[1]) if one.get(token) != number]
+    named = {token for token, _ in wanted}
+    found = {
+        "lacks": [token for token in missing if token not in one],
+        "has under another number": [token for token in dict.fromkeys(missing) if token in one],
+        "has without a row": [token for token in one if token not in named],
+    }
+    return ", ".join(f"{what} {first_few(map(repr, tokens))}" for what, tokens in found.items() if tokens)
 
 
 def _is_vector(opened: OpenedCheckpoint) -> bool:

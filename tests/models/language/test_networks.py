@@ -382,3 +382,15 @@ def test_the_tokenizers_vocabulary_tells_preprocessings_apart(folder):
     other = tokenizer("encoder")
     other.add_tokens(["new"])
     assert repr(type(first)(other, "encoder", 24, 1)) != repr(first)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float64"])
+@pytest.mark.parametrize("head", ["class_names", "classifier", "two_layer"])
+def test_features_of_any_precision_go_through_a_head(folder, head, dtype):
+    network, plain = (TextEncoderNetwork(str(folder("bert")), head=head, dtype=one) for one in (dtype, "float32"))
+    with torch.no_grad():
+        features = network.module(*texts(network))
+        logits, expected = network.head(TASK)(features), plain.head(TASK)(plain.module(*texts(plain)))
+    assert features.dtype is getattr(torch, dtype)
+    assert logits.dtype is torch.float32
+    torch.testing.assert_close(logits, expected, rtol=0.1, atol=0.3)
