@@ -73,7 +73,7 @@ def write_texts(folder: Path) -> None:
     from builders.language_folders import language_folder
 
     draw = np.random.default_rng(0)
-    for name, classes in {"reviews": ("bad", "good"), "tickets": ("bug", "question", "wish")}.items():
+    for name, classes in {"reviews": ("w1", "w2"), "tickets": ("w3", "w4", "w5")}.items():
         rows = [
             f"{' '.join(f'w{word}' for word in draw.integers(0, 20, 5))},{classes[row % len(classes)]}"
             for row in range(60)

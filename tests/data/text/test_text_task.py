@@ -372,9 +372,7 @@ def test_truth_values_of_a_csv_have_names():
 
 def test_what_a_network_cannot_tell_apart_or_write_is_refused():
     for split in ("train", "test"):
-        with pytest.raises(
-            DataError, match=r"expected answers that .* tells apart, got 'zz' and 'yy', which"
-        ):
+        with pytest.raises(DataError, match=r"expected answers that .* tells apart, got 'zz' and 'yy', which"):
             TextTask(rows=ROWS, answers={"neg": "zz", "pos": "yy"}).split(split, tokenization("causal", ALL))
     with pytest.raises(ConfigurationError, match=r"expected answers or a target, which an encoder-decoder writes, got"):
         TextTask(rows=ROWS, label_column=None).split("train", tokenization("encoder_decoder", ALL))
