@@ -189,8 +189,9 @@ def test_the_header_tells_where_it_comes_from(kind, files, model, clip, tmp_path
 def test_the_search_evaluates_what_the_vectors_are_merged_for(linearized, files, model, tmp_path, monkeypatch):
     asked = []
 
-    def search(vectors, transform, search, data, linearized, network):
+    def search(vectors, transform, search, data, linearized, network, vector_files):
         asked.append(linearized)
+        assert vector_files == files
         point = SearchPoint({"coefficient": 0.2}, {"digits": 1.0}, 1.0, 1.0, None, 1.0)
         return SearchResult([point], 0, [0], replace_field(transform, "coefficient", 0.2), "normalised", "val", [], [])
 
