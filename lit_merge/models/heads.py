@@ -163,8 +163,8 @@ def _check_apart(weights: Tensor, classes: Sequence[str]) -> None:
                 first, second = sorted((one, other))
                 raise ConfigurationError(
                     f"classes: expected names that the text encoder tells apart, got {classes[first]!r} and "
-                    f"{classes[second]!r}, whose tokens are the same as far as it reads them. Set classes to other words for "
-                    "these labels, or train a classifier (head) instead."
+                    f"{classes[second]!r}, whose tokens are the same as far as it reads them. Set classes to "
+                    "other words for these labels, or train a classifier (head) instead."
                 )
 
 
