@@ -111,7 +111,7 @@ class WritePredictions(L.Callback):
     def __init__(self, path: str = "predictions.csv") -> None:
         self.path = path
         self._rows: dict[int, Tensor] = {}
-        self._column, self._numbers = "image", False
+        self._column = "image"
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Forget an earlier run."""
@@ -128,14 +128,13 @@ class WritePredictions(L.Callback):
     ) -> None:
         """Keep a batch's probabilities or numbers; padding has index -1."""
         self._column = "image" if isinstance(batch, ImageBatch) else "example"
-        self._numbers = "numbers" in outputs
-        if not self._numbers and outputs["probabilities"].ndim != 2:
+        found = outputs["numbers"] if "numbers" in outputs else outputs["probabilities"]
+        if found.ndim != 2:
             raise ConfigurationError(
                 "predict: expected a task with classes, answers or a number, got one of next tokens, whose "
                 "probabilities are no table. Use test for its perplexity, or the "
                 "callback GeneratedAnswers for what is written."
             )
-        found = outputs["numbers" if self._numbers else "probabilities"]
         for index, row in zip(outputs["indices"].tolist(), found.cpu(), strict=True):
             if index >= 0:
                 self._rows[index] = row
@@ -153,9 +152,9 @@ class WritePredictions(L.Callback):
         classes = list(pl_module.classes)
         table = io.StringIO()
         writer = csv.writer(table, lineterminator="\n")
-        writer.writerow([self._column, *(["number"] if self._numbers else ["class", "probability", *classes])])
+        writer.writerow([self._column, *(["class", "probability", *classes] if classes else ["number"])])
         for index in sorted(rows):
-            if self._numbers:
+            if not classes:
                 writer.writerow([names[index], f"{float(rows[index][0]):.6f}"])
                 continue
             best = int(rows[index].argmax())

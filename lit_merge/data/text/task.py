@@ -397,7 +397,9 @@ class TextTask(Task):
             texts, choices = encoded_answers(preprocessing, name, rows.texts, rows.answers)
         else:
             if rows.answers is not None:
-                answer_tokens(preprocessing, name, rows.texts, rows.answers)
+                answer_tokens(
+                    preprocessing, name, rows.texts[:1], rows.answers[:1]
+                )  # of all rows where they are ranked
                 targets = [own[max(0, int(label))] for own, label in zip(rows.answers, rows.labels, strict=True)]
             unknown = targets is not None and not any(targets)
             texts, tokens = encoded(preprocessing, name, rows.texts, None if unknown else targets)
