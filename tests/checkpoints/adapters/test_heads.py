@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from builders.peft_adapters import adapt
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -44,17 +44,9 @@ def saved(kind: type[PreTrainedModel], folder: str, labels: int = 2) -> Path:
 def adapted(base: Path, folder: str, **settings: Any) -> dict[str, Tensor]:
     """An adapter as peft saves it for a classifier; what peft's merge changes, under the classifier's names."""
     model = BertForSequenceClassification.from_pretrained(base)
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    settings = {"task_type": "SEQ_CLS", "target_modules": ["query", "value"], "r": 2, **settings}
-    wrapped = get_peft_model(model, LoraConfig(**settings))
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for parameter in wrapped.parameters():
-            if parameter.requires_grad:
-                parameter.copy_(torch.randn_like(parameter))
-    wrapped.save_pretrained(folder)
-    merged = wrapped.merge_and_unload().state_dict()
-    return {name: merged[name] - value for name, value in before.items()}
+    return adapt(
+        model, Path(folder), **{"task_type": "SEQ_CLS", "target_modules": ["query", "value"], "r": 2, **settings}
+    )
 
 
 @pytest.fixture(autouse=True)

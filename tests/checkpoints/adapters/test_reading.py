@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from builders.peft_adapters import adapt
 from open_clip.model import CLIP
 from peft import LoraConfig, OFTConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
@@ -58,20 +59,6 @@ Build = Callable[[], nn.Module]
 def fresh(build: Build, seed: int = 0, dtype: torch.dtype = torch.float32) -> nn.Module:
     torch.manual_seed(seed)
     return build().to(dtype)
-
-
-def adapt(model: nn.Module, folder: Path, safe: bool = True, **settings: Any) -> dict[str, Tensor]:
-    """Adapt with random factors, save; the difference that peft's merge makes."""
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    adapted = get_peft_model(model, LoraConfig(**settings))
-    torch.manual_seed(7)
-    with torch.no_grad():
-        for parameter in adapted.parameters():
-            if parameter.requires_grad:
-                parameter.copy_(torch.randn_like(parameter))
-    adapted.save_pretrained(folder, safe_serialization=safe)
-    merged = adapted.merge_and_unload().state_dict()
-    return {name: merged[name] - tensor for name, tensor in before.items()}
 
 
 def check(folder: Path, base: Mapping[str, Tensor], expected: Mapping[str, Tensor], tolerance: float = 1e-6) -> None:
