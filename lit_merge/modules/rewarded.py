@@ -120,24 +120,33 @@ def train_adapter(
             "versions": _versions(),
             "log": trainer.state.log_history,
         }
-        with staged(target) as place:
-            # By default peft looks the base's vocabulary up on the Hub.
-            tuned.save_pretrained(place, save_embedding_layers=False)
-            (place / "README.md").unlink(missing_ok=True)  # a form that nobody filled in
-            write_text(place / _RECORD, json.dumps(record, indent=2, default=str) + "\n")
-        tuned.unload()
+        if trainer.is_world_process_zero():
+            with staged(target) as place:
+                # By default peft looks the base's vocabulary up on the Hub.
+                tuned.save_pretrained(place, save_embedding_layers=False)
+                (place / "README.md").unlink(missing_ok=True)  # a form that nobody filled in
+                write_text(place / _RECORD, json.dumps(record, indent=2, default=str) + "\n")
+        trainer.accelerator.wait_for_everyone()
     return record
 
 
 @contextmanager
 def _as_before(model: Any) -> Iterator[None]:
-    """Put back what a trainer changes in a model beside its layers."""
+    """Put back what a trainer changes in a model, whether it ends or fails."""
+    modules = dict(model.named_modules(remove_duplicate=False))
     device, trained = next(model.parameters()).device, {one for one in model.parameters() if one.requires_grad}
-    padding, generation = model.config.pad_token_id, copy.deepcopy(model.generation_config)
+    settings, generation = copy.deepcopy(vars(model.config)), copy.deepcopy(model.generation_config)
     try:
         yield
     finally:
-        model.config.pad_token_id, model.generation_config = padding, generation
+        for name, module in modules.items():  # peft has put its own in their places
+            owner, _, own = name.rpartition(".")
+            if name:
+                modules[owner]._modules[own] = module
+        model.__dict__.pop("peft_config", None)
+        vars(model.config).clear()
+        vars(model.config).update(settings)
+        model.generation_config = generation
         for one in model.parameters():
             one.requires_grad_(one in trained)
             one.grad = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from lit_merge.commands.main import main
 from lit_merge.data import Task, TensorExamples
 from lit_merge.data.text import TextTask
-from lit_merge.errors import ConfigurationError, DataError
+from lit_merge.errors import ConfigurationError, DataError, NonFiniteError
 from lit_merge.metrics import Reward, WordCount
 from lit_merge.models import LoRA
 from lit_merge.models.language import CausalNetwork, TextEncoderNetwork
@@ -115,6 +115,81 @@ def test_by_texts_and_by_rewards(network, tmp_path):
     with pytest.raises(ConfigurationError, match="network: expected a causal language model, got 'bert'"):
         train_adapter(encoder, task(), sft, tmp_path / "x")
     assert not (tmp_path / "x").exists()
+
+
+@dataclass(frozen=True)
+class Nothing(Reward):
+    """No number."""
+
+    def __call__(self, prompts, responses):
+        return torch.full((len(responses),), torch.nan)
+
+
+def test_a_run_that_fails_leaves_the_network_as_it_was(network, tmp_path):
+    pytest.importorskip("trl")
+    model = network.module.of_transformers
+    modules, config = dict(model.named_modules()), model.config.to_dict()
+    settings = {"max_steps": 2, "per_device_train_batch_size": 4, "use_cpu": True, "bf16": False}
+    settings |= {"num_generations": 4, "max_completion_length": 4}
+    run = RewardedRun(rewards={"nothing": Nothing()}, lora=LoRA(rank=2), settings=settings)
+    with pytest.raises(NonFiniteError, match="reward nothing: expected finite numbers, got nan"):
+        train_adapter(network, task(label_column=None), run, tmp_path / "out")
+    assert dict(model.named_modules()) == modules
+    assert all(value.requires_grad and value.grad is None for value in model.parameters())
+    assert model.config.to_dict() == config
+    assert not hasattr(model, "peft_config")
+    assert list(tmp_path.glob("*out*")) == []
+
+
+@dataclass(frozen=True)
+class Seen(Reward):
+    """Keeps the prompts."""
+
+    prompts: list = field(default_factory=list)
+
+    def __call__(self, prompts, responses):
+        self.prompts.extend(prompts)
+        return torch.arange(float(len(responses)))
+
+
+def test_prompts_keep_the_special_tokens_that_they_are_written_with(network, tmp_path):
+    """A chat's turns are such tokens; the beginning that the tokenizer adds is added again by trl."""
+    pytest.importorskip("trl")
+    rows = [{"prompt": f"a </s> b w{number} </s>"} for number in range(4)]
+    source = TextTask(rows={"train": rows, "val": rows[:1]}, text_column="prompt", label_column=None, repeated="keep")
+    settings = {"max_steps": 1, "per_device_train_batch_size": 4, "use_cpu": True, "bf16": False}
+    settings |= {"num_generations": 4, "max_completion_length": 4}
+    reward = Seen()
+    run = RewardedRun(rewards={"seen": reward}, lora=LoRA(rank=2), settings=settings)
+    train_adapter(network, source, run, tmp_path / "out")
+    assert reward.prompts
+    assert set(reward.prompts) <= {row["prompt"] for row in rows}
+
+
+PROGRAM = """
+import sys
+from lit_merge.commands.main import main
+sys.exit(main({line!r}))
+"""
+
+
+def test_one_of_two_processes_writes(network, tmp_path, fork_server, own_cache):
+    pytest.importorskip("trl")
+    rows = "\n".join(json.dumps({"prompt": f"a b w{number}", "completion": "c d"}) for number in range(8))
+    (tmp_path / "texts.jsonl").write_text(rows + "\n")
+    init = {"path": str(tmp_path / "texts.jsonl"), "text_column": "prompt", "target": "completion"}
+    source = {"class_path": "lit_merge.data.TextTask", "init_args": {**init, "label_column": None, "repeated": "keep"}}
+    folder = {"path": str(tmp_path / "llama"), "dtype": "float32"}
+    settings = {"max_steps": 2, "per_device_train_batch_size": 2, "use_cpu": True, "bf16": False}
+    line = ["trl", "--method", "sft", "--source", json.dumps(source), "--settings", json.dumps(settings)]
+    line += ["--network", json.dumps({"class_path": "lit_merge.models.language.CausalNetwork", "init_args": folder})]
+    fork_server.run_on_two(PROGRAM.format(line=[*line, "--output", str(tmp_path / "out")]))
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "training.json",
+    ]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["llama", "out", "texts.jsonl"]
 
 
 def test_the_configurations_of_llama_2_at_tiny_size(network, tmp_path, monkeypatch, capsys, own_cache):

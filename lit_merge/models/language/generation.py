@@ -133,9 +133,8 @@ def prompts(batch: Any, tokenization: Tokenization) -> list[Tensor]:
 
 
 def prompt_texts(texts: Sequence[Tensor], tokenization: Tokenization) -> list[str]:
-    """Prompts as texts again, without special tokens."""
-    decode = tokenization.tokenizer.decode
-    return [decode(one.tolist(), skip_special_tokens=True).strip() for one in texts]
+    """Prompts as texts again, without the special tokens that the tokenizer adds; those of a chat's turns stay."""
+    return [tokenization.text(one.tolist()) for one in texts]
 
 
 def expected_texts(batch: Any, tokenization: Tokenization) -> list[str | None]:

@@ -19,6 +19,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -188,6 +189,22 @@ class Tokenization:
             return (*_rows(input_ids, self.pad_id), *ranked(_stacked(begun), _stacked(flat)))
         whole, places = _followed([one for one in input_ids for _ in range(most)], flat)
         return ranked(*_rows(whole, self.pad_id), _stacked(places), _stacked(flat))
+
+    @cached_property
+    def added(self) -> tuple[list[int], list[int]]:
+        """The special tokens that the tokenizer puts before a text, and those that it puts after it."""
+        (plain,), (whole,) = self._whole(["a"], False), self._whole(["a"], True)
+        starts = [at for at in range(len(whole)) if whole[at : at + len(plain)] == plain]
+        return (whole[: starts[0]], whole[starts[0] + len(plain) :]) if starts else ([], [])
+
+    def text(self, ids: Sequence[int]) -> str:
+        """The text of token numbers, without what the tokenizer adds; special tokens in it are written out."""
+        before, after = self.added
+        rest = list(ids)
+        rest = rest[len(before) :] if rest[: len(before)] == before else rest
+        rest = rest[: len(rest) - len(after)] if after and rest[-len(after) :] == after else rest
+        text: str = self.tokenizer.decode(rest, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return text
 
     @property
     def fills(self) -> tuple[int, int, int, int]:
