@@ -20,7 +20,7 @@ from lit_merge.commands.repository_card import merged_card, split_card
 from lit_merge.errors import ConfigurationError, FileFormatError, first_few
 from lit_merge.files.hub import Address, hub_api, needed_address, parse_address, refusals
 from lit_merge.files.lazy import LazyMapping
-from lit_merge.files.shards import INDEX_ENDING, ShardedTensors, open_tensors
+from lit_merge.files.shards import HEAD_ENDING, INDEX_ENDING, ShardedTensors, open_tensors
 from lit_merge.models.merging.card import file_card, front_matter
 from lit_merge.models.merging.companions import listed_companions
 from lit_merge.models.merging.output import card_of
@@ -35,6 +35,7 @@ _WITH_A_MERGE = ("merge.yaml", "search.json", "soup.json")  # what merge and sou
 _KINDS = {
     "task-vector": "task vector",
     "coefficients": "coefficients",
+    "classifier": "head",
     **dict.fromkeys(("fisher", "gram", "gradients", "kfac"), "statistics"),
 }
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -90,7 +91,10 @@ class _Target:
 
     def path(self, file: Path) -> str:
         """The path of a file in the repository; of the source, if it is the root, an empty one."""
-        path = self._folder / (self._name if file == self._source else file.name)
+        name = self._name if file == self._source else file.name
+        if self._name and name.endswith(HEAD_ENDING):
+            name = PurePosixPath(self._name).stem + name.removeprefix(self._source.stem)
+        path = self._folder / name
         return "" if path == PurePosixPath() else path.as_posix()
 
     def inside(self, path: Path) -> str:
@@ -171,13 +175,19 @@ def push(
 def _models(source: Path) -> list[_Model]:
     """What is in a file, or in all files of a folder that hold models; every byte is verified."""
     if not source.is_dir():
-        return [_model(source)]
+        if source.name.endswith(HEAD_ENDING):
+            raise ConfigurationError(
+                f"source: expected a model, got the head {source}. Push its vector; it goes along."
+            )
+        heads = (path for path in source.parent.glob(f"*{HEAD_ENDING}") if path.name.startswith(f"{source.stem}."))
+        return [_model(source), *map(_model, sorted(heads))]
     sharded = [_model(index) for index in sorted(source.glob(f"*{INDEX_ENDING}"))]
     taken = {path for model in sharded for path in model.files}
     found = sharded + [_model(path) for path in sorted(source.glob("*.safetensors")) if path not in taken]
-    if not found:
-        raise ConfigurationError(f"source: expected a folder with safetensors files, got none in {source}.")
-    return found
+    if all(model.kind == "head" for model in found):
+        got = "heads alone" if found else "none"
+        raise ConfigurationError(f"source: expected a folder with safetensors files, got {got} in {source}.")
+    return sorted(found, key=lambda model: model.kind == "head")
 
 
 def _model(path: Path) -> _Model:
@@ -246,6 +256,7 @@ def _card(
     blocks = {
         target.path(model.path): file_card(target.address(model.path), model.kind, model.header, model.tensors)
         for model in models
+        if model.kind != "head"  # which goes with a vector
     }
     return front_matter(first.kind, base_model or _base_of(first.header), "open_clip" if clip else ""), blocks
 

@@ -27,6 +27,7 @@ __all__ = [
     "Contents",
     "Snapshot",
     "address_entry",
+    "beside",
     "contents",
     "download",
     "fetch",
@@ -55,7 +56,7 @@ _ONE_MODEL = (
     r"model\.safetensors\.index\.json",
     r"model\.safetensors",
     r".+\.safetensors\.index\.json",
-    r".+\.safetensors",
+    r".+(?<!\.head)\.safetensors",  # a trained head goes with a vector
     r"pytorch_model\.bin",
     r".+\.(bin|ckpt|pt|pth|pkl|pickle)",
 )
@@ -250,6 +251,27 @@ def download(address: Address, names: Sequence[str]) -> Path:
     """
     with refusals(address, "read"):
         return _download(address, names, None)
+
+
+def beside(address: Address, name_of: Callable[[str], str]) -> Address | None:
+    """A file that goes with the one that an address stands for; None where the repository has none.
+
+    Args:
+        address: of a file, or of a folder or repository with one model.
+        name_of: the path of that file in the repository -> the path of the other.
+
+    Raises:
+        HubError: the repository cannot be reached or read.
+    """
+    with refusals(address, "read"):
+        try:
+            listing: Sequence[str] = _listing(address)[1]
+        except Exception as error:
+            if _is_answer(error):
+                raise
+            listing = _cached_listing(address, error)
+        name = name_of(_choose(address, listing, False)[0])
+        return replace(address, path=name) if name in listing else None
 
 
 def fetch(

@@ -24,9 +24,20 @@ from lit_merge.files.store import Draft, LazyTensors
 from lit_merge.files.text import read_json, write_text
 from lit_merge.params import dtype_of, shape_of
 
-__all__ = ["INDEX_ENDING", "ShardedTensors", "open_tensors", "parse_size", "plan_shards", "write_shards"]
+__all__ = [
+    "HEAD_ENDING",
+    "INDEX_ENDING",
+    "ShardedTensors",
+    "model_file",
+    "open_tensors",
+    "parse_size",
+    "plan_shards",
+    "write_shards",
+]
 
 INDEX_ENDING = ".safetensors.index.json"
+HEAD_ENDING = ".head.safetensors"
+"""Of a trained head beside a task vector: it is no model, and a folder with both has one."""
 _ADVICE = "Copy the model again, all of its files."
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]i?)?B?", re.IGNORECASE)
 _POWERS = {"k": 1, "m": 2, "g": 3, "t": 4}
@@ -127,7 +138,7 @@ def open_tensors(path: str | os.PathLike[str], verify: bool = False) -> LazyTens
     """Open a safetensors file, the index of a sharded model, or a folder with one or the other.
 
     In a folder ``model.safetensors.index.json`` and ``model.safetensors`` come first, in this order; otherwise there
-    must be exactly one index, or without an index exactly one safetensors file.
+    must be exactly one index, or without an index exactly one safetensors file, trained heads aside.
 
     Args:
         path: the file or folder, or its address on the Hub (``hf://owner/name/…``).
@@ -138,7 +149,7 @@ def open_tensors(path: str | os.PathLike[str], verify: bool = False) -> LazyTens
     """
     file = located(path)
     if is_folder(file):
-        file = _in_folder(file)
+        file = model_file(file)
     return ShardedTensors(file, verify) if file.suffix == ".json" else LazyTensors(file, verify)
 
 
@@ -235,13 +246,18 @@ def bytes_of(tensors: Mapping[str, Tensor], name: str) -> int:
     return shape_of(tensors, name).numel() * dtype_of(tensors, name).itemsize
 
 
-def _in_folder(folder: Path) -> Path:
+def model_file(folder: Path) -> Path:
+    """The one model in a folder: its index of shards or its safetensors file; see :func:`open_tensors`.
+
+    Raises:
+        FileFormatError: there is none, or more than one.
+    """
     files = [folder / name for name in files_in(folder)]
     for name in (f"model{INDEX_ENDING}", "model.safetensors"):
         if folder / name in files:
             return folder / name
     indices = [path for path in files if path.name.endswith(INDEX_ENDING)]
-    found = indices or [path for path in files if path.suffix == ".safetensors"]
+    found = indices or [path for path in files if path.suffix == ".safetensors" and not path.name.endswith(HEAD_ENDING)]
     if len(found) != 1:
         names = first_few(path.name for path in found) or "none"
         raise FileFormatError(f"{folder}: expected one model in this folder, got {names}. Name the file itself.")

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
-from lit_merge.errors import ConfigurationError, first_few
-from lit_merge.files.hub import parse_address
+from lit_merge.errors import ConfigurationError, FileFormatError, first_few
+from lit_merge.files.hub import beside, parse_address
+from lit_merge.files.shards import model_file
 from lit_merge.models.language.classifiers import TaskHead, head_file, stored_head
 from lit_merge.models.network import TaskWords
 
@@ -23,22 +25,36 @@ def trained_head(task: TaskWords, vectors: Sequence[VectorFile]) -> TaskHead:
 
     Args:
         task: has a ``name`` and ``classes``.
-        vectors: where to look. Beside an address on the Hub nothing is looked for.
+        vectors: where to look: files, folders with one vector, and addresses of either on the Hub.
 
     Raises:
         ConfigurationError: there is none.
+        HubError: a repository on the Hub cannot be reached or read.
         StructureMismatchError: it is one of other classes.
     """
     name = task.name or ""
-    named = [head_file(path, name) for path, tasks in vectors if name]
-    alone = [head_file(path) for path, tasks in vectors if tasks is not None and list(tasks) == [name]]
-    any_task = [head_file(path) for path, tasks in vectors if tasks is None]
-    for path in (*named, *alone, *any_task):
-        if parse_address(path) is None and Path(path).is_file():
-            return stored_head(path, name, task.classes, getattr(task, "regression", False))
+    named = [(path, name) for path, tasks in vectors if name]
+    alone = [(path, "") for path, tasks in vectors if tasks is not None and list(tasks) == [name]]
+    any_task = [(path, "") for path, tasks in vectors if tasks is None]
+    for path, own in (*named, *alone, *any_task):
+        if (found := _head_beside(path, own)) is not None:
+            return stored_head(found, name, task.classes, getattr(task, "regression", False))
     beside = f"none beside {first_few([path for path, _ in vectors])}" if vectors else "no task vector that has one"
     raise ConfigurationError(
         f"head of {name or 'the task'}: expected a trained classifier, got {beside}. Set heads of the network: "
         f"--model.network.heads '{{{name or 'task'}: path}}' (of merge, soup, analyze and statistics --network.heads), "
         "to the run's task_vector.head.safetensors or the folder of a published fine-tune."
     )
+
+
+def _head_beside(path: str, task: str) -> str | None:
+    """Where the head beside a task vector is; None where there is none."""
+    address = parse_address(path)
+    if address is not None:
+        found = beside(address, partial(head_file, task=task))
+        return None if found is None else str(found)
+    try:
+        file = head_file(model_file(Path(path)) if Path(path).is_dir() else path, task)
+    except FileFormatError:  # an adapter's folder, for example
+        return None
+    return file if Path(file).is_file() else None

@@ -12,8 +12,11 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
+
+import pytest
 
 
 @lru_cache(maxsize=256)
@@ -95,6 +98,29 @@ def running_hub() -> Iterator[HubServer]:
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+def empty_cache(cache: Path, patch: pytest.MonkeyPatch) -> None:
+    """Another cache of the library's, and a user who is not logged in."""
+    from huggingface_hub import constants
+
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_OIDC_RESOURCE"):
+        patch.delenv(name, raising=False)
+    patch.setattr(constants, "HF_HUB_CACHE", str(cache))
+    patch.setattr(constants, "HF_TOKEN_PATH", str(cache.with_name("token")))
+    patch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+
+
+@contextmanager
+def served_hub(cache: Path, patch: pytest.MonkeyPatch) -> Iterator[HubServer]:
+    """A Hub on this machine in place of the library's, with an empty cache."""
+    from huggingface_hub import constants
+
+    empty_cache(cache, patch)
+    with running_hub() as server:
+        patch.setattr(constants, "ENDPOINT", server.url)
+        patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + "/{repo_id}/resolve/{revision}/{filename}")
+        yield server
 
 
 class _Handler(BaseHTTPRequestHandler):

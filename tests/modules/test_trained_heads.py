@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from builders.hub_server import served_hub
 from builders.language_folders import language_folder
 
 from lit_merge.callbacks import EvaluateMerge, ExtractTaskVector
@@ -16,6 +17,8 @@ from lit_merge.data import MultiTaskDataModule, TaskDataModule, TextTask
 from lit_merge.errors import ConfigurationError, StructureMismatchError
 from lit_merge.models.language import TaskHead, TextEncoderNetwork
 from lit_merge.modules import FineTuneModule, MergeModule, MultiTaskModule
+from lit_merge.modules.trained_heads import trained_head
+from lit_merge.vectors import TaskVector
 
 CLASS = "lit_merge.models.language.TextEncoderNetwork"
 NETWORK = f"{{class_path: {CLASS}, init_args: {{path: model, head: classifier%s}}}}"
@@ -178,3 +181,37 @@ def test_the_head_beside_is_of_the_tasks_classes(silent_trainer):
         silent_trainer().test(module, datamodule=own_data())
     with pytest.raises(StructureMismatchError, match=r"expected a classifier of the classes no, yes, got bad, good\."):
         silent_trainer().validate(module, datamodule=own_data())
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    with served_hub(tmp_path / "hub", monkeypatch) as server:
+        yield server
+
+
+def test_heads_go_with_their_vectors_to_the_hub_and_are_found_there(hub, silent_trainer, capfd):
+    for task in TASKS:
+        assert main(["push", VECTORS[task], f"hf://me/{task}", "--license=mit"]) == 0
+        files = hub.repositories[f"me/{task}"].files
+        assert files["task_vector.head.safetensors"] == Path(f"runs/{task}/task_vector.head.safetensors").read_bytes()
+        (model, head) = json.loads(files["task_vector-provenance.json"])["models"]
+        assert [model["kind"], head["kind"]] == ["task vector", "head"]
+    assert main(["push", "runs/first", "hf://me/folder"]) == 0  # the vector and its head are one model
+    named = [f"hf://me/{task}" for task in TASKS]
+    for addresses in (named, [f"{one}/task_vector.safetensors" for one in named]):
+        module = MergeModule(addresses, network=network(), granularity="task")
+        silent_trainer().test(module, all_data())
+        for task in TASKS:
+            assert torch.equal(module.heads[f"task-{task}"].weight, stored(task).weight)
+    words = SimpleNamespace(name="first", classes=TASKS["first"])
+    for place in ("runs/first", "hf://me/folder"):
+        assert torch.equal(trained_head(words, [(place, None)]).weight, stored("first").weight)
+    assert main(["push", VECTORS["first"], "hf://me/first/best.safetensors"]) == 0
+    assert "best.head.safetensors" in hub.repositories["me/first"].files
+    assert main(["push", "runs/first/task_vector.head.safetensors", "hf://me/head"]) == 2
+    assert "source: expected a model, got the head runs/first/task_vector.head.safetensors" in capfd.readouterr().err
+    bare = TaskVector({"encoder.x": torch.ones(2)}, "first")
+    bare.save("bare.safetensors")
+    assert main(["push", "bare.safetensors", "hf://me/bare"]) == 0
+    with pytest.raises(ConfigurationError, match="head of first: expected a trained classifier, got none beside hf://"):
+        trained_head(words, [("hf://me/bare", None)])

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from lit_merge.checkpoints.opening import open_model
 from lit_merge.errors import ConfigurationError, FileFormatError, StructureMismatchError, first_few
 from lit_merge.files.hub import fetch, local_path, parse_address
+from lit_merge.files.shards import HEAD_ENDING
 from lit_merge.files.store import LazyTensors, write_tensors
 from lit_merge.models.merging.companions import is_companion
 from lit_merge.params import working_dtype
@@ -169,7 +170,7 @@ def head_file(vector: str | Path, task: str = "") -> str:
         >>> head_file("runs/joint/task_vector.safetensors", "rte")
         'runs/joint/task_vector.rte.head.safetensors'
     """
-    return f"{str(vector).removesuffix('.safetensors')}{f'.{task}' if task else ''}.head.safetensors"
+    return f"{str(vector).removesuffix('.safetensors')}{f'.{task}' if task else ''}{HEAD_ENDING}"
 
 
 def stored_head(path: str, task: str, classes: Sequence[str], regression: bool = False) -> TaskHead:

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from builders.hub_server import Repository, running_hub
+from builders.hub_server import Repository, served_hub
 from builders.language_folders import language_folder, language_model, tokenizer
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
@@ -192,14 +192,7 @@ def test_a_merge_of_a_network_is_a_folder_that_transformers_opens(folder, tmp_pa
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    from huggingface_hub import constants
-
-    for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
-        monkeypatch.setattr(constants, name, str(tmp_path / "hub"))
-    with running_hub() as server:
-        monkeypatch.setattr(constants, "ENDPOINT", server.url)
-        template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    with served_hub(tmp_path / "hub", monkeypatch) as server:
         yield server
 
 
