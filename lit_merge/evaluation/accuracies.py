@@ -17,6 +17,7 @@ from lit_merge.evaluation.placed_model import PlacedModel
 from lit_merge.files.cache import Cache
 from lit_merge.metrics.example_mean import ExampleMean
 from lit_merge.metrics.hits import hits_of
+from lit_merge.models.linear_features import layout
 from lit_merge.params import fingerprint
 from lit_merge.vectors import TaskVector
 
@@ -45,9 +46,9 @@ class Evaluation:
     """Accuracies of θ0 + α τ on the validation images of every task; what was measured before is taken from disk.
 
     They are recorded as soon as they are known, unless the images have no ``digest()``. A key is made of the values of
-    the vector, not what it was made by, and its coefficient; the pre-trained model, the heads, and whether the model is
-    linearised; the images, with labels and preprocessing; device type, precision and versions. So a transform whose
-    code has changed is measured anew.
+    the vector, not what it was made by, and its coefficient; the pre-trained model and the heads, with their settings,
+    and whether the model is linearised; the images, with labels and preprocessing; device type, precision and versions.
+    So a transform whose code has changed is measured anew.
 
     Args:
         module: evaluates, as it is set: the encoder, or its tangent at θ0.
@@ -77,8 +78,9 @@ class Evaluation:
             }
             self._identity = [
                 *(_VERSION, __version__, torch.__version__, module.device.type, torch.get_float32_matmul_precision()),
-                *(module.base_name, module.base_fingerprint, str(module.network), module.linearized),
+                *(module.base_name, module.base_fingerprint, layout(module.network), module.linearized),
                 *(fingerprint(dict(module.network.named_buffers())), fingerprint(module.heads.state_dict())),
+                layout(module.heads),
                 *([] if precision == "32-true" else [precision]),
             ]
 

@@ -23,7 +23,7 @@ from lit_merge.files.cache import Cache
 from lit_merge.functional import linearize
 from lit_merge.params import Params, check_same_structure, fingerprint
 
-__all__ = ["LinearFeatureCache", "LinearFeatures"]
+__all__ = ["LinearFeatureCache", "LinearFeatures", "layout"]
 
 # Part of every cache key: raise it when the computation changes.
 _CACHE_VERSION = 1
@@ -110,7 +110,7 @@ class LinearFeatureCache:
         self._network, self._directions = network, dict(directions)
         self._inputs = inputs or (lambda batch: batch.inputs)
         self._cache = Cache("linear_features", folder)
-        self._identity = [_layout(network), fingerprint({**parameters, **dict(network.named_buffers())})]
+        self._identity = [layout(network), fingerprint({**parameters, **dict(network.named_buffers())})]
         self._digest = cache(lambda name: fingerprint(self._directions[name]))
 
     def of(self, loader: Any, names: Iterable[str] | None = None) -> LinearFeatures:
@@ -223,7 +223,7 @@ def _check_images(images: Any) -> None:
         raise ConfigurationError("images: expected an evaluation split, got augmented images. Turn augment off.")
 
 
-def _layout(network: nn.Module) -> list[Any]:
+def layout(network: nn.Module) -> list[Any]:
     """Kinds and plain settings of all modules: two networks of the same parameters may differ by the activation."""
     return [
         [name, f"{type(part).__module__}.{type(part).__qualname__}", sorted(map(str, _settings(part)))]

@@ -112,6 +112,44 @@ def test_unlearning_keeps_the_controls_perplexity(share, network, data):
     assert again.accuracy == found.accuracy
 
 
+def most_probable(network, text, answers, mean):
+    """The answer with the highest sum, or mean, of its tokens' log-probabilities, in float64."""
+    scores = []
+    for answer in answers:
+        found = network.preprocessing.encode([text], [answer], ended=False)
+        before, own = torch.from_numpy(found.input_ids[0]), torch.from_numpy(found.target_ids[0])
+        whole = torch.cat([before, own])[None]
+        with torch.no_grad():
+            log = network.module(whole, torch.ones_like(whole)).double().log_softmax(-1)[0]
+        tokens = log[len(before) - 1 : -1].gather(1, own[:, None])
+        scores.append(float(tokens.mean() if mean else tokens.sum()))
+    return scores.index(max(scores))
+
+
+def test_answers_that_are_ranked_in_another_way_are_measured_anew(folder, own_cache):
+    """What was measured of one head is not taken for another one, neither of which has a parameter."""
+    own_cache.mkdir()
+    answers = {"poems": ["a", "b c d e"], "letters": ["w1", "w2 w3"], "others": ["x", "y z w9 x"]}
+    rows = {name: [{"text": one, "label": "long"} for one in TEXTS[name]] for name in TEXTS}
+    settings = {"classes": ["short", "long"], "repeated": "keep"}
+    sources = {
+        name: TextTask(rows={"train": own, "val": own}, answers=answers[name], **settings) for name, own in rows.items()
+    }
+    found = []
+    for normalised in (False, True):
+        network = CausalNetwork(str(folder), length_normalised=normalised)
+        data = MultiTaskDataModule(sources=sources, evaluation_batch_size=2)
+        search = CoefficientSearch([0.0], criterion="absolute", target=list(TEXTS))
+        one = search_coefficient(
+            TaskVectors([vector(network, 3, "poems")]), task_arithmetic(), search, data=data, network=network
+        )
+        found += one.accuracy
+        for name, texts in TEXTS.items():
+            chosen = [most_probable(network, text, answers[name], normalised) for text in texts]
+            assert one.accuracy[0][name] == pytest.approx(sum(chosen) / len(chosen))
+    assert found[0] != found[1]
+
+
 def test_accuracy_and_perplexity_as_controls_count_apart():
     before, after = {"a": 0.8, "b": 0.6, "text": 0.05}, {"a": 0.8, "b": 0.46, "text": 0.049}
     assert kept_share(after, before, ["a", "b", "text"], ["text"]) == pytest.approx(0.9)  # 1.26 / 1.4

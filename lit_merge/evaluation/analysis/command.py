@@ -29,6 +29,7 @@ from lit_merge.evaluation.analysis.record import Record, file_name
 from lit_merge.evaluation.analysis.settings import ON_IMAGES, Analysis, Grid, Method, Paths, default_methods
 from lit_merge.evaluation.analysis.vectors import cosine, known_coefficients, norms, signs
 from lit_merge.files.text import write_text
+from lit_merge.models.linear_features import layout
 from lit_merge.models.merging.cautions import cautions_of
 from lit_merge.models.merging.inputs import open_base, open_inputs
 from lit_merge.models.network import Base, Network
@@ -220,7 +221,8 @@ def _on_images(
     depends = {
         **{key: head[key] for key in ("model", "vectors", "images", "linearized", "versions")},
         "precision": [shared.device.type, torch.get_float32_matmul_precision(), __version__],
-        "heads": {task: fingerprint(one.state_dict()) for task, one in evaluator.heads.items()},
+        "network": layout(evaluator.network),
+        "heads": {task: [fingerprint(one.state_dict()), layout(one)] for task, one in evaluator.heads.items()},
     }
 
     def record(what: str, settings: Any) -> Record:
