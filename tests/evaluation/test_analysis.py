@@ -488,6 +488,19 @@ def test_a_method_may_leave_a_vector_for_each_task(inputs, plain_models, tmp_pat
     assert found["methods"] == {"masks": repr(tall_masks(threshold=0.7))}
 
 
+def test_tasks_may_have_the_same_vector(inputs, plain_models, tmp_path):
+    _, files, command = inputs
+    twice = [*command[:1], f"--vectors=[{files[0]},{files[0]}]", "--tasks=[digits,letters]", *command[2:]]
+    assert main([*twice, "--analyses=[accuracy]", "--methods={}", f"--output={tmp_path / 'out'}"]) == 0
+    found = json.loads((tmp_path / "out/analysis.json").read_text())["analyses"]["accuracy"]
+    vectors, _, _, accuracy = plain_models
+    expected = accuracy(vectors.vector("digits"))
+    rows = found["measured"]["individual"]
+    assert {task: row["accuracy"] for task, row in rows.items()} == pytest.approx(
+        {task: expected[task] for task in ("digits", "letters")}
+    )
+
+
 TWO = """
 import sys
 import lit_merge.evaluation.analysis.command

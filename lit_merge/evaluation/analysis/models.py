@@ -108,8 +108,9 @@ def accuracy(evaluator: Evaluator, methods: Mapping[str, Method], record: Record
         rows: dict[str, dict[str, float]] = {}
         for lazy, measured_on in models:
             vector = None if lazy is None else in_memory(lazy)
-            # By its values: what a transform gives may depend on files, and changes with its code.
-            part = name if vector is None else f"{name} {fingerprint(vector)}"
+            # By its values: what a transform gives may depend on files, and changes with its code. And by the tasks, as
+            # two of them may have equal vectors.
+            part = name if vector is None else f"{name} {fingerprint(vector)} {list(measured_on)}"
             if part not in record:
                 with evaluator.model.at(vector):
                     record[part] = {task: evaluator.measure(task) for task in measured_on}
