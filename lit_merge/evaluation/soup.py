@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from lit_merge.metrics.scores import at_least
 from lit_merge.transforms import Mean
 from lit_merge.vectors import TaskVector, TaskVectors
 
@@ -69,7 +70,7 @@ def greedy_soup(vectors: TaskVectors, evaluate: Callable[[TaskVector], float]) -
     steps = [SoupStep(first, best, True)]
     for row in others:
         accuracy = evaluate(Mean()(vectors.select([*chosen, row])).single())
-        steps.append(SoupStep(row, accuracy, accuracy >= best))
+        steps.append(SoupStep(row, accuracy, at_least(accuracy, best)))
         if steps[-1].kept:
             chosen, best = [*chosen, row], accuracy
     return SoupResult(individual, steps)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 
 from lit_merge.errors import DataError
 
 __all__ = [
+    "at_least",
     "best_point",
     "hypervolume",
     "kept_share",
@@ -17,6 +19,13 @@ __all__ = [
     "pareto_front",
     "target_control_score",
 ]
+
+_ROUNDING = 1e-6  # relative: accuracies are quotients in float32, of which means and quotients are made
+
+
+def at_least(value: float, other: float) -> bool:
+    """Whether ``value >= other``, where what differs by the rounding of accuracies alone counts as equal."""
+    return value >= other or math.isclose(value, other, rel_tol=_ROUNDING)
 
 
 def mean_accuracy(accuracy: Mapping[str, float], tasks: Sequence[str]) -> float:
@@ -82,7 +91,7 @@ def negation_score(target: float, control: float, pretrained_control: float, con
         control_share: the share of it that has to be kept.
     """
     required = control_share * pretrained_control
-    return -target if control >= required else -1 - (required - control)
+    return -target if at_least(control, required) else -1 - (required - control)
 
 
 def kept_share(
@@ -163,10 +172,12 @@ def hypervolume(points: Sequence[Sequence[float]], reference: Sequence[float]) -
 
 
 def best_point(scores: Sequence[float], values: Sequence[Sequence[float]]) -> int:
-    """The position of the highest score; among equals, that of the smallest values, compared in order.
+    """The position of the highest score; among equals (:func:`at_least`), that of the smallest values, in order.
 
     Args:
         scores: N of them, at least one.
         values: the fields' values at each of the N points.
     """
-    return min(range(len(scores)), key=lambda index: (-scores[index], tuple(values[index])))
+    known = [-math.inf if math.isnan(score) else score for score in scores]
+    equals = [index for index, score in enumerate(known) if at_least(score, max(known))]
+    return min(equals, key=lambda index: tuple(values[index]))

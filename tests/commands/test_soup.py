@@ -71,6 +71,9 @@ def test_every_step_is_told():
     worse = greedy_soup(vectors.select([1, 0]), lambda vector: {3.0: 0.9, 1.0: 0.9, 2.0: 0.8}[float(vector["w"])])
     assert worse.steps == [SoupStep(0, 0.9, True), SoupStep(1, 0.8, False)]
     assert (worse.chosen, worse.accuracy) == ([0], 0.9)
+    nearly = {1.0: 0.6000000000000001, 3.0: 0.5, 2.0: 0.6}
+    rounded = greedy_soup(vectors.select([0, 1]), lambda vector: nearly[float(vector["w"])])
+    assert rounded.chosen == [0, 1]  # the mean over tasks is as high as before
 
 
 class ValidationOnly(MultiTaskDataModule):

@@ -7,6 +7,7 @@ import math
 import random
 
 import pytest
+import torch
 
 from lit_merge.errors import ConfigurationError, DataError
 from lit_merge.evaluation.search import (
@@ -77,6 +78,19 @@ def test_the_highest_negation_score_is_the_papers_rule(share):
             assert max(scores) < -1
 
 
+def quotient(right: int, count: int) -> float:
+    """An accuracy as a metric gives it."""
+    return float(torch.tensor(float(right)) / torch.tensor(float(count)))
+
+
+@pytest.mark.parametrize("count", [20, 100, 460, 1000])
+def test_exactly_the_share_is_kept_however_accuracies_are_rounded(count: int) -> None:
+    for right in range(20, count + 1, 20):
+        kept, before = quotient(right * 95 // 100, count), quotient(right, count)
+        assert negation_score(0.1, kept, before) == -0.1
+        assert negation_score(0.1, quotient(right * 95 // 100 - 1, count), before) < -1
+
+
 def test_the_pretrained_model_always_keeps_its_control_accuracy():
     for control in (0.0, 0.1, 1 / 3, 0.7, 1.0):
         assert negation_score(1.0, control, control, 1.0) == -1.0
@@ -103,6 +117,22 @@ def test_among_equals_the_smallest_values_are_taken():
     assert best_point([0.5, 0.7, 0.7], [[0.1], [0.6], [0.3]]) == 2
     assert best_point([0.7, 0.7, 0.7], [[0.3, 0.1], [0.2, 0.9], [0.2, 0.8]]) == 2
     assert best_point([-1.0], [[4.0]]) == 0
+    assert best_point([math.nan, 0.5, math.nan], [[0.1], [0.2], [0.0]]) == 1
+
+
+def test_means_that_are_equal_but_for_rounding_are_equals():
+    numbers = random.Random(2)
+    for _ in range(200):
+        rights = [numbers.randrange(100, 200) for _ in range(8)]
+        others = [right + (index == 1) - (index == 6) for index, right in enumerate(rights)]
+        better = [right + (index == 1) for index, right in enumerate(rights)]
+        first, second, third = (
+            mean_accuracy(dict(enumerate(quotient(right, 250) for right in own)), range(8))
+            for own in (rights, others, better)
+        )
+        assert best_point([second, first], [[0.2], [0.1]]) == 1
+        assert best_point([first, second], [[0.2], [0.1]]) == 1
+        assert best_point([first, third], [[0.1], [0.2]]) == 1
 
 
 # Settings
