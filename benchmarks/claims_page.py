@@ -13,6 +13,7 @@ import html
 import json
 import sys
 from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -102,7 +103,8 @@ def claim_table(stored: Stored) -> list[str]:
         low, high = row["interval"]
         margin = f", m = {row['margin']:g}" if row["margin"] else ""
         unit = f" ({UNITS[row['measure']]})" if row["measure"] in UNITS else ""
-        marked = " ‡" if {row["first"], row["second"]} & edges else ""
+        compared = [row[side] or "" for side in ("first", "second")]
+        marked = " ‡" if any(fnmatchcase(edge, one) for edge in edges for one in compared) else ""
         cells = [f"{row['claim']}{marked}", f"“{claim['quote']}”, {claim['where']}"]
         cells += [f"{row['effect']:+.2f}{unit}{margin}", f"{low:+.2f} to {high:+.2f}"]
         cells += [", ".join(f"{one:+.2f}" for one in row["by_seed"]), row["verdict"]]

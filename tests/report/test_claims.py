@@ -246,6 +246,20 @@ def test_a_page_is_made_of_it(collected: ModuleType, stored: Any, monkeypatch: p
     assert "1 verdicts at 95 % each" in "\n".join(claims_page.counts([stored]))
 
 
+def test_a_family_is_marked_if_a_grid_ends_for_one_of_it(
+    collected: ModuleType, stored: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import claims_page
+
+    family = claim(first="full/alone_*", measure="own", margin=1.0, quote="q", where="w")
+    monkeypatch.setattr(claims_page, "claims", lambda: [family])
+    monkeypatch.setitem(stored.numbers, "claims", collected.judged(stored, [family]))
+    assert "full/alone_b" in claims_page.at_the_edge(stored)
+    assert any(line.startswith("| c ‡ |") for line in claims_page.claim_table(stored))
+    monkeypatch.setattr(claims_page, "at_the_edge", lambda stored: {"full/good"})
+    assert any(line.startswith("| c |") for line in claims_page.claim_table(stored))
+
+
 def learned_merges_digest() -> str:
     import collect_learned_merges
 
