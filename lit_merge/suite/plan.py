@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, get_args
@@ -12,6 +13,8 @@ from typing import Any, get_args
 import torch
 
 from lit_merge._version import __version__
+from lit_merge.data.corrupted import CorruptedTask
+from lit_merge.data.images.folders import FolderSource
 from lit_merge.data.published.task import PublishedSource
 from lit_merge.data.sources import Task
 from lit_merge.data.text.task import TextTask
@@ -25,7 +28,7 @@ from lit_merge.models.task_output import output_name
 from lit_merge.report.results import INDIVIDUAL, JOINT, ZERO_SHOT
 from lit_merge.suite.ledger import FileLedger
 from lit_merge.suite.objects import build
-from lit_merge.suite.recipe import Recipe
+from lit_merge.suite.recipe import Recipe, named_files
 from lit_merge.suite.results import suite_results
 from lit_merge.suite.scheduler import Scheduler, Stage
 from lit_merge.suite.settings import SuiteSettings, combine
@@ -88,6 +91,7 @@ class SuitePlan(SuiteSettings):
                 make = self._learn if recipe.learned else self._merge
                 stages = make(seed, name, vectors, heads)
                 found += [*stages, self._test_all(f"seed-{seed}/test/{name}", self._merged(recipe, stages[-1]), heads)]
+        found = [self._with_named_files(stage) for stage in found]
         written = {path for stage in found for path in stage.paths(self.directory)}
         for stage in found:
             for path in stage.inputs:
@@ -267,26 +271,27 @@ class SuitePlan(SuiteSettings):
 
     def _settings(self, config: Mapping[str, Any], images: Any) -> dict[str, Any]:
         base = {**self.base(), "fingerprint": self.model_description["fingerprint"]}
-        return {**base, "config": config, "images": images}
+        return {**base, "config": _deciding(config), "images": images}
 
     @cached_property
     def _images(self) -> dict[str, Any]:
         """Task -> a hash of its files' names and contents; nothing for a task of the embedded suite."""
-        found: dict[str, Any] = {task: self.ledger.tree_digest(path) for task, path in self.paths.items()}
-        for task, module in self.data_module.tasks.items():
-            if (content := self._content(task, module.source)) is not None:
-                found[task] = content
-        return found
+        contents = {task: self._content(task, module.source) for task, module in self.data_module.tasks.items()}
+        return {task: content for task, content in contents.items() if content is not None}
 
     def _content(self, task: str, source: Any) -> Any:
-        """A hash of the files that a task's examples come from; None if it has none of its own."""
+        """A task's own digest, else a hash of the files that its examples come from; None if it has neither."""
+        if hasattr(source, "digest"):
+            return source.digest()
+        if isinstance(source, CorruptedTask):
+            return self._content(task, source.source)
         if isinstance(source, PublishedSource):
             return self.ledger.tree_digest(*_tops(source.location.paths, source.root))
+        if isinstance(source, FolderSource):
+            return self.ledger.tree_digest(source.path)
         if isinstance(source, TextTask) and source.files:
             return self.ledger.tree_digest(*source.files)
-        if task in self.sources:
-            return source.digest() if hasattr(source, "digest") else self.sources[task]
-        return None
+        return self.sources.get(task)
 
     def _factors(self, task: str) -> Stage:
         """The Kronecker factors of a task at θ0, for the penalty of the others."""
@@ -403,6 +408,23 @@ class SuitePlan(SuiteSettings):
         """A file that a recipe names, as the stages call it if it is in the suite's directory."""
         here, there = self.directory.resolve(), path.resolve()
         return self.directory / there.relative_to(here) if there.is_relative_to(here) else path
+
+    def _with_named_files(self, stage: Stage) -> Stage:
+        """With files from elsewhere that its configuration names, such as a penalty's: their content counts, too."""
+        known = {*stage.inputs, *named_files(self.base())}
+        named = map(self._as_output, named_files({name: one for name, one in stage.config.items() if name != "data"}))
+        own = [path for path in dict.fromkeys(named) if path.is_file() and not path.is_relative_to(self.directory)]
+        return replace(stage, inputs=(*stage.inputs, *(path for path in own if path not in known)))
+
+
+def _deciding(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration without how many processes read the data, and without their places: their content counts."""
+    if not config.get("data"):
+        return dict(config)
+    given = config["data"]["init_args"]
+    arguments = {name: value for name, value in given.items() if name not in ("path", "root", "workers")}
+    arguments |= {name: list(given[name]) for name in ("paths", "other_paths") if given.get(name)}
+    return {**config, "data": {**config["data"], "init_args": arguments}}
 
 
 def _tops(paths: Sequence[Path], root: Path) -> list[Path]:

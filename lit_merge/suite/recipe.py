@@ -13,7 +13,7 @@ from lit_merge.evaluation.search import CoefficientSearch
 from lit_merge.transforms import Transform
 from lit_merge.transforms.parts import resolve_transform
 
-__all__ = ["STATISTICS", "Recipe"]
+__all__ = ["STATISTICS", "Recipe", "named_files"]
 
 STATISTICS = {"fisher": "fisher", "regmean": "gram"}
 """Recipe -> the kind of statistics that it needs of every task."""
@@ -121,8 +121,7 @@ class Recipe:
 
     def files(self, seed: int = 0) -> list[Path]:
         """The files of coefficients or statistics that settings, parts, overrides and learned name."""
-        named = _strings(self.of_seed(seed))
-        return [Path(one) for one in named if one.endswith((".safetensors", ".json")) and "://" not in one]
+        return named_files(self.of_seed(seed))
 
     def of_seed(self, seed: int) -> dict[str, Any]:
         """Settings, parts, overrides and learned of one fine-tuning seed."""
@@ -145,6 +144,12 @@ class Recipe:
             "search": self.search.to_config() if self.search else None,
             **({"calibrate": self.calibrate.to_config()} if self.calibrate else {}),
         }
+
+
+def named_files(config: Any) -> list[Path]:
+    """The files of tensors or JSON that strings in a configuration name."""
+    named = _strings(config)
+    return [Path(one) for one in named if one.endswith((".safetensors", ".json")) and "://" not in one]
 
 
 def _is_below(path: Path, directory: Path) -> bool:

@@ -24,6 +24,8 @@ _TASKS = "lit_merge.data.MultiTaskDataModule"
 _MERGE_DATA = "lit_merge.data.MergeDataModule"
 _EXTRACT = "lit_merge.callbacks.ExtractTaskVector"
 _OF_FACTORS = ("tasks", "images", "split", "seed", "convolutions", "normalised", "corrected")
+_BY_TASK = ("class_names", "templates")  # which the data module of all tasks has by task
+_OF_PATHS = ("fractions", "skip_corrupt", "split_seed")
 _TRAINER = {
     "devices": 1,
     "enable_checkpointing": False,
@@ -144,7 +146,8 @@ class SuiteSettings:
         penalty = {"model": {"init_args": {"penalty": {"init_args": files}}}} if files else {}
         fixed = {"seed_everything": seed, "model": self._model(), "data": self.task_data(task, seed)}
         others = {"data": {"init_args": self._other_tasks(task)}} if self.penalised else {}
-        return combine({"trainer": _TRAINER, "model": {"class_path": _FINE_TUNE}}, others, given, penalty, fixed)
+        read = {"data": {"init_args": self._data_of([*self.tasks, *self.control])}} if self.penalised else {}
+        return combine({"trainer": _TRAINER, "model": {"class_path": _FINE_TUNE}}, others, given, penalty, read, fixed)
 
     def joint_config(self, seed: int) -> dict[str, Any]:
         """Of ``fit``, to fine-tune on all tasks jointly."""
@@ -201,11 +204,15 @@ class SuiteSettings:
             which: dict[str, Any] = {"source": self.sources[task], "name": task}
         else:
             which = {"path": self.paths[task], "name": task} if task in self.paths else {"task": task}
-        seen = self.tasks if self.penalised else [task]
-        named = [one for one in seen if one not in self.paths and one not in self.sources]
-        published = any(map(is_published, named))
-        common = {key: value for key, value in self.data.items() if key != "root" or published}
-        return {"class_path": _ONE_TASK, "init_args": {**common, **which, "seed": seed}}
+        words = {name: self.data[name][task] for name in _BY_TASK if task in (self.data.get(name) or {})}
+        return {"class_path": _ONE_TASK, "init_args": {**self._data_of([task]), **words, **which, "seed": seed}}
+
+    def _data_of(self, tasks: Sequence[str]) -> dict[str, Any]:
+        """``data`` for a data module that reads these tasks, which refuses what is about others alone."""
+        named = [task for task in tasks if task not in self.paths and task not in self.sources]
+        unused = {*_BY_TASK, *(() if any(map(is_published, named)) else ["root"])}
+        unused |= set() if any(task in self.paths for task in tasks) else set(_OF_PATHS)
+        return {name: value for name, value in self.data.items() if name not in unused}
 
     def all_data(self) -> dict[str, Any]:
         """The data module of all tasks."""

@@ -11,14 +11,17 @@ from torch import nn
 
 from lit_merge import FineTuneModule
 from lit_merge.commands.suite import suite
+from lit_merge.data import MultiTaskDataModule, TaskDataModule
 from lit_merge.data.sources import Task
 from lit_merge.errors import ConfigurationError
 from lit_merge.evaluation.search import CoefficientSearch
+from lit_merge.files.store import file_digest
 from lit_merge.functional import products
 from lit_merge.models.network import Network
 from lit_merge.suite.plan import SuitePlan
 from lit_merge.suite.recipe import Recipe
 from lit_merge.suite.settings import SuiteSettings, task_names
+from lit_merge.transforms import RegMean
 
 NETWORK = {"class_path": f"{__name__}.TwoLayers", "init_args": {"width": 4}}
 SOURCES = {
@@ -356,3 +359,93 @@ def test_a_precision_that_is_slow_here_is_said_before_the_stages_run(
         "long as those of float32 (measured). Use 32-true."
     )
     assert plan.cautions() == ([expected] if on_cpu else [])
+
+
+# What decides, and what does not
+
+
+FOLDER = {"class_path": "lit_merge.data.images.folders.FolderSource", "init_args": {"path": "colours"}}
+CORRUPTED = {
+    "class_path": "lit_merge.data.CorruptedTask",
+    "init_args": {"task": FOLDER, "corruption": "gaussian_noise"},
+}
+
+
+def keys_of(**given: Any) -> dict[str, Any]:
+    """Stage -> what its key is made of, of a suite with the task hues."""
+    plan = settings(SuitePlan, **{"tasks": ["digits", "hues"], "recipes": {"average": RECIPES["average"]}} | given)
+    return {stage.name: (stage.settings, [file_digest(path) for path in stage.inputs if path.is_file()])
+            for stage in plan.stages}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"paths": {"hues": "colours"}},
+        {"paths": {"hues": "~/colours"}},
+        {"sources": {"hues": FOLDER}},
+        {"sources": {"hues": CORRUPTED}},
+    ],
+    ids=["path", "home", "source", "corrupted"],
+)
+def test_the_content_of_a_folder_counts(given, tmp_path, write_colours, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write_colours(tmp_path / "colours", 3)
+    before = keys_of(**given)
+    assert keys_of(**given) == before
+    (tmp_path / "colours/blue/0.png").rename(tmp_path / "colours/blue/another.png")
+    after = keys_of(**given)
+    changed = {name for name in before if before[name] != after[name]}
+    assert changed == {"zero-shot", "seed-0/fit/hues", "seed-0/individual/hues", "seed-0/test/average"}
+
+
+@pytest.mark.parametrize("fit", [{}, PENALTY], ids=["alone", "penalised"])
+def test_neither_the_place_of_images_nor_who_reads_them_counts(fit, tmp_path, write_colours) -> None:
+    """A suite goes on from another folder with the same content, and with other workers."""
+    here, there = write_colours(tmp_path / "here", 3), write_colours(tmp_path / "there" / "hues", 3)
+    before = keys_of(fit=fit, paths={"hues": str(here)}, data={"workers": 0, "evaluation_batch_size": 8})
+    assert keys_of(fit=fit, paths={"hues": str(there)}, data={"workers": 2, "evaluation_batch_size": 8}) == before
+    assert keys_of(fit=fit, paths={"hues": str(there)}, data={"evaluation_batch_size": 4}) != before
+
+
+def test_the_content_of_files_that_a_part_names_counts(tmp_path, write_colours) -> None:
+    factors, gram = tmp_path / "factors.safetensors", tmp_path / "gram.safetensors"
+    penalty = {"class_path": "lit_merge.modules.Tak", "init_args": {"files": {"signs": str(factors)}}}
+    given = {
+        "paths": {"hues": str(write_colours(tmp_path / "colours", 3))},
+        "fit": {"model": {"init_args": {"penalty": penalty}}},
+        "recipes": {"mean": Recipe(transform=RegMean({"digits": str(gram), "hues": str(gram)}))},
+    }
+    for path in (factors, gram):
+        path.write_bytes(b"one")
+    before = keys_of(**given)
+    for path, expected in ((factors, {"seed-0/fit/digits", "seed-0/fit/hues"}), (gram, {"seed-0/merge/mean"})):
+        path.write_bytes(b"two")
+        after = keys_of(**given)
+        assert {name for name in before if before[name] != after[name]} == expected
+        before = after
+
+
+@pytest.mark.parametrize("fit", [{}, PENALTY], ids=["alone", "penalised"])
+def test_every_task_takes_the_settings_of_data_that_are_about_it(fit, tmp_path, write_colours) -> None:
+    data = {
+        "root": str(tmp_path),
+        "workers": 2,
+        "fractions": [0.6, 0.2, 0.2],
+        "templates": {"hues": ["a {} patch."], "mnist": ["the digit {}."]},
+        "class_names": {"hues": {"dark_red": "crimson"}},
+    }
+    paths = {"hues": str(write_colours(tmp_path / "colours", 5))}
+    suite = settings(tasks=["digits", "mnist", "hues"], paths=paths, data=data, fit=fit)
+    made = {task: TaskDataModule(**suite.task_data(task, 1)["init_args"]) for task in suite.tasks}
+    assert {one.workers for one in made.values()} == {2}
+    assert made["mnist"].source.root == tmp_path
+    assert made["mnist"].templates == ("the digit {}.",)
+    assert made["hues"].templates == ("a {} patch.",)
+    assert set(made["hues"].classes) == {"blue", "green", "crimson"}
+    for task in suite.tasks:  # with a penalty it reads the others as well
+        trained = TaskDataModule(**suite.fit_config(0, task)["data"]["init_args"])
+        assert trained.templates == made[task].templates
+    several = MultiTaskDataModule(**suite.all_data()["init_args"])
+    assert several.tasks["hues"].templates == made["hues"].templates
