@@ -18,8 +18,9 @@ from lit_merge.data.images.folders import FolderSource
 from lit_merge.data.published.task import PublishedSource
 from lit_merge.data.sources import Task
 from lit_merge.data.text.task import TextTask
-from lit_merge.errors import ConfigurationError, LitMergeError
+from lit_merge.errors import ConfigurationError, LitMergeError, first_few
 from lit_merge.evaluation.search import CoefficientSearch, Precision
+from lit_merge.evaluation.search.settings import CONTROLLED
 from lit_merge.files.cache import Cache
 from lit_merge.functional.products import slow_precision
 from lit_merge.models.encoder import weights_path
@@ -170,7 +171,9 @@ class SuitePlan(SuiteSettings):
         self.check_statistics()
         for name, recipe in self.recipes.items():
             try:
-                recipe.check(self.directory)
+                recipe.check(self.directory, tuple(self.tasks))
+                if recipe.search:
+                    self._check_search(recipe.search)
             except LitMergeError as error:
                 raise type(error)(f"recipes.{name}: {error}") from error
             if (recipe.collected == "gram" or recipe.calibrate) and self.evaluated_linearized:
@@ -178,18 +181,33 @@ class SuitePlan(SuiteSettings):
                     "recipes: expected none by Gram matrices or calibration of linearised models, whose layers have "
                     f"inputs of two kinds, got {name}. Leave it out: --recipes.{name}=null."
                 )
+        check_configuration("test", self.test_config(self.all_data(), {}))  # before its data are opened from it
         assert self.data_module
         assert self.model_description
         seed, task = self.seeds[0], self.tasks[0]
         check_configuration("fit", self.fit_config(seed, task))
         check_configuration("test", self.test_config(self.task_data(task, seed), {}))
-        if "model" in self.test:
-            check_configuration("test", self.test_config(self.all_data(), {}))
         if self.joint is not None:
             check_configuration("fit", self.joint_config(seed))
         for recipe in self.recipes.values():
             if recipe.learned:
                 check_configuration("fit", self.learned_config(seed, recipe, []))
+
+    def _check_search(self, search: CoefficientSearch) -> None:
+        """Refuse a search about tasks that are not there, which the merge would after all fine-tuning."""
+        every = [*self.tasks, *self.control]
+        target = search.target or self.tasks
+        control = [task for task in every if task not in target] if search.control is None else search.control
+        named = [*target, *control, *(search.perplexity or []), *(search.rewards or {})]
+        if unknown := [task for task in named if task not in every]:
+            raise ConfigurationError(
+                f"search: expected tasks of the suite ({first_few(every, 30)}), got {unknown[0]!r}. Correct it, or add "
+                "the task."
+            )
+        if search.criterion in CONTROLLED and not control:
+            raise ConfigurationError(
+                f"search.criterion: expected control tasks for {search.criterion}, got none. Give target, or control."
+            )
 
     def _check_names(self) -> None:
         given = [

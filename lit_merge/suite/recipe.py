@@ -10,8 +10,9 @@ from typing import Any
 from lit_merge.errors import ConfigurationError, first_few
 from lit_merge.evaluation.calibration import Calibration
 from lit_merge.evaluation.search import CoefficientSearch
-from lit_merge.transforms import Transform
+from lit_merge.transforms import Chain, Scale, Transform
 from lit_merge.transforms.parts import resolve_transform
+from lit_merge.transforms.reduce import per_task_values
 
 __all__ = ["STATISTICS", "Recipe", "named_files"]
 
@@ -69,11 +70,12 @@ class Recipe:
         """The kind of statistics that the suite collects for it, if any."""
         return None if "statistics" in self.settings else STATISTICS.get(self.recipe or "")
 
-    def check(self, directory: Path | None = None) -> None:
+    def check(self, directory: Path | None = None, tasks: tuple[str, ...] = ()) -> None:
         """Refuse what no merge could be made of.
 
         Args:
             directory: of the suite; a recipe that names a file in it is looked at when that is there.
+            tasks: those that are merged; empty where they are not known.
 
         Raises:
             ConfigurationError: the recipe, a setting or the searched field is unknown, or a value is refused.
@@ -93,6 +95,9 @@ class Recipe:
         files = {"statistics": {"a task": "a file"}} if self.collected else {}
         settings = {**self.settings, **files} or None
         transform = resolve_transform(self.recipe, settings, self.transform, self.parts, self.overrides)
+        for step in transform.steps if isinstance(transform, Chain) else [transform]:
+            if tasks and isinstance(step, Scale):
+                per_task_values("Scale.coefficient", step.coefficient, tasks)
         if self.search:
             self.search.check(transform)
 
