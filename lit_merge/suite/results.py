@@ -51,7 +51,8 @@ def suite_results(
         LitMergeError: a test has left no accuracy.
     """
     tasks: list[str] = known["tasks"]
-    every = [*tasks, *known.get("control", [])]
+    controls: list[str] = known.get("control", [])
+    every = [*tasks, *controls]
 
     def of_seed(seed: int) -> dict[str, Any]:
         stages = directory / f"seed-{seed}"
@@ -66,6 +67,7 @@ def suite_results(
                 name: {
                     **(_learned if recipe.learned else _merged)(directory, stages / "merge" / name, recipe),
                     "accuracy": _accuracies(stages / "test" / name, tasks),
+                    **({"control_accuracy": _accuracies(stages / "test" / name, controls)} if controls else {}),
                     **_more(_together(stages / "test" / name, every)),
                 }
                 for name, recipe in recipes.items()
@@ -76,11 +78,12 @@ def suite_results(
         "schema": 1,
         **{key: known[key] for key in ("name", "model", "tasks", "classes", "control") if key in known},
         "evaluated_on": "test",
-        "coefficients_chosen_on": "val",
+        "coefficients_chosen_on": "val" if any(recipe.search for recipe in recipes.values()) else None,
         "settings": known["settings"],
         "versions": versions(),
         "hardware": hardware(),
         "zero_shot": _accuracies(directory / "zero-shot", tasks),
+        **({"zero_shot_control_accuracy": _accuracies(directory / "zero-shot", controls)} if controls else {}),
         **_more(_together(directory / "zero-shot", every), "zero_shot_"),
         "seeds": {str(seed): of_seed(seed) for seed in seeds},
     }
@@ -188,9 +191,10 @@ def _merged(directory: Path, stage: Path, recipe: Recipe) -> dict[str, Any]:
     header = LazyTensors(stage / "merged.safetensors").metadata
     path = stage / "merged-search.json"
     found = json.loads(path.read_text(encoding="utf-8")) if recipe.search else None
+    fixed = recipe.settings.get("coefficient")
     return {
         "transform": _without(directory, header["transform"], json.loads(header["transform_config"])),
-        "coefficient": found.get("best") if found else recipe.settings.get("coefficient"),
+        "coefficient": found.get("best") if found else fixed if isinstance(fixed, int | float) else None,
         "search": _curve(found) if found else None,
     }
 

@@ -104,6 +104,10 @@ def test_from_end_to_end(name: str, prepared, capfd) -> None:
         chosen_at = found["perplexities"][found["chosen"]]
         assert chosen_at == max(allowed, key=lambda one: one[config["tasks"][0]])
         assert list(merged["perplexity"]) == list(results["zero_shot_perplexity"]) == config["tasks"]
+        controls = merged["control_accuracy"], results["zero_shot_control_accuracy"]
+        logged = [_logged(stage) for stage in (f"seed-42/test/{recipe}", "zero-shot")]
+        expected = [{control: round(one[f"test/{control}/accuracy"], 6)} for one in logged]
+        assert list(controls) == expected
     if name == "glue8_roberta":  # the merge is judged by the heads that were trained
         stage = yaml.safe_load(Path(f"runs/S/seed-0/test/{recipe}/stage.yaml").read_text(encoding="utf-8"))
         heads = stage["model"]["init_args"]["network"]["init_args"]["heads"]

@@ -326,6 +326,13 @@ def test_results_of_other_settings_do_not_linger(finished, monkeypatch) -> None:
     assert not (finished / "results.json").exists()
 
 
+def test_one_coefficient_per_task_has_no_number_in_the_results(finished) -> None:
+    suite("S", "--recipes={each: {recipe: task_arithmetic, settings: {coefficient: [0.3, 0.2, 0.1]}}}")
+    each = Results.load(finished / "results.json").merged("each")[0]
+    assert (each.coefficient, each.transform) == (None, "chain(Scale(coefficient=(0.3, 0.2, 0.1)), Sum())")
+    assert Results.load(finished / "results.json").protocol() == "test accuracy"  # nothing was chosen on other data
+
+
 # What ends it
 
 
@@ -464,6 +471,18 @@ def test_a_refusing_stage_is_named_and_the_rest_is_kept(place, capsys, monkeypat
         (["--recipes.arithmetic.search.field=alpha"], "alpha: expected exactly one step", 2),
         (["--recipes.arithmetic.search.values=[]"], "search.values: expected at least one value", 2),
         (["--seeds=[]"], "seeds: expected at least one", 2),
+        (["--data.wrokers=2"], "wrokers", 2),
+        (
+            ["--recipes.arithmetic.search.target=[land]"],
+            "recipes.arithmetic: search: expected tasks of the suite (digits, ",
+            2,
+        ),
+        (["--recipes.arithmetic.search.criterion=target_control"], "expected control tasks for target_control, got", 2),
+        (
+            ["--recipes={a: {recipe: task_arithmetic, settings: {coefficient: [1, 0]}}}"],
+            "recipes.a: Scale.coefficient: expected one per task (3: digits, signs, hues), got 2",
+            2,
+        ),
         (["--model=missing.json"], "missing.json", 2),
         (["--pretrained=missing.safetensors"], "missing.safetensors", 2),
     ],
