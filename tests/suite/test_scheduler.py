@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import yaml
 
 from lit_merge.errors import ConfigurationError, DataError, LitMergeError
 from lit_merge.files.store import file_digest
-from lit_merge.suite.engines import Job, Outcome
+from lit_merge.suite.engines import Job, Outcome, SequentialEngine
 from lit_merge.suite.scheduler import Scheduler, Stage
 
 
@@ -207,3 +208,28 @@ def test_a_finished_job_is_not_read_again(tmp_path, monkeypatch) -> None:
     (job / "b/out").write_text("x")
     assert schedule(job, stages)[0].names == ["b"]
     assert read == ["out", "out"]  # as it was found, and as it was made
+
+
+def test_in_this_process_as_in_others_what_breaks_off_is_tried_again_and_named(tmp_path) -> None:
+    """And what does not depend on it is finished; a refusal is not tried again."""
+    asked: list[str] = []
+
+    def run(command: str, arguments: Sequence[str]) -> None:
+        folder = Path(arguments[1]).parent
+        asked.append(folder.name)
+        if folder.name == "a":
+            raise RuntimeError("no kernel image")
+        if folder.name == "b" and asked.count("b") == 1:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        if folder.name == "f":
+            raise ConfigurationError("x: expected y")
+        (folder / "out").write_text("")
+
+    stages = [*graph(tmp_path), stage("f")]
+    lines: list[str] = []
+    expected = r"^2 stages failed, and 2 .*: a: the stage failed with RuntimeError: no kernel image, see .*a/stage.log"
+    with pytest.raises(LitMergeError, match=expected):
+        Scheduler(tmp_path, len(stages), lines.append, SequentialEngine(run)).run(stages)
+    assert asked == ["a", "a", "b", "b", "e", "f"]
+    assert {line.split(":")[0].rpartition(" ")[2] for line in lines if line.startswith("[")} == {"b", "e"}
+    assert "RuntimeError: no kernel image" in (tmp_path / "a/stage.log").read_text()

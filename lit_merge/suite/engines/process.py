@@ -17,7 +17,7 @@ from lit_merge.suite.engines.job import Job, Outcome
 from lit_merge.suite.engines.lifeline import LIFELINE
 from lit_merge.suite.engines.template import ForkedProcess, Template
 
-__all__ = ["LOG", "StageProcess", "cores", "refusal_in", "with_threads"]
+__all__ = ["LOG", "StageProcess", "cores", "is_refusal", "refusal_in", "with_threads"]
 
 LOG = "stage.log"
 """In a stage's folder: what it said."""
@@ -83,7 +83,7 @@ class StageProcess:
         said = self._log.read_text(encoding="utf-8", errors="replace") if self._log.exists() else ""
         refusal = refusal_in(said, ConfigurationError if code == 2 else LitMergeError)
         if refusal is not None and code in (1, 2):
-            return Outcome(self.job.name, seconds, refusal, not _OF_THE_MACHINE.search(str(refusal)))
+            return Outcome(self.job.name, seconds, refusal, is_refusal(refusal))
         if code < 0 or code == EndRequested.status:
             number = -code if code < 0 else signal.SIGTERM
             reason = f"was killed by signal {number:d} ({_signal_name(number)}; the machine may be out of memory)"
@@ -125,6 +125,11 @@ def refusal_in(said: str, kind: type[LitMergeError] = ConfigurationError) -> Lit
     """What lit-merge has refused in the output of one of its commands, as an error; None if it has not."""
     found = _REFUSAL.search(said)
     return kind(found[1]) if found else None
+
+
+def is_refusal(error: LitMergeError) -> bool:
+    """Whether an error is about the input, so that to try again is no use, and not about the machine."""
+    return not _OF_THE_MACHINE.search(str(error))
 
 
 def _signal_name(number: int) -> str:

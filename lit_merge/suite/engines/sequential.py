@@ -12,9 +12,9 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
-from lit_merge.errors import ConfigurationError, EndRequested, LitMergeError
+from lit_merge.errors import ConfigurationError, EndRequested, LitMergeError, one_line
 from lit_merge.suite.engines.job import Job, Outcome
-from lit_merge.suite.engines.process import LOG, StageProcess, refusal_in
+from lit_merge.suite.engines.process import LOG, StageProcess, is_refusal, refusal_in
 
 __all__ = ["RunCommand", "SequentialEngine"]
 
@@ -23,7 +23,7 @@ RunCommand = Callable[[str, Sequence[str]], Any]
 
 
 class SequentialEngine:
-    """Runs every job at once, in this process unless it starts others; an error that is no refusal comes through.
+    """Runs every job at once, in this process unless it starts others.
 
     Args:
         run: runs a command, given its name and the arguments that follow it.
@@ -46,12 +46,15 @@ class SequentialEngine:
             finally:
                 process.end()
             return
-        started, error = time.perf_counter(), None
+        started, error, refused = time.perf_counter(), None, False
         try:
             self._run_here(job)
         except LitMergeError as refusal:
-            error = refusal
-        self._ended.append(Outcome(job.name, time.perf_counter() - started, error, refused=error is not None))
+            error, refused = refusal, is_refusal(refusal)
+        except Exception as failure:  # its traceback is in the log
+            reason = f"{type(failure).__name__}: {one_line(failure)}"
+            error = LitMergeError(f"the stage failed with {reason}, see {Path(job.folder) / LOG}.")
+        self._ended.append(Outcome(job.name, time.perf_counter() - started, error, refused))
 
     def wait(self) -> Outcome:
         """The outcome of the job that was run."""
