@@ -11,6 +11,9 @@ import yaml
 from lit_merge.errors import ConfigurationError
 from lit_merge.functional import shannon_entropy
 from lit_merge.suite.results import check_expected, deviations
+from lit_merge.transforms import ties
+from lit_merge.transforms.parts import from_parts
+from lit_merge.vectors import TaskVector, TaskVectors
 
 ROOT = Path(__file__).parents[2]
 SUITES = ROOT / "configs/suite"
@@ -59,3 +62,19 @@ def test_two_batches_are_one_of_twice_the_size():
 def test_lines_after_ties_is_searched_to_one_and_a_half():
     search = loaded(SUITES / "protocol/recipes.yaml")["lines_ties"]["search"]
     assert search == {"field": "LiNeS.beta", "values": [round(0.1 * step, 1) for step in range(1, 16)]}
+
+
+@pytest.mark.parametrize("name", ["glue4_t5", "glue7_gpt2", "glue8_roberta", "t5_7", "t5_11", "protocol/recipes"])
+def test_what_ties_leaves_is_searched_beyond_one(name):
+    """A mean of the elements that agree: its coefficient, or β after it, reaches 1.5 and more."""
+    suite = loaded(SUITES / f"{name}.yaml")
+    for key in suite.get("recipes", suite).keys() & {"ties", "lines_ties"}:
+        assert max(suite.get("recipes", suite)[key]["search"]["values"]) >= 1.5
+
+
+def test_ties_of_flan_t5_adds_up_as_fusion_bench_does():
+    parts = loaded(SUITES / "glue8_flan_t5.yaml")["recipes"]["ties"]["parts"]
+    assert parts == [{"Trim": {"density": 0.2}}, "ElectSign", "DisjointSum", {"Scale": {"coefficient": 0.3}}]
+    stack = TaskVectors([TaskVector({"w": torch.ones(5)}, str(task)) for task in range(8)])
+    summed, mean = from_parts(parts)(stack).single(), ties(coefficient=0.3)(stack).single()
+    torch.testing.assert_close(summed["w"], 8 * mean["w"])
