@@ -179,7 +179,7 @@ def _methods(results: Results) -> str:
 
 
 def _settings(settings: dict[str, Any], configuration: str | None) -> str:
-    command = f"lit-merge suite --config {_CONFIGURATION}"
+    command = f"lit-merge suite --config {_CONFIGURATION} --output FOLDER"
     if configuration is not None:
         return f"<p><code>{command}</code> with this file:</p><pre>{escape(configuration)}</pre>\n"
     text = dump_yaml(settings, default_flow_style=None, width=100)

@@ -152,6 +152,7 @@ def test_command_finds_results_in_a_suites_folder_and_shows_its_configuration(tm
     assert capsys.readouterr().out == f"{tmp_path / 'report.html'}\n"
     text = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert "seeds: [0, 1, 2]  # &lt;three&gt;" in text
+    assert "lit-merge suite --config suite.yaml --output FOLDER" in text  # the file does not name its own
     picture = tmp_path / "cosine-matrix.svg"
     picture.write_text("<svg xmlns='http://www.w3.org/2000/svg'/>", encoding="utf-8")
     run(["report", "--results", str(tmp_path), "--output", str(tmp_path / "two.html"), "--figures", f"[{picture}]"])
