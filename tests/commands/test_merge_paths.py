@@ -137,7 +137,7 @@ def test_several_fields_from_the_shell(run):
     assert [list(point["fields"].values()) for point in found["points"]] == [[0, 0], [0, 0.5], [1, 0], [1, 0.5]]
     assert "best" not in found
     alpha, beta = found["fields"].values()
-    assert f", LiNeS.alpha {alpha:g}, LiNeS.beta {beta:g} chosen on validation data -> merged" in said
+    assert f", LiNeS.alpha {alpha:g}, LiNeS.beta {beta:g} chosen on validation data, the " in said
 
 
 def test_a_study_from_the_shell(run):

@@ -247,7 +247,11 @@ def test_columns_belong_to_one_field():
     result = found({"alpha": 0.2}, {"alpha": 0.1})
     assert (result.field, result.best, result.values) == ("alpha", 0.2, [0.2, 0.1])
     assert (result.absolute, result.normalised, result.accuracy) == ([0.5, 0.5], [], [{"a": 0.5}] * 2)
-    assert result.describe() == "alpha 0.2 chosen on validation data"
+    assert result.describe() == "alpha 0.2 chosen on validation data, the largest tried"
+    assert found({"alpha": 0.2}, {"alpha": 0.1}, {"alpha": 0.3}).ends == {}
+    both = found({"alpha": 0.2, "beta": 1}, {"alpha": 0.2, "beta": 2}, {"alpha": 0.2, "beta": 3})
+    assert both.describe() == "alpha 0.2, beta 1 chosen on validation data, the smallest tried of beta"
+    assert both.plain()["ends"] == {"beta": "smallest"}
     plain = result.plain()
     assert (plain["field"], plain["best"], plain["values"], plain["normalised"]) == ("alpha", 0.2, [0.2, 0.1], None)
     several = found({"alpha": 0.2, "0.k": 3})

@@ -115,10 +115,22 @@ class SearchResult:
         """Task -> accuracy, point by point."""
         return [point.accuracy for point in self.points]
 
+    @property
+    def ends(self) -> dict[str, str]:
+        """Fields whose chosen value is the ``smallest`` or ``largest`` that was tried: better ones may lie beyond."""
+        found = {}
+        for name, value in self.fields.items():
+            tried = {point.fields[name] for point in self.points}
+            if len(tried) > 1 and value in (min(tried), max(tried)):
+                found[name] = "smallest" if value == min(tried) else "largest"
+        return found
+
     def describe(self) -> str:
-        """The chosen values in a few words, e.g. ``coefficient 0.3 chosen on validation data``."""
+        """The chosen values in a few words, e.g. ``coefficient 1 chosen on validation data, the largest tried``."""
         chosen = ", ".join(f"{name} {value:g}" for name, value in self.fields.items())
-        return f"{chosen} chosen on validation data"
+        alone = len(self.fields) == 1
+        ends = "".join(f", the {end} tried{'' if alone else f' of {name}'}" for name, end in self.ends.items())
+        return f"{chosen} chosen on validation data{ends}"
 
     def plain(self) -> dict[str, Any]:
         """The result as JSON has it, every point included; of one field also as columns."""
@@ -138,6 +150,7 @@ class SearchResult:
             "transform": repr(self.transform),
             "chosen": self.chosen,
             "fields": self.fields,
+            "ends": self.ends,
             **one,
             "pareto": self.pareto,
             "individual": self.individual,
