@@ -13,7 +13,7 @@ import shutil
 import threading
 import time
 from bisect import bisect_right
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -286,8 +286,9 @@ class _Blocks:
 
     def __init__(self) -> None:
         self.active, self.models = False, 0
-        self._lock = threading.Lock()
+        self._lock = threading.Condition()
         self._kept: OrderedDict[tuple[RemoteFile, _Range], Future[bytearray]] = OrderedDict()
+        self._readers: Counter[tuple[RemoteFile, _Range]] = Counter()  # that wait for a block now: it stays
         self._done: set[tuple[RemoteFile, _Range]] = set()  # read to the end, by one reader at least
         self._threads: ThreadPoolExecutor | None = None
 
@@ -298,36 +299,47 @@ class _Blocks:
 
     def get(self, file: RemoteFile, block: _Range, ahead: Sequence[_Range], offset: int, length: int) -> memoryview:
         """Bytes of a block from ``offset`` on, at most ``length``; what is ahead is asked for where there is room."""
+        key = file, block
         with self._lock:
+            while key not in self._kept and not self._room(block[1] - block[0], of_read=False):
+                self._lock.wait()  # for other threads' blocks
             found = self._asked(file, block)
-            self._kept.move_to_end((file, block))
+            self._kept.move_to_end(key)
+            self._readers[key] += 1
             for one in ahead:
                 if (file, one) not in self._kept and self._room(one[1] - one[0], of_read=True):
                     self._asked(file, one)
+        failed = True
         try:
             part = memoryview(found.result())[offset - block[0] :][:length]
-        except BaseException:
+            failed = False
+        finally:
             with self._lock:
-                self._forget((file, block))
-            raise
-        with self._lock:
-            if offset + len(part) == block[1] and (file, block) in self._kept:
-                self._done.add((file, block))
+                self._readers -= Counter([key])  # drops what nobody waits for
+                if failed:
+                    self._forget(key)
+                elif offset + len(part) == block[1] and key in self._kept:
+                    self._done.add(key)
+                self._lock.notify_all()
         return part
 
     def _asked(self, file: RemoteFile, block: _Range) -> Future[bytearray]:
         if (file, block) not in self._kept:
-            self._room(block[1] - block[0], of_read=False)
             self._threads = self._threads or ThreadPoolExecutor(max_workers=8)
             self._kept[file, block] = self._threads.submit(self._read, file, block)
         return self._kept[file, block]
 
     def _room(self, size: int, of_read: bool) -> bool:
-        """Make room: of what has been read to its end first; of what has not, if that is allowed, the oldest."""
+        """Make room: of what has been read to its end first; of what has not, if that is allowed, the oldest.
+
+        What a thread waits for stays: its request, if that has not begun, would be cancelled.
+        """
         over = sum(stop - start for _, (start, stop) in self._kept) + size - max(1, self.models) * _KEPT * BLOCK
         for key in sorted(self._kept, key=lambda key: key not in self._done):  # stable: the oldest first
             if over <= 0 or (of_read and key not in self._done):
                 break
+            if self._readers[key]:
+                continue
             over -= key[1][1] - key[1][0]
             self._forget(key)
         return over <= 0
@@ -345,11 +357,13 @@ class _Blocks:
     def close(self) -> None:
         """Forget everything; what is under way is given up."""
         self.active = False
-        if self._threads is not None:
-            self._threads.shutdown(wait=False, cancel_futures=True)
-        self._kept.clear()
-        self._done.clear()
-        self._threads = None
+        with self._lock:
+            if self._threads is not None:
+                self._threads.shutdown(wait=False, cancel_futures=True)
+            self._kept.clear()
+            self._done.clear()
+            self._threads = None
+            self._lock.notify_all()
 
 
 class RemoteSources:

@@ -7,7 +7,9 @@ import os
 import pickle
 import re
 import shutil
+import time
 from collections import namedtuple
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -296,6 +298,27 @@ def test_blocks_are_bounded_and_samples_small(hub, tmp_path, monkeypatch):
         assert len(sources._blocks._kept) <= 4
         with pytest.raises(FileFormatError, match=r"expected bytes .* got a file of .* bytes \(truncated"):
             found._parts.bytes(400_000, 9_000)
+
+
+def test_a_block_that_is_waited_for_stays(monkeypatch):
+    """Of more threads than there is room for blocks, some wait; none finds its request cancelled."""
+    monkeypatch.setattr(remote, "BLOCK", 8)
+    blocks, held = remote._Blocks(), []
+    blocks.models = 1
+
+    class Slow:
+        def fill(self, memory, offset):
+            held.append(len(blocks._kept))
+            time.sleep(0.002)
+            memory[:] = bytes([offset % 251]) * len(memory)
+
+    file = Slow()
+    with ThreadPoolExecutor(32) as threads:
+        found = list(threads.map(lambda at: bytes(blocks.get(file, (at, at + 8), [], at, 8)), range(0, 1600, 8)))
+    blocks.close()
+    assert found == [bytes([at % 251]) * 8 for at in range(0, 1600, 8)]
+    assert max(held) <= 4
+    assert not blocks._readers
 
 
 def test_a_damaged_header_is_refused_unseen(hub, tmp_path):
