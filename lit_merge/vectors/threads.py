@@ -17,8 +17,9 @@ from typing import Any, TypeVar
 
 import torch
 
-__all__ = ["NeededInMainThread", "in_worker", "ordered_map"]
+__all__ = ["NeededInMainThread", "chunk_threads", "in_worker", "ordered_map"]
 
+_MOST_THREADS = 16  # each has some 30 MiB of chunks, and one thread digests and writes what all compute
 _Result = TypeVar("_Result")
 _state = threading.local()
 _executors: dict[int, ThreadPoolExecutor] = {}
@@ -39,14 +40,19 @@ def in_worker() -> bool:
     return getattr(_state, "worker", False)
 
 
+def chunk_threads() -> int:
+    """On how many threads chunks are computed: as many as torch uses for an operator, 16 at most."""
+    return min(torch.get_num_threads(), _MOST_THREADS)
+
+
 def ordered_map(function: Callable[..., _Result], jobs: Iterable[tuple[Any, ...]]) -> Iterator[_Result]:
-    """``function(*job)`` of every job, in order, computed ahead on as many threads as torch uses for an operator.
+    """``function(*job)`` of every job, in order, computed ahead on :func:`chunk_threads` threads.
 
     Gradients are not recorded; inference mode is that of the caller. In a worker, and where torch uses one thread, it
     is a plain loop.
     """
     _keep_freed_memory()
-    threads = torch.get_num_threads()
+    threads = chunk_threads()
     if threads < 2 or in_worker():
         for job in jobs:
             yield function(*job)
@@ -101,12 +107,12 @@ def _keep_freed_memory() -> None:
 def _executor(threads: int) -> ThreadPoolExecutor:
     with _lock:
         if threads not in _executors:
-            ready = threading.Barrier(threads + 1)
+            ready, of_torch = threading.Barrier(threads + 1), torch.get_num_threads()
             executor = ThreadPoolExecutor(threads, "chunks", _begin)
             for _ in range(threads):
                 executor.submit(ready.wait)
             ready.wait()
-            torch.set_num_threads(threads)  # what the workers set for themselves is also the default of new threads
+            torch.set_num_threads(of_torch)  # what the workers set for themselves is also the default of new threads
             _executors[threads] = executor
         return _executors[threads]
 

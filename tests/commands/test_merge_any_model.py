@@ -552,6 +552,16 @@ def test_the_card_says_how_to_do_it_again(
     _, front, text = card.split("---\n", 2)
     head = yaml.safe_load(front)
     assert "base_model" not in head  # which the Hub allows for models that lie there
+def test_the_plan_counts_the_chunks_of_every_thread(files, tmp_path):
+    threads, memory = torch.get_num_threads(), []
+    for count in (1, 2, 40, 80):
+        torch.set_num_threads(count)
+        plan = merge(**files, output=str(tmp_path / "m.safetensors"), recipe="ties", dry_run=True).plan
+        memory.append(plan.memory >> 20)
+    torch.set_num_threads(threads)
+    assert [one - memory[0] for one in memory] == [0, 32, 15 * 32, 15 * 32]  # measured: 1.9 GiB for 64, if all computed
+
+
     assert f"of the base model `{'tiny-lm' if source == 'files' else 'tiny-clip'}`" in text
     assert head["library_name"] == ("open_clip" if source == "clip" and kind == "weights" else "lit-merge")
     assert "merge" in head["tags"]

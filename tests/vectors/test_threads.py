@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lit_merge.vectors.global_value import Statistic
-from lit_merge.vectors.threads import in_worker, ordered_map
+from lit_merge.vectors.threads import chunk_threads, in_worker, ordered_map
 
 
 @pytest.fixture(autouse=True)
@@ -30,6 +30,14 @@ def test_results_come_in_order_from_several_threads():
 
     assert list(ordered_map(work, ((number,) for number in range(9)))) == [(number, True, 1) for number in range(9)]
     assert not in_worker()
+
+
+def test_many_cores_do_not_mean_as_many_chunks_in_memory():
+    torch.set_num_threads(40)
+    threads = set(ordered_map(lambda _: threading.get_ident(), ((n,) for n in range(400))))
+    assert len(threads) <= chunk_threads() == 16
+    assert torch.get_num_threads() == 40
+    torch.set_num_threads(3)
 
 
 def test_one_thread_and_a_worker_use_a_plain_loop():

@@ -20,10 +20,12 @@ from lit_merge.models.merging.output import Output
 from lit_merge.models.network import Base
 from lit_merge.transforms import Chain, Transform, WithOverrides
 from lit_merge.vectors import TaskVectors
+from lit_merge.vectors.threads import chunk_threads
 
 __all__ = ["MergePlan", "check_space", "plan_merge"]
 
-_CHUNKS = 80 << 20  # the chunks of a few stacks, what is computed from them, and what waits to be written
+_WAITING = 48 << 20  # chunks that wait to be written, and what is read ahead
+_CHUNKS = 32 << 20  # of one thread: those of a few stacks, and what is computed from them
 _STACKS = 6  # a stack, and what the singular value decompositions of its matrices keep beside it
 
 
@@ -145,7 +147,9 @@ def plan_merge(
     total = operations * len(outputs)
     matrices = (tuple(merged.inputs.shape(heaviest)[1:]), total, _seconds(total)) if total else None
     temporary = max(work.memory for work in works.values())
-    computing = _CHUNKS if merged.by_chunks else max(_STACKS * largest, 3 * largest + temporary)
+    computing = (
+        _WAITING + chunk_threads() * _CHUNKS if merged.by_chunks else max(_STACKS * largest, 3 * largest + temporary)
+    )
     return MergePlan(
         inputs=tuple(
             (one.vector.task, one.path, "weights" if one.weights else "task vector", _dtypes(one.source), one.size)
