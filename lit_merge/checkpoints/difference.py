@@ -18,7 +18,7 @@ from lit_merge.errors import ConfigurationError, NonFiniteError, StructureMismat
 from lit_merge.files.lazy import Computed, LazyMapping, Slicer, Structure, zeros
 from lit_merge.params import dtype_of, fingerprint, is_finite, shape_of, working_dtype
 
-__all__ = ["Checkpoint", "DifferenceSlicer", "checkpoint_difference", "difference_of"]
+__all__ = ["Checkpoint", "DifferenceSlicer", "check_base_part", "checkpoint_difference", "difference_of"]
 
 _ENTRIES = 1 << 20  # differenced at a time when a whole vector is read
 
@@ -124,6 +124,8 @@ class _Difference(Computed):
             for start in range(0, max(count, 1), _ENTRIES):
                 chunk = torch.empty(min(_ENTRIES, count - start), dtype=dtype)
                 read(start, start + len(chunk), chunk)
+                if isinstance(read, DifferenceSlicer) and not is_finite(chunk):
+                    check_base_part(read.base_part(start, start + len(chunk), chunk), name)
                 yield name, _finite(chunk, name)
 
 
@@ -160,7 +162,23 @@ def _difference(base: Mapping[str, Tensor], tuned: Mapping[str, Tensor], structu
     if name not in tuned:
         return torch.zeros(shape, dtype=dtype, device=base[name].device)
     first, second = base[name].detach(), tuned[name].detach()
-    return _finite(second.to(dtype) - first.to(second.device, dtype), name)
+    difference = second.to(dtype) - first.to(second.device, dtype)
+    if not is_finite(difference):
+        check_base_part(first, name)
+    return _finite(difference, name)
+
+
+def check_base_part(part: Tensor, name: str) -> None:
+    """Say of a difference that is not finite when it is the base's fault.
+
+    Raises:
+        NonFiniteError: the base is not finite either.
+    """
+    if not is_finite(part):
+        raise NonFiniteError(
+            f"base model: expected finite values, got NaN or infinity in {name}. Use an undamaged copy of the model "
+            "that was fine-tuned."
+        )
 
 
 def _finite(difference: Tensor, name: str) -> Tensor:

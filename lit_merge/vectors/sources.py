@@ -6,14 +6,14 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 from torch import Tensor
 
-from lit_merge.checkpoints.difference import DifferenceSlicer
+from lit_merge.checkpoints.difference import DifferenceSlicer, check_base_part
 from lit_merge.errors import NonFiniteError, StructureMismatchError
 from lit_merge.files.lazy import LazyMapping, Slicer, Structure
 from lit_merge.params import is_finite
@@ -107,7 +107,7 @@ class Rows(Source):
             shared: _Shared = None
             for row, fill in zip(chunk, slicers, strict=True):
                 shared = _fill(row, fill, start, stop, shared)
-            return self._finite(chunk, name)
+            return self._finite(chunk, name, start, slicers)
 
         return read
 
@@ -134,11 +134,14 @@ class Rows(Source):
             return max(self.structure[name][0].numel(), 1)
         return max(_ELEMENTS_IN_CACHE // len(self.rows), _FEWEST_ELEMENTS)
 
-    def _finite(self, chunk: Tensor, name: str) -> Tensor:
+    def _finite(self, chunk: Tensor, name: str, start: int, slicers: Sequence[Slicer]) -> Tensor:
         if is_finite(chunk):
             return chunk
         for index, values in enumerate(chunk):
             if not is_finite(values):
+                fill = slicers[index]
+                if isinstance(fill, DifferenceSlicer):
+                    check_base_part(fill.base_part(start, start + len(values), values), name)
                 task = self.rows[index].task
                 raise NonFiniteError(
                     f"task vector {repr(task) if task else f'number {index}'}: expected finite values, got NaN or "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import io
 import json
+import math
 import os
 import re
 import resource
@@ -288,6 +289,32 @@ def test_models_that_do_not_fit(files, theta, tuned, tmp_path):
     assert left(tmp_path) == before
 
 
+def test_what_is_not_finite_is_told_from_what_does_not_fit(tmp_path):
+    """A damaged base is no fine-tune's fault, nor is a sum that the stored type cannot hold: that one has a way out."""
+    good = {"w": torch.full((4,), 6e4).half(), "v": torch.ones(4).half()}
+    larger = {"w": torch.full((4,), 6.2e4).half(), "v": torch.ones(4).half()}
+    damaged = {**good, "w": torch.tensor([1.0, math.nan, 1.0, 1.0]).half()}
+    for name, tensors in (("good", good), ("larger", larger), ("damaged", damaged)):
+        save_file(tensors, tmp_path / f"{name}.safetensors")
+    paths = {name: str(tmp_path / f"{name}.safetensors") for name in ("good", "larger", "damaged")}
+
+    def merged(base, recipe="task_arithmetic", **settings):
+        settings = {"settings": {"coefficient": 3}, "output": str(tmp_path / "m.safetensors"), **settings}
+        return merge([paths["larger"], paths["good"]], base=paths[base], recipe=recipe, **settings)
+
+    for recipe, settings in (("task_arithmetic", {"coefficient": 3}), ("ties", {}), ("iso_c", {})):
+        with pytest.raises(
+            NonFiniteError, match=r"^base model: expected finite values, got NaN or infinity in w\. Use"
+        ):
+            merged("damaged", recipe, settings=settings)
+    with pytest.raises(
+        NonFiniteError, match=r"fit into torch\.float16, got 6\.6e\+04 in w\. Store them as bfloat16 or f"
+    ):
+        merged("good")
+    merged("good", dtype="bfloat16")
+    assert float(load_file(tmp_path / "m.safetensors")["w"][0]) == 66048  # 66,000 to the nearest
+
+
 @pytest.mark.parametrize("link", ["same", "symlink", "hardlink", "folder"])
 def test_an_input_is_never_replaced(link, files, tmp_path):
     maths = Path(files["vectors"][1])
@@ -504,6 +531,16 @@ def test_the_plan_counts_what_matrices_take(tmp_path):
     assert sums.matrices is None
 
 
+def test_the_plan_counts_the_chunks_of_every_thread(files, tmp_path):
+    threads, memory = torch.get_num_threads(), []
+    for count in (1, 2, 40, 80):
+        torch.set_num_threads(count)
+        plan = merge(**files, output=str(tmp_path / "m.safetensors"), recipe="ties", dry_run=True).plan
+        memory.append(plan.memory >> 20)
+    torch.set_num_threads(threads)
+    assert [one - memory[0] for one in memory] == [0, 32, 15 * 32, 15 * 32]  # measured: 1.9 GiB for 64, if all computed
+
+
 class Terminal(io.StringIO):
     def isatty(self):
         return True
@@ -552,16 +589,6 @@ def test_the_card_says_how_to_do_it_again(
     _, front, text = card.split("---\n", 2)
     head = yaml.safe_load(front)
     assert "base_model" not in head  # which the Hub allows for models that lie there
-def test_the_plan_counts_the_chunks_of_every_thread(files, tmp_path):
-    threads, memory = torch.get_num_threads(), []
-    for count in (1, 2, 40, 80):
-        torch.set_num_threads(count)
-        plan = merge(**files, output=str(tmp_path / "m.safetensors"), recipe="ties", dry_run=True).plan
-        memory.append(plan.memory >> 20)
-    torch.set_num_threads(threads)
-    assert [one - memory[0] for one in memory] == [0, 32, 15 * 32, 15 * 32]  # measured: 1.9 GiB for 64, if all computed
-
-
     assert f"of the base model `{'tiny-lm' if source == 'files' else 'tiny-clip'}`" in text
     assert head["library_name"] == ("open_clip" if source == "clip" and kind == "weights" else "lit-merge")
     assert "merge" in head["tags"]

@@ -190,9 +190,8 @@ class MergedWeights(LazyMapping):
         return name, stored, RoundingLoss.of(base, piece[0], stored) if narrow else RoundingLoss()
 
     def _sum(self, parameter: str, base: Tensor, merged: Tensor) -> Tensor:
-        """θ0 + τ in the base's dtype if that is stored, otherwise in float32 or better, to be rounded once."""
-        keep = base.dtype == self.dtype(self._prefix + parameter)
-        total = add_scaled(base if keep else base.to(working_dtype(base.dtype)), merged)
+        """θ0 + τ in float32 or better, to be rounded once."""
+        total = add_scaled(base.to(working_dtype(base.dtype, merged.dtype)), merged)
         if not is_finite(total):
             raise NonFiniteError(
                 f"merged parameters: expected finite values, got NaN or infinity in {parameter}. "
@@ -202,7 +201,7 @@ class MergedWeights(LazyMapping):
 
     def _stored(self, name: str, value: Tensor) -> Tensor:
         stored = value.to(self.dtype(name))
-        if stored.dtype != value.dtype and is_finite(value) and not is_finite(stored):
+        if stored.dtype != value.dtype and not is_finite(stored) and is_finite(value):
             raise NonFiniteError(
                 f"merged weights: expected values that fit into {stored.dtype}, got "
                 f"{float(value.abs().max()):.3g} in {name}. Store them as bfloat16 or float32."
