@@ -80,6 +80,9 @@ def test_heads_are_left_out_or_written_for_themselves(save, tmp_path):
     assert all(torch.equal(head[name], value) for name, value in HEAD.items())
     assert not (tmp_path / "out" / "merged-plain-head.safetensors").exists()
     assert "a head of its own: 2 tensors" in result.describe()
+    for tasks, wrong in ((["cars", "cars"], "cars"), (["a/b", "c"], "a/b")):  # or one would be lost, or lie elsewhere
+        with pytest.raises(ConfigurationError, match=rf"expected tasks that can name a file each, got '{wrong}'"):
+            run(tmp_path, base, tuned, save("again", encoder(0.2, **HEAD)), heads="keep", tasks=tasks)
     with pytest.raises(ConfigurationError, match=r"heads: expected refuse or keep, got 'drop'\."):
         run(tmp_path, base, tuned, heads="drop")
     with pytest.raises(ConfigurationError, match=r"leave_out: expected patterns that fit a name of one of the vectors"):

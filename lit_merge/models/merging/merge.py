@@ -26,7 +26,15 @@ from lit_merge.models.merging.cautions import Cautions, cautions_of, rank_cautio
 from lit_merge.models.merging.form import form_of
 from lit_merge.models.merging.inputs import Input, open_base, open_inputs
 from lit_merge.models.merging.lora_folder import check_lora, factored, lora_form, planned_lora
-from lit_merge.models.merging.output import MergedWeights, Output, RoundedVector, Target, beside, card_of
+from lit_merge.models.merging.output import (
+    MergedWeights,
+    Output,
+    RoundedVector,
+    Target,
+    beside,
+    card_of,
+    check_file_names,
+)
 from lit_merge.models.merging.plan import MergePlan, check_space, plan_merge
 from lit_merge.models.merging.progress import merge_progress
 from lit_merge.models.merging.running_statistics import RunningStatistics
@@ -404,7 +412,9 @@ class Merge:
     def _heads(self) -> dict[str, LazyMapping]:
         """File name -> the head that only one of the inputs has."""
         stem = f"{self.target.path.stem}-" if self.target.is_file else ""
-        return {f"{stem}{one.vector.task}-head.safetensors": one.heads for one in self.inputs if one.heads}
+        heads = [(one.vector.task, one.heads) for one in self.inputs if one.heads]
+        check_file_names([task for task, _ in heads])
+        return {f"{stem}{task}-head.safetensors": head for task, head in heads}
 
     def _provenance(self, transform: Transform, found: Any, fingerprinted: bool) -> dict[str, str]:
         """The header's entries that say where the tensors come from."""

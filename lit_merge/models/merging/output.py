@@ -22,7 +22,7 @@ from lit_merge.models.network import Base
 from lit_merge.params import add_scaled, dtype_of, is_finite, shape_of, working_dtype
 from lit_merge.vectors import TaskVectors, merged_parameters
 
-__all__ = ["MergedWeights", "Output", "RoundedVector", "Target", "beside", "card_of"]
+__all__ = ["MergedWeights", "Output", "RoundedVector", "Target", "beside", "card_of", "check_file_names"]
 
 _OTHER_KINDS = {
     *(".bin", ".ckpt", ".csv", ".gguf", ".h5", ".json", ".md", ".msgpack", ".npy", ".npz", ".onnx", ".pickle", ".pkl"),
@@ -74,13 +74,22 @@ class Target:
                 f"output: expected one vector, got {len(tasks)} ({', '.join(tasks)}) for one file. Reduce them first, "
                 "e.g. with Sum() or Mean(), or name a folder as output."
             )
-        wrong = [task for task in tasks if not re.fullmatch(r"[\w+\-][\w+\-. ]*", task) or tasks.count(task) > 1]
-        if wrong:
-            raise ConfigurationError(
-                f"output: expected tasks that can name a file each, got {wrong[0]!r} among {', '.join(tasks)}. "
-                "Set tasks to names of their own."
-            )
+        check_file_names(tasks)
         return list(tasks)
+
+
+def check_file_names(tasks: Sequence[str]) -> None:
+    """Refuse tasks whose files would be one, or would lie elsewhere.
+
+    Raises:
+        ConfigurationError: a task is there twice, or has a slash or the like in its name.
+    """
+    wrong = [task for task in tasks if not re.fullmatch(r"[\w+\-][\w+\-. ]*", task) or tasks.count(task) > 1]
+    if wrong:
+        raise ConfigurationError(
+            f"output: expected tasks that can name a file each, got {wrong[0]!r} among {', '.join(tasks)}. "
+            "Set tasks to names of their own."
+        )
 
 
 def beside(output: Path, ending: str) -> Path:
