@@ -224,7 +224,7 @@ def write_shards(
     }
     index = folder / f"{stem}{INDEX_ENDING}"
     needed = sum(draft.size for draft in drafts.values())
-    with staged(folder, [index] if index.exists() else [], size=needed) as staging:
+    with staged(folder, lambda: [index] if index.exists() else [], size=needed) as staging:
         for file, draft in drafts.items():
             with (staging / file).open("xb") as written:
                 draft.write(written)

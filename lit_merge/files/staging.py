@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import os
 import re
 import secrets
 import shutil
@@ -19,13 +20,14 @@ __all__ = ["remove_abandoned", "staged"]
 _STAGING = re.compile(r"\.[0-9a-f]{16}\.temporary")
 _OWNER = ".owner"  # locked for as long as the process that stages is alive
 _INDEX = ".safetensors.index.json"
+_TURNS = 200  # of 50 ms, that moving files may take
 _LONG = 24 * 3600.0  # seconds after which what nobody can be asked about is abandoned
 
 
 @contextlib.contextmanager
 def staged(
     folder: Path,
-    stale: Sequence[Path] = (),
+    stale: Callable[[], Sequence[Path]] = tuple,
     last: Callable[[Path], object] = lambda path: path.name,
     size: int | None = None,
 ) -> Iterator[Path]:
@@ -33,11 +35,13 @@ def staged(
 
     Files in folders inside it are moved into folders of the same names.
 
-    Folders that killed commands have left in the same place are removed first.
+    Folders that killed commands have left in the same place are removed first. Of several commands one moves its files
+    after the other.
 
     Args:
         folder: is created if it is missing.
-        stale: files in it that are removed before the new ones are moved, in this order.
+        stale: called when nobody else moves files into it; the files that it returns are removed before the new ones
+            are moved, in this order. What it raises ends it all.
         last: sorts the files; those that sort last are moved last.
         size: the bytes that will be written, if they are known, for the message on a full disk.
 
@@ -54,27 +58,31 @@ def staged(
             raise ConfigurationError(
                 f"output: expected a folder that can be created, got {folder} ({error.strerror}). Choose another one."
             ) from error
-        with (temporary / _OWNER).open("xb") as owner:
-            fcntl.flock(owner, fcntl.LOCK_EX)
+        # Locked before it has its name: without a lock it would be taken for abandoned.
+        with writing(folder), (temporary / f"{_OWNER}.new").open("xb") as owner:
+            with contextlib.suppress(OSError):  # a file system without locks
+                fcntl.flock(owner, fcntl.LOCK_EX)
+            (temporary / f"{_OWNER}.new").rename(temporary / _OWNER)
             remove_abandoned(folder)
             with writing(folder, size):
                 yield temporary
             # File systems list in orders of their own.
             by_name = sorted(path for path in temporary.rglob("*") if _is_staged(path))
             files = sorted(by_name, key=last)  # type: ignore[arg-type]
-            with writing(folder):
+            with writing(folder), _alone(folder):
+                outdated = stale()
                 targets = {path: folder / path.relative_to(temporary) for path in files}
                 replaced = set(targets.values())
                 for target in replaced:
                     created[:0] = [place for place in target.parents if not place.exists()]
                     target.parent.mkdir(parents=True, exist_ok=True)
-                for path in stale:
+                for path in outdated:
                     if path not in replaced or path.name.endswith(_INDEX):  # which names the others
                         path.unlink()
                         _remove_empty(path.parent, folder)
                 for path, target in targets.items():
                     path.replace(target)
-        shutil.rmtree(temporary)
+        shutil.rmtree(temporary, ignore_errors=True)  # somebody else may, as it is empty and not locked
     except BaseException as error:  # an interrupt included
         shutil.rmtree(temporary, ignore_errors=True)
         if isinstance(error, WriteError):  # named by where it would have been
@@ -83,6 +91,24 @@ def staged(
             with contextlib.suppress(OSError):
                 place.rmdir()
         raise
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Wait until nobody else moves files into a folder; but for a few seconds, whatever else may have locked it."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        for _ in range(_TURNS):
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                time.sleep(0.05)
+            except OSError:  # a file system without locks
+                break
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _is_staged(path: Path) -> bool:

@@ -26,6 +26,7 @@ from lit_merge.commands.merge import merge
 from lit_merge.errors import ConfigurationError, FileFormatError, LitMergeError, NonFiniteError, StructureMismatchError
 from lit_merge.files.shards import open_tensors, plan_shards, write_shards
 from lit_merge.models import full_clip_model
+from lit_merge.models.merging.merge import Merge
 from lit_merge.params import fingerprint
 from lit_merge.transforms import Chain, Mean, Override, Scale, Sum, WithOverrides, ties
 from lit_merge.vectors import LazyTensors, TaskVector
@@ -313,6 +314,26 @@ def test_what_is_not_finite_is_told_from_what_does_not_fit(tmp_path):
         merged("good")
     merged("good", dtype="bfloat16")
     assert float(load_file(tmp_path / "m.safetensors")["w"][0]) == 66048  # 66,000 to the nearest
+
+
+def test_of_two_merges_at_once_the_later_one_finds_what_the_other_wrote(files, tmp_path, monkeypatch):
+    card, out, mean = Merge._card, tmp_path / "out", tmp_path / "mean.safetensors"
+
+    def meanwhile(job, planned, warnings):
+        monkeypatch.setattr(Merge, "_card", card)
+        merge(**files, output=str(out), recipe="weight_average", shard_size="300B", overwrite=True)
+        return card(job, planned, warnings)
+
+    def slower(overwrite):
+        monkeypatch.setattr(Merge, "_card", meanwhile)
+        merge(**files, output=str(out), recipe="task_arithmetic", overwrite=overwrite)
+
+    with pytest.raises(ConfigurationError, match=r"expected a new file, got .*, which exists\. Set overwrite"):
+        slower(overwrite=False)
+    merge(**files, output=str(mean), recipe="weight_average")
+    assert all(torch.equal(open_tensors(out)[name], value) for name, value in load_file(mean).items())
+    slower(overwrite=True)
+    assert [path.name for path in out.glob("*safetensors*")] == ["model.safetensors"]  # no shard of the other's
 
 
 @pytest.mark.parametrize("link", ["same", "symlink", "hardlink", "folder"])

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -57,7 +60,7 @@ def test_the_order_of_the_moves_and_what_is_stale(tmp_path, monkeypatch) -> None
     replace = Path.replace
     monkeypatch.setattr(Path, "replace", lambda path, to: moved.append(path.name) or replace(path, to))
     stale = [tmp_path / name for name in ("old.index.json", "old", "same")]
-    with staged(tmp_path, stale, last=lambda path: path.name == "same") as folder:
+    with staged(tmp_path, lambda: stale, last=lambda path: path.name == "same") as folder:
         for name in ("z", "same", "b"):
             (folder / name).write_text("after")
     assert moved[-1] == "same"
@@ -85,6 +88,58 @@ def test_what_a_killed_command_left_is_removed_and_nothing_else(tmp_path) -> Non
     os.utime(tmp_path / ".0123456789abcdef.temporary", (long_ago, long_ago))
     remove_abandoned(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_nobody_takes_a_living_command_s_folder_for_abandoned(tmp_path, monkeypatch) -> None:
+    """Neither before it is locked, nor after all files were moved, which is no failure then."""
+    lock, remove = fcntl.flock, shutil.rmtree
+
+    def before_the_lock(file, how):
+        if how == fcntl.LOCK_EX:
+            remove_abandoned(tmp_path)  # as another command that starts now
+        lock(file, how)
+
+    def after_the_lock(path, **settings):
+        remove(path, ignore_errors=True)  # as another command
+        remove(path, **settings)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(fcntl, "flock", before_the_lock)
+        with staged(tmp_path) as folder:
+            (folder / "a").write_text("1")
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "rmtree", after_the_lock)
+        with staged(tmp_path) as folder:
+            (folder / "b").write_text("2")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
+
+
+def test_a_file_system_without_locks(tmp_path, monkeypatch) -> None:
+    def refuse(file, how):
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with staged(tmp_path) as first:
+        (first / "a").write_text("1")
+        with staged(tmp_path) as second:
+            (second / "b").write_text("2")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
+
+
+def test_what_is_stale_is_asked_when_nobody_else_moves(tmp_path) -> None:
+    def refuse():
+        found = [path.name for path in tmp_path.iterdir() if path.suffix != ".temporary"]
+        raise ConfigurationError(f"there is {found}")
+
+    def both() -> None:
+        with staged(tmp_path, refuse) as first:
+            (first / "a").write_text("1")
+            with staged(tmp_path) as second:
+                (second / "b").write_text("2")
+
+    with pytest.raises(ConfigurationError, match=r"there is .'b'."):
+        both()
+    assert [path.name for path in tmp_path.iterdir()] == ["b"]
 
 
 def test_a_folder_that_cannot_be_is_refused(tmp_path) -> None:
@@ -115,7 +170,7 @@ def test_a_full_disk_is_said_with_the_final_path(tmp_path, full_disk, write, nam
 def test_folders_inside_are_moved_as_folders(tmp_path) -> None:
     for name in ("kept/foreign", "gone/old", "kept/old"):
         write_text(tmp_path / name, "before")
-    with staged(tmp_path, [tmp_path / "gone/old", tmp_path / "kept/old"]) as folder:
+    with staged(tmp_path, lambda: [tmp_path / "gone/old", tmp_path / "kept/old"]) as folder:
         write_text(folder / "new/deep/a", "1")
         write_text(folder / "kept/b", "2")
     found = sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file())

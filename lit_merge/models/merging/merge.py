@@ -352,7 +352,8 @@ class Merge:
             LitMergeError: something exists, or a value does not fit.
             OSError: the disk is full or not writable; nothing is left of the output then.
         """
-        stale = self._stale(planned, overwrite)
+        stale = partial(self._stale, planned, overwrite)
+        stale()
         with staged(self.target.folder, stale, _tensors_last) as folder, merge_progress(progress) as bar:
             bar.find_out(planned.merged.statistics)
             if self._calibrate is not None:
