@@ -327,7 +327,10 @@ def _refuse_other_depth(parameters: Sequence[str], absent: Sequence[str], what: 
 
 
 def _refuse_quantised(others: Sequence[str], base: LazyMapping, what: str) -> None:
-    """Integer matrices are weights that somebody quantised: the base's would be written in silence."""
+    """Integer matrices are weights that somebody quantised: the base's would be written in silence.
+
+    Eight-bit floats with a scale beside them are quantised, too: sums of either are no sums of the weights.
+    """
     packed = [
         name
         for name in others
@@ -336,6 +339,13 @@ def _refuse_quantised(others: Sequence[str], base: LazyMapping, what: str) -> No
         and base.shape(name).numel() > _SMALL // 1024
         and not is_buffer(name)
         and name.rpartition(".")[2] in ("weight", "qweight", "weight_packed", "qzeros")
+    ]
+    packed += [
+        name
+        for name in base
+        if base.dtype(name).is_floating_point
+        and base.dtype(name).itemsize == 1
+        and (f"{name}_scale" in base or f"{name}_scale_inv" in base)
     ]
     if packed:
         raise StructureMismatchError(

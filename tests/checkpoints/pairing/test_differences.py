@@ -142,6 +142,16 @@ def test_quantised_bases_are_refused():
         fit_to_base(base, tuned)
 
 
+@pytest.mark.parametrize("scale", ["weight_scale", "weight_scale_inv"])
+def test_eight_bit_floats_with_a_scale_are_quantised(scale):
+    weight = "layers.0.self_attn.q_proj.weight"
+    eight = {**network(), weight: torch.ones(64, 64).to(torch.float8_e4m3fn)}
+    assert weight in fit_to_base(eight, eight).tuned
+    scaled = {**eight, weight.replace("weight", scale): torch.tensor(0.5)}
+    with pytest.raises(StructureMismatchError, match=r"got 1 quantised ones \(layers\.0\.self_attn\.q_proj\.weight\)"):
+        fit_to_base(scaled, scaled)
+
+
 # Ties
 
 
