@@ -36,6 +36,7 @@ POSITIONAL = ("path",)
 
 _BEFORE, _AFTER = "before the blocks", "after the blocks"
 _NARROWEST = 72
+_PART = 1 << 20  # elements that are in memory at a time: a tensor of a file is mapped
 _SHOWN = 240  # characters of a header entry in the table
 
 
@@ -151,7 +152,8 @@ def summarise_blocks(tensors: LazyMapping) -> list[BlockSummary]:
         one = found.get(position) or BlockSummary(labels.get(position, str(position)), 0, 0, 0, 0.0, 0.0, 0, 0)
         found[position] = replace(one, tensors=one.tensors + 1, entries=one.entries + tensors.shape(name).numel())
     for name, chunk in tensors.stream([name for name in tensors if tensors.dtype(name).is_floating_point]):
-        found[depth.position(name)] = _with_chunk(found[depth.position(name)], chunk)
+        for part in chunk.split(_PART):
+            found[depth.position(name)] = _with_chunk(found[depth.position(name)], part)
     return [found[position] for position in sorted(found)]
 
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,18 @@ def tensors() -> dict[str, torch.Tensor]:
 def vector(path: Path) -> Path:
     TaskVector(tensors(), "digits", metadata={"regime": "full", "classes": '["zero", "one"]'}).save(path)
     return path
+
+
+def test_a_large_tensor_is_read_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module, lengths = sys.modules[summarise_blocks.__module__], []
+    whole = module._with_chunk
+    monkeypatch.setattr(module, "_with_chunk", lambda one, chunk: lengths.append(len(chunk)) or whole(one, chunk))
+    values = torch.arange(5 << 19, dtype=torch.float32)
+    write_tensors(tmp_path / "wide.safetensors", {"w": values, "none": values[:0]}, {})
+    (found,) = inspect(str(tmp_path / "wide.safetensors")).blocks
+    assert sorted(lengths) == [0, 1 << 19, 1 << 20, 1 << 20]
+    assert (found.entries, found.floating, found.zeros) == (5 << 19, 5 << 19, 1)
+    assert found.norm == pytest.approx(float(values.double().norm()), rel=1e-12)
 
 
 def test_blocks_are_what_plain_arithmetic_says(tmp_path: Path) -> None:
