@@ -181,17 +181,20 @@ def gram_key(name: str, file: LazyTensors) -> str | None:
 def check_grams(file: LazyTensors, first: LazyTensors, vectors: TaskVectors) -> None:
     """Check that a file holds Gram matrices of the vectors' parameters, for the same ones as the first task's file.
 
+    A file of the vectors' own base model may have those of other layers as well: of these no vector has a change.
+
     Raises:
         StructureMismatchError: it does not.
     """
-    known = {key for name in vectors.model_names for key in (name, f"{name}.T")}
-    unknown = [key for key in file if key not in known]
-    other = sorted(set(file) ^ set(first))
+    names, own = ({key for name in some for key in (name, f"{name}.T")} for some in (vectors.model_names, vectors))
+    same_base = bool(vectors.base_fingerprint) and file.metadata.get("base_fingerprint") == vectors.base_fingerprint
+    unknown = [] if same_base else [key for key in file if key not in names]
+    other = sorted((set(file) ^ set(first)) & own)
     if unknown or other:
         expected = "those of the vectors' parameters" if unknown else f"the same as in {first.path}"
         raise StructureMismatchError(
             f"{file.path}: expected Gram matrices, {expected}, got others ({first_few(unknown or other)}). "
-            "Collect them in the same way from models of one architecture."
+            "Collect them in the same way from models of one architecture, and of one base that vectors and files name."
         )
     for name in vectors:
         key = gram_key(name, file)

@@ -336,7 +336,7 @@ def test_the_command_writes_what_python_collects(model, tmp_path, monkeypatch, c
         ({"task_vector": "V"}, ["expected none with kind: kfac, which is of the base model alone, got V"]),
         ({"weights": "V"}, ["expected none with kind: kfac", "name the task by its data"]),
         ({}, ["data: expected the task's images, got none", "--data.task digits"]),
-        ({"labels": "true"}, ["labels: expected only with kind: fisher, got true with kfac"]),
+        ({"labels": "true"}, ["labels: expected only with kind: fisher or gradients, got true with kfac"]),
         ({"linearized": True}, ["linearized: expected only with kind: fisher, got it with kfac"]),
         ({"kind": "gram", "task_vector": "V", "normalised": False}, ["normalised: expected only with kind: kfac"]),
         ({"kind": "gram", "task_vector": "V", "corrected": True}, ["corrected: expected only with kind: kfac"]),

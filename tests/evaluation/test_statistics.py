@@ -27,7 +27,7 @@ from lit_merge.errors import (
 from lit_merge.evaluation.statistics import collect_fisher, collect_gradients, collect_gram
 from lit_merge.evaluation.statistics.command import statistics
 from lit_merge.models import load_clip
-from lit_merge.transforms import Mean, Override, Scale, Transform, TrustRegion, WithOverrides, chain
+from lit_merge.transforms import ESM, Mean, Override, Scale, Transform, TrustRegion, WithOverrides, chain
 from lit_merge.transforms.weighted import FisherMean, RegMean
 from lit_merge.vectors import LazyTensors, TaskVector, TaskVectors, file_digest
 from lit_merge.vectors.statistics import open_statistics, write_statistics
@@ -471,19 +471,35 @@ def test_tensors_that_do_not_fit_the_parameters_are_refused(write, vectors) -> N
     with refused(StructureMismatchError, r"shape \(4, 3\) for block.0.weight, got \(3, 4\)"):
         FisherMean(write("fisher", {"block.0.weight": torch.ones(3, 4)}))(vectors)
     square = torch.eye(3)
-    for replaced, parts in (
-        ({"block.0.weight": torch.eye(4)}, [r"shape \(3, 3\) for block.0.weight, got \(4, 4\)"]),
-        ({"stranger": square}, ["those of the vectors' parameters, got others .stranger."]),
-        ({"block.0.bias": square}, ["the same as in .*digits-gram.safetensors, got others .block.0.bias."]),
+    for replaced, header, parts in (
+        ({"block.0.weight": torch.eye(4)}, {}, [r"shape \(3, 3\) for block.0.weight, got \(4, 4\)"]),
+        ({"stranger": square}, {"base_fingerprint": ""}, ["those of the vectors' parameters, got others .stranger."]),
+        ({"block.0.bias": square}, {}, ["the same as in .*digits-gram.safetensors, got others .block.0.bias."]),
     ):
         with refused(StructureMismatchError, *parts):
-            RegMean(write("gram", replaced))(vectors)
+            RegMean(write("gram", replaced, **header))(vectors)
     for key in ("block.0.bias", "block.0.weight.T"):
         paths = write("gram")
         for task, path in paths.items():
             write_statistics(path, "gram", {**LazyTensors(path), key: square}, task, BASE)
         with refused(StructureMismatchError, "one Gram matrix for a weight of at least two dimensions, got", key):
             RegMean(paths)(vectors)
+
+
+@pytest.mark.parametrize("transform", [RegMean, ESM])
+def test_gram_matrices_of_a_whole_network_merge_vectors_of_a_part_of_it(transform, write, vectors) -> None:
+    of_part = transform(write("gram"))(vectors)
+    expected = {name: of_part[name] for name in SHAPES}
+    found = transform(write("gram", {"elsewhere.weight": torch.eye(5)}))(vectors)
+    for name in SHAPES:
+        assert torch.equal(found[name], expected[name])
+    without = TaskVectors(
+        [
+            TaskVector({n: row[n] for n in SHAPES if n != "block.0.weight"}, row.task, metadata=row.metadata)
+            for row in map(vectors.vector, TASKS)
+        ]
+    )
+    assert torch.equal(transform(write("gram"))(without)["block.0.bias"], expected["block.0.bias"])
 
 
 def test_files_are_finite_and_know_what_they_are(write, vectors, tmp_path) -> None:
@@ -680,8 +696,11 @@ def test_statistics_merge_the_vectors_that_they_were_made_for(vector, model, tmp
         ({"task_vector": "V", "split": "dev"}, ["split: expected train or val or test, got 'dev'"]),
         ({"task_vector": "V", "labels": "all"}, ["labels: expected expected or sampled or true, got 'all'"]),
         ({"task_vector": "V", "images": 0}, ["images: expected a whole number of at least 1 or null, got 0"]),
-        ({"task_vector": "V", "convolutions": True}, ["convolutions: expected only with kind: gram"]),
-        ({"task_vector": "V", "kind": "gram", "labels": "true"}, ["labels: expected only with kind: fisher, got true"]),
+        ({"task_vector": "V", "convolutions": True}, ["convolutions: expected only with kind: gram or kfac, got"]),
+        (
+            {"task_vector": "V", "kind": "gram", "labels": "true"},
+            ["labels: expected only with kind: fisher or gradients, got true"],
+        ),
         ({"task_vector": "V", "kind": "gram", "linearized": True}, ["linearized: expected only with kind: fisher"]),
         ({"task_vector": "V", "output": "a.pt"}, ["output: expected a file ending in .safetensors, got a.pt"]),
         ({"task_vector": "V", "output": "V"}, ["another file than the input"]),

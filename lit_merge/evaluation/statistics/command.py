@@ -145,9 +145,11 @@ def _check_settings(
     one_of("labels", labels, LABELS)
     whole_number("images", images, minimum=1, optional=True)
     if kind not in _WITHOUT_LABELS and convolutions:
-        raise ConfigurationError(f"convolutions: expected only with kind: gram, got it with {kind}. Remove it.")
+        raise ConfigurationError(f"convolutions: expected only with kind: gram or kfac, got it with {kind}. Remove it.")
     if kind in _WITHOUT_LABELS and labels != "expected":
-        raise ConfigurationError(f"labels: expected only with kind: fisher, got {labels} with {kind}. Remove it.")
+        raise ConfigurationError(
+            f"labels: expected only with kind: fisher or gradients, got {labels} with {kind}. Remove it."
+        )
     if kind != "kfac" and not normalised:
         raise ConfigurationError(f"normalised: expected only with kind: kfac, got false with {kind}. Remove it.")
     if kind != "kfac" and corrected:
