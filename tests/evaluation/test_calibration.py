@@ -16,6 +16,7 @@ from lit_merge.errors import ConfigurationError
 from lit_merge.evaluation.calibration import FeatCal, RegMeanPlusPlus
 from lit_merge.evaluation.calibration.activations import Activations
 from lit_merge.evaluation.calibration.blocks import Blocks
+from lit_merge.evaluation.calibration.walk import Walk
 from lit_merge.evaluation.statistics import collect_gram
 from lit_merge.models import ModuleNetwork
 from lit_merge.transforms import Mean, RegMean, task_arithmetic
@@ -305,6 +306,40 @@ def test_packed_projections_are_the_separate_ones(tower, given):
         expected = rule.calibrate(tower, vectors, Mean()(vectors), given)
         other = TaskVectors(rows)
         agree(rule.calibrate(packed, other, Mean()(other), given), renamed(expected))
+
+
+class Around(Tower):
+    """With a projection before the blocks, and a table for all of them."""
+
+    def __init__(self):
+        super().__init__()
+        self.proj, self.table = nn.Linear(D, D), nn.Parameter(torch.zeros(D))
+
+    def forward(self, tokens):
+        hidden = self.proj(self.stem(tokens))
+        for layer in self.layers:
+            hidden = layer(hidden + self.table)
+        return self.ln_post(hidden)[:, 0]
+
+
+def test_what_is_around_the_blocks_is_the_models_own_too(given):
+    module = randomised(Around().double())
+    vectors = vectors_of(module)
+    start, store, passes = Mean()(vectors), Activations(), []
+    walk = Walk(module, vectors, start, {task: [store.keep(one) for one in given[task]] for task in TASKS}, store)
+    own = {name: value.detach() + start[name][0] for name, value in module.named_parameters()}
+    for layer in module.layers:
+        layer.register_forward_hook(lambda layer, given, output: passes.append(output))
+    torch.func.functional_call(module, own, given["a"][0])
+    expected = passes.copy()
+    for index in range(2):
+        with walk.placed(index, walk.merged_weights(index, walk.start(index))):
+            output = walk.run(index, "a", 0)
+        walk.record(index, "a", 0, output)
+        torch.testing.assert_close(output, expected[index], rtol=1e-6, atol=1e-7)
+    before = {"table", "stem.weight", "stem.bias", "proj.weight", "proj.bias"}
+    assert [set(walk.blocks.around(index)) for index in range(2)] == [before, {"table"}]
+    assert not any(value.grad is not None for value in module.parameters())
 
 
 @pytest.mark.parametrize("kind", ["t5", "gpt2"])

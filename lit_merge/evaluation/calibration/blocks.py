@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as tree
 
 from lit_merge.errors import ConfigurationError
+from lit_merge.evaluation.statistics.fisher import requiring_gradients
 from lit_merge.naming import block_path
 
 __all__ = ["Blocks"]
@@ -62,6 +63,7 @@ class Blocks:
         first, second = (_hidden(output).shape for output in reversed(outputs))
         grown = [axis for axis, (few, many) in enumerate(zip(first, second, strict=True)) if many == 2 * few]
         self.examples_axis = grown[0] if len(first) == 3 and len(grown) == 1 and grown[0] < 2 else None
+        self._around = self._outside(one)
 
     def stack(self, index: int) -> str:
         """The list that a block belongs to, such as that of the encoder."""
@@ -71,9 +73,12 @@ class Blocks:
         """The parameters of a block."""
         return self._names[self.paths[index]]
 
-    def begins(self, index: int) -> bool:
-        """Whether a block is the first one of its stack."""
-        return all(self.stack(index) != self.stack(earlier) for earlier in range(index))
+    def around(self, index: int) -> list[str]:
+        """The parameters outside of all blocks that a block's output depends on, when the blocks before it are known.
+
+        Embeddings at the first one, what an encoder ends with at a decoder's, a table of relative positions at all.
+        """
+        return self._around[index]
 
     def part(self, index: int) -> nn.Module:
         """A block's module."""
@@ -155,6 +160,20 @@ class Blocks:
                     )
         return output
 
+    def _outside(self, given: Sequence[Any]) -> list[list[str]]:
+        """For every block the parameters that :meth:`around` gives, by the graph of its output."""
+        own = {name: value for name, value in self.module.named_parameters() if value.is_floating_point()}
+        outside = {name: value for name, value in own.items() if block_path(name) is None}
+        recorded: dict[str, Any] = {}
+        found = []
+        with torch.inference_mode(False), torch.enable_grad(), requiring_gradients(own.values()):
+            for index in range(len(self.paths)):
+                output = self._reach(index, given, recorded).output
+                used = _leaves(output) or set(outside.values())  # all of them for a network without a graph
+                found.append([name for name, value in outside.items() if value in used])
+                recorded[self.stack(index)] = tree.tree_map_only(Tensor, Tensor.detach, output)
+        return found
+
     def _reach(self, index: int, given: Sequence[Any], recorded: Mapping[str, Any]) -> _ReachedError:
         def stopping(path: str, forward: Callable[..., Any]) -> Callable[..., Any]:
             def stopped(*arguments: Any, **others: Any) -> Any:
@@ -199,6 +218,20 @@ class Blocks:
                     vars(part).pop("forward", None)
                 else:
                     vars(part)["forward"] = before[path]
+
+
+def _leaves(output: Any) -> set[Tensor]:
+    """The tensors that an output was computed from and could have a gradient of."""
+    seen = {one.grad_fn for one in tree.tree_leaves(output) if isinstance(one, Tensor) and one.grad_fn is not None}
+    waiting, found = list(seen), set[Tensor]()
+    while waiting:
+        node = waiting.pop()
+        if hasattr(node, "variable"):
+            found.add(node.variable)
+        more = {following for following, _ in node.next_functions if following is not None} - seen
+        seen |= more
+        waiting += more
+    return found
 
 
 def _repeated(value: Tensor, times: int) -> Tensor:

@@ -14,7 +14,6 @@ from lit_merge.evaluation.calibration.activations import Activations, placed
 from lit_merge.evaluation.calibration.blocks import Blocks
 from lit_merge.evaluation.calibration.inputs import BlockInputs
 from lit_merge.models.merged import swapped
-from lit_merge.naming import Depth
 from lit_merge.params import Params, add_scaled
 from lit_merge.vectors import TaskVectors
 
@@ -55,7 +54,6 @@ class Walk:
         self._own = {name: value.detach() for name, value in module.named_parameters()}
         self.device = next(iter(self._own.values())).device
         self.blocks = Blocks(module, placed(given[self.tasks[0]][0], self.device))
-        self._depth = Depth(self._own)
         self._merged: dict[str, list[Recorded]] = {task: [{} for _ in given[task]] for task in self.tasks}
         self._experts: dict[str, list[Recorded]] = {task: [{} for _ in given[task]] for task in self.tasks}
 
@@ -161,13 +159,6 @@ class Walk:
         return name.removeprefix(f"{self.blocks.paths[index]}.")
 
     def _weights(self, vectors: TaskVectors, index: int, block: Mapping[str, Tensor]) -> Params:
-        begins, path = self.blocks.begins(index), self.blocks.paths[index]
-        inside = {name for one in range(len(self.blocks.paths)) for name in self.blocks.names(one)}
-        around = [name for name in vectors if name not in inside and self._matters(name, begins)]
+        path, around = self.blocks.paths[index], [name for name in self.blocks.around(index) if name in vectors]
         moved = {name: vectors[name][0] for name in around} | {f"{path}.{name}": tau for name, tau in block.items()}
         return {name: add_scaled(self._own[name], tau.to(self.device)) for name, tau in moved.items()}
-
-    def _matters(self, name: str, begins: bool) -> bool:
-        """Embeddings matter to the first block of a stack, what ends an encoder to the decoder, heads to none."""
-        position = self._depth.position(name)
-        return position < self._depth.blocks and (begins or position >= 0)
