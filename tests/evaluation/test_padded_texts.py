@@ -22,22 +22,30 @@ TARGETS = ["c d", "w1", "a b c", "w2 w3 e", "d"]
 FILLS = (0, 0, -1, -1)
 
 
-def tokenised(kind, texts, targets, ranked=False):
+def tokenised(kind, texts, targets, ended=True):
     """A batch as long as its longest text."""
     tokenization = Tokenization(tokenizer(kind), kind, 24, 8, start_id=0)
     indices, labels = torch.arange(len(texts)), torch.zeros(len(texts), dtype=torch.int64)
     if kind == "encoder":
         return TextBatch(tokenization.padded(tokenization.encode(texts).input_ids)[0], labels, indices, FILLS)
-    encoded = tokenization.encode(texts, targets, ended=not ranked)
-    if ranked:
-        answers = [[one, *encoded.target_ids[:1]] for one in encoded.target_ids]
-        return TextBatch(tokenization.padded_answers(encoded.input_ids, answers), labels, indices, FILLS)
+    encoded = tokenization.encode(texts, targets, ended)
     inputs, found = tokenization.padded(encoded.input_ids, encoded.target_ids)
     return TextBatch(inputs, found, indices, FILLS)
 
 
-def alone(kind, ranked=False):
-    return [tokenised(kind, [text], [target], ranked) for text, target in zip(TEXTS, TARGETS, strict=True)]
+def alone(kind):
+    return [tokenised(kind, [text], [target]) for text, target in zip(TEXTS, TARGETS, strict=True)]
+
+
+def ranked(kind):
+    """A batch of texts with two to four answers to choose from, and every text with every answer by itself."""
+    tokenization = Tokenization(tokenizer(kind), kind, 24, 8, start_id=0)
+    answers = [TARGETS[: 2 + place % 3] for place in range(len(TEXTS))]
+    ids = [tokenization.encode([TEXTS[0]] * len(own), own, ended=False).target_ids for own in answers]
+    inputs = tokenization.padded_answers(tokenization.encode(TEXTS).input_ids, ids)
+    batch = TextBatch(inputs, torch.zeros(5, dtype=torch.int64), torch.arange(5), FILLS)
+    pairs = [(text, answer) for text, own in zip(TEXTS, answers, strict=True) for answer in own]
+    return batch, [tokenised(kind, [text], [answer], ended=False) for text, answer in pairs]
 
 
 @pytest.mark.parametrize("collect", [collect_gram, collect_kfac])
@@ -47,6 +55,17 @@ def test_padding_is_no_token(name, collect):
     module = MODULES[kind](in_double(language_model(name)))
     together = collect(module, [tokenised(kind, TEXTS, TARGETS)])
     singly = collect(module, alone(kind))
+    assert together.keys() == singly.keys()
+    for key, expected in singly.items():
+        torch.testing.assert_close(together[key], expected, rtol=1e-9, atol=1e-12, msg=key)
+
+
+@pytest.mark.parametrize("collect", [collect_gram, collect_kfac])
+@pytest.mark.parametrize("name", ["t5", "gpt2"])
+def test_every_answer_to_choose_from_is_a_text_of_its_own(name, collect):
+    module = MODULES[KINDS[name]](in_double(language_model(name)))
+    batch, pairs = ranked(KINDS[name])
+    together, singly = collect(module, [batch]), collect(module, pairs)
     assert together.keys() == singly.keys()
     for key, expected in singly.items():
         torch.testing.assert_close(together[key], expected, rtol=1e-9, atol=1e-12, msg=key)
@@ -93,14 +112,14 @@ def test_a_calibration_does_not_depend_on_the_batch(rule):
         torch.testing.assert_close(one, found[1][name], rtol=1e-7, atol=1e-9, msg=name)
 
 
-@pytest.mark.parametrize(("kind", "ranked"), [("encoder", False), ("causal", False), ("causal", True)])
-def test_parts_without_padding_are_the_batch_again(kind, ranked):
-    batch = tokenised(kind, TEXTS, TARGETS, ranked)
+@pytest.mark.parametrize("kind", ["encoder", "causal"])
+def test_parts_without_padding_are_the_batch_again(kind):
+    batch = tokenised(kind, TEXTS, TARGETS)
     parts = list(batch.unpadded())
     assert [len(part) for part in parts] == [1, 1, 2, 1]  # neighbours of one length, of a text with its target too
     assert sorted(int(index) for part in batch.unpadded(in_order=False) for index in part.indices) == [0, 1, 2, 3, 4]
     for part in (*parts, *batch.unpadded(in_order=False)):
-        assert (part.inputs[1] > 0).any(-2 if ranked else 0)[..., -1].all()
+        assert (part.inputs[1] > 0)[:, -1].all()
     joined = TextBatch.join(parts)
     for found, expected in zip((*joined.inputs, joined.targets), (*batch.inputs, batch.targets), strict=True):
         assert torch.equal(found, expected)

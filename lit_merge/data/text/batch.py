@@ -69,14 +69,16 @@ class TextBatch(Batch):
         return joined
 
     def unpadded(self, in_order: bool = True) -> Iterator[Self]:
-        """The same texts without padding, those of the same length together; of several answers the longest counts.
+        """The same texts without padding, those of the same length together; of several answers each with its own text.
 
         Args:
             in_order: whether the order is kept, so that neighbours alone come together.
         """
+        if self.ranked:
+            yield from self._answers_apart().unpadded(in_order)
+            return
         own, predicted = self.inputs[:2], self.inputs[2:]
-        lengths = [_lengths(own[1] > 0)]
-        lengths += [torch.stack([_lengths(one >= 0) for one in predicted]).amax(0)] if predicted else []
+        lengths = [_lengths(own[1] > 0), *(_lengths(one >= 0) for one in predicted)]
         found = torch.stack(lengths, 1)
         order = torch.arange(len(self), device=found.device)
         if not in_order:
@@ -87,12 +89,24 @@ class TextBatch(Batch):
         for end, count in zip(ends.tolist(), counts.tolist(), strict=True):
             part = self.select(order[start : start + count])
             part.inputs = (
-                *(one[..., : end[0]] for one in part.inputs[:2]),
-                *(one[..., : end[-1]] for one in part.inputs[2:]),
+                *(one[:, : end[0]] for one in part.inputs[:2]),
+                *(one[:, : end[-1]] for one in part.inputs[2:]),
             )
-            part.targets = part.targets[..., : end[-1]] if part.targets.ndim > 1 else part.targets
+            part.targets = part.targets[:, : end[-1]] if part.targets.ndim > 1 else part.targets
             start += count
             yield part
+
+    def _answers_apart(self) -> Self:
+        """Every answer as the target of a text of its own, those that a text has fewer than others left out."""
+        *own, predicted, answers = self.inputs
+        number = answers.shape[1]
+        present = (answers >= 0).any(-1).flatten()
+        apart = self._changed(lambda one: one.repeat_interleave(number, 0)[present])
+        apart.inputs = tuple(
+            (one.flatten(0, 1) if one.ndim == 3 else one.repeat_interleave(number, 0))[present]
+            for one in (*own, predicted)
+        )
+        return apart
 
     def _changed(self, change: Callable[[Tensor], Tensor]) -> Self:
         changed = super()._changed(change)
@@ -101,9 +115,9 @@ class TextBatch(Batch):
 
 
 def _lengths(used: Tensor) -> Tensor:
-    """Where the last used place of every example is, ``[B, …, L]`` to ``[B]``; at least 1."""
+    """Where the last used place of every example is, ``[B, L]`` to ``[B]``; at least 1."""
     places = torch.arange(1, used.shape[-1] + 1, device=used.device)
-    return (used * places).flatten(1).amax(1).clamp(min=1)
+    return (used * places).amax(1).clamp(min=1)
 
 
 def _joined(parts: Sequence[Tensor], fill: int) -> Tensor:

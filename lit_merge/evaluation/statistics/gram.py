@@ -27,9 +27,10 @@ def collect_gram(
 ) -> Params:
     r"""``G = XᵀX / n`` of the inputs X ``[n, in]`` of every linear layer (Jin et al. 2023, section 3).
 
-    n counts rows: one per image, or one per image and token; what texts are padded with is none. As G is their mean,
-    data sets of other sizes do not weigh differently. Products of a batch are computed in the inputs' own precision,
-    float32 at least, and summed in float64, or in float32 on a device that has no float64.
+    n counts rows: one per image, or one per image and token; what texts are padded with is none, and of answers to
+    choose from each comes with a text of its own. As G is their mean, data sets of other sizes do not weigh
+    differently. Products of a batch are computed in the inputs' own precision, float32 at least, and summed in float64,
+    or in float32 on a device that has no float64.
 
     Found are 2-D weights in ``F.linear`` (so ``nn.Linear``, and ``nn.MultiheadAttention``'s packed or separate input
     projections and its output projection), and in ``x @ W.T``, ``x @ W`` and ``torch.addmm`` (GPT-2's layers). Without
