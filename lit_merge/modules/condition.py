@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from lit_merge.errors import ConfigurationError
 from lit_merge.models.merged import swapped
+from lit_merge.models.network import TaskWords
 from lit_merge.models.parametrisations import Direct, Linearised
 from lit_merge.modules.finetune import FineTuneModule
 from lit_merge.modules.protocol import check_range
@@ -26,8 +27,9 @@ def distillation(
     """``T_t T_s KL(σ(z_t / T_t) ‖ σ(z_s / T_s))``, the mean over examples (DisTaC, Yoshida et al. 2026).
 
     Args:
-        student: z_s, logits ``[B, C]``.
-        teacher: z_t, ``[B, C]``.
+        student: z_s, logits ``[B, C]``; or ``[B, M, V]`` of next tokens, of which an example's mean is taken, zeros at
+            positions where nothing is predicted.
+        teacher: z_t, of the same shape.
         temperatures: T_t and T_s. Equal ones ask for the teacher's predictions; with T_t < T_s the student becomes more
             confident.
         counted: ``[B]``, which examples count; all by default.
@@ -39,6 +41,9 @@ def distillation(
     wanted = (teacher.detach().float() / of_teacher).log_softmax(-1)
     found = (student.float() / of_student).log_softmax(-1)
     losses = F.kl_div(found, wanted, reduction="none", log_target=True).sum(-1)
+    if losses.ndim == 2:
+        predicted = (teacher != 0).any(-1)
+        losses = (losses * predicted).sum(-1) / predicted.sum(-1).clamp(min=1)
     losses = losses if counted is None else losses[counted]
     return of_teacher * of_student * losses.mean()
 
@@ -49,7 +54,8 @@ class ConditionModule(FineTuneModule):
     DisTaC (Yoshida et al. 2026, as in the authors' program). The student starts at ``θ0 + κ τ``, the teacher is
     ``θ0 + τ``; minimised is :func:`distillation` plus ``β ‖θ − (θ0 + κ τ)‖²``. Vectors that are much longer than others
     are shrunk with κ below 1; models of low confidence are sharpened with κ = 1 and temperatures (1, 10). Labels, if
-    the data have any, are only what the logged accuracy is of. The outcome is a task vector as of any fine-tuning.
+    the data have any, are only what the logged accuracy is of. The outcome is a task vector as of any fine-tuning. Both
+    have the task's head, which does not train: a classifier of its own is the one that lies beside τ.
 
     The authors take 500 steps of Adam at 1e-5 with batches of 128, of which their defaults make all a linear warm-up.
 
@@ -66,7 +72,8 @@ class ConditionModule(FineTuneModule):
         scale: κ.
 
     Raises:
-        ConfigurationError: a number is out of its range, settings exclude each other, or an objective is given.
+        ConfigurationError: a number is out of its range, settings exclude each other, or an objective is given; in fit,
+            the task has a number instead of classes, or nobody has trained its classifier.
     """
 
     def __init__(
@@ -106,6 +113,7 @@ class ConditionModule(FineTuneModule):
         self._teacher = self._copy()
         self.load_task_vector(vector, self.scale)
         self._start = self._copy()
+        self.look_beside([(task_vector, None)])
 
     @property
     def regime(self) -> str:
@@ -117,8 +125,24 @@ class ConditionModule(FineTuneModule):
     def _copy(self) -> Params:
         return {name: own.detach().clone() for name, own in self.encoder.named_parameters()}
 
+    def starts_head(self, task: TaskWords) -> bool:
+        """None: the teacher's is a trained one."""
+        return False
+
+    def setup(self, stage: str) -> None:
+        """Freeze the head, which is the teacher's as well."""
+        super().setup(stage)
+        assert self.head is not None
+        if hasattr(self.head, "numbers"):
+            raise ConfigurationError(
+                f"data: expected a task with classes or tokens, whose probabilities are distilled, got {self.task}, "
+                "which has a number. Merge its vector as it is."
+            )
+        self.head.requires_grad_(False)
+
     def on_fit_start(self) -> None:
         """Bring the teacher, and where the student started, to its device."""
+        self.check_heads()
         super().on_fit_start()
         for held in (self._teacher, self._start):
             held.update({name: one.to(self.device) for name, one in held.items()})

@@ -44,6 +44,21 @@ def test_distillation_is_its_definition():
         assert float(value) == pytest.approx(first * second * total / 3, rel=1e-4)
 
 
+def test_distillation_of_next_tokens_is_the_mean_of_every_examples_own_positions():
+    draw = torch.Generator().manual_seed(0)
+    student, teacher = (torch.randn(3, 4, 5, generator=draw, dtype=torch.float64) for _ in range(2))
+    lengths = (4, 1, 2)
+    for logits in (student, teacher):
+        for row, length in enumerate(lengths):
+            logits[row, length:] = 0  # as where nothing is predicted
+    alone = [
+        distillation(student[row, :length], teacher[row, :length], (2.0, 3.0)) for row, length in enumerate(lengths)
+    ]
+    counted = torch.tensor([True, True, False])
+    assert float(distillation(student, teacher, (2.0, 3.0))) == pytest.approx(float(sum(alone)) / 3, rel=1e-6)
+    assert float(distillation(student, teacher, (2.0, 3.0), counted)) == pytest.approx(float(sum(alone[:2])) / 2)
+
+
 @pytest.mark.parametrize("linearized", [False, True])
 def test_the_gradient_is_that_of_teacher_student_and_anchor(
     vector, tiny_encoder, tiny_head, tiny_batches, linearized, silent_trainer, tiny_data

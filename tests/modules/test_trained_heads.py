@@ -16,6 +16,7 @@ from lit_merge.commands.main import main
 from lit_merge.data import MultiTaskDataModule, TaskDataModule, TextTask
 from lit_merge.errors import ConfigurationError, StructureMismatchError
 from lit_merge.models.language import TaskHead, TextEncoderNetwork
+from lit_merge.models.language.classifiers import head_file
 from lit_merge.modules import FineTuneModule, MergeModule, MultiTaskModule
 from lit_merge.modules.trained_heads import trained_head
 from lit_merge.vectors import TaskVector
@@ -104,6 +105,26 @@ def test_commands_of_one_task(tmp_path, capfd):
     test = ["test", f"--model.network={NETWORK % ''}", *of_one("first"), *TRAINER, f"--output={tmp_path / 'c'}"]
     assert main([*test, f"--ckpt_path={checkpoint}"]) == 0
     assert json.loads((tmp_path / "c/test_metrics.json").read_text()) == pytest.approx(metrics["beside"], abs=1e-5)
+
+
+def test_a_vector_is_conditioned_with_its_own_head(tmp_path, capfd):
+    condition = ["fit", "--model=ConditionModule", f"--model.network={NETWORK % ''}", *of_one("first"), *TRAINER]
+    condition += [f"--model.task_vector={VECTORS['first']}", "--model.scale=0.9", "--trainer.max_steps=5"]
+    condition += ["--data.batch_size=8", "--model.learning_rate=1e-3"]
+    assert main([*condition, f"--output={tmp_path / 'run'}"]) == 0
+    vector = tmp_path / "run/task_vector.safetensors"
+    head, before = (TaskHead.load(path).state_dict() for path in (head_file(vector), head_file(VECTORS["first"])))
+    assert head.keys() == before.keys()
+    assert all(torch.equal(head[name], value) for name, value in before.items())
+    test = ["test", f"--model.network={NETWORK % ''}", f"--model.task_vector={vector}", *of_one("first"), *TRAINER]
+    assert main([*test, f"--output={tmp_path / 'test'}"]) == 0
+    assert json.loads((tmp_path / "test/test_metrics.json").read_text())["test/accuracy"] > 0.9
+    bare = tmp_path / "bare.safetensors"
+    bare.write_bytes(Path(VECTORS["first"]).read_bytes())
+    condition = [one.replace(VECTORS["first"], str(bare)) for one in condition]
+    capfd.readouterr()
+    assert main([*condition, f"--output={tmp_path / 'other'}"]) == 2
+    assert "head of first: expected a trained classifier, got none beside" in capfd.readouterr().err
 
 
 def test_commands_of_several_tasks(tmp_path, capfd):
