@@ -7,9 +7,11 @@ import json
 import math
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
+from builders.language_folders import language_folder
 from PIL import Image
 from torch.func import functional_call
 
@@ -17,7 +19,7 @@ import lit_merge.evaluation.analysis.command
 import lit_merge.evaluation.analysis.models
 from lit_merge import Coefficients, LinearizedModel
 from lit_merge.commands.main import main
-from lit_merge.data import ImageBatch, MultiTaskDataModule
+from lit_merge.data import ImageBatch, MultiTaskDataModule, TextTask
 from lit_merge.errors import ConfigurationError, DataError, StructureMismatchError
 from lit_merge.evaluation.analysis import (
     DirectPair,
@@ -33,7 +35,9 @@ from lit_merge.evaluation.analysis.images import TaskImages
 from lit_merge.evaluation.analysis.processes import Processes
 from lit_merge.evaluation.analysis.record import Record
 from lit_merge.evaluation.analysis.settings import check_analyses
+from lit_merge.functional import linearize
 from lit_merge.models import load_clip
+from lit_merge.models.language import CausalNetwork
 from lit_merge.models.linear_features import LinearFeatures
 from lit_merge.modules import MultiTaskModule
 from lit_merge.report import model_figures
@@ -678,3 +682,55 @@ def test_figures_leave_gaps_where_nothing_is_known(analysed, tmp_path):
     del changed["analyses"]["accuracy"]["measured"]["individual"]["digits"]
     changed["analyses"]["accuracy"]["normalised"]["ties"] = None
     assert len(draw_figures(changed, tmp_path)) == 6
+
+
+# Networks that predict tokens
+
+
+@pytest.fixture
+def of_tokens(tmp_path, monkeypatch, own_cache):
+    """Two vectors of a small GPT-2, and texts whose targets have one to four tokens; the command's arguments."""
+    monkeypatch.chdir(tmp_path)
+    language_folder(tmp_path / "model", "gpt2")
+    network = CausalNetwork("model")
+    draw = torch.Generator().manual_seed(0)
+    sources = []
+    for task in TASKS[:2]:
+        rows = [f"{'abcdefgh'[i % 8]} w{i % 9},{' '.join('abcd'[: 1 + i % 4])}" for i in range(40)]
+        (tmp_path / f"{task}.csv").write_text("text,target\n" + "\n".join(rows) + "\n")
+        moved = {n: 0.1 * torch.randn(one.shape, generator=draw) for n, one in network.parameters.items()}
+        header = {"base_fingerprint": network.fingerprint}
+        TaskVector(moved, task, metadata=header).save(tmp_path / f"{task}.safetensors")
+        settings = f"{{path: {task}.csv, label_column: null, target: target, repeated: keep}}"
+        sources.append(f"{task}: {{class_path: lit_merge.data.TextTask, init_args: {settings}}}")
+    arguments = ["analyze", f"--vectors=[{', '.join(f'{task}.safetensors' for task in TASKS[:2])}]"]
+    arguments += ["--network=lit_merge.models.language.CausalNetwork", "--network.path=model", "--batch_size=3"]
+    return [*arguments, "--data=lit_merge.data.MultiTaskDataModule", f"--data.sources={{{', '.join(sources)}}}"]
+
+
+def test_tau_jp_of_next_tokens_is_the_norm_of_all_numbers_of_an_example(of_tokens):
+    assert main([*of_tokens, "--analyses=[tau_jp]", "--output=found"]) == 0
+    found = json.loads(Path("found/analysis.json").read_text())["analyses"]["tau_jp"]["tau_jp"]
+    network = CausalNetwork("model")
+    sources = {
+        task: TextTask(f"{task}.csv", label_column=None, target="target", repeated="keep") for task in TASKS[:2]
+    }
+    data = MultiTaskDataModule(sources=sources)
+    for task in TASKS[:2]:
+        examples = data.tasks[task].examples("test", network)
+        for own in TASKS[:2]:
+            vector = dict(TaskVector.load(f"{own}.safetensors"))
+            norms = [
+                float(linearize(network.module, {}, vector, *examples.__getitems__([row]).inputs)[1].detach().norm())
+                for row in range(len(examples))
+            ]
+            assert len(norms) > 3
+            assert found[own][task] == pytest.approx(sum(norms) / len(norms), rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["disentanglement", "advantage"])
+def test_what_compares_vectors_is_refused_of_tokens(name, of_tokens, capsys):
+    assert main([*of_tokens, f"--analyses=[tau_jp, {name}]", "--output=found"]) == 2
+    assert f"expected a network whose features are one vector for {name}, got model, which predicts tokens. Re" in (
+        capsys.readouterr().err
+    )

@@ -36,6 +36,12 @@ def wanted_analyses(analyses: Sequence[str] | None, origin: Base, coefficients: 
             f"analyses: expected only those of vectors with base, got {first_few(asked)}, which need a network and "
             "images. Remove them, or set model or network."
         )
+    of_vectors = [name for name in asked if name in ("disentanglement", "advantage")]
+    if of_vectors and not getattr(origin, "vector_features", True):
+        raise ConfigurationError(
+            f"analyses: expected a network whose features are one vector for {first_few(of_vectors)}, got "
+            f"{origin.name}, which predicts tokens. Remove it, or set a network that encodes."
+        )
     return list(analyses)
 
 

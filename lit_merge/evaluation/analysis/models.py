@@ -18,6 +18,7 @@ from lit_merge.evaluation.analysis.images import TaskImages
 from lit_merge.evaluation.analysis.record import Record
 from lit_merge.evaluation.analysis.settings import Grid, Method, Paths
 from lit_merge.evaluation.placed_model import PlacedModel
+from lit_merge.functional import linearize
 from lit_merge.metrics import EntropyLossSpearman, NonlinearAdvantage, TauJp
 from lit_merge.metrics.hits import UNLABELLED, hits_of
 from lit_merge.metrics.scores import mean_accuracy, normalised_accuracy, pareto_front
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 __all__ = ["Evaluator", "accuracy", "advantage", "disentanglement", "paths", "tau_jp"]
 
 Ended = Callable[[], object]
+_Tangents = Callable[[TaskImages], Iterable[tuple[str, Tensor]]]
 
 
 @dataclass(frozen=True)
@@ -185,17 +187,38 @@ def disentanglement(evaluator: Evaluator, grid: Grid, records: Callable[[str], R
 
 
 def tau_jp(evaluator: Evaluator, ended: Ended) -> dict[str, Any]:
-    """The mean norm of τJp of every vector on every task's images."""
-    cache = evaluator.features({task: evaluator.vectors.vector(task) for task in evaluator.vectors.tasks})
-    rows: dict[str, dict[str, float]] = {task: {} for task in evaluator.vectors.tasks}
+    """The mean norm of τJp of every vector on every task's images; of tokens, that of all numbers of an example."""
+    directions = {task: evaluator.vectors.vector(task) for task in evaluator.vectors.tasks}
+    kept = getattr(evaluator.module.base, "vector_features", True)  # not logits over a vocabulary at every position
+    tangents = _kept_tangents(evaluator.features(directions)) if kept else _new_tangents(evaluator, directions)
+    rows: dict[str, dict[str, float]] = {task: {} for task in directions}
     for task, images in evaluator.images.items():
-        found = cache.of(images.loader())
-        for name, tangent in found.tangents.items():
-            metric = TauJp().to(evaluator.module.device)
-            metric.update(tangent.to(evaluator.module.device))
+        metrics = {name: TauJp().to(evaluator.module.device) for name in directions}
+        for name, tangent in tangents(images):
+            metrics[name].update(tangent.to(evaluator.module.device))
+        for name, metric in metrics.items():
             rows[name][task] = float(metric.compute())
         ended()
     return {"measured_on": list(evaluator.images), "tau_jp": rows}
+
+
+def _kept_tangents(cache: LinearFeatureCache) -> _Tangents:
+    """J τ of all images of a task, which are kept for other analyses."""
+    return lambda images: cache.of(images.loader()).tangents.items()
+
+
+def _new_tangents(evaluator: Evaluator, directions: Mapping[str, TaskVector]) -> _Tangents:
+    """J τ of one batch after the other, whose examples may be of other shapes than the next one's."""
+    own = dict(evaluator.network.named_parameters())
+    placed = {task: {name: one[name].to(value) for name, value in own.items()} for task, one in directions.items()}
+
+    @torch.no_grad()
+    def tangents(images: TaskImages) -> Iterator[tuple[str, Tensor]]:
+        for batch in images:
+            for name, vector in placed.items():
+                yield name, linearize(evaluator.network, {}, vector, *evaluator.module.inputs(batch))[1].flatten(1)
+
+    return tangents
 
 
 def advantage(evaluator: Evaluator, ended: Ended) -> dict[str, Any]:
