@@ -9,6 +9,7 @@ import torch
 from builders.language_folders import KINDS, in_double, language_model, tokenizer
 
 from lit_merge.data.text.batch import TextBatch
+from lit_merge.evaluation.analysis.images import TaskImages
 from lit_merge.evaluation.calibration import FeatCal, RegMeanPlusPlus
 from lit_merge.evaluation.statistics import collect_gram, collect_kfac
 from lit_merge.models.language.modules import CausalModule, EncoderDecoderModule, PooledEncoder
@@ -123,6 +124,29 @@ def test_parts_without_padding_are_the_batch_again(kind):
     joined = TextBatch.join(parts)
     for found, expected in zip((*joined.inputs, joined.targets), (*batch.inputs, batch.targets), strict=True):
         assert torch.equal(found, expected)
+
+
+class Texts:
+    """Some of the texts, in batches as long as their longest."""
+
+    def __init__(self, rows=range(len(TEXTS))):
+        self.rows = list(rows)
+
+    def __len__(self):
+        return len(self.rows)
+
+    def subset(self, chosen):
+        return Texts([self.rows[place] for place in chosen])
+
+    def __getitems__(self, chosen):
+        rows = [self.rows[place] for place in chosen]
+        return tokenised("causal", [TEXTS[row] for row in rows], [TARGETS[row] for row in rows])
+
+
+def test_the_digest_of_texts_does_not_depend_on_the_batch():
+    digests = {TaskImages(Texts(), "a", (), (), batch_size=size).digest() for size in (1, 2, 5)}
+    assert len(digests) == 1
+    assert TaskImages(Texts([0, 1]), "a", (), ()).digest() not in digests
 
 
 def test_a_text_without_tokens_keeps_one_place():

@@ -101,11 +101,14 @@ class TaskImages:
         )
 
     def digest(self) -> str:
-        """SHA-256 of all processes' pixels, as the network sees them, and labels; the same for any number of them."""
+        """SHA-256 of all processes' inputs, as the network sees them, and labels.
+
+        The same for any number of processes and images at a time: what a batch's texts are padded with does not count.
+        """
         own = [
-            hashlib.sha256(b"".join(part.numpy().tobytes() for part in parts)).digest()
-            for batch in self
-            for parts in zip(*(one.cpu() for one in (*batch.inputs, batch.targets)), strict=True)
+            hashlib.sha256(b"".join(map(_content, batch.select(torch.tensor([row])).unpadded()))).digest()
+            for batch in (one.to("cpu") for one in self)
+            for row in range(len(batch))
         ]
         parts = self._processes.gathered(own)
         digest = hashlib.sha256()
@@ -143,6 +146,10 @@ def task_images(
             examples, task, own.classes, own.templates, images, seed, batch_size, own.workers, processes
         )
     return found
+
+
+def _content(batch: Batch) -> bytes:
+    return b"".join(part.numpy().tobytes() for part in (*batch.inputs, batch.targets))
 
 
 def _as_it_is(batch: Any) -> Any:
