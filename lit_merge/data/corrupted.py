@@ -109,8 +109,10 @@ class _CorruptedPictures(PictureImages):
 
     def subset(self, indices: Sequence[int]) -> _CorruptedPictures:
         """See :meth:`ImageDataset.subset`."""
-        places = self.places[np.asarray(indices, np.int64)]
-        return _CorruptedPictures(self.whole, places, self.corruption, self.severity, self.seed)
+        chosen = np.asarray(indices, np.int64)
+        found = _CorruptedPictures(self.whole, self.places[chosen], self.corruption, self.severity, self.seed)
+        found.labels = self.labels[torch.from_numpy(chosen)]  # which may be hidden
+        return found
 
     def content(self) -> Iterator[bytes | memoryview]:
         """The pictures', and how they are corrupted."""

@@ -138,6 +138,8 @@ def test_pictures_in_files_are_corrupted_when_they_are_read(tmp_path):
     found = task.split("test", Preprocessing(64))
     assert found.picture(1).size == (224, 224)
     assert list(found.picture(1).getdata()) == list(found.subset([1]).picture(0).getdata())
+    found.labels = torch.full_like(found.labels, -1)
+    assert found.subset([1]).labels.tolist() == [-1]  # what is hidden stays hidden
     clean = task.source.split("test", Preprocessing(64))
     small = torch.from_numpy(np.array(clean.picture(1).resize((224, 224), Image.Resampling.BICUBIC))).permute(2, 0, 1)
     expected = corrupt(small, "gaussian_noise", 2, 6)

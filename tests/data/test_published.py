@@ -534,6 +534,8 @@ def test_subsets_and_digests(root):
     assert some.names == ["mnist/test/7", "mnist/test/2"]
     assert PublishedSource(REGISTRY["mnist"], root).split("test", SMALL).digest() == before
     assert len({before, some.digest(), images.subset([2, 7]).digest()}) == 3
+    images.labels = torch.full_like(images.labels, -1)
+    assert images.subset([7, 2]).labels.tolist() == [-1, -1]  # what is hidden stays hidden
     os.utime(root / "MNIST/raw/t10k-images-idx3-ubyte", (1, 1))
     assert PublishedSource(REGISTRY["mnist"], root).split("test", SMALL).digest() != before
 

@@ -115,9 +115,10 @@ class StoredImages(PictureImages):
         """See :meth:`ImageDataset.subset`."""
         chosen = list(indices)
         names = [self.names[index] for index in chosen]
-        return StoredImages(
-            self._listed.take(np.array(chosen, np.int64)), names, self.preprocessing, self.augmentation_seed
-        )
+        listed = self._listed.take(np.array(chosen, np.int64))
+        found = StoredImages(listed, names, self.preprocessing, self.augmentation_seed)
+        found.labels = self.labels[chosen]  # which may be hidden
+        return found
 
     def content(self) -> Iterator[bytes | memoryview]:
         """Path, size and time of change of the files, which are not read, and which images of them."""

@@ -222,7 +222,7 @@ class TextTask(Task):
             return Labels(column, table.label_names[column])
         found = {spelled_label(cell) for cell in table.columns[column] if not is_missing(cell)}
         numeric = all(re.fullmatch(r"-?[0-9]+", label) for label in found)
-        names = tuple(sorted(found, key=int) if numeric else sorted(found))
+        names = tuple(sorted(found, key=lambda label: (int(label), label)) if numeric else sorted(found))
         return _several(Labels(column, names, {name: place for place, name in enumerate(names)}), table.where)
 
     @cached_property
@@ -381,7 +381,8 @@ class TextTask(Task):
             blocks = packed(preprocessing, name, rows.texts) if rows.texts else []
             places = [f"{name}/{place}" for place in range(len(blocks))]
             known = torch.zeros(len(blocks), dtype=torch.int64)
-            return TextExamples(blocks, known, places, preprocessing, content=list(rows.texts))
+            content = [" ".join(map(str, block.tolist())) for block in blocks]
+            return TextExamples(blocks, known, places, preprocessing, content=content)
         written = (self._wording.target, self._label_column, self._number_column)
         if preprocessing.kind == "encoder_decoder" and written == (None, None, None):
             raise ConfigurationError(

@@ -266,6 +266,12 @@ def test_language_modelling_and_packing():
     ]
     assert len(blocks) == len(stream) // 8 == 30
     assert torch.cat(list(blocks.__getitems__(range(30)).inputs[0])).tolist() == stream[:240]
+    long = TextTask(rows={"train": [{"text": " ".join(WORDS)}]}, label_column=None, pack=True, fractions=(1.0, 0, 0))
+    several = long.split("train", network)  # more blocks than texts
+    assert len(several) > 2
+    parts = [several.subset([place]) for place in range(len(several))]
+    assert len({part.digest() for part in parts}) == len(parts)
+    assert parts[-1].__getitems__([0]).inputs[0].tolist() == several.__getitems__([len(several) - 1]).inputs[0].tolist()
     for one, message in (
         (tokenization("causal", ALL, 1000), r"expected at least one block of 1,000 tokens, got 240 in all texts"),
         (
