@@ -100,9 +100,10 @@ class WriteHits(L.Callback):
 class WritePredictions(L.Callback):
     """Writes the class and the probabilities of every example as CSV, in the order of the examples.
 
-    Columns: ``image``, or ``example`` where it is none, ``class``, ``probability``, then one column per class; of a
-    task whose label is a number ``image`` or ``example``, and ``number``. Tasks of next tokens have neither, and are
-    refused with a :class:`~lit_merge.errors.ConfigurationError` at the first batch.
+    Columns: ``image``, or ``example`` where it is none, ``class``, ``probability``, then one column per class, which is
+    ``probability of NAME`` for a class that is called like one of these; of a task whose label is a number ``image`` or
+    ``example``, and ``number``. Tasks of next tokens have neither, and are refused with a
+    :class:`~lit_merge.errors.ConfigurationError` at the first batch.
 
     Args:
         path: the file, relative to the run's directory.
@@ -152,7 +153,8 @@ class WritePredictions(L.Callback):
         classes = list(pl_module.classes)
         table = io.StringIO()
         writer = csv.writer(table, lineterminator="\n")
-        writer.writerow([self._column, *(["class", "probability", *classes] if classes else ["number"])])
+        first = [self._column, *(["class", "probability"] if classes else ["number"])]
+        writer.writerow([*first, *(f"probability of {name}" if name in first else name for name in classes)])
         for index in sorted(rows):
             if not classes:
                 writer.writerow([names[index], f"{float(rows[index][0]):.6f}"])

@@ -198,7 +198,8 @@ def _by_towers(base: Mapping[str, Tensor], tuned: Mapping[str, Tensor], names: N
 def _own_names(base: Mapping[str, Tensor], tuned: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     """The base as it is, or without the prefix that a program has put before all of its names, and not the other's."""
     if isinstance(base, OpenedCheckpoint) and set(base) != set(tuned):
-        return base.without_prefix()
+        whole = base.without_prefix()
+        return whole if len(whole) == len(base) else base  # a head beside the prefix belongs to the model
     return base
 
 

@@ -18,9 +18,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lit_merge.errors import ConfigurationError, DataError, FileFormatError, did_you_mean, first_few, one_line
+from lit_merge.checkpoints.layouts.towers import image_tower, recognise
+from lit_merge.errors import (
+    ConfigurationError,
+    DataError,
+    FileFormatError,
+    StructureMismatchError,
+    did_you_mean,
+    first_few,
+    one_line,
+)
 from lit_merge.files.hub import local_path
-from lit_merge.files.lazy import Computed, LazyMapping
+from lit_merge.files.lazy import Computed, LazyMapping, Selected
 from lit_merge.models.released import RELEASED, released_weights
 from lit_merge.models.text import NOT_TEXT, TextTower, is_text
 from lit_merge.models.weights import open_weights
@@ -334,10 +343,18 @@ def stored_tower(model: str, pretrained: str | None) -> tuple[str, LazyMapping] 
     width, patch = vision.get("width", 768), vision.get("patch_size", 16)
     shapes = {"conv1.weight": (width, 3, patch, patch), "proj": (width, architecture.config["embed_dim"])}
     fits = all(name in names and tuple(stored.shape(names[name])) == shape for name, shape in shapes.items())
-    if not fits or number_of_blocks(names) != vision.get("layers", 12):
+    if not fits or number_of_blocks(names) != vision.get("layers", 12) or not _is_whole(Selected(stored, names)):
         return None
     structure = {name: (stored.shape(key), torch.float32) for name, key in names.items()}
     return architecture.name, Computed(structure, lambda name: stored[names[name]].float())
+
+
+def _is_whole(tower: LazyMapping) -> bool:
+    """Whether nothing is missing or surplus, and shapes fit together; building the tower says what is wrong."""
+    try:
+        return len(image_tower(tower, recognise(tower))) == len(tower)
+    except StructureMismatchError:
+        return False
 
 
 def text_tensors(model: str, pretrained: str | None) -> LazyMapping:

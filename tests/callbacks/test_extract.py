@@ -274,6 +274,15 @@ def test_predictions_are_a_table_in_the_order_of_the_images(module, silent_train
     assert len((tmp_path / "run" / "predictions.csv").read_text(encoding="utf-8").splitlines()) == 5
 
 
+def test_no_two_columns_of_predictions_have_one_name(module, silent_trainer, tiny_data, tiny_batches, tmp_path):
+    batch = tiny_batches(count=1, size=2)[0]
+    data = tiny_data([ImageBatch(batch.images, batch.labels, torch.arange(2))], classes=("class", "image", "example"))
+    trainer = silent_trainer(callbacks=[WritePredictions()])
+    trainer.predict(module(), datamodule=data, return_predictions=False)
+    header = (tmp_path / "run" / "predictions.csv").read_text(encoding="utf-8").splitlines()[0]
+    assert header == "image,class,probability,probability of class,probability of image,example"
+
+
 def test_next_tokens_are_no_table():
     outputs = {"probabilities": torch.full((2, 3, 5), 0.2), "indices": torch.arange(2)}
     with pytest.raises(

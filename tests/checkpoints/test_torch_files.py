@@ -421,9 +421,10 @@ def test_lightning_checkpoints(tmp_path):
     assert_same(file, module.state_dict())
     assert file.other["pytorch-lightning_version"] == lightning.__version__
     assert (file.other["epoch"], file.other["global_step"]) == (1, 2)
+    kind = f"<{type(Path()).__module__}.PosixPath>"  # pathlib._local in Python 3.13
     given = file.other["hyper_parameters"]
     assert (given["rate"], given["layers"]) == (0.25, [1, 2])
-    assert given["options"] == {"path": "<pathlib.PosixPath>", "seed": given["options"]["seed"], "name": None}
+    assert given["options"] == {"path": kind, "seed": given["options"]["seed"], "name": None}
     assert given["options"]["seed"].endswith("multiarray.scalar>")
     (state,) = file.other["optimizer_states"]
     assert state["state"]["0"]["exp_avg"] == "<tensor (2, 3) float32>"
@@ -566,3 +567,12 @@ def test_protocols_that_are_not_read_are_named(tmp_path, protocol):
     torch.save({"w": torch.ones(3)}, path, pickle_protocol=protocol, _use_new_zipfile_serialization=False)
     with pytest.raises(FileFormatError, match=r"with pickle protocol 2 or later, got protocol 0 or 1\. Save the"):
         open_torch_file(path)
+
+
+def test_paths_of_python_3_13(path):
+    """Which names the module of paths pathlib._local."""
+    root = call("pathlib._local", "PosixPath", text("/data"))
+    path.write_bytes(archive(state_dict(text("root"), root)))
+    file = open_torch_file(path)
+    assert list(file) == ["weight"]
+    assert file.other == {"root": "<pathlib._local.PosixPath>"}

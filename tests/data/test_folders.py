@@ -23,6 +23,7 @@ from lit_merge.models import Preprocessing
 
 SPLITS = ("train", "val", "test")
 SMALL = Preprocessing(8)
+SUFFIXES = "png, jpg, jpeg, jpe, jfif, jp2, bmp, webp, tif, tiff, gif, ppm, pgm, pbm, pnm"
 
 
 def write_image(path, colour=(10, 200, 30), size=(12, 10), **options):
@@ -139,6 +140,14 @@ def test_what_counts_as_an_image(tmp_path):
     assert counted == {0: 3, 1: len(IMAGE_SUFFIXES), 2: 3}
     batch = source.split("train", SMALL).__getitems__(list(range(len(IMAGE_SUFFIXES) + 6)))
     assert batch.images.shape == (len(IMAGE_SUFFIXES) + 6, 3, 8, 8)
+
+
+def test_photographs_that_pil_cannot_read_are_not_passed_over(tmp_path):
+    make_classes(tmp_path, 3)
+    path = tmp_path / "dog" / "photo.HEIC"
+    path.write_bytes(b"\0\0\0\x18ftypheic" + bytes(16))
+    message = refusal(FolderSource(tmp_path, fractions=(1, 0, 0)).split, "train", SMALL)
+    assert message.startswith(f"{path}: expected a readable image, got ")
 
 
 def test_links_are_followed_and_circles_are_left(tmp_path):
@@ -265,8 +274,7 @@ def test_an_empty_class(tmp_path):
     make_classes(tmp_path, 3)
     (tmp_path / "emu").mkdir()
     assert refusal(FolderSource(tmp_path).split, "train", SMALL) == (
-        f"{tmp_path / 'emu'}: expected images (png, jpg, jpeg, bmp, webp, ppm, tif, tiff, gif), got none. "
-        "Add some, or remove the folder."
+        f"{tmp_path / 'emu'}: expected images ({SUFFIXES}), got none. Add some, or remove the folder."
     )
 
 
@@ -306,8 +314,41 @@ def test_a_split_with_another_name(tmp_path):
     make_classes(tmp_path / "train", 3)
     make_classes(tmp_path / "validation", 3)
     assert refusal(FolderSource(tmp_path).split, "train", SMALL) == (
-        f"{tmp_path}: expected folders named train, val and test, got validation. Rename it to val."
+        f"{tmp_path}: expected folders named train, val and test, got validation. Rename validation to val."
     )
+
+
+@pytest.mark.parametrize(
+    ("folders", "advice"),
+    [
+        (("Training", "Testing"), "got Testing, Training. Rename Testing to test, Training to train."),
+        (("Train", "Test"), "got Test, Train. Rename Test to test, Train to train."),
+        (("training", "validation"), "got training, validation. Rename training to train, validation to val."),
+        (("training_set", "test_set"), "got test_set, training_set. Rename test_set to test, training_set to train."),
+        (("train", "TEST"), "got TEST. Rename TEST to test."),
+        (("Train", "val", "test"), "got Train. Rename Train to train."),
+    ],
+)
+def test_splits_with_other_names_are_no_classes(tmp_path, folders, advice):
+    for folder in folders:
+        make_classes(tmp_path / folder, 3)
+    make_classes(tmp_path, 3, ("masks",))
+    assert refusal(lambda: FolderSource(tmp_path).classes) == (
+        f"{tmp_path}: expected folders named train, val and test, {advice}"
+    )
+
+
+def test_what_is_beside_whole_splits_is_left_alone(tmp_path):
+    for split in (*SPLITS, "test_images"):
+        make_classes(tmp_path / split, 3)
+    assert FolderSource(tmp_path).classes == ("big cat", "dog")
+
+
+def test_classes_may_be_called_like_splits(tmp_path):
+    make_classes(tmp_path, 3, ("Training", "Testing"))
+    assert FolderSource(tmp_path).classes == ("Testing", "Training")
+    make_classes(tmp_path / "deep", 3, ("Train/express", "Train/goods", "Test/written"))
+    assert FolderSource(tmp_path / "deep").classes == ("Test", "Train")
 
 
 def test_class_names(tmp_path):
@@ -408,7 +449,6 @@ def test_find_images(damaged):
         assert len(find_images(damaged, skip_corrupt=True)) == 13
     (damaged / "empty").mkdir()
     assert refusal(find_images, damaged / "empty") == (
-        f"{damaged / 'empty'}: expected images (png, jpg, jpeg, bmp, webp, ppm, tif, tiff, gif), got none. "
-        "Set predict_path to an image or a folder."
+        f"{damaged / 'empty'}: expected images ({SUFFIXES}), got none. Set predict_path to an image or a folder."
     )
     assert "got nothing at" in refusal(find_images, damaged / "none")

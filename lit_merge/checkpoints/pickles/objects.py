@@ -31,7 +31,8 @@ _BUILT_IN = (
     *("bool", "bytearray", "bytes", "complex", "dict", "float", "frozenset", "getattr", "int", "list", "long"),
     *("object", "range", "set", "slice", "str", "tuple", "unicode", "xrange"),
 )
-_PLAIN_MODULES = frozenset({"datetime", "math", "numbers", "pathlib", "typing", "zoneinfo"})
+# "pathlib._local" is what Python 3.13 calls the module of paths.
+_PLAIN_MODULES = frozenset({"datetime", "math", "numbers", "pathlib", "pathlib._local", "typing", "zoneinfo"})
 _PLAIN = frozenset(
     {
         *(f"{module}.{name}" for module in ("builtins", "__builtin__") for name in _BUILT_IN),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
@@ -23,7 +24,11 @@ from lit_merge.errors import ConfigurationError, DataError, first_few
 __all__ = ["FolderSource", "find_images", "images_below"]
 
 _SPLITS = ("train", "val", "test")
-_LOOK_ALIKES = {"training": "train", "valid": "val", "validation": "val", "dev": "val", "testing": "test"}
+_LOOK_ALIKE = re.compile(
+    r"(?:(?P<train>train(?:ing)?)|(?P<val>val(?:id(?:ation)?)?|dev)|(?P<test>test(?:ing)?))"
+    r"(?:[ _-]?(?:set|images?|data))?",
+    re.IGNORECASE,
+)
 _AT_A_TIME = 4096
 _SUFFIXES = ", ".join(suffix[1:] for suffix in IMAGE_SUFFIXES)
 
@@ -109,14 +114,22 @@ class FolderSource(Task):
     def _has_splits(self) -> bool:
         """Whether the folder is divided beforehand; a class may well be called train."""
         folders = _folders_in(self.path, "the folder of a task")
-        if "train" in folders and _folders_in(self.path / "train"):
-            for wrong, right in _LOOK_ALIKES.items():
-                if wrong in folders:
-                    raise DataError(
-                        f"{self.path}: expected folders named train, val and test, got {wrong}. Rename it to {right}."
-                    )
-            return True
-        return False
+        meant = {name: str(match.lastgroup) for name in folders if (match := _LOOK_ALIKE.fullmatch(name))}
+        divided = "train" in folders and bool(_folders_in(self.path / "train"))
+        others = {name: split for name, split in meant.items() if split not in folders}
+        if others and (divided or self._are_splits(meant)):
+            renamed = ", ".join(f"{name} to {split}" for name, split in others.items())
+            raise DataError(
+                f"{self.path}: expected folders named train, val and test, got {first_few(others)}. Rename {renamed}."
+            )
+        return divided
+
+    def _are_splits(self, meant: Mapping[str, str]) -> bool:
+        """Whether these folders, by their names of training and others, have folders of the same classes."""
+        classes: dict[bool, set[str]] = {True: set(), False: set()}
+        for name, split in meant.items():
+            classes[split == "train"].update(_folders_in(self.path / name))
+        return bool(classes[True] & classes[False])
 
     @cached_property
     def _folders(self) -> dict[str, str]:

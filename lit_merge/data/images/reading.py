@@ -13,12 +13,16 @@ from lit_merge.errors import DataError, LitMergeError, one_line
 
 __all__ = ["IMAGE_SUFFIXES", "image_problem", "is_image_name", "read_image", "reading", "undecoded", "upright_rgb"]
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".tif", ".tiff", ".gif")
+IMAGE_SUFFIXES = (
+    *(".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".jp2", ".bmp", ".webp", ".tif", ".tiff", ".gif"),
+    *(".ppm", ".pgm", ".pbm", ".pnm"),
+)
+_SELDOM_READ = (".avif", ".heic", ".heif")  # where PIL cannot, they are refused by name, not passed over
 
 
 def is_image_name(name: str) -> bool:
     """Whether a file name is one of an image, and not hidden."""
-    return not name.startswith(".") and name.lower().endswith(IMAGE_SUFFIXES)
+    return not name.startswith(".") and name.lower().endswith((*IMAGE_SUFFIXES, *_SELDOM_READ))
 
 
 def image_problem(path: str | Path, decode: bool = False) -> DataError | None:

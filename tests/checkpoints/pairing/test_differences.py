@@ -255,3 +255,13 @@ def test_vectors_of_files_are_completed_without_reading(tmp_path):
     vectors = TaskVectors([TaskVector.load(tmp_path / f"{name}.safetensors") for name in ("part", "whole")])
     assert vectors["a"].tolist() == [[0.0, 0.0], [1.0, 1.0]]
     assert [chunk.tolist() for _, chunk in vectors.chunks("a")] == [[[0.0, 0.0], [1.0, 1.0]]]
+
+
+@pytest.mark.parametrize(("before", "after"), [("", "module."), ("module.", "")])
+def test_a_head_beside_the_prefix_of_the_backbone_is_part_of_the_base(before, after, tmp_path):
+    names = ("backbone.patch_embed.proj.weight", "backbone.blocks.0.attn.qkv.weight", "head.weight")
+    for path, prefix, value in (("base", before, 0.0), ("tuned", after, 1.0)):
+        save_file({prefix + name: torch.full((2, 2), value) for name in names}, tmp_path / f"{path}.safetensors")
+    vector = TaskVector.from_checkpoints(tmp_path / "base.safetensors", tmp_path / "tuned.safetensors")
+    assert set(vector) == {before + name for name in names}
+    assert all(bool((vector[name] == 1).all()) for name in vector)
