@@ -40,6 +40,8 @@ class EntropyLossCorrelation(MergeRecorder):
     - ``spearman/{task}`` and ``spearman``, in [-1, 1]; NaN, in the file null, where all images have the same entropy or
       the same loss.
 
+    Tasks whose label is a number, which have neither, are left out.
+
     The labels of the split are read for this measurement only; nothing is learned or chosen by it. The training goes on
     as if it had not happened, bit for bit: random states and modes are put back, and there are no gradients.
     Every process measures its share of the images; they are ranked together.
@@ -101,7 +103,15 @@ class EntropyLossCorrelation(MergeRecorder):
             if self.split == "test":  # fit has set up the other one
                 data.setup("test")
             loaders = data.val_dataloader() if self.split == "val" else data.test_dataloader()
-            self._loaders = dict(zip(names, loaders, strict=True))
+            found = dict(zip(names, loaders, strict=True))
+        head_of: Any = getattr(pl_module, "head_of", None)
+        heads = {task: head_of(task) for task in names} if head_of is not None else {}
+        self._loaders = {task: one for task, one in found.items() if not hasattr(heads.get(task), "numbers")}
+        if not self._loaders:
+            raise ConfigurationError(
+                f"EntropyLossCorrelation: expected tasks with classes, got numbers alone in {first_few(names)}. Remove "
+                "the callback."
+            )
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Measure before the first step, or where a resumed run has not yet."""

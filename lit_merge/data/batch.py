@@ -67,6 +67,14 @@ class Batch:
         joined.indices = torch.cat([batch.indices for batch in batches])
         return joined
 
+    def own_outputs(self, outputs: Tensor) -> Tensor:
+        """Of what a network gave for these examples among joined ones, what it gives for them alone.
+
+        Args:
+            outputs: ``[B, …]``; returned as it is, unless :meth:`join` is overridden and has padded these examples.
+        """
+        return outputs
+
     def unpadded(self, in_order: bool = True) -> Iterator[Self]:
         """The same examples in batches whose examples all have the length of the inputs.
 

@@ -84,7 +84,7 @@ class TaskDataModule(L.LightningDataModule):
 
     Attributes:
         source: the task.
-        whole: whether every process gets all images instead of its share.
+        whole: whether every process trains on all images instead of its share.
         other_sources: name -> other task with its ``classes`` and ``templates``, of those that the penalty is about;
             after ``setup("fit")``.
 
@@ -232,7 +232,7 @@ class TaskDataModule(L.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Batch] | CombinedLoader:
         """Batches in a new order every epoch; with a penalty of the module, images of other tasks beside each."""
-        dataset, (processes, rank) = self._dataset("train"), self._place()
+        dataset, (processes, rank) = self._dataset("train"), (1, 0) if self.whole else self._place()
         batch_size = training_batch_size(len(dataset), self.batch_size, processes, self.name)
         sampler = TrainingSampler(dataset, processes, rank, self.seed)
         if isinstance(dataset, TextExamples) and dataset.length_groups:
@@ -369,8 +369,6 @@ class TaskDataModule(L.LightningDataModule):
 
     def _place(self) -> tuple[int, int]:
         """Number of processes that share the images, and which of them this is."""
-        if self.whole:
-            return (1, 0)
         return (1, 0) if self.trainer is None else (self.trainer.world_size, self.trainer.global_rank)
 
     def _loader(

@@ -89,12 +89,13 @@ class LinearFeatureCache:
     Args:
         network: ``f``, images ``[B, 3, S, S]`` -> features ``[B, d]``, with θ0 as its parameters, on the device to
             compute on; not to be changed while this object is used.
-        directions: name -> τ_k, under the network's names; may be lazy, and are not to be changed either.
+        directions: name -> τ_k, under the network's names, zero where one lacks a parameter; may be lazy, and are not
+            to be changed either.
         folder: the cache's folder; the user's by default.
         inputs: the network's arguments of a batch; by default its ``inputs``.
 
     Raises:
-        StructureMismatchError: a direction's names or shapes are not the network's.
+        StructureMismatchError: a direction has other names or shapes than the network.
     """
 
     def __init__(
@@ -106,7 +107,7 @@ class LinearFeatureCache:
     ) -> None:
         parameters = dict(network.named_parameters())
         for name, vector in directions.items():
-            check_same_structure(parameters, vector, f"direction {name}")
+            check_same_structure(parameters, vector, f"direction {name}", required=())
         self._network, self._directions = network, dict(directions)
         self._inputs = inputs or (lambda batch: batch.inputs)
         self._cache = Cache("linear_features", folder)
@@ -160,7 +161,7 @@ class LinearFeatureCache:
         """The tensors of the files, by key."""
         parameters = dict(self._network.named_parameters())
         vectors = {
-            key: {name: vector[name].to(value.device, value.dtype) for name, value in parameters.items()}
+            key: {name: vector[name].to(own.device, own.dtype) for name, own in parameters.items() if name in vector}
             for key, vector in directions.items()
         }
         labels: list[Tensor] = []

@@ -45,7 +45,7 @@ from lit_merge.params import check_finite, dtype_of, fingerprint, shape_of
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["Base", "ClipNetwork", "FileBase", "ModuleNetwork", "Network", "TaskWords", "network_of"]
+__all__ = ["Base", "ClipNetwork", "FileBase", "ModuleNetwork", "Network", "TaskWords", "network_of", "shared_names"]
 
 
 class TaskWords(Protocol):
@@ -174,6 +174,11 @@ class Network(Base):
         """Bytes of the parameters."""
         return sum(bytes_of(self.parameters, name) for name in self.parameters)
 
+    @property
+    def ties(self) -> Mapping[str, str]:
+        """Further names of shared parameters in :meth:`whole` -> the names that they have in θ0."""
+        return shared_names(self.module)
+
     def whole(self) -> Mapping[str, Tensor]:
         """The module's parameters and buffers."""
         return {name: value.detach().cpu() for name, value in self.module.state_dict().items()}
@@ -232,6 +237,13 @@ class ClipNetwork(Network):
         """That of the image tower's blocks, if its architecture leaves a choice."""
         known = clip_activation(*self._arguments)
         return {IMAGE_TOWER: known} if known else {}
+
+    @property
+    def ties(self) -> Mapping[str, str]:
+        """See :attr:`Network.ties`, which would build the tower: only those of timm may share parameters."""
+        if self._stored is not None:
+            return {}
+        return {self.prefix + name: self.prefix + first for name, first in super().ties.items()}
 
     @cached_property
     def parameters(self) -> LazyMapping:
@@ -365,6 +377,13 @@ class FileBase(Base):
     def whole(self) -> Mapping[str, Tensor]:
         """The same tensors."""
         return self._tensors
+
+
+def shared_names(module: nn.Module) -> dict[str, str]:
+    """Further names of a module's shared parameters -> the first ones, which ``named_parameters()`` has alone."""
+    first = {id(value): name for name, value in module.named_parameters()}
+    every = module.named_parameters(remove_duplicate=False)
+    return {name: first[id(value)] for name, value in every if name != first[id(value)]}
 
 
 def network_of(

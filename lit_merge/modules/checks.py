@@ -7,10 +7,27 @@ from typing import Any
 
 from lit_merge.errors import ConfigurationError, first_few
 from lit_merge.models.adarank import AdaRank
-from lit_merge.modules.objectives import Features, Objective
+from lit_merge.modules.objectives import Comparison, Features, Objective
 from lit_merge.transforms import Transform
 
-__all__ = ["check_given", "check_tasks", "checked_kinds"]
+__all__ = ["check_given", "check_individuals", "check_tasks", "checked_kinds"]
+
+
+def check_individuals(objective: Objective, learned: Sequence[str], merged: Sequence[str]) -> None:
+    """Refuse to compare with individual models where a task has none, or two.
+
+    Args:
+        objective: what is minimised.
+        learned: the tasks that are learned on.
+        merged: the vectors' tasks, all of each vector.
+    """
+    wrong = [task for task in learned if merged.count(task) != 1]
+    if isinstance(objective, Comparison) and wrong:
+        got = "several" if wrong[0] in merged else "none"
+        raise ConfigurationError(
+            f"objective {objective!r}: expected one vector of every task that is learned on, to compare with its "
+            f"individual model, got {got} of {first_few(wrong)}. Leave it out of data.adapted, or use entropy."
+        )
 
 
 def check_tasks(before: Sequence[str], after: Sequence[str], transform: Transform | None) -> None:

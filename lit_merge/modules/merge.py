@@ -24,7 +24,7 @@ from lit_merge.models.merged import MergedModel, swapped
 from lit_merge.models.network import Network
 from lit_merge.models.task_output import TaskOutput
 from lit_merge.modules.chance import chance_warnings
-from lit_merge.modules.checks import check_given, check_tasks, checked_kinds
+from lit_merge.modules.checks import check_given, check_individuals, check_tasks, checked_kinds
 from lit_merge.modules.individual import IndividualModels
 from lit_merge.modules.objectives import Comparison, Entropy, Expert, Objective, Outputs, minimised, objective_of
 from lit_merge.modules.passes import passes
@@ -171,7 +171,7 @@ class MergeModule(TaskHeads):
         self._checkpointed = activation_checkpointing
         if activation_checkpointing:
             self._checkpoint_activations()
-        self.encoder.train(activation_checkpointing)
+        self._set_mode(True)
         self.individuals = IndividualModels(self)
         self._held: Params | None = None
         self._spare: Params | None = None
@@ -191,7 +191,7 @@ class MergeModule(TaskHeads):
         if droppers:
             raise ConfigurationError(
                 f"activation_checkpointing: expected an encoder without dropout, got {first_few(droppers)}. "
-                "Set images_per_pass instead."
+                "Turn it off, or set images_per_pass instead."
             )
 
     @property
@@ -227,9 +227,11 @@ class MergeModule(TaskHeads):
                 "whose one output has no entropy. Leave them out of data.adapted, or use objective cross_entropy with "
                 "labels, which is their squared error, or features."
             )
+        if stage == "fit":
+            check_individuals(self.objective, learned, self.merged_tasks)
+            self._start_outputs(learned)
         for task in self._inputs.tasks:
             self._check_classes(task, data)
-        self._start_outputs(getattr(data, "adapted_tasks", ()) or self.merged_tasks)
         self.entropy = nn.ModuleDict({str(index): ExampleMean() for index in range(len(self.tasks))}).to(self.device)
 
     def _start_outputs(self, tasks: Sequence[str]) -> None:
@@ -258,8 +260,14 @@ class MergeModule(TaskHeads):
     def train(self, mode: bool = True) -> MergeModule:
         """Only the coefficients train: the encoder stays in evaluation mode, unless its blocks are computed twice."""
         super().train(mode)
-        self.encoder.train(mode and self._checkpointed)
+        self._set_mode(mode)
         return self
+
+    def _set_mode(self, training: bool) -> None:
+        self.encoder.train(training and self._checkpointed)
+        for part in self.encoder.modules():
+            if getattr(part, "running_mean", None) is not None:  # the base's statistics count, and stay as they are
+                part.eval()
 
     def compute_loss(self, logits: Tensor, batch: Any, task: str) -> Tensor:
         """The objective of one task, of which the sum over the tasks is minimised; override it for another one.
@@ -352,8 +360,8 @@ class MergeModule(TaskHeads):
                 with torch.set_grad_enabled(self.learns_coefficients):
                     features = self.encode(inputs, leaves)
                 slices = features.split(list(map(len, parts)))
-                for task, rows in zip(tasks, slices, strict=True):
-                    losses[task] = self._loss(rows, individual.get(task), present[task], task)
+                for task, part, rows in zip(tasks, parts, slices, strict=True):
+                    losses[task] = self._loss(part.own_outputs(rows), individual.get(task), part, task)
                 total = torch.stack([losses[task] for task in tasks]).sum()
                 with torch.autocast(total.device.type, enabled=False):
                     (total * scale).backward()
@@ -426,9 +434,10 @@ class MergeModule(TaskHeads):
         self._linear = {}
         kept = getattr(self.base, "vector_features", True)  # not logits over a vocabulary at every position
         kept = kept and not (self.transform and isinstance(self.objective, Comparison))  # whose vectors are others
+        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        kept = kept and hasattr(data, "adapted_tasks")  # other data may be augmented
         if not (self.linearized and self.merged.granularity == "task" and kept and self._plain):
             return
-        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         directions = {task: self.merged.task_vectors.vector(task) for task in self.merged.tasks}
         with torch.inference_mode(False), evaluating(self.network):
             # One process computes, the others find it.
@@ -565,8 +574,9 @@ class MergeModule(TaskHeads):
 
 
 def _drops(part: nn.Module) -> bool:
-    shares = [getattr(part, name, 0) or 0 for name in ("p", "prob", "drop_prob")]
-    return "Drop" in type(part).__name__ and any(share > 0 for share in shares)
+    names = ("p", "prob") if "Drop" in type(part).__name__ else ()
+    shares = [value for name, value in vars(part).items() if name in names or "drop" in name]  # attention_dropout
+    return any(type(share) in (float, int) and share > 0 for share in shares)
 
 
 class _KnownGradient(torch.autograd.Function):

@@ -136,7 +136,7 @@ class Comparison(Objective):
         """
         raise ConfigurationError(
             f"objective {self!r}: expected a merge of individual models to compare with, got one model. Use it in "
-            "MergeModule, or objective cross_entropy here."
+            "MergeModule for tasks that have a vector, or objective cross_entropy here."
         )
 
 

@@ -212,7 +212,8 @@ class TaskHeads(EncoderModule):
         """Bring the heads back before their weights are loaded, so that a checkpoint opens without its data.
 
         Raises:
-            StructureMismatchError: the checkpoint started from another base, or a head of it has other classes.
+            StructureMismatchError: the checkpoint started from another base, a head of it has other classes, or it
+                lacks surgery or a head of a task.
         """
         super().on_load_checkpoint(checkpoint)
         state: Mapping[str, Tensor] = checkpoint["state_dict"]
@@ -227,7 +228,14 @@ class TaskHeads(EncoderModule):
                     f"checkpoint: expected one with the classes {first_few(present.classes)}, got {first_few(names)}. "
                     "Use the tasks that it was trained on."
                 )
-        for key, normalised in checkpoint.get("task_outputs", {}).items():
+        outputs = checkpoint.get("task_outputs", {})
+        if lacking := [key.partition("-")[2] for key in self.outputs if key not in outputs]:
+            got = first_few([key.partition("-")[2] for key in outputs]) or "none"
+            raise StructureMismatchError(
+                f"checkpoint: expected surgery or heads of {first_few(lacking)}, got those of {got}. Set learn and "
+                "data.adapted, or task_outputs, as that run did."
+            )
+        for key, normalised in outputs.items():
             start = f"outputs.{key}."
             own = {name.removeprefix(start): one for name, one in state.items() if name.startswith(start)}
             if key not in self.outputs:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+from types import SimpleNamespace
 
 import lightning as L
 import numpy as np
@@ -308,6 +309,22 @@ def test_images_that_every_process_has_count_once(fit, tmp_path):
         return json.loads((tmp_path / "run" / "spearman.json").read_text())
 
     assert measured(devices=2, strategy="ddp_fork") == measured()
+
+
+def test_tasks_of_numbers_have_no_entropy_and_are_left_out(fit, data, tmp_path):
+    class WithNumbers(Merging):
+        numbers = TASKS[:1]
+
+        def head_of(self, task):
+            return SimpleNamespace(numbers=None) if task in self.numbers else self.heads[task]
+
+    callback = EntropyLossCorrelation([0])
+    fit(WithNumbers(TASKS), callback, max_steps=1)
+    assert list(callback.measured[0]["tasks"]) == list(TASKS[1:])
+    assert set(json.loads((tmp_path / "run" / "spearman.json").read_text())["images"]) == set(TASKS[1:])
+    WithNumbers.numbers = TASKS
+    with pytest.raises(ConfigurationError, match="expected tasks with classes, got numbers alone in shapes"):
+        fit(WithNumbers(TASKS), EntropyLossCorrelation([0]), max_steps=1)
 
 
 # ---------------------------------------------------------------------------------------------- the whole module

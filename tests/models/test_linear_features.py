@@ -552,5 +552,13 @@ def test_unknown_names_are_refused(network, vectors, tmp_path):
 
 
 def test_directions_of_another_architecture_are_refused(network, vectors, tmp_path):
-    with pytest.raises(StructureMismatchError, match="direction a: expected the same 4 parameters, got 1 missing"):
-        LinearFeatureCache(network, {"a": {n: t for n, t in vectors["a"].items() if n != "outer.bias"}}, tmp_path)
+    with pytest.raises(StructureMismatchError, match="direction a: expected the same 4 parameters, got 1 unexpected"):
+        LinearFeatureCache(network, {"a": {**vectors["a"], "another": torch.ones(1)}}, tmp_path)
+
+
+def test_a_direction_is_zero_where_it_lacks_a_parameter(network, vectors, tmp_path):
+    partial = {name: value for name, value in vectors["a"].items() if name != "outer.bias"}
+    whole = {**partial, "outer.bias": torch.zeros_like(vectors["a"]["outer.bias"])}
+    found = LinearFeatureCache(network, {"partial": partial, "whole": whole}, tmp_path).of(make_loader())
+    assert found.tangents["whole"].abs().max() > 0
+    assert torch.equal(found.tangents["partial"], found.tangents["whole"])

@@ -115,10 +115,9 @@ class Images(list):
 class InOrder(Batches):
     """Also tells what may be computed of all images before the fit."""
 
-    adapted_tasks = TASKS
-
     def __init__(self):
         super().__init__(dtype=torch.float64)
+        self.adapted_tasks = TASKS
         for task, one in self.tasks.items():
             batch = self.batch(0)[task]
             loader = torch.utils.data.DataLoader(
@@ -127,14 +126,14 @@ class InOrder(Batches):
             one.ordered_loader = lambda split, loader=loader: loader
 
 
-def learned(files, steps=1, **settings):
+def learned(files, data=None, steps=1, **settings):
     torch.manual_seed(0)
     encoder = BlockEncoder().double()
     heads = {task: nn.Linear(6, CLASSES[task]).double() for task in TASKS}
     descent = {"optimizer": lambda parameters: torch.optim.SGD(parameters, lr=1.0), "clamp": None}
     module = MergeModule(files, encoder=encoder, heads=heads, **descent, **settings)
     trainer = L.Trainer(**SILENT, precision="64-true", max_steps=steps)
-    trainer.fit(module, InOrder())
+    trainer.fit(module, data or InOrder())
     return module
 
 
@@ -203,3 +202,34 @@ def test_a_fit_starts_from_any_merge_and_acts_on_its_parts(files, parts, merge) 
     own = {n: v.detach() + TaskVector.load(files[1])[n] for n, v in module.network.named_parameters()}
     for name, value in module.individuals.parameters(1).items():
         torch.testing.assert_close(value, own[name])
+
+
+@pytest.mark.parametrize("linearized", [False, True])
+def test_a_task_without_a_vector_has_nothing_to_be_compared_with(files, linearized, own_cache) -> None:
+    with pytest.raises(
+        ConfigurationError, match=r"objective Expert\(.*\): expected one vector of every task .* got none of c\. Leave"
+    ):
+        learned(files[:2], objective="expert", linearized=linearized, granularity="task")
+
+
+def test_a_task_of_two_vectors_has_no_individual_model(files, tmp_path) -> None:
+    both = TaskVector(dict(TaskVector.load(files[2])), ["c", "a"])
+    both.save(tmp_path / "both.safetensors")
+    with pytest.raises(ConfigurationError, match=r"expected one vector of every task .* got several of a\."):
+        learned([*files[:2], str(tmp_path / "both.safetensors")], objective="features")
+
+
+def test_linearised_vectors_may_lack_parameters_and_data_need_not_say_what_is_adapted(files, tmp_path, own_cache):
+    paths = []
+    for task, path in zip(TASKS, files, strict=True):
+        vector = {name: value for name, value in TaskVector.load(path).items() if not name.startswith("blocks.1")}
+        TaskVector(vector, task).save(tmp_path / f"{task}.safetensors")
+        paths.append(str(tmp_path / f"{task}.safetensors"))
+    known = learned(paths, linearized=True, granularity="task")
+    assert known._linear
+    data = InOrder()
+    del data.adapted_tasks
+    passes = learned(paths, data, linearized=True, granularity="task")
+    assert not passes._linear
+    assert (passes.merged.coefficients - 0.3).abs().max() > 1e-3
+    torch.testing.assert_close(known.merged.coefficients, passes.merged.coefficients, rtol=1e-9, atol=1e-11)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import lightning as L
 import pytest
@@ -12,6 +13,7 @@ import torch
 from builders.learned_merge import BlockEncoder
 from builders.merge_batches import CLASSES, SILENT, TASKS, Batches
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from lit_merge import Coefficients, MergeModule, TaskVector
 from lit_merge.commands.main import main
@@ -408,6 +410,27 @@ def test_fractions_and_splits(few_images, clip_config, clip_weights):
             images(**settings)
 
 
+def test_processes_that_divide_tasks_divide_the_images_of_an_evaluation(few_images, clip_config, clip_weights):
+    preprocessing = load_clip(clip_config, clip_weights).preprocessing
+    evaluated, trained = [], []
+    for rank in (0, 1):
+        data = MergeDataModule("train", tasks=["digits", "letters"], divide="tasks", preprocessing=preprocessing)
+        data.trainer = SimpleNamespace(
+            world_size=2,
+            global_rank=rank,
+            lightning_module=None,
+            strategy=SimpleNamespace(root_device=torch.device("cpu")),
+        )
+        data.setup("fit")
+        evaluated += [int(one) for one in data.val_dataloader()[0].sampler]
+        loaders = data.train_dataloader().iterables
+        (own,) = (loader for loader in loaders.values() if hasattr(loader, "sampler"))
+        trained.append(len(own.sampler) == len(own.dataset))
+    count = len(data.tasks["digits"].datasets["val"])
+    assert sorted(index for index in evaluated if index >= 0) == list(range(count))
+    assert trained == [True, True]
+
+
 def test_a_task_without_images_is_refused(colour_folder, clip_config, clip_weights):
     preprocessing = load_clip(clip_config, clip_weights).preprocessing
     folder = colour_folder(count=10)
@@ -436,3 +459,50 @@ def test_every_configuration_runs(name, embedded, clip_config, clip_weights):
     written = {path.name for path in (embedded / name).iterdir()}
     assert ("coefficients.png" in written) == (name == "layer_wise")
     assert ("spearman.json" in written) == (name == "plus_plus")
+
+
+class Recomputed(nn.Module):
+    """Blocks with statistics of their own, and attention whose dropout is a number."""
+
+    def __init__(self, dropout=0.0):
+        super().__init__()
+        self.first, self.norm, self.last = nn.Linear(48, 8), nn.BatchNorm1d(8), nn.Linear(8, 6)
+        self.first.attention_dropout, self.recomputes = dropout, False
+
+    def set_grad_checkpointing(self, enable=True):
+        self.recomputes = enable
+
+    def forward(self, images):
+        def block(hidden):
+            return torch.tanh(self.norm(self.first(hidden)))
+
+        hidden = images.flatten(1)
+        again = self.recomputes and self.training
+        return self.last(checkpoint(block, hidden, use_reentrant=False) if again else block(hidden))
+
+
+def test_activation_checkpointing_leaves_running_statistics_alone(tmp_path):
+    torch.manual_seed(0)
+    shapes = {name: own.shape for name, own in Recomputed().named_parameters()}
+    paths = [str(tmp_path / f"{task}.safetensors") for task in TASKS]
+    for task, path in zip(TASKS, paths, strict=True):
+        TaskVector({name: 0.4 * torch.randn(shape) for name, shape in shapes.items()}, task).save(path)
+
+    def learned(checkpointed, objective):
+        torch.manual_seed(0)
+        encoder = Recomputed()
+        heads = {task: nn.Linear(6, CLASSES[task]) for task in TASKS}
+        settings = {"optimizer": partial(torch.optim.SGD, lr=1.0), "objective": objective}
+        found = fitted(
+            MergeModule(paths, encoder=encoder, heads=heads, activation_checkpointing=checkpointed, **settings)
+        )
+        assert encoder.training == checkpointed
+        assert not encoder.norm.running_mean.any()
+        return found
+
+    for objective in ("entropy", "expert"):
+        plain = learned(False, objective)
+        assert (plain - 0.3).abs().max() > 1e-2
+        torch.testing.assert_close(learned(True, objective), plain, rtol=1e-5, atol=1e-6)
+    with pytest.raises(ConfigurationError, match=r"an encoder without dropout, got first\. Turn it off, or set images"):
+        MergeModule(paths, encoder=Recomputed(dropout=0.1), heads={}, activation_checkpointing=True)

@@ -219,3 +219,36 @@ def test_refused(files, tmp_path) -> None:
         ConfigurationError, match=r"learn: expected a network of features \[B, d\] for surgery, got one"
     ):
         L.Trainer(**SILENT, max_steps=1).fit(module, Batches())
+
+
+class OfOne(TestSplit):
+    """One of the three tasks is learned on."""
+
+    adapted_tasks = ()
+    adapted = "a"
+
+    def setup(self, stage):
+        self.adapted_tasks = (self.adapted,) if stage == "fit" else ()
+
+    def batch(self, step):
+        batch = super().batch(step)
+        return batch if step == 99 else {self.adapted: batch[self.adapted]}
+
+
+class OfAnother(OfOne):
+    adapted = "b"
+
+
+@pytest.mark.parametrize("stage", ["test", "validate"])
+def test_what_is_learned_of_some_tasks_is_evaluated_on_all(stage, files, tmp_path) -> None:
+    module = learned(files, 3, ["surgery"], "features", tmp_path, data=OfOne)
+    encoder, heads = encoder_and_heads()
+    again = MergeModule(files, encoder=encoder, heads=heads, learn=["surgery"], objective="features", surgery_rank=2)
+    trainer = L.Trainer(**{**SILENT, "limit_val_batches": 1.0}, precision="64-true")
+    getattr(trainer, stage)(again, OfOne(dtype=torch.float64), ckpt_path=tmp_path / "last.ckpt", weights_only=True)
+    assert again.output_of("b") is None
+    torch.testing.assert_close(again.outputs.state_dict(), module.outputs.state_dict())
+    with pytest.raises(
+        StructureMismatchError, match=r"checkpoint: expected surgery or heads of b, got those of a\. Set learn and data"
+    ):
+        learned(files, 4, ["surgery"], "features", checkpoint=str(tmp_path / "last.ckpt"), data=OfAnother)

@@ -68,6 +68,14 @@ class TextBatch(Batch):
         joined.indices = torch.cat([batch.indices for batch in batches])
         return joined
 
+    def own_outputs(self, outputs: Tensor) -> Tensor:
+        """See :meth:`Batch.own_outputs`: predicted tokens and answers as many as here, also where others had more."""
+        predicted = self.inputs[2:]
+        if predicted and outputs.ndim > predicted[0].ndim:
+            for axis, size in enumerate(predicted[0].shape[1:], start=1):
+                outputs = outputs.narrow(axis, 0, size)
+        return outputs
+
     def unpadded(self, in_order: bool = True) -> Iterator[Self]:
         """The same texts without padding, those of the same length together; of several answers each with its own text.
 

@@ -91,6 +91,11 @@ class LanguageNetwork(Network):
             loaded.tokenizer, self.kind, usual if length is None else length, min(target, length or usual), start
         )
 
+    @property
+    def ties(self) -> Mapping[str, str]:
+        """None: :meth:`whole` has tied parameters once."""
+        return {}
+
     def whole(self) -> Mapping[str, Tensor]:
         """Parameters and persistent buffers under transformers' names, tied ones once."""
         parameters = {name: value.detach().cpu() for name, value in self.module.named_parameters()}
