@@ -75,9 +75,7 @@ class Parametrisation(ABC):
     @torch.no_grad()
     def _departed(self, name: str) -> Tensor:
         owner, _, leaf = name.rpartition(".")
-        value: Tensor = getattr(self.network.get_submodule(owner), leaf)
-        start = self.initial_parameters[name]
-        return value.detach().cpu().to(start.dtype) - start
+        return _difference(getattr(self.network.get_submodule(owner), leaf), self.initial_parameters[name])
 
     def departures(self) -> Iterator[tuple[str, Tensor]]:
         """Own names and θ − θ0 of what trains, where it is and with its gradient, for penalties on τ itself.
@@ -322,8 +320,8 @@ class LowRank(Parametrisation):
     @torch.no_grad()
     def _departed(self, name: str) -> Tensor:
         start, update = self._initial[name], update_of(self.encoder, name)
-        departure = own_parameters(self.encoder)[name].cpu().to(start.dtype) - start
-        return departure if update is None else departure + update.cpu()
+        departure = _difference(own_parameters(self.encoder)[name], start)
+        return departure if update is None else departure + update.cpu().to(start.dtype)
 
     @torch.no_grad()
     def load_parameters(self, parameters: Mapping[str, Tensor]) -> None:
@@ -335,6 +333,13 @@ class LowRank(Parametrisation):
 
     def __repr__(self) -> str:
         return f"LowRank({self.lora!r})"
+
+
+def _difference(value: Tensor, start: Tensor) -> Tensor:
+    """θ − θ0 in θ0's dtype, θ0 rounded as the trainer's precision has: of what does not train it is zero."""
+    own = value.detach().cpu()
+    wide = torch.promote_types(own.dtype, start.dtype)
+    return (own.to(wide) - start.to(own.dtype).to(wide)).to(start.dtype)
 
 
 def parametrisation_of(

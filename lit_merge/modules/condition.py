@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lit_merge.errors import ConfigurationError
+from lit_merge.functional.evaluation import evaluating
 from lit_merge.models.merged import swapped
 from lit_merge.models.network import TaskWords
 from lit_merge.models.parametrisations import Direct, Linearised
@@ -141,15 +142,16 @@ class ConditionModule(FineTuneModule):
         self.head.requires_grad_(False)
 
     def on_fit_start(self) -> None:
-        """Bring the teacher, and where the student started, to its device."""
+        """Bring the teacher, and where the student started, to its device and dtype."""
         self.check_heads()
         super().on_fit_start()
-        for held in (self._teacher, self._start):
-            held.update({name: one.to(self.device) for name, one in held.items()})
+        for name, own in self.encoder.named_parameters():
+            for held in (self._teacher, self._start):
+                held[name] = held[name].to(own)
 
     def compute_loss(self, logits: Tensor, batch: Any) -> Tensor:
         """The distillation of a batch, and how far the student has gone from where it started; no label is read."""
-        with torch.no_grad(), swapped(self.encoder, self._teacher):
+        with torch.no_grad(), evaluating(self.encoder), swapped(self.encoder, self._teacher):
             teacher = self.classify(*self.inputs(batch))
         moved = [
             (own - self._start[name]).square().sum()

@@ -46,8 +46,8 @@ class DeltaModule(FineTuneModule):
         teacher: the linearised network, a second copy of θ0 with a τ of its own; part of checkpoints.
 
     Raises:
-        ConfigurationError: a number is out of its range, the student is not trained directly, or the penalty reads
-            other tasks' examples.
+        ConfigurationError: a number is out of its range, the student is not trained directly or by elements, or the
+            penalty reads other tasks' examples.
     """
 
     def __init__(
@@ -68,6 +68,11 @@ class DeltaModule(FineTuneModule):
             raise ConfigurationError(
                 f"DeltaModule: expected a student whose parameters train directly, got {self.parametrisation!r}. "
                 "Remove linearized, lora and parametrisation; the teacher is linearised by itself."
+            )
+        if self.masks_elements:
+            raise ConfigurationError(
+                f"trainable: expected whole parameters with DeltaModule, whose teacher has no masks, got "
+                f"{self.parametrisation!r}. Use FineTuneModule, or another selection."
             )
         if self.penalty is not None and self.penalty.reads_other_tasks:
             raise ConfigurationError(
@@ -126,12 +131,16 @@ class DeltaModule(FineTuneModule):
         apart = F.normalize(_wide(features), dim=-1) - F.normalize(_wide(taught.detach()), dim=-1)
         distance = apart.square().flatten(1).sum(1).mean()
         loss = self.compute_loss(logits, batch) + self.compute_loss(guided, batch) + self.distillation * distance
+        penalty = None
         if self.penalty is not None and self.trainer.global_step >= self.penalty.start_step:
             parts = [self.penalty.of_module(one) for one in (self, self._of_teacher())]
             penalty = torch.stack([part for part in parts if part is not None]).sum()
             loss = loss + self.penalty.weight * penalty
-            self.log(f"train/{self.penalty.name}", penalty, prog_bar=True)
         self.check_loss(loss)
+        if self.evaluates_again:
+            return loss
+        if penalty is not None and self.penalty is not None:
+            self.log(f"train/{self.penalty.name}", penalty, prog_bar=True)
         accuracy = self._accuracy("fit")
         accuracy(*hits_of(self.head, logits, batch))
         self.log("train/loss", loss, prog_bar=True)

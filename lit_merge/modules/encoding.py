@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,12 @@ from torch import Tensor, nn
 from lit_merge.checkpoints.activation import IMAGE_TOWER, activations_of, check_activation
 from lit_merge.checkpoints.opening import open_checkpoint
 from lit_merge.errors import ConfigurationError, LitMergeError, NonFiniteError, StructureMismatchError
+from lit_merge.files.lazy import LazyMapping
 from lit_merge.functional.attention import fast_attention
 from lit_merge.functional.products import slow_precision
 from lit_merge.models.encoder import ClipModel, Preprocessing
 from lit_merge.models.lora import LoRA
-from lit_merge.models.network import ClipNetwork, Network, TaskWords, network_of
+from lit_merge.models.network import ClipNetwork, Network, TaskWords, network_of, shared_names
 from lit_merge.models.parametrisations import Parametrisation, parametrisation_of
 from lit_merge.models.selection import Selection
 from lit_merge.modules.trained_heads import VectorFile, trained_head
@@ -170,13 +172,21 @@ class EncoderModule(L.LightningModule):
         activation = activations_of(opened).get(IMAGE_TOWER, "")
         check_activation(self.base.activation, activation, str(path), self.base_name)
         opened.verify()
-        stored = opened.without_prefix()
+        whole = all(name in opened for name in self.initial_parameters)  # a head may be beside what looks like a prefix
+        stored: LazyMapping = opened if whole else opened.without_prefix()
         if opened.recognised.layout in ("transformers", "timm"):
             stored = opened.image_tower()
         own = all(name in stored for name in self.initial_parameters)  # a text tower shares some of them
         prefix = "visual." if not own and any(name.startswith("visual.") for name in stored) else ""
         values = {name.removeprefix(prefix): stored[name] for name in stored if name.startswith(prefix)}
         check_finite(values, str(path))
+        for name, first in shared_names(self.network).items():  # state dicts have them under all names
+            copy = values.pop(name, None)
+            if copy is not None and not torch.equal(copy, values.setdefault(first, copy)):
+                raise StructureMismatchError(
+                    f"{path}: expected {name} and {first} to be one tensor, as {self.base_name} has them, got two. "
+                    "Give weights of this network."
+                )
         buffers = {name: buffer for name, buffer in self.network.named_buffers() if name in values}
         check_same_structure(buffers, {name: values[name] for name in buffers}, f"{path}: buffers")
         self.load_parameters({name: value for name, value in values.items() if name not in buffers})
@@ -285,11 +295,12 @@ class EncoderModule(L.LightningModule):
         """Note where the encoder started from, and whether its parameters are θ or τ."""
         checkpoint["base_fingerprint"] = self.base_fingerprint
         checkpoint["linearized"] = self.linearized
+        checkpoint["low_rank"] = self._low_rank
         if self.base.activation:
             checkpoint["activation"] = self.base.activation
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint of another base, or one that has τ where this module has θ, under the same names.
+        """Refuse a checkpoint of another base, or whose tensors mean something else under the same names.
 
         Raises:
             StructureMismatchError: it is one.
@@ -307,8 +318,23 @@ class EncoderModule(L.LightningModule):
                 f"checkpoint: expected one of a run with linearized={self.linearized}, got one with "
                 f"linearized={not self.linearized}. Set linearized as that run did."
             )
+        low_rank = checkpoint.get("low_rank", self._low_rank)
+        if low_rank != self._low_rank:
+            raise StructureMismatchError(
+                f"checkpoint: expected one of a run with {self._low_rank or 'no lora'}, got one with "
+                f"{low_rank or 'no lora'}. Set lora as that run did."
+            )
         self._refused.clear()  # it holds the heads
         self.parametrisation.restored()
+
+    @property
+    def _low_rank(self) -> str:
+        """What a checkpoint's factors mean; which weights have some, their names say."""
+        lora = getattr(self.parametrisation, "lora", None)
+        if not isinstance(lora, LoRA):
+            return ""
+        scales = {pattern: float(alpha) for pattern, alpha in (lora.alpha_pattern or {}).items()}
+        return repr(replace(lora, alpha=float(lora.alpha), alpha_pattern=scales or None, dropout=0.0, on=None))
 
     def base_description(self) -> dict[str, str]:
         """What describes the base in files: fingerprint, name and, if it is known, activation function."""

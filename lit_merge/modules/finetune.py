@@ -236,13 +236,16 @@ class FineTuneModule(FineTuningProtocol):
         else:  # both batches in one pass
             count = len(batch)
             value, tangent = self.forward_parts(*self.inputs(type(batch).join([batch, other])))
-            logits = self._logits(value[:count] + tangent[:count])
+            logits = self._logits(batch.own_outputs(value[:count] + tangent[:count]))
             penalty = self._penalise(value[count:], tangent[count:], other)
         loss = self.compute_loss(logits, batch)
         if self.penalty is not None and penalty is not None:
             loss = loss + self.penalty.weight * penalty
-            self.log(f"train/{self.penalty.name}", penalty, prog_bar=True)
         self.check_loss(loss)
+        if self.evaluates_again:
+            return loss
+        if self.penalty is not None and penalty is not None:
+            self.log(f"train/{self.penalty.name}", penalty, prog_bar=True)
         accuracy, (right, counted) = self._accuracy("fit"), hits_of(self.head, logits, batch)
         accuracy(right, counted)
         self._note_confidence(logits.detach(), right, counted)

@@ -86,9 +86,10 @@ class MultiTaskModule(FineTuningProtocol, TaskHeads):
             parts = [present[task] for task in tasks]
             slices = self.features(type(parts[0]).join(parts)).split([len(part) for part in parts])
             losses += [
-                minimised(self.objective, self.head_of(task), self.classify(features, task), part)
+                minimised(self.objective, self.head_of(task), self.classify(part.own_outputs(features), task), part)
                 for task, part, features in zip(tasks, parts, slices, strict=True)
             ]
         loss = self.check_loss(torch.stack(losses).mean())
-        self.log("train/loss", loss, prog_bar=True, batch_size=sum(map(len, present.values())))
+        if not self.evaluates_again:
+            self.log("train/loss", loss, prog_bar=True, batch_size=sum(map(len, present.values())))
         return loss

@@ -8,6 +8,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -57,7 +58,18 @@ def total_steps(trainer: L.Trainer) -> int:
         raise ConfigurationError(
             "trainer: expected an end that the learning rate can fall towards, got none. Set max_steps or max_epochs."
         )
+    scheduler = _accumulation(trainer)
+    if scheduler is not None and trainer.max_epochs != -1 and math.isfinite(trainer.num_training_batches):
+        epochs = range(max(trainer.max_epochs or 0, 1))
+        steps = sum(math.ceil(trainer.num_training_batches / scheduler.get_accumulate_grad_batches(e)) for e in epochs)
+        steps = steps if trainer.max_steps == -1 else min(steps, trainer.max_steps)
     return int(steps)
+
+
+def _accumulation(trainer: L.Trainer) -> GradientAccumulationScheduler | None:
+    """What changes the trainer's accumulation from epoch to epoch, of which its own estimate of steps knows nothing."""
+    found = (one for one in trainer.callbacks if isinstance(one, GradientAccumulationScheduler))  # type: ignore[attr-defined]
+    return next(found, None)
 
 
 class FineTuningProtocol(EncoderModule):
@@ -164,12 +176,13 @@ class FineTuningProtocol(EncoderModule):
         )
         if self.masks_elements:
             optimizer.register_step_post_hook(lambda *_: self.hold_elements())
+        scheduler = _accumulation(self.trainer)
+        batches = max([self.trainer.accumulate_grad_batches, *(scheduler.scheduling.values() if scheduler else ())])
         for name, one in (("sam", self.sam), ("mergopt", self.mergopt)):
-            if one is not None and self.trainer.accumulate_grad_batches > 1:
+            if one is not None and batches > 1:
                 raise ConfigurationError(
-                    f"{name}: expected one batch per step, got accumulate_grad_batches "
-                    f"{self.trainer.accumulate_grad_batches}, of which it could evaluate the last again only. Use "
-                    "larger batches."
+                    f"{name}: expected one batch per step, got accumulate_grad_batches {batches}, of which it could "
+                    "evaluate the last again only. Use larger batches."
                 )
         if self.sam is not None:
             optimizer = SharpnessAware(optimizer, self.sam)
@@ -182,6 +195,11 @@ class FineTuningProtocol(EncoderModule):
         factor = warm_up_cosine(round(self.warmup_fraction * total), total)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    @property
+    def evaluates_again(self) -> bool:
+        """Whether the loss of a batch is evaluated once more, away from the weights, as SAM does: it is not logged."""
+        return any(isinstance(one, SharpnessAware) and one.away for one in self.trainer.optimizers)
 
     @property
     def regime(self) -> str:

@@ -90,11 +90,14 @@ class SharpnessAware(Displaced):
     Args:
         optimizer: whose steps are taken.
         settings: ρ, and how distances are measured.
+
+    Attributes:
+        away: whether the closure is evaluated at ``w + ε``.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, settings: SAM) -> None:
         super().__init__(optimizer)
-        self.settings = settings
+        self.settings, self.away = settings, False
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -119,7 +122,11 @@ class SharpnessAware(Displaced):
         factor = torch.where(norm > 0, self.settings.rho / norm, 0)
         with self._elsewhere(trained):
             torch._foreach_add_(trained, [move * factor for move in moves])
-            with torch.enable_grad():
-                closure()
+            self.away = True
+            try:
+                with torch.enable_grad():
+                    closure()
+            finally:
+                self.away = False
         self.optimizer.step()
         return loss

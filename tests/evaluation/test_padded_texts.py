@@ -129,8 +129,8 @@ def test_parts_without_padding_are_the_batch_again(kind):
 class Texts:
     """Some of the texts, in batches as long as their longest."""
 
-    def __init__(self, rows=range(len(TEXTS))):
-        self.rows = list(rows)
+    def __init__(self, rows=None):
+        self.rows = list(range(len(TEXTS)) if rows is None else rows)
 
     def __len__(self):
         return len(self.rows)

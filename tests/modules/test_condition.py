@@ -102,6 +102,20 @@ def test_the_gradient_is_that_of_teacher_student_and_anchor(
         torch.testing.assert_close(own.grad, student[name].grad, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize("linearized", [False, True])
+@pytest.mark.parametrize(("precision", "dtype"), [("64-true", torch.float64), ("bf16-true", torch.bfloat16)])
+def test_teacher_and_start_have_the_trainers_precision(
+    precision, dtype, linearized, vector, tiny_encoder, tiny_head, silent_trainer, tiny_data
+):
+    module = ConditionModule(
+        vector["long"], scale=0.5, encoder=tiny_encoder(), head=tiny_head(), linearized=linearized, learning_rate=0.01
+    )
+    trainer = silent_trainer(max_steps=2, precision=precision)
+    trainer.fit(module, datamodule=tiny_data(dtype=dtype))
+    assert {one.dtype for held in (module._teacher, module._start) for one in held.values()} == {dtype}
+    assert torch.isfinite(trainer.callback_metrics["train/loss"])
+
+
 def test_a_long_vector_becomes_as_long_as_the_others(
     vector, tiny_encoder, tiny_head, tiny_data, silent_trainer, tmp_path
 ):

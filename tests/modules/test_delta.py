@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from lit_merge.errors import ConfigurationError
 from lit_merge.models import Preprocessing
 from lit_merge.models.lora import LoRA
-from lit_merge.models.selection import Matching
+from lit_merge.models.selection import Matching, TaLoS
 from lit_merge.modules import DeltaModule, Penalty, TauJpPenalty
 
 DOUBLE = torch.float64
@@ -109,6 +109,7 @@ def test_a_checkpoint_holds_the_teacher(module, tiny_data, silent_trainer, tmp_p
     [
         ({"linearized": True}, "expected a student whose parameters train directly, got Linearised"),
         ({"lora": LoRA(2, on=Matching("weight"))}, "expected a student whose parameters train directly, got LowRank"),
+        ({"trainable": TaLoS()}, "trainable: expected whole parameters with DeltaModule, whose teacher has no masks"),
         ({"penalty": TauJpPenalty()}, "penalty: expected one that reads no other task's examples with DeltaModule"),
         ({"alpha": (2.0, 0.5)}, "alpha: expected the smaller number first, got .2.0, 0.5."),
         ({"alpha": (-1.0, 0.5)}, "alpha: expected a number in"),

@@ -9,7 +9,7 @@ from pathlib import Path
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import GradientAccumulationScheduler, ModelCheckpoint
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
@@ -626,6 +626,17 @@ def test_warm_up_and_cosine(warm_up, total):
     assert factor(warm_up) == 1
     assert all(factor(step) == pytest.approx(0, abs=1e-15) for step in (total + 1, 2 * total + 1))
     assert factor(total) == (1 if warm_up == total else pytest.approx(0, abs=1e-15))
+
+
+@pytest.mark.parametrize(("scheduling", "steps"), [({0: 2}, 9), ({0: 1, 1: 4}, 10), ({2: 3}, 14)], ids=str)
+def test_the_schedule_ends_with_a_run_that_accumulates_more_and_more(
+    scheduling, steps, module, tiny_data, silent_trainer
+):
+    tuned = module()
+    trainer = silent_trainer(max_epochs=3, callbacks=[GradientAccumulationScheduler(scheduling)])
+    trainer.fit(tuned, datamodule=tiny_data())
+    assert trainer.global_step == steps
+    assert trainer.lr_scheduler_configs[0].scheduler.get_last_lr() == [pytest.approx(0, abs=1e-15)]
 
 
 # Several tasks

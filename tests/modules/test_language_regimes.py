@@ -215,6 +215,36 @@ def test_fit_is_the_plain_loop(name, regime, network, silent_trainer):
     assert torch.isfinite(metrics["val/loss"])
 
 
+def answered(network, sources, targets):
+    encoded = network.preprocessing.encode(sources, targets)
+    inputs, tokens = network.preprocessing.padded(encoded.input_ids, encoded.target_ids)
+    return TextBatch(inputs, tokens, torch.arange(len(sources)), network.preprocessing.fills)
+
+
+@pytest.mark.parametrize("name", ["t5", "gpt2"])
+def test_targets_of_other_tasks_may_be_longer(name, network, silent_trainer):
+    base, penalty = network(name), TauJpPenalty("cyclic", weight=WEIGHT)
+    data = Texts(base, penalty)
+    short = answered(base, ["a b", "c"], ["a", "b"])
+    long = answered(base, ["a", "c d"], ["a b c d e", "b"])
+    assert long.targets.shape[1] > short.targets.shape[1]
+    data.own, data.other = [short] * STEPS, [OtherBatch(long.inputs, torch.zeros(2).long(), long.indices)] * STEPS
+    module = copy.deepcopy(base.module)
+    tuned = FineTuneModule(
+        network=base, learning_rate=RATE, warmup_fraction=0.0, linearized=True, penalty=penalty, weight_decay=DECAY
+    )
+    silent_trainer(max_steps=STEPS, **EXACT).fit(tuned, datamodule=data)
+    assert_close(tuned.task_vector(), plain_loop(module, data, tuned.head, True, penalty=penalty))
+
+    base = network(name)
+    tasks = {"one": Texts(base, steps=1), "two": Texts(base, steps=1)}
+    tasks["one"].own, tasks["two"].own = [short], [long]
+    trainer, module = silent_trainer(max_steps=1, limit_val_batches=0, **EXACT), copy.deepcopy(base.module)
+    trainer.fit(MultiTaskModule(network=base, learning_rate=RATE), datamodule=Several(tasks))
+    losses = [float(objective(module(*one.inputs), one.targets)) for one in (short, long)]
+    assert float(trainer.callback_metrics["train/loss"]) == pytest.approx(sum(losses) / 2, rel=1e-6)
+
+
 @pytest.mark.parametrize("name", ["t5", "gpt2"])
 def test_low_rank_training_moves_attention_alone(name, network, silent_trainer):
     base = network(name)
@@ -426,3 +456,74 @@ def test_texts_of_other_lengths_and_kinds_go_apart():
     assert passes({"a": short, "b": short, "c": short}, limit=8) == [["a", "b"], ["c"]]
     ranked = batch((4, 2, 8), (4, 2, 8), (4, 2, 1), (4, 2, 1))
     assert passes({"a": ranked, "b": batch((4, 8), (4, 8), (4, 1))}) == [["a"], ["b"]]
+
+
+# Texts of one length whose targets or answers differ in number: one pass, padded to the longest
+
+
+def batches_of_other_targets(base, kind):
+    tokenization, found = base.preprocessing, {}
+    for task, count in (("one", 2), ("two", 3)):
+        if kind == "answers":
+            found[task] = ranked_batch(base, 3, 1, ("c", "w1 w2", "d e f")[:count])
+            continue
+        encoded = tokenization.encode(["a b c d e f g h a b c d"] * 3, [" ".join(["b"] * count)] * 3)
+        inputs, targets = tokenization.padded(encoded.input_ids, encoded.target_ids)
+        found[task] = TextBatch(inputs, targets, torch.arange(3), tokenization.fills)
+    return found
+
+
+def several(base, batches):
+    tasks = {task: Texts(base) for task in batches}
+    for task, batch in batches.items():
+        tasks[task].own = [batch]
+    return Several(tasks)
+
+
+@pytest.mark.parametrize("objective", ["cross_entropy", "expert", "features"])
+@pytest.mark.parametrize(("name", "kind"), [("gpt2", "target"), ("t5", "target"), ("t5", "answers")])
+def test_batches_with_longer_targets_beside_them_are_learned_on_as_alone(
+    name, kind, objective, network, tmp_path, silent_trainer
+):
+    base, losses, values = network(name), [], []
+    files, batches = vectors(base, tmp_path, ("one", "two")), batches_of_other_targets(base, kind)
+    assert passes(batches) == [["one", "two"]]
+    for limit in (None, 1):
+        merged = MergeModule(
+            files, network=network(name), granularity="task", objective=objective, images_per_pass=limit,
+            optimizer=lambda own: torch.optim.SGD(own, lr=1.0), clamp=None,
+        )  # fmt: skip
+        trainer = silent_trainer(max_steps=1, **EXACT)
+        trainer.fit(merged, datamodule=several(base, batches))
+        losses.append(float(trainer.callback_metrics["train/loss"]))
+        values.append(merged.merged.coefficients.detach())
+    assert losses[0] == pytest.approx(losses[1], rel=1e-9)
+    assert (values[0] - 0.3).abs().max() > 1e-6
+    torch.testing.assert_close(*values, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "t5"])
+def test_joint_training_takes_targets_of_other_lengths(name, network, silent_trainer):
+    base = network(name)
+    batches, module = batches_of_other_targets(base, "target"), copy.deepcopy(base.module)
+    trainer = silent_trainer(max_steps=1, **EXACT)
+    trainer.fit(MultiTaskModule(network=base, learning_rate=RATE), datamodule=several(base, batches))
+    with torch.no_grad():
+        expected = torch.stack([objective(module(*one.inputs), one.targets) for one in batches.values()]).mean()
+    assert float(trainer.callback_metrics["train/loss"]) == pytest.approx(float(expected), rel=1e-6)
+
+
+def test_a_penalty_on_longer_targets_leaves_the_objective_as_it_is(network, silent_trainer):
+    losses = []
+    for penalised in (False, True):
+        base = network("t5")
+        data = Texts(base, steps=1)
+        short, long = batches_of_other_targets(base, "target").values()
+        data.own, data.other = [short], [OtherBatch(long.inputs, torch.zeros(3, dtype=torch.int64), long.indices)]
+        penalty = TauJpPenalty("strict", weight=WEIGHT) if penalised else None
+        data.penalised = penalised
+        tuned = FineTuneModule(network=base, learning_rate=RATE, linearized=True, penalty=penalty)
+        trainer = silent_trainer(max_steps=1, **EXACT)
+        trainer.fit(tuned, datamodule=data)
+        losses.append(float(trainer.callback_metrics["train/loss"]))  # τ is 0, and with it the penalty
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -37,7 +38,7 @@ from lit_merge.vectors import TaskVector
 
 STEPS, RATE, DECAY = 7, 0.03, 0.1
 ROOT = Path(__file__).parents[2]
-OUTER, INNER = Matching("outer"), Matching("inner")
+OUTER, INNER, INNER_WEIGHT = Matching("outer"), Matching("inner"), Matching("inner.weight")
 EXACT = {"precision": "64-true"}
 
 
@@ -302,6 +303,20 @@ def test_other_precisions(linearized, precision, clip_module, beside, clip_data,
     network = clip_module().encoder
     expected = plain_parts(network, {name: value.float() for name, value in initial.items()}, dict(vector), images)[1]
     assert found == pytest.approx(float(expected.norm(dim=1).mean()), rel=1e-4 if precision == "32-true" else 0.1)
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "64-true"])
+@pytest.mark.parametrize("settings", [{"trainable": Attention(1)}, {"lora": LoRA(2)}], ids=repr)
+def test_what_does_not_train_has_no_vector_in_any_precision(
+    settings, precision, clip_module, clip_data, silent_trainer
+):
+    tuned = clip_module(**settings)
+    dtype = torch.bfloat16 if precision == "bf16-true" else torch.float64
+    silent_trainer(max_steps=2, precision=precision).fit(tuned, datamodule=clip_data(dtype=dtype))
+    assert next(tuned.network.parameters()).dtype == dtype
+    vector = dict(tuned.task_vector())
+    assert {tensor.dtype for tensor in vector.values()} == {torch.float32}
+    assert {name for name, tensor in vector.items() if tensor.any()} == set(Attention(1)(vector))
 
 
 # What trains
@@ -902,6 +917,31 @@ def test_a_checkpoint_of_the_other_kind_is_refused(linearized, module, tiny_data
         f"checkpoint: expected one of a run with linearized={not linearized}, got one with linearized={linearized}. "
         "Set linearized as that run did.",
     )
+
+
+@pytest.mark.parametrize("linearized", [True, False], ids=["linearised", "direct"])
+@pytest.mark.parametrize(
+    ("saved", "given"),
+    [
+        (LoRA(2, on=INNER_WEIGHT, rslora=True), LoRA(2, on=INNER_WEIGHT)),
+        (LoRA(2, on=INNER_WEIGHT), LoRA(2, alpha=8, on=INNER_WEIGHT)),
+        (LoRA(2, on=INNER_WEIGHT), None),
+        (None, LoRA(2, on=INNER_WEIGHT)),
+    ],
+    ids=repr,
+)
+def test_a_checkpoint_of_factors_with_another_meaning_is_refused(
+    saved, given, linearized, module, tiny_data, silent_trainer, tmp_path
+):
+    trainer = silent_trainer(max_steps=1)
+    trainer.fit(module(lora=saved, linearized=linearized), datamodule=tiny_data())
+    trainer.save_checkpoint(tmp_path / "tuned.ckpt")
+    resumed = {"datamodule": tiny_data(), "ckpt_path": tmp_path / "tuned.ckpt", "weights_only": True}
+    with pytest.raises(StructureMismatchError) as error:
+        silent_trainer(max_steps=2).fit(module(lora=given, linearized=linearized), **resumed)
+    assert_one_line(error, "checkpoint: expected one of a run with ", "Set lora as that run did.")
+    same = saved and replace(saved, alpha=float(saved.alpha), dropout=0.0 if linearized else 0.5)
+    silent_trainer(max_steps=2).fit(module(lora=same, linearized=linearized), **resumed)
 
 
 RESUMED = {

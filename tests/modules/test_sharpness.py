@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from torch import nn
 from torch.nn import functional as F
 
@@ -156,9 +157,28 @@ def test_refusals(module, tiny_data, silent_trainer) -> None:
     ):
         with pytest.raises(ConfigurationError, match=message):
             build()
-    trainer = silent_trainer(max_steps=1, precision="64-true", accumulate_grad_batches=2)
-    with pytest.raises(ConfigurationError, match="sam: expected one batch per step, got accumulate_grad_batches 2"):
-        trainer.fit(module(sam=SAM()), datamodule=tiny_data(dtype=DOUBLE))
+    for settings in ({"accumulate_grad_batches": 2}, {"callbacks": [GradientAccumulationScheduler({1: 2})]}):
+        trainer = silent_trainer(max_epochs=2, precision="64-true", **settings)
+        with pytest.raises(ConfigurationError, match="sam: expected one batch per step, got accumulate_grad_batches 2"):
+            trainer.fit(module(sam=SAM()), datamodule=tiny_data(dtype=DOUBLE))
+
+
+def test_what_is_logged_is_the_loss_at_the_weights(
+    module, tiny_encoder, tiny_head, tiny_batches, tiny_data, silent_trainer
+):
+    batches = tiny_batches(1, dtype=DOUBLE)
+    logits = tiny_head(dtype=DOUBLE)(tiny_encoder(dtype=DOUBLE)(batches[0].images))
+    tuned, trainer = module(sam=SAM(2.0)), silent_trainer(max_steps=1, precision="64-true")
+    trainer.fit(tuned, datamodule=tiny_data(batches=batches))
+    right = (logits.argmax(-1) == batches[0].labels).double().mean()
+    assert float(trainer.callback_metrics["train/loss"]) == pytest.approx(
+        float(F.cross_entropy(logits, batches[0].labels).detach())
+    )
+    assert float(trainer.callback_metrics["train/accuracy"]) == pytest.approx(float(right))
+    assert tuned.training_description() == {
+        "confidence": f"{float(logits.softmax(-1).amax(-1).mean().detach()):.4f}",
+        "train_accuracy": f"{float(right):.4f}",
+    }
 
 
 def test_a_checkpoint_knows_it(module, tiny_data, silent_trainer, tmp_path) -> None:
