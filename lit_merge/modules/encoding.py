@@ -88,6 +88,7 @@ class EncoderModule(L.LightningModule):
         self.base_name, self.base_fingerprint = self.base.name, self.base.fingerprint
         self.preprocessing = self.base.preprocessing
         self.linearized = self.parametrisation.linearised
+        self._loaded = [*self.base.module.modules()]  # before low-rank updates are added, which are in training mode
         self.encoder = self.parametrisation.prepare(self.base.module)
         if task_vector is not None:
             vector = TaskVector.load(task_vector, verify=True)
@@ -102,6 +103,25 @@ class EncoderModule(L.LightningModule):
         caution = slow_precision(self.trainer.precision or "32-true", self.device)
         if caution is not None:
             rank_zero_warn(caution)
+
+    @property
+    def as_loaded(self) -> bool:
+        """Whether all parts of the network are in evaluation mode, as libraries' loaders leave them."""
+        return not any(part.training for part in self._loaded)
+
+    def checkpoint_activations(self, advice: str) -> None:
+        """Let the encoder's blocks be computed again on the way back.
+
+        Raises:
+            ConfigurationError: the encoder cannot, or is linearised; the message ends with the advice.
+        """
+        switch = getattr(self.network, "set_grad_checkpointing", None)
+        if self.linearized or switch is None:
+            raise ConfigurationError(
+                "activation_checkpointing: expected an encoder with set_grad_checkpointing() that is not linearised, "
+                f"got {'a linearised one' if self.linearized else type(self.network).__name__}. {advice}"
+            )
+        switch(True)
 
     @property
     def clip(self) -> ClipModel | None:

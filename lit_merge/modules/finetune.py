@@ -146,12 +146,15 @@ class FineTuneModule(FineTuningProtocol):
 
     def _examples_of(self, selection: TaLoS) -> Iterator[tuple[Any, ...]]:
         """Inputs of the task's training examples, without augmentation, on the module's device."""
-        data = self.trainer.datamodule  # type: ignore[attr-defined]
-        if hasattr(data, "examples"):
+        data = getattr(self.trainer, "datamodule", None)
+        if data is None:
+            self.trainer.fit_loop.setup_data()
+            batches: Any = self.trainer.train_dataloader
+        elif hasattr(data, "examples"):
             examples = data.examples("train", self)
             order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(selection.seed)).tolist()
             sampler, size = order[: selection.examples], min(32, len(order))
-            batches: Any = DataLoader(examples, size, sampler=sampler, collate_fn=_as_it_is)
+            batches = DataLoader(examples, size, sampler=sampler, collate_fn=_as_it_is)
         else:
             batches = data.train_dataloader()
         left = selection.examples

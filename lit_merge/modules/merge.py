@@ -178,14 +178,7 @@ class MergeModule(TaskHeads):
         self._linear: dict[str, LinearFeatures] = {}
 
     def _checkpoint_activations(self) -> None:
-        switch = getattr(self.network, "set_grad_checkpointing", None)
-        if self.linearized or switch is None:
-            raise ConfigurationError(
-                "activation_checkpointing: expected an encoder with set_grad_checkpointing() that is not linearised, "
-                f"got {'a linearised one' if self.linearized else type(self.network).__name__}. Set images_per_pass "
-                "instead."
-            )
-        switch(True)
+        self.checkpoint_activations("Set images_per_pass instead.")
         # It needs the training mode, in which nothing else of the encoder may change.
         droppers = [name for name, part in self.network.named_modules() if _drops(part)]
         if droppers:

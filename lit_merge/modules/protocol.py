@@ -9,10 +9,11 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lit_merge.errors import ConfigurationError
+from lit_merge.functional.attention import fast_attention
 from lit_merge.models.parametrisations import Direct, Linearised, LinearisedLowRank, LowRank
 from lit_merge.models.rates import Rates
 from lit_merge.models.selection import TaLoS
@@ -75,6 +76,10 @@ def _accumulation(trainer: L.Trainer) -> GradientAccumulationScheduler | None:
 class FineTuningProtocol(EncoderModule):
     """An encoder module that trains as the papers do (Ilharco et al. 2023, appendix B).
 
+    A network that is wholly in evaluation mode, as libraries' loaders leave it, is put into training mode when a fit
+    begins, so that its dropout acts; one of which some parts are in training mode stays as it is. A linearised network
+    has no dropout, and batch normalisation keeps its statistics.
+
     Args:
         model: architecture, as for :func:`lit_merge.models.load_clip`.
         pretrained: its weights.
@@ -87,6 +92,7 @@ class FineTuningProtocol(EncoderModule):
             rate, schedule and clipping stay as they are.
         sam: sharpness-aware minimisation, e.g. ``{rho: 0.05, adaptive: false}``; every step costs two.
         mergopt: gradients at random offsets such as merging makes, e.g. ``{scale: 0.0005}``.
+        activation_checkpointing: whether the encoder's blocks are computed again on the way back, to save memory.
         **encoder_settings: of :class:`EncoderModule`.
 
     Raises:
@@ -105,6 +111,7 @@ class FineTuningProtocol(EncoderModule):
         optimizer_wrapper: Callable[[torch.optim.Optimizer], torch.optim.Optimizer] | None = None,
         sam: SAM | None = None,
         mergopt: MergOPT | None = None,
+        activation_checkpointing: bool = False,
         **encoder_settings: Any,
     ) -> None:
         check_range("learning_rate", learning_rate)
@@ -130,8 +137,12 @@ class FineTuningProtocol(EncoderModule):
         self.rates = rates
         self._optimizer_wrapper = optimizer_wrapper
         self._wrapped: str | None = None
+        self._random: list[Tensor] | None = None  # of the last training step's end
+        self._within_step = False
         if rates is not None:
             rates(self.initial_parameters)  # refuses a network without blocks before anything is loaded
+        if activation_checkpointing:
+            self.checkpoint_activations("Turn it off, or use smaller batches and accumulate_grad_batches.")
         self._keep_statistics()
 
     @property
@@ -145,6 +156,21 @@ class FineTuningProtocol(EncoderModule):
             f"trainable: expected whole parameters with {type(self).__name__}, got {self.trainable!r}. Use "
             "FineTuneModule, or another selection."
         )
+
+    def setup(self, stage: str) -> None:
+        """See :class:`EncoderModule`; in fit, see the mode of the network described above."""
+        super().setup(stage)
+        if stage != "fit":
+            return
+        self._random, self._within_step = None, False
+        if self.as_loaded:
+            self.encoder.train()
+            self._keep_statistics()
+
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """Go back with the kernel of the way there, which blocks that are computed again have to use as well."""
+        with fast_attention(loss.device):
+            super().backward(loss, *args, **kwargs)
 
     def train(self, mode: bool = True) -> FineTuningProtocol:
         """Switch to training; batch normalisation keeps its statistics, which a task vector does not hold."""
@@ -196,6 +222,26 @@ class FineTuningProtocol(EncoderModule):
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Go on with the random numbers of the last step, whatever was drawn since, e.g. by a validation."""
+        if self._random is not None:
+            _set_random_state(self._random)
+        self._within_step = True
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Keep the random numbers for the next step."""
+        self._random, self._within_step = _random_state(), False
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """See :class:`EncoderModule`; dropout goes on as it would have, in one process (of several as in the first)."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["random_state"] = _random_state() if self._within_step else self._random
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """See :class:`EncoderModule`."""
+        super().on_load_checkpoint(checkpoint)
+        self._random = checkpoint.get("random_state")
+
     @property
     def evaluates_again(self) -> bool:
         """Whether the loss of a batch is evaluated once more, away from the weights, as SAM does: it is not logged."""
@@ -223,6 +269,19 @@ class FineTuningProtocol(EncoderModule):
         """Clip at the trainer's value, or at this module's own."""
         value = self.gradient_clip if gradient_clip_val is None else gradient_clip_val
         self.clip_gradients(optimizer, value or None, gradient_clip_algorithm or "norm")
+
+
+def _random_state() -> list[Tensor]:
+    """Of the CPU's generator and those of the accelerators that are in use."""
+    used = torch.cuda.is_available() and torch.cuda.is_initialized()
+    return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if used else ())]
+
+
+def _set_random_state(state: list[Tensor]) -> None:
+    torch.set_rng_state(state[0].cpu())
+    for device, own in enumerate(state[1:]):
+        if torch.cuda.is_available() and device < torch.cuda.device_count():
+            torch.cuda.set_rng_state(own.cpu(), device)
 
 
 def check_range(name: str, value: float, low: float = 0.0, below: float = math.inf) -> None:

@@ -168,6 +168,7 @@ class SuitePlan(SuiteSettings):
         """
         self._check_names()
         self._check_control()
+        self._check_penalty()
         self.check_statistics()
         for name, recipe in self.recipes.items():
             try:
@@ -239,6 +240,14 @@ class SuitePlan(SuiteSettings):
             got = "no other task" if not self.tasks else "joint" if self.joint is not None else f"learned {trained[0]}"
             raise ConfigurationError(
                 f"control: expected tasks to be kept, that nothing is trained on, beside others, got {got}. Remove one."
+            )
+
+    def _check_penalty(self) -> None:
+        if self.penalised and len(self.tasks) == 1:
+            kept = " and control tasks, which no training reads" if self.control else ""
+            raise ConfigurationError(
+                f"fit.model.init_args.penalty: expected several tasks, as it reads the others' data, got "
+                f"{self.tasks[0]!r} alone{kept}. Add a task, or remove the penalty."
             )
 
     def description(self) -> dict[str, Any]:

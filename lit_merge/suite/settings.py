@@ -146,7 +146,7 @@ class SuiteSettings:
         penalty = {"model": {"init_args": {"penalty": {"init_args": files}}}} if files else {}
         fixed = {"seed_everything": seed, "model": self._model(), "data": self.task_data(task, seed)}
         others = {"data": {"init_args": self._other_tasks(task)}} if self.penalised else {}
-        read = {"data": {"init_args": self._data_of([*self.tasks, *self.control])}} if self.penalised else {}
+        read = {"data": {"init_args": self._data_of(self.tasks)}} if self.penalised else {}
         return combine({"trainer": _TRAINER, "model": {"class_path": _FINE_TUNE}}, others, given, penalty, read, fixed)
 
     def joint_config(self, seed: int) -> dict[str, Any]:
@@ -249,10 +249,12 @@ class SuiteSettings:
         return {"class_path": model.get("class_path", _FINE_TUNE), "init_args": own}
 
     def _other_tasks(self, task: str) -> dict[str, Any]:
-        sources = {other: source for other, source in self.sources.items() if other != task}
+        """Of ``data``, the other tasks that are merged, for a penalty; no control task is one of them."""
+        others = {other for other in self.tasks if other != task}
+        sources = {other: source for other, source in self.sources.items() if other in others}
         return {
-            "other_tasks": [other for other in self.named_tasks if other != task],
-            "other_paths": {other: path for other, path in self.paths.items() if other != task} or None,
+            "other_tasks": [other for other in self.named_tasks if other in others],
+            "other_paths": {other: path for other, path in self.paths.items() if other in others} or None,
             **({"other_sources": sources} if sources else {}),
         }
 

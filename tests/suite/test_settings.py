@@ -205,6 +205,18 @@ def test_control_tasks_are_evaluated_and_not_trained_on() -> None:
         suite("nowhere", tasks=["digits"], control=["land"])
 
 
+def test_a_penalty_reads_no_control_task() -> None:
+    plan = own(SuitePlan, tasks=["odd", "digits"], control=["even", "letters"], joint=None, recipes={}, fit=PENALTY)
+    read = plan.fit_config(0, "odd")["data"]["init_args"]
+    assert (read["other_tasks"], read["other_paths"]) == (["digits"], None)
+    assert "other_sources" not in read
+    read = plan.fit_config(0, "digits")["data"]["init_args"]
+    assert (read["other_tasks"], read["other_sources"]) == ([], {"odd": SOURCES["odd"]})
+    alone = own(SuitePlan, tasks=["odd"], control=["even"], joint=None, recipes={}, fit=PENALTY)
+    with pytest.raises(ConfigurationError, match=r"penalty: expected several tasks, .* got 'odd' alone and control"):
+        alone.check(lambda *_: None)
+
+
 def test_a_tasks_content_counts() -> None:
     """By its own digest if it has one, otherwise by what it is made from."""
     plan = own(SuitePlan, joint=None)
