@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from fractions import Fraction
 from typing import Any, Literal
 
 import torch
@@ -120,7 +121,8 @@ class MergeDataModule(MultiTaskDataModule):
             )
         if self.fraction < 1:
             order = torch.randperm(len(images), generator=torch.Generator().manual_seed(self.seed))
-            images = images.subset(order[: math.ceil(self.fraction * len(images))].sort().values.tolist())
+            count = math.ceil(Fraction(str(self.fraction)) * len(images))  # 0.07 of 100 is 7; as floats it is more
+            images = images.subset(order[:count].sort().values.tolist())
         if not self.labelled:
             images.labels = torch.full_like(images.labels, PADDING)
         return images

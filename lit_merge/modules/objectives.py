@@ -181,13 +181,16 @@ class Features(Comparison):
     """The mean absolute difference between the merge's features and the individual model's (``l1feature`` of SyMerge).
 
     Features are the encoder's, as the head gets them, before any normalisation; the mean is over examples and elements.
+    Of next tokens they are the logits, and every position where something is predicted is an example.
     """
 
     def against(self, merged: Outputs, individual: Outputs, batch: Any) -> Tensor:
         """See :class:`Comparison`."""
-        real = batch.indices >= 0
-        difference = _precise(merged.features) - _precise(individual.features)
-        return difference[real].abs().mean()
+        real, expert = batch.indices >= 0, _precise(individual.features)
+        if expert.ndim == 3:  # zeros where nothing is predicted
+            real = real.unsqueeze(1) & (expert != 0).any(-1)
+        difference = (_precise(merged.features) - expert)[real].abs()
+        return difference.sum() / max(difference.numel(), 1)
 
 
 def minimised(objective: Objective, head: Any, logits: Tensor, batch: Any) -> Tensor:

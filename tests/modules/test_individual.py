@@ -60,6 +60,13 @@ def test_features_are_compared_element_by_element() -> None:
     merged = torch.tensor([[1.0, -2.0], [7.0, 7.0]], dtype=torch.float64)
     found = Features().against(Outputs(merged, merged), Outputs(torch.zeros_like(merged), merged), batch)
     assert float(found) == 1.5
+    nothing = Batch((), torch.full((1,), -1), torch.tensor([-1]))
+    assert float(Features().against(Outputs(merged[1:], merged[1:]), Outputs(merged[1:], merged[1:]), nothing)) == 0
+    merged, expert = MERGED[:4].view(2, 2, 3).clone(), EXPERT[:4].view(2, 2, 3).clone()
+    merged[1, 1] = expert[1, 1] = 0  # where nothing is predicted
+    several = Batch((), torch.full((2, 2), -1), torch.tensor([0, 1]))
+    found = Features().against(Outputs(merged, merged), Outputs(expert, expert), several)
+    torch.testing.assert_close(found, (MERGED[:3] - EXPERT[:3]).abs().mean())
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@ import json
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from typing import ClassVar
 
 import lightning as L
 import pytest
@@ -378,6 +379,26 @@ def test_task_wise_linearised_merges_are_learned_without_passes(embedded, clip_c
     network = Coefficients.load(embedded / "network/coefficients.safetensors")
     assert (known.values - 0.3).abs().max() > 1e-3
     assert torch.allclose(known.values, network.values, atol=1e-5)
+
+
+@pytest.mark.parametrize(("share", "count", "kept"), [(0.07, 100, 7), (0.001, 999, 1), (0.1, 70, 7), (0.29, 100, 29)])
+def test_a_fraction_is_of_the_number_that_is_written(share, count, kept):
+    """As floats 0.07 × 100 is more than 7."""
+
+    class Images:
+        labels = torch.zeros(count, dtype=torch.int64)
+        positions: ClassVar[list[int]] = []
+
+        def __len__(self):
+            return count
+
+        def subset(self, positions):
+            self.positions = positions
+            return self
+
+    data = MergeDataModule("val", tasks=["digits"], fraction=share)
+    found = data._images("digits", SimpleNamespace(source=SimpleNamespace(split=lambda *_: Images())), None)
+    assert len(set(found.positions)) == kept
 
 
 def test_fractions_and_splits(few_images, clip_config, clip_weights):
