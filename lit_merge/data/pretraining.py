@@ -36,7 +36,15 @@ def _keep(samples: list[tuple[np.ndarray, str]]) -> tuple[np.ndarray, list[str]]
 
 
 class _ShuffledBatches(Sampler[list[int]]):
-    """Batches of a permutation that depends on seed and epoch alone; each rank takes every W-th entry of a batch."""
+    """Batches of a permutation that depends on seed and epoch alone; each rank takes every W-th entry of a batch.
+
+    Attributes:
+        sampler: itself: of a loader's batches Lightning tells the epoch to the sampler within.
+    """
+
+    @property
+    def sampler(self) -> _ShuffledBatches:
+        return self
 
     def __init__(self, count: int, batch_size: int, seed: int, rank: int, world_size: int) -> None:
         self.count, self.batch_size, self.seed = count, batch_size, seed

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
+import lightning as L
 import pytest
 import torch
 
@@ -39,6 +40,31 @@ def test_images_are_drawn_once_and_damage_is_mended(own_cache, monkeypatch):
         data.prepare_data()
         assert file.read_bytes() == whole
     assert len(drawn) == 36
+
+
+class Kept(L.LightningModule):
+    """Takes every image's caption's number, and changes nothing."""
+
+    tokenizer, preprocessing = staticmethod(lambda texts: torch.arange(len(texts))[:, None]), Preprocessing(32)
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.epochs = torch.nn.Parameter(torch.zeros(())), {}
+
+    def training_step(self, batch, batch_idx):
+        _, tokens, of_image = batch
+        self.epochs.setdefault(self.current_epoch, []).extend(tokens[of_image][:, 0].tolist())
+        return self.weight
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+def test_every_epoch_has_an_order_of_its_own(own_cache, silent_trainer):
+    kept = Kept()
+    silent_trainer(max_epochs=3).fit(kept, CaptionDataModule(count=24, batch_size=4, seed=2, workers=0))
+    assert [sorted(order) == sorted(kept.epochs[0]) for order in kept.epochs.values()] == [True] * 3
+    assert len({tuple(order) for order in kept.epochs.values()}) == 3
 
 
 def test_images_are_augmented_where_the_batch_is(own_cache):
