@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import torch
+from torch import Tensor
 
 from lit_merge._version import __version__
 from lit_merge.data.corrupted import CorruptedTask
@@ -22,6 +23,7 @@ from lit_merge.errors import ConfigurationError, LitMergeError, first_few
 from lit_merge.evaluation.search import CoefficientSearch, Precision
 from lit_merge.evaluation.search.settings import CONTROLLED
 from lit_merge.files.cache import Cache
+from lit_merge.files.lazy import Computed
 from lit_merge.functional.products import slow_precision
 from lit_merge.models.encoder import weights_path
 from lit_merge.models.network import ClipNetwork, Network
@@ -33,6 +35,9 @@ from lit_merge.suite.recipe import Recipe, named_files
 from lit_merge.suite.results import suite_results
 from lit_merge.suite.scheduler import Scheduler, Stage
 from lit_merge.suite.settings import SuiteSettings, combine
+from lit_merge.transforms import ScaleBlocks, Transform
+from lit_merge.transforms.fields import parts_of
+from lit_merge.vectors import TaskVector, TaskVectors
 
 __all__ = ["SuitePlan"]
 
@@ -136,12 +141,17 @@ class SuitePlan(SuiteSettings):
 
     @cached_property
     def model_description(self) -> dict[str, Any]:
-        """Name, fingerprint and number of parameters of the network; of known weights they are found in the cache."""
+        """Name, fingerprint and number of parameters of the network."""
+        return {name: value for name, value in self._opened.items() if name != "shapes"}
+
+    @cached_property
+    def _opened(self) -> dict[str, Any]:
+        """What is known of the network once it was open; of known weights it is found in the cache."""
         cache, key = Cache("models"), None
         if self.network is None and (weights := weights_path(self.model, self.pretrained)) is not None:
             config = self.ledger.digest(self.model) if Path(self.model).is_file() else self.model
             key = cache.key([__version__, config, self.pretrained, self.ledger.tree_digest(weights)])
-            if (known := cache.value(key)) is not None:
+            if (known := cache.value(key)) is not None and "shapes" in known:
                 return dict(known)
         network: Network = ClipNetwork(self.model, self.pretrained) if self.network is None else self._network()
         self._opened_with_heads = network.trains_heads
@@ -149,6 +159,7 @@ class SuitePlan(SuiteSettings):
             "name": network.name,
             "fingerprint": network.fingerprint,
             "parameters": sum(parameter.numel() for parameter in network.module.parameters()),
+            "shapes": {name: list(parameter.shape) for name, parameter in network.module.named_parameters()},
         }
         if key is not None:
             cache.write_value(key, described)
@@ -170,9 +181,12 @@ class SuitePlan(SuiteSettings):
         self._check_control()
         self._check_penalty()
         self.check_statistics()
+        assert self._opened
         for name, recipe in self.recipes.items():
             try:
-                recipe.check(self.directory, tuple(self.tasks))
+                transform = recipe.check(self.directory, self.seeds[0])
+                if transform is not None:
+                    self._check_transform(transform, bool(recipe.learned))
                 if recipe.search:
                     self._check_search(recipe.search)
             except LitMergeError as error:
@@ -193,6 +207,24 @@ class SuitePlan(SuiteSettings):
         for recipe in self.recipes.values():
             if recipe.learned:
                 check_configuration("fit", self.learned_config(seed, recipe, []))
+
+    def _check_transform(self, transform: Transform, learned: bool) -> None:
+        """Refuse what these tasks' vectors cannot go through, or leaves another number of vectors than is needed."""
+        # Files of statistics are verified byte by byte; how many blocks vectors have depends on what trains.
+        if named_files(transform.to_config()) or any(parts_of(transform, ScaleBlocks)):
+            return
+        structure = {name: (torch.Size(shape), torch.float32) for name, shape in self._opened["shapes"].items()}
+        unread = Computed(structure, _unread)
+        try:
+            left = transform(TaskVectors([TaskVector(unread, task) for task in self.tasks], base=unread)).tasks
+        except _ReadTooEarly:  # by a transform of the user's own
+            return
+        if len(left) != (len(self.tasks) if learned else 1):
+            raise ConfigurationError(
+                f"expected a method that leaves {'a vector for each task' if learned else 'one vector for all tasks'}, "
+                f"got {transform!r}, which leaves {len(left)}. "
+                f"{'Leave out what' if learned else 'Add a part that'} reduces them, e.g. Sum."
+            )
 
     def _check_search(self, search: CoefficientSearch) -> None:
         """Refuse a search about tasks that are not there, which the merge would after all fine-tuning."""
@@ -463,6 +495,14 @@ def _tops(paths: Sequence[Path], root: Path) -> list[Path]:
 def _files_of(heads: str | None, tasks: Sequence[str]) -> tuple[Path, ...]:
     """The heads' files of some tasks."""
     return () if heads is None else tuple(Path(heads.replace("{task}", task)) for task in tasks)
+
+
+class _ReadTooEarly(Exception):  # noqa: N818 - a request, not an error
+    """A transform has read a tensor where it was only planned."""
+
+
+def _unread(name: str) -> Tensor:
+    raise _ReadTooEarly
 
 
 _MERGED = "merged.safetensors"

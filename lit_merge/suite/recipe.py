@@ -10,9 +10,8 @@ from typing import Any
 from lit_merge.errors import ConfigurationError, first_few
 from lit_merge.evaluation.calibration import Calibration
 from lit_merge.evaluation.search import CoefficientSearch
-from lit_merge.transforms import Chain, Scale, Transform
-from lit_merge.transforms.parts import resolve_transform
-from lit_merge.transforms.reduce import per_task_values
+from lit_merge.transforms import Transform
+from lit_merge.transforms.parts import from_parts, resolve_transform
 
 __all__ = ["STATISTICS", "Recipe", "named_files"]
 
@@ -70,19 +69,25 @@ class Recipe:
         """The kind of statistics that the suite collects for it, if any."""
         return None if "statistics" in self.settings else STATISTICS.get(self.recipe or "")
 
-    def check(self, directory: Path | None = None, tasks: tuple[str, ...] = ()) -> None:
+    def check(self, directory: Path | None = None, seed: int = 0) -> Transform | None:
         """Refuse what no merge could be made of.
 
         Args:
             directory: of the suite; a recipe that names a file in it is looked at when that is there.
-            tasks: those that are merged; empty where they are not known.
+            seed: of the fine-tuning, for files that are named by it.
+
+        Returns:
+            The transform, before the coefficients if these are learned; None if it needs a file that is not there yet,
+            or there is none.
 
         Raises:
             ConfigurationError: the recipe, a setting or the searched field is unknown, or a value is refused.
         """
+        given = self.of_seed(seed)
+        later = directory is not None and any(_is_below(path, directory) for path in self.files(seed))
         if self.learned is not None:
             self._check_learned()
-            return
+            return from_parts(given["learned"]["parts"]) if self.learned.get("parts") and not later else None
         if without := [name for name in ("data", "trainer") if getattr(self, name) is not None]:
             raise ConfigurationError(
                 f"{without[0]}: expected only with learned, got it without. Add learned: {{granularity: tensor}}, or "
@@ -90,16 +95,14 @@ class Recipe:
             )
         if self.statistics is not None:
             self._check_statistics()
-        if directory is not None and any(_is_below(path, directory) for path in self.files()):
-            return
+        if later:
+            return None
         files = {"statistics": {"a task": "a file"}} if self.collected else {}
-        settings = {**self.settings, **files} or None
-        transform = resolve_transform(self.recipe, settings, self.transform, self.parts, self.overrides)
-        for step in transform.steps if isinstance(transform, Chain) else [transform]:
-            if tasks and isinstance(step, Scale):
-                per_task_values("Scale.coefficient", step.coefficient, tasks)
+        settings = {**(given["settings"] or {}), **files} or None
+        transform = resolve_transform(self.recipe, settings, self.transform, given["parts"], given["overrides"])
         if self.search:
             self.search.check(transform)
+        return None if self.collected else transform
 
     def _check_learned(self) -> None:
         given = ("recipe", "settings", "transform", "parts", "overrides", "search", "calibrate", "statistics")

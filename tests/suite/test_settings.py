@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,8 @@ from lit_merge.models.network import Network
 from lit_merge.suite.plan import SuitePlan
 from lit_merge.suite.recipe import Recipe
 from lit_merge.suite.settings import SuiteSettings, task_names
-from lit_merge.transforms import RegMean
+from lit_merge.transforms import RegMean, Scale, Transform
+from lit_merge.vectors import Coefficients, TaskVectors
 
 NETWORK = {"class_path": f"{__name__}.TwoLayers", "init_args": {"width": 4}}
 SOURCES = {
@@ -230,6 +232,53 @@ def test_a_tasks_content_counts() -> None:
 def test_what_is_no_task_is_refused() -> None:
     with pytest.raises(ConfigurationError, match=r"sources\.odd: expected class_path and init_args of a Task"):
         assert own(SuitePlan, sources={"odd": NETWORK}, tasks=["odd"]).data_module
+
+
+@pytest.mark.parametrize(
+    ("recipe", "expected"),
+    [
+        ({"recipe": "slerp"}, r"recipes.a: Slerp: expected two vectors, got 3 \(digits, odd, even\)"),
+        ({"recipe": "tall_masks"}, "recipes.a: expected a method that leaves one vector for all tasks, got .*leaves 3"),
+        ({"parts": ["Trim"]}, "which leaves 3. Add a part that reduces them, e.g. Sum"),
+        ({"parts": [{"KnOTS": {"merge": "Trim"}}]}, "which leaves 3. Add a part that reduces them, e.g. Sum"),
+        ({"recipe": "consensus_ta", "settings": {"k": 4}}, r"at most the number of task vectors \(3\), got 4"),
+        ({"recipe": "task_arithmetic", "settings": {"coefficient": [1, 0]}}, r"one per task \(3: .*\), got 2"),
+        (
+            {"parts": ["Sum"], "overrides": [{"names": "^1", "parts": ["ElectSign"]}]},
+            "number of vectors, got 1 and 3",
+        ),
+        ({"parts": ["Sum"], "overrides": [{"names": "none", "parts": ["Mean"]}]}, "none of 4 .such as 0.weight, 0.b"),
+        ({"recipe": "lines"}, "LiNeS: expected parameters in numbered blocks"),
+        ({"learned": {"parts": ["Trim", "Sum"]}}, "a vector for each task, .* which leaves 1. Leave out what reduces"),
+        ({"learned": {"parts": ["Trimm"]}}, "recipes.a: part: expected a transform or recipe, got 'Trimm'"),
+    ],
+    ids=str,
+)
+def test_vectors_that_a_recipe_would_refuse_are_refused_before(recipe, expected) -> None:
+    with pytest.raises(ConfigurationError, match=expected):
+        own(SuitePlan, joint=None, recipes={"a": Recipe(**recipe)}).check(lambda *_: None)
+
+
+@dataclass(frozen=True)
+class Measured(Transform):
+    """A transform of one's own that looks at the vectors at once."""
+
+    def __call__(self, vectors: TaskVectors) -> TaskVectors:
+        return Scale(float(vectors["0.weight"].norm()))(vectors)
+
+
+def test_recipes_that_can_only_be_tried_later_pass(tmp_path) -> None:
+    coefficients = Coefficients(torch.ones(3, 1), ("digits", "odd", "even"), ("all",), dict.fromkeys("ab", "all"))
+    for seed in (3, 4):
+        coefficients.save(tmp_path / f"{seed}.json")
+    recipes = {
+        "own": Recipe(transform=Measured()),
+        "blocks": Recipe(parts=[{"ScaleBlocks": {"coefficients": [1.0]}}, "Sum"]),
+        "by_seed": Recipe("adamerging", settings={"coefficients": f"{tmp_path}/{{seed}}.json"}),
+        "slerp": Recipe(parts=[{"Slerp": {"space": "weights"}}]),
+        "learned": Recipe(learned={"parts": ["Trim", "ElectSign"]}),
+    }
+    own(SuitePlan, tasks=["odd", "even"], seeds=[3, 4], joint=None, recipes=recipes).check(lambda *_: None)
 
 
 # The module that tests
