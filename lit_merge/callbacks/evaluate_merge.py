@@ -27,8 +27,8 @@ from lit_merge.models.merged import swapped
 from lit_merge.modules.finetune import FineTuneModule
 from lit_merge.params import check_finite
 from lit_merge.transforms import Transform
-from lit_merge.transforms import recipe as chain_of
 from lit_merge.transforms.base import whole_number
+from lit_merge.transforms.parts import resolve_transform
 from lit_merge.vectors import TaskVector, TaskVectors, merged_parameters
 
 __all__ = ["EvaluateMerge"]
@@ -263,9 +263,7 @@ def _chosen(recipe: str | None, settings: dict[str, Any] | None, transform: Tran
         raise ConfigurationError(
             f"recipe and transform: expected exactly one of them, got {got}. Use e.g. recipe: task_arithmetic."
         )
-    if transform is not None and settings:
-        raise ConfigurationError(f"settings: expected none beside transform, got {settings}. Put them inside it.")
-    return transform if transform is not None else chain_of(str(recipe), **(settings or {}))
+    return resolve_transform(recipe, settings, transform)
 
 
 @contextmanager

@@ -103,9 +103,13 @@ def _build(name: Any, fields: Mapping[str, Any]) -> Transform:
         advice = did_you_mean(str(name), known, f"Use one of {first_few(known, 12)}.")
         raise ConfigurationError(f"part: expected a transform or recipe, got {name!r}. {advice}")
     check_call(f"part {name}", known[name], fields)
-    hints = get_type_hints(known[name])
-    nested = {field: _transform(value) if _is_transform(hints[field]) else value for field, value in fields.items()}
-    return known[name](**nested)
+    return known[name](**_with_transforms(known[name], fields))
+
+
+def _with_transforms(function: Callable[..., Transform], fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a transform or recipe, those that are transforms themselves built from how they are written."""
+    hints = get_type_hints(function)
+    return {name: _transform(value) if _is_transform(hints.get(name)) else value for name, value in fields.items()}
 
 
 def _imported(path: str) -> Callable[..., Transform]:
@@ -161,7 +165,8 @@ def resolve_transform(
             f"settings: expected none beside {names[0]}, got {dict(settings)}. Put them inside it."
         )
     if recipe_name is not None:
-        chosen: Transform = recipe(recipe_name, **(settings or {}))
+        fields = _with_transforms(RECIPES[recipe_name], settings or {}) if recipe_name in RECIPES else {}
+        chosen: Transform = recipe(recipe_name, **fields)
     else:
         chosen = transform if transform is not None else from_parts(parts or [])
     return chosen if overrides is None else with_overrides(chosen, overrides)

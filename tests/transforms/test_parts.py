@@ -20,10 +20,11 @@ from lit_merge.transforms import (
     Trim,
     WithOverrides,
     lines,
+    svc,
     task_arithmetic,
     ties,
 )
-from lit_merge.transforms.parts import from_parts, known_parts, with_overrides
+from lit_merge.transforms.parts import from_parts, known_parts, resolve_transform, with_overrides
 
 
 @pytest.mark.parametrize(
@@ -159,3 +160,11 @@ def test_a_transform_of_ones_own_by_its_import_path(tmp_path, monkeypatch):
         from_parts(["own_transforms_of_a_test.number"])
     with pytest.raises(ConfigurationError, match=r"got 'no_such_module\.Halve' \(No module named 'no_such_module'\)"):
         from_parts(["no_such_module.Halve"])
+
+
+def test_a_recipes_merge_is_written_as_in_a_part():
+    for written in ({"ties": {"density": 0.1}}, [{"ties": {"density": 0.1}}], ties(0.1)):
+        assert resolve_transform("svc", {"merge": written}, None) == svc(ties(0.1))
+    assert resolve_transform("lines", {"merge": "Mean", "beta": 0.5}, None) == lines(Mean(), beta=0.5)
+    with pytest.raises(ConfigurationError, match=r"expected a transform or recipe, got 'tise'\. Did you mean ties"):
+        resolve_transform("core_space", {"merge": "tise"}, None)
