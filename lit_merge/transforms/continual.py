@@ -1,7 +1,8 @@
 """Merging task vectors one after another: what is merged stays as it is, and a new vector is added beside it.
 
 Both parts go through vectors in an order and keep nothing of those that they have seen but what is merged. A row that
-was merged of several tasks itself goes on where it ended, if it was stored before any rescaling.
+was merged of several tasks itself goes on where it ended, if it was stored before any rescaling. A mean norm that is
+taken of such a row is not that of its tasks: what goes on in parts gets its length from a ``Scale``.
 """
 
 from __future__ import annotations
