@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -101,7 +101,7 @@ def merge(
         merged = chosen(
             TaskVectors([_vector(one, task) for one, task in zip(vectors, named, strict=True)], device=device)
         )
-        return _one_or_several(merged, {task: merged.vector(index) for index, task in enumerate(merged.tasks)})
+        return _one_or_several(merged, map(merged.vector, range(_counted(merged))))
     rules = Rules(tuple(leave_out), False, rows, offered=("leave_out", "rows"))
     base, vectors = (_pinned(one) for one in (base, list(vectors)))
     with RemoteSources() as sources:
@@ -116,14 +116,14 @@ def merge(
     check_base(stacks, start.fingerprint if stacks.base_fingerprint else "", start.name, start.activation)
     statistics = RunningStatistics(start, inputs, running_statistics == "average")
     merged = chosen(stacks)
-    singles = [merged] if len(merged.tasks) == 1 else [merged.select([index]) for index in range(len(merged.tasks))]
+    count = _counted(merged)
+    singles = [merged] if count == 1 else [merged.select([index]) for index in range(count)]
     weights = [MergedWeights(start, one, dtype, statistics.values()) for one in singles]
     said = [f"{one.vector.task or 'vector'}: {note}" for one in inputs for note in one.notes]
     cautions = cautions_of(inputs, start, weights[0].dtype if weights else None)
     for line in (*same.notes, *same.added, *said, *stacks.notes, *statistics.notes, *cautions.lines):
         warnings.warn(line, UserWarning, stacklevel=2)
-    outcomes = {task: _like(base, one) for task, one in zip(merged.tasks, weights, strict=True)}
-    return _one_or_several(merged, outcomes)
+    return _one_or_several(merged, (_like(base, one) for one in weights))
 
 
 def _pinned(one: Any) -> Any:
@@ -185,13 +185,15 @@ def _inputs(
             entry.vector.task = task or entry.vector.task
             found.append(entry)
         else:
-            found.append(_from_memory(one, same.base, task or f"vector {index}", rules))
+            found.append(_from_memory(one, same.base, task, f"vector {index}", rules))
     return found, same
 
 
-def _from_memory(one: Any, base: Base, task: str, rules: Rules) -> Input:
+def _from_memory(one: Any, base: Base, task: str | None, default: str, rules: Rules) -> Input:
     if isinstance(one, TaskVector):
+        one = _vector(one, task)
         return Input("", one, one, False, (), {})
+    task = task or default
     try:
         pair = pair_of(base.parameters, one, "own", rules)
     except StructureMismatchError as error:
@@ -223,5 +225,18 @@ def _like(base: Checkpoint, merged: MergedWeights) -> Any:
     return module
 
 
-def _one_or_several(merged: TaskVectors, outcomes: Mapping[str, Any]) -> Any:
-    return next(iter(outcomes.values())) if len(merged.tasks) == 1 else dict(outcomes)
+def _counted(merged: TaskVectors) -> int:
+    """How many vectors a chain has left; several have names of their own, under which they are given back."""
+    tasks = merged.tasks
+    if len(set(tasks)) < len(tasks):
+        repeated = next(task for task in tasks if tasks.count(task) > 1)
+        raise ConfigurationError(
+            f"tasks: expected names of their own for the {len(tasks)} vectors that are left, got {repeated!r} more "
+            "than once. Name them with tasks=[…], or reduce them, e.g. with Sum."
+        )
+    return len(tasks)
+
+
+def _one_or_several(merged: TaskVectors, outcomes: Iterable[Any]) -> Any:
+    found = list(outcomes)
+    return found[0] if len(found) == 1 else dict(zip(merged.tasks, found, strict=True))

@@ -90,6 +90,20 @@ def test_several_outcomes_are_named_after_their_tasks(models):
     torch.testing.assert_close(found["two"].norm.weight, second.norm.weight)
 
 
+@pytest.mark.parametrize("base", [None, {"w": torch.zeros(2)}], ids=["vectors", "weights"])
+def test_task_vectors_take_the_names_that_are_given_and_none_of_several_outcomes_is_lost(base):
+    vectors = [TaskVector({"w": torch.tensor([1.0, -4.0])}), TaskVector({"w": torch.tensor([3.0, 2.0])})]
+    found = quietly(base, vectors, parts=["Negate"], tasks=["a", "b"])
+    assert {task: one["w"].tolist() for task, one in found.items()} == {"a": [-1.0, 4.0], "b": [-3.0, -2.0]}
+    weighted = quietly(base, vectors, recipe="task_arithmetic", coefficient={"b": 2.0, "a": 1.0}, tasks=["a", "b"])
+    assert weighted["w"].tolist() == [7.0, 0.0]
+    assert [vector.task for vector in vectors] == ["", ""]
+    for tasks, got in ((None, "''"), (["a", "a"], "'a'")):
+        with pytest.raises(ConfigurationError, match=f"names of their own for the 2 vectors .*, got {got} more than"):
+            quietly(base, vectors, parts=["Negate"], tasks=tasks)
+        assert quietly(base, vectors, parts=["Sum"], tasks=tasks)["w"].tolist() == [4.0, -2.0]
+
+
 def test_a_narrower_dtype_is_warned_of_with_numbers(models):
     base, _, _ = models
     tuned = shifted(base, 1e-4)
