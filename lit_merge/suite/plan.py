@@ -186,7 +186,7 @@ class SuitePlan(SuiteSettings):
             try:
                 transform = recipe.check(self.directory, self.seeds[0])
                 if transform is not None:
-                    self._check_transform(transform, bool(recipe.learned))
+                    self._check_transform(recipe, transform)
                 if recipe.search:
                     self._check_search(recipe.search)
             except LitMergeError as error:
@@ -208,15 +208,19 @@ class SuitePlan(SuiteSettings):
             if recipe.learned:
                 check_configuration("fit", self.learned_config(seed, recipe, []))
 
-    def _check_transform(self, transform: Transform, learned: bool) -> None:
+    def _check_transform(self, recipe: Recipe, transform: Transform) -> None:
         """Refuse what these tasks' vectors cannot go through, or leaves another number of vectors than is needed."""
         # Files of statistics are verified byte by byte; how many blocks vectors have depends on what trains.
         if named_files(transform.to_config()) or any(parts_of(transform, ScaleBlocks)):
             return
         structure = {name: (torch.Size(shape), torch.float32) for name, shape in self._opened["shapes"].items()}
         unread = Computed(structure, _unread)
+        vectors = TaskVectors([TaskVector(unread, task) for task in self.tasks], base=unread)
+        learned = recipe.learned is not None
         try:
-            left = transform(TaskVectors([TaskVector(unread, task) for task in self.tasks], base=unread)).tasks
+            left = transform(vectors).tasks
+            if recipe.search:
+                recipe.search.check(transform, vectors)
         except _ReadTooEarly:  # by a transform of the user's own
             return
         if len(left) != (len(self.tasks) if learned else 1):

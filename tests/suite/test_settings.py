@@ -248,6 +248,10 @@ def test_what_is_no_task_is_refused() -> None:
             "number of vectors, got 1 and 3",
         ),
         ({"parts": ["Sum"], "overrides": [{"names": "none", "parts": ["Mean"]}]}, "none of 4 .such as 0.weight, 0.b"),
+        (
+            {"recipe": "consensus_ta", "search": CoefficientSearch(fields={"k": [2, 4], "coefficient": [0.1, 0.2]})},
+            r"recipes.a: ConsensusMask.k: expected at most the number of task vectors \(3\), got 4",
+        ),
         ({"recipe": "lines"}, "LiNeS: expected parameters in numbered blocks"),
         ({"learned": {"parts": ["Trim", "Sum"]}}, "a vector for each task, .* which leaves 1. Leave out what reduces"),
         ({"learned": {"parts": ["Trimm"]}}, "recipes.a: part: expected a transform or recipe, got 'Trimm'"),

@@ -15,6 +15,7 @@ from lit_merge.metrics.rewards import Reward
 from lit_merge.models.language.generation import Generation
 from lit_merge.transforms import Transform, replace_field
 from lit_merge.transforms.base import finite_number, plain_object, whole_number
+from lit_merge.vectors import TaskVectors
 
 __all__ = ["CONTROLLED", "CoefficientSearch", "Criterion", "OptunaStudy", "Precision", "with_fields"]
 
@@ -199,14 +200,21 @@ class CoefficientSearch:
             point = dict(zip(order, values, strict=True))
             yield {name: point[name] for name in axes}
 
-    def check(self, transform: Transform) -> None:
+    def check(self, transform: Transform, vectors: TaskVectors | None = None) -> None:
         """Refuse what cannot be searched over in a transform.
 
+        Args:
+            transform: whose fields are varied.
+            vectors: what it is applied to, if they are known; no tensor is read for it.
+
         Raises:
-            ConfigurationError: a field is unknown, a value is refused, or Optuna is needed and not installed.
+            ConfigurationError: a field is unknown, a value is refused, also by these vectors, or Optuna is needed and
+                not installed.
         """
         for point in self.grid():
-            with_fields(transform, point)
+            changed = with_fields(transform, point)
+            if vectors is not None:
+                changed(vectors)
         if self.optuna is not None and find_spec("optuna") is None:
             raise ConfigurationError(
                 "search.optuna: expected the package optuna, got none installed. Run pip install lit-merge[optuna]."
