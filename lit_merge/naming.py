@@ -39,10 +39,10 @@ _BEFORE_BLOCKS = frozenset({"embeddings", "patch_embed", "patch_embedding", "pat
 _AFTER_BLOCKS = frozenset(
     {
         *("attn_pool", "attn_pool_contrastive", "attnpool", "pooler"),
-        *("fc_norm", "final_layer_norm", "final_norm", "layernorm", "norm", "post_layernorm"),
-        *("ln", "ln_f", "ln_final", "ln_post"),
-        *("proj", "text_projection", "visual_projection", "logit_bias", "logit_scale"),
-        *("classification_head", "classifier", "fc", "final_conv", "head", "head_dist", "heads", "lm_head"),
+        *("fc_norm", "final_layer_norm", "final_layernorm", "final_norm", "layernorm", "norm", "norm_f"),
+        *("ln", "ln_f", "ln_final", "ln_post", "post_layernorm"),
+        *("proj", "project_out", "text_projection", "visual_projection", "logit_bias", "logit_scale"),
+        *("embed_out", "final_conv"),
     }
 )
 # The last normalisation of mBART's and Whisper's stacks.
@@ -83,6 +83,7 @@ _TASK_HEAD = frozenset(
         *("generator_predictions", "generator_lm_head", "multiple_choice_head", "regression_head", "reward_head"),
     }
 )
+_ENDS = _AFTER_BLOCKS | _TASK_HEAD
 _VOCABULARY = frozenset(
     {
         *("embed_tokens", "word_embeddings", "wte", "shared", "token_embedding", "tok_embeddings", "lm_head"),
@@ -234,8 +235,8 @@ def is_after_blocks(name: str) -> bool:
         >>> is_after_blocks("trunk.blocks.11.norm.weight")
         False
     """
-    first = next((part for part in name.split(".") if part in _BEFORE_BLOCKS or part in _AFTER_BLOCKS), None)
-    after = first in _AFTER_BLOCKS or (first is None and _STACK_NORM.search(name) is not None)
+    first = next((part for part in name.split(".") if part in _BEFORE_BLOCKS or part in _ENDS), None)
+    after = first in _ENDS or (first is None and _STACK_NORM.search(name) is not None)
     return after and block_of(name) is None
 
 

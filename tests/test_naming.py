@@ -200,6 +200,11 @@ OUTSIDE = {
         "cls_token reg_token dist_token token_embedding.weight",
         "head_dist.weight ln_final.weight attn_pool_contrastive.query",
     ),
+    "transformers' language models": (
+        "gpt_neox.embed_in.weight model.decoder.project_in.weight model.embed_tokens.weight",
+        "model.final_layernorm.weight transformer.norm_f.weight model.decoder.project_out.weight embed_out.weight "
+        "score.weight pre_classifier.bias qa_outputs.weight cls.predictions.bias vocab_transform.weight",
+    ),
     "before, whatever follows": (
         "stem.norm.weight patch_embed.proj.weight patch_embedding.norm.weight patch_embeddings.ln.weight "
         "embeddings.head.weight stem.blocks.0.norm.weight patch_embedding.layers.1.weight",
