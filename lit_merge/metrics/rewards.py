@@ -161,7 +161,10 @@ class ClassifierReward(Reward):
         place, against = self._place(self.label), None if self.against is None else self._place(self.against)
         device = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
         model.to(device)
-        padded = tokenizer.pad_token is not None and getattr(model.config, "pad_token_id", None) is not None
+        # A classifier that reads the last token finds it by its own number for padding, and from the text's begin.
+        padded = tokenizer.pad_token_id is not None and (
+            tokenizer.pad_token_id == getattr(model.config, "pad_token_id", None)
+        )
         found = []
         for start in range(0, len(texts), self.batch_size):
             # One text at a time where nothing can be padded with.
@@ -171,6 +174,7 @@ class ClassifierReward(Reward):
                 given = tokenizer(
                     part if isinstance(part, list) else [part],
                     padding=isinstance(part, list),
+                    padding_side="right",
                     truncation=True,
                     max_length=_longest(self._loaded),
                     return_tensors="pt",

@@ -50,6 +50,22 @@ def test_a_classifiers_score(classifier):
     assert ClassifierReward(folder)([], []).shape == (0,)
 
 
+@pytest.mark.parametrize(("pad", "side"), [(2, "right"), (0, "left")])
+def test_scores_do_not_depend_on_the_other_texts(pad, side, tmp_path):
+    """Of a classifier that reads the last token: what the tokenizer pads with, and where, is the tokenizer's matter."""
+    hf = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    size = {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 32, "vocab_size": 60}
+    model = hf.GPT2ForSequenceClassification(hf.GPT2Config(**size, pad_token_id=pad, num_labels=2)).eval()
+    model.save_pretrained(tmp_path)
+    own = tokenizer("encoder")
+    own.padding_side = side
+    own.save_pretrained(tmp_path)
+    texts = ["a b c d e f", "b"]
+    apart = torch.cat([ClassifierReward(str(tmp_path))([""], [text]) for text in texts])
+    torch.testing.assert_close(ClassifierReward(str(tmp_path))(["", ""], texts), apart)
+
+
 def test_what_a_classifier_reads(classifier):
     reward = ClassifierReward(
         classifier[0],
