@@ -30,7 +30,7 @@ def tokenizer(kind: str) -> Any:
 
 
 def language_model(name: str, seed: int = 0, **settings: Any) -> Any:
-    """A model of hidden width 16 and two layers: ``bert``, ``t5``, ``flan-t5``, ``gpt2`` or ``llama``.
+    """A model of hidden width 16 and two layers.
 
     Biases and normalisations are random as well, so that no derivative is zero by chance.
     """
@@ -38,6 +38,9 @@ def language_model(name: str, seed: int = 0, **settings: Any) -> Any:
 
     bert = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
     t5 = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2, "decoder_start_token_id": 0}
+    bart = {"d_model": 16, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 2}
+    for part in ("encoder", "decoder"):
+        bart |= {f"{part}_layers": 2, f"{part}_attention_heads": 2, f"{part}_ffn_dim": 24}
     made: dict[str, tuple[Any, Any, dict[str, Any]]] = {
         "bert": (hf.BertModel, hf.BertConfig, {**bert, "max_position_embeddings": 32}),
         "roberta": (hf.RobertaModel, hf.RobertaConfig, {**bert, "max_position_embeddings": 34, "pad_token_id": 1}),
@@ -47,12 +50,22 @@ def language_model(name: str, seed: int = 0, **settings: Any) -> Any:
             {"dim": 16, "n_layers": 2, "n_heads": 2, "hidden_dim": 24},
         ),
         "modernbert": (hf.ModernBertModel, hf.ModernBertConfig, {**bert, "pad_token_id": 0}),
+        "mpnet": (hf.MPNetModel, hf.MPNetConfig, {**bert, "max_position_embeddings": 34}),
+        "deberta": (hf.DebertaV2Model, hf.DebertaV2Config, {**bert, "relative_attention": True}),
+        "xlm-roberta-xl": (
+            hf.XLMRobertaXLModel,
+            hf.XLMRobertaXLConfig,
+            {**bert, "max_position_embeddings": 34, "pad_token_id": 1},
+        ),
         "t5": (hf.T5ForConditionalGeneration, hf.T5Config, t5),
         "flan-t5": (
             hf.T5ForConditionalGeneration,
             hf.T5Config,
             {**t5, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
         ),
+        "bart": (hf.BartForConditionalGeneration, hf.BartConfig, {**bart, "max_position_embeddings": 32}),
+        "falcon": (hf.FalconForCausalLM, hf.FalconConfig, {**bert, "bos_token_id": 1, "eos_token_id": 2}),
+        "gemma2": (hf.Gemma2ForCausalLM, hf.Gemma2Config, {**bert, "num_key_value_heads": 1, "head_dim": 8}),
         "gpt2": (
             hf.GPT2LMHeadModel,
             hf.GPT2Config,
@@ -74,7 +87,10 @@ def language_model(name: str, seed: int = 0, **settings: Any) -> Any:
     return model
 
 
-KINDS = {"t5": "encoder_decoder", "flan-t5": "encoder_decoder", "gpt2": "causal", "llama": "causal"}
+KINDS = {
+    **dict.fromkeys(("t5", "flan-t5", "bart"), "encoder_decoder"),
+    **dict.fromkeys(("falcon", "gemma2", "gpt2", "llama"), "causal"),
+}
 """Of the models that are no encoders."""
 
 

@@ -20,7 +20,10 @@ from lit_merge.models.language import CausalNetwork, Seq2SeqNetwork, TextEncoder
 from lit_merge.models.language.generation import Generation, _decoded, expected_texts, prompts
 from lit_merge.modules import FineTuneModule, MultiTaskModule
 
-KINDS = {"t5": Seq2SeqNetwork, "gpt2": CausalNetwork, "llama": CausalNetwork, "bert": TextEncoderNetwork}
+KINDS = {
+    **{"t5": Seq2SeqNetwork, "bart": Seq2SeqNetwork, "gpt2": CausalNetwork, "llama": CausalNetwork},
+    "bert": TextEncoderNetwork,
+}
 TEXTS, TARGETS = ["a b c w3", "b", "w1 w2 w3 w4 w5"], ["c d", "w1", "a"]
 
 
@@ -160,6 +163,18 @@ def test_a_linearised_model_writes_its_own_most_probable_tokens(name, network, s
     data = Answers([answered(base, TEXTS, targets)])
     metrics = silent_trainer(callbacks=[GeneratedAnswers(5)]).test(module, datamodule=data, verbose=False)[0]
     assert metrics["test/exact_match"] == 0.5
+
+
+def test_a_decoder_that_begins_with_the_end_of_text_writes(network):
+    """As a BART's does."""
+    base = network("bart")
+    with torch.no_grad():
+        base.module.of_transformers.model.shared.weight[base.preprocessing.end_id] = 0  # which is never probable then
+    texts = prompts(batch_of(base.preprocessing), base.preprocessing)
+    generation = Generation(max_new_tokens=5)
+    written = generation(base.module, base.preprocessing, texts)
+    assert all(written)
+    assert written == generation.of_function(base.module, base.preprocessing, texts)
 
 
 def test_what_stands_after_the_end_is_no_part_of_the_answer(network):

@@ -16,7 +16,7 @@ from lit_merge.files.cache import Cache
 
 __all__ = ["answer_tokens", "checked_preprocessing", "encoded", "encoded_answers", "packed"]
 
-_VERSION = 2  # part of every cache key: raise it when the computation changes
+_VERSION = 3  # part of every cache key: raise it when the computation changes
 _WORTH_KEEPING = 100_000  # characters that take longer to tokenise than their tokens to read
 _MOST_UNKNOWN = 0.5
 _MANY_UNKNOWN = 0.1

@@ -83,8 +83,8 @@ class Generation:
         with _generation_config(model, own):
             # In inference mode caches would be, too, and stay with the model.
             written = model.generate(input_ids=ids, attention_mask=mask, generation_config=own)
-        if tokenization.kind == "causal":
-            written = written[:, longest:]
+        # A decoder's first token is given, and of a BART it is the end of text.
+        written = written[:, longest if tokenization.kind == "causal" else 1 :]
         return _decoded(written.cpu(), tokenization)
 
     @torch.no_grad()

@@ -214,12 +214,13 @@ class Tokenization:
     def _targets(self, targets: Sequence[str], ended: bool) -> tuple[list[np.ndarray], int]:
         """Token numbers of targets, and how many were too long."""
         end = [] if not ended or self.end_id is None else [self.end_id]
+        begin = self.added[0] if self.kind == "encoder_decoder" else []  # a BART's decoder writes it first
         whole = self._whole(targets, False)
         empty = [index for index, ids in enumerate(whole) if not ids]
         if empty:
             raise DataError(f"targets: expected texts with tokens, got none in {len(empty)}: {first_few(empty)}.")
-        room = self.max_target_length - len(end)
-        cut = [np.asarray([*ids[:room], *end], np.int64) for ids in whole]
+        room = self.max_target_length - len(begin) - len(end)
+        cut = [np.asarray([*begin, *ids[:room], *end], np.int64) for ids in whole]
         return cut, sum(len(ids) > room for ids in whole)
 
     def _whole(self, texts: Sequence[str], special: bool) -> list[list[int]]:
