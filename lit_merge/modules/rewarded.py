@@ -192,9 +192,15 @@ def _trainer(network: Network, examples: TextExamples, run: RewardedRun, folder:
 
 
 def _prompts(network: Network, examples: TextExamples) -> list[str]:
-    """The texts, as long as the network takes them."""
+    """The texts as they are; of those that are too long for the network, or packed, what their tokens say."""
     ids = [torch.from_numpy(row) for row in examples.input_ids]
-    return prompt_texts(ids, network.preprocessing)
+    if not examples.texts:
+        return prompt_texts(ids, network.preprocessing)
+    whole = network.preprocessing.tokenizer(list(examples.texts), verbose=False)["input_ids"]
+    return [
+        text if len(every) <= len(kept) else prompt_texts([kept], network.preprocessing)[0]
+        for text, every, kept in zip(examples.texts, whole, ids, strict=True)
+    ]
 
 
 def _peft(network: Network, lora: LoRA) -> Any:

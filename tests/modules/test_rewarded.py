@@ -155,7 +155,7 @@ class Seen(Reward):
 def test_prompts_keep_the_special_tokens_that_they_are_written_with(network, tmp_path):
     """A chat's turns are such tokens; the beginning that the tokenizer adds is added again by trl."""
     pytest.importorskip("trl")
-    rows = [{"prompt": f"a </s> b w{number} </s>"} for number in range(4)]
+    rows = [{"prompt": f"a </s>  b w{number} </s> Unknown words"} for number in range(4)]
     source = TextTask(rows={"train": rows, "val": rows[:1]}, text_column="prompt", label_column=None, repeated="keep")
     settings = {"max_steps": 1, "per_device_train_batch_size": 4, "use_cpu": True, "bf16": False}
     settings |= {"num_generations": 4, "max_completion_length": 4}
