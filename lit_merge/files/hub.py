@@ -253,23 +253,28 @@ def download(address: Address, names: Sequence[str]) -> Path:
         return _download(address, names, None)
 
 
-def beside(address: Address, name_of: Callable[[str], str]) -> Address | None:
+def beside(
+    address: Address, name_of: Callable[[str], str], listings: dict[tuple[str, str | None], Sequence[str]]
+) -> Address | None:
     """A file that goes with the one that an address stands for; None where the repository has none.
 
     Args:
         address: of a file, or of a folder or repository with one model.
         name_of: the path of that file in the repository -> the path of the other.
+        listings: repository and revision -> its files, of those that were asked for before; this one is added.
 
     Raises:
         HubError: the repository cannot be reached or read.
     """
     with refusals(address, "read"):
+        key = address.repository, address.revision
         try:
-            listing: Sequence[str] = _listing(address)[1]
+            listing = listings[key] if key in listings else _listing(address)[1]
         except Exception as error:
             if _is_answer(error):
                 raise
             listing = _cached_listing(address, error)
+        listings[key] = listing
         name = name_of(_choose(address, listing, False)[0])
         return replace(address, path=name) if name in listing else None
 

@@ -23,7 +23,7 @@ from lit_merge.models.lora import LoRA
 from lit_merge.models.network import ClipNetwork, Network, TaskWords, network_of, shared_names
 from lit_merge.models.parametrisations import Parametrisation, parametrisation_of
 from lit_merge.models.selection import Selection
-from lit_merge.modules.trained_heads import VectorFile, trained_head
+from lit_merge.modules.trained_heads import Listings, VectorFile, trained_head
 from lit_merge.params import Params, check_finite, check_same_structure
 from lit_merge.vectors.merge import check_base
 from lit_merge.vectors.task_vector import TaskVector
@@ -79,6 +79,7 @@ class EncoderModule(L.LightningModule):
         super().__init__()
         self._stage = ""
         self._vector_files: list[VectorFile] = []
+        self._listings: Listings = {}
         self._refused: dict[str, LitMergeError] = {}  # task -> why it has no trained head, until a checkpoint brings it
         if task_vector is not None and weights is not None:
             raise ConfigurationError("task_vector and weights: expected one of them, got both. Remove one.")
@@ -228,7 +229,7 @@ class EncoderModule(L.LightningModule):
         """
         if not self.base.makes_new_head(task) or self.starts_head(task):
             return self.base.head(task)
-        return trained_head(task, self._vector_files)
+        return trained_head(task, self._vector_files, self._listings)
 
     def starts_head(self, task: TaskWords) -> bool:
         """Whether a new head of this task is trained here."""

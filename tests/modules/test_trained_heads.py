@@ -224,6 +224,11 @@ def test_heads_go_with_their_vectors_to_the_hub_and_are_found_there(hub, silent_
         silent_trainer().test(module, all_data())
         for task in TASKS:
             assert torch.equal(module.heads[f"task-{task}"].weight, stored(task).weight)
+    hub.requests.clear()
+    for task, classes in TASKS.items():
+        module.make_head(SimpleNamespace(name=task, classes=classes))
+    asked = [path for _, path in hub.requests if path.startswith("/api/models/")]
+    assert len(asked) == 2 * len(TASKS)  # to fetch each head; what the repositories have is known
     words = SimpleNamespace(name="first", classes=TASKS["first"])
     for place in ("runs/first", "hf://me/folder"):
         assert torch.equal(trained_head(words, [(place, None)]).weight, stored("first").weight)
