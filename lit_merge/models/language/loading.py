@@ -79,7 +79,7 @@ def load_language_model(
         path: the folder, ``hf://owner/name``, or a ``.gguf`` file with its tokenizer inside.
         kind: of model that is wanted.
         dtype: of the parameters.
-        attention: transformers' ``attn_implementation``.
+        attention: transformers' ``attn_implementation``; of models that have no ``sdpa``, ``eager`` instead of it.
         dropout: in place of all dropout of the configuration; None to keep it.
 
     Raises:
@@ -153,17 +153,18 @@ def _from_folder(
 def longest_input(model: nn.Module, tokenizer: Any) -> int | None:
     """The most tokens that a model has positions for; None where it has no limit.
 
-    Learned positions of RoBERTa begin after the padding, so that two of them are none.
+    Learned positions of RoBERTa and its like begin after the padding, so that two of them are none.
     """
     config: Any = model.config
+    embeddings: Any = getattr(getattr(model, "base_model", model), "embeddings", None)
     positions = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
     if (
         config.model_type == "t5" or "t5" in config.model_type
     ):  # relative positions: n_positions is what it was trained on
         return None
-    if positions and config.model_type in ("roberta", "xlm-roberta", "camembert", "mpnet", "longformer"):
-        positions -= (config.pad_token_id or 0) + 1
-    return positions or None
+    if positions and (padding := getattr(embeddings, "padding_idx", None)) is not None:
+        positions -= padding + 1
+    return positions if positions and positions > 0 else None  # XLNet says -1
 
 
 def _transformers() -> Any:
@@ -192,8 +193,11 @@ def _from_gguf(transformers: Any, file: Path, kind: Kind, dtype: torch.dtype, at
     settings = {"gguf_file": file.name, "local_files_only": True, "trust_remote_code": False}
     with _refusals(str(file)):
         tokenizer = transformers.AutoTokenizer.from_pretrained(file.parent, **settings)
+        config = transformers.AutoConfig.from_pretrained(file.parent, **settings)
+        with torch.device("meta"):
+            of_kind = type(transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False))
         model = transformers.AutoModelForCausalLM.from_pretrained(
-            file.parent, dtype=dtype, attn_implementation=attention, **settings
+            file.parent, dtype=dtype, attn_implementation=_available(of_kind, attention), **settings
         )
     for name in ("hf_quantizer", "quantization_method", "is_quantized"):
         model.__dict__.pop(name, None)  # its weights are floating-point now, and may be trained
@@ -233,6 +237,7 @@ def _built(
     with _refusals(path), torch.random.fork_rng(devices=[]):
         with torch.device("meta"):
             of_kind = type(auto.from_config(config, trust_remote_code=False))
+        attention = _available(of_kind, attention)
         model, found = of_kind.from_pretrained(
             None,
             config=config,
@@ -254,6 +259,11 @@ def _built(
     return model.eval()
 
 
+def _available(model: Any, attention: str | None) -> str | None:
+    """The attention, or the one with the same results that the kind of model has (DeBERTa, MPNet, Gemma 2, BLOOM)."""
+    return "eager" if attention == "sdpa" and not model._supports_sdpa else attention
+
+
 def _check_vocabulary(path: str, model: Any, tokenizer: Any) -> None:
     rows, largest = model.get_input_embeddings().weight.shape[0], max(tokenizer.get_vocab().values(), default=0)
     if largest >= rows:
@@ -271,9 +281,15 @@ def _without_dropout(model: Any, dropout: float | None) -> Any:
     for part in model.modules():
         if isinstance(part, nn.Dropout):
             part.p = float(dropout)
-        for name in ("attention_dropout", "dropout_prob", "dropout"):
-            if type(getattr(part, name, None)) is float:
-                setattr(part, name, float(dropout))
+        own = [part, part.config] if hasattr(part, "config") else [part]  # from which a Falcon's blocks read it
+        for owner in own:
+            for name, value in [*vars(owner).items()]:
+                if type(value) not in (int, float):
+                    continue
+                if "dropout" in name:
+                    setattr(owner, name, float(dropout))
+                elif "layerdrop" in name:  # whole layers are left out no more often than before
+                    setattr(owner, name, min(value, float(dropout)))
     return model
 
 

@@ -138,11 +138,108 @@ def test_another_task_s_head_is_left_out_and_a_pooler_may_be_missing(folder):
     )
 
 
+@pytest.mark.parametrize(
+    ("settings", "pooling"),
+    [
+        ({"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False}, "cls"),
+        ({"pooling_mode": "lasttoken"}, "last"),
+        ({"pooling_mode": ["mean"]}, "mean"),
+    ],
+)
+def test_a_sentence_encoder_pools_as_its_folder_says(settings, pooling, folder):
+    path = folder("bert")
+    (path / "1_Pooling").mkdir()
+    (path / "1_Pooling" / "config.json").write_text(json.dumps(settings))
+    assert TextEncoderNetwork(str(path)).module.pooling == pooling
+    assert TextEncoderNetwork(str(path), pooling="mean").module.pooling == "mean"
+    for other in ({"pooling_mode": ["cls", "max"]}, {"pooling_mode_max_tokens": True}):
+        (path / "1_Pooling" / "config.json").write_text(json.dumps(other))
+        assert f"expected cls, mean or last in {path / '1_Pooling' / 'config.json'}, got [" in refusal(
+            TextEncoderNetwork, path
+        )
+
+
+@pytest.mark.parametrize(
+    ("name", "network"), [("mpnet", TextEncoderNetwork), ("deberta", TextEncoderNetwork), ("gemma2", CausalNetwork)]
+)
+def test_models_that_have_eager_attention_alone(name, network, folder):
+    """Of which the default, ``sdpa``, is the same."""
+    path = folder(name)
+    made, eager = (network(str(path), **settings) for settings in ({}, {"attention": "eager"}))
+    inputs = texts(made)
+    with torch.no_grad():
+        torch.testing.assert_close(made.module(*inputs), eager.module(*inputs), rtol=0, atol=0)
+
+
+def pair_tokenizer(separator):
+    """As a BERT's, with the second text of a pair apart."""
+    from tokenizers import processors
+    from transformers import PreTrainedTokenizerFast
+
+    backend = tokenizer("encoder").backend_tokenizer
+    backend.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", pair="<s> $A </s> $B:1 </s>:1", special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
+    names = {"pad_token": "<pad>", "cls_token": "<s>", "sep_token": separator, "unk_token": "<unk>"}
+    own = ["input_ids", "token_type_ids", "attention_mask"]
+    return PreTrainedTokenizerFast(tokenizer_object=backend, model_input_names=own, **names)
+
+
+def test_the_second_text_of_a_pair_has_types_of_its_own(folder):
+    path = folder("bert")
+    own = pair_tokenizer("</s>")
+    own.save_pretrained(path)
+    network, model = TextEncoderNetwork(str(path), pooling="cls", dtype="float64"), language_model("bert").double()
+    for some in ([("a b c", "d e"), ("b", "w1")], ["a b", "c"]):
+        inputs, _ = network.preprocessing.padded(network.preprocessing.encode(some).input_ids)
+        given = own(some, padding=True, return_tensors="pt")
+        assert bool(given["token_type_ids"].any()) == isinstance(some[0], tuple)
+        with torch.no_grad():
+            expected = model(**given).last_hidden_state[:, 0]
+            torch.testing.assert_close(network.module(*inputs), expected, rtol=0, atol=1e-12)
+    assert TextEncoderNetwork(str(folder("roberta"))).module.separator is None  # has one type
+
+
+def test_targets_of_an_encoder_decoder_are_the_labels_of_transformers(folder):
+    """A BART's begin with a token that its decoder writes first; a T5's do not."""
+    for name, kind in (("bart", "encoder"), ("t5", "encoder_decoder")):
+        path, own = folder(name), tokenizer(kind)
+        own.save_pretrained(path)
+        network = Seq2SeqNetwork(str(path), dtype="float64", max_target_length=5)
+        encoded = network.preprocessing.encode(["a b"], ["c d"])
+        inputs, targets = network.preprocessing.padded(encoded.input_ids, encoded.target_ids)
+        assert targets.tolist() == [own(text_target="c d")["input_ids"]]
+        with torch.no_grad():
+            expected = language_model(name).double()(input_ids=inputs[0], labels=targets).logits
+            torch.testing.assert_close(network.module(*inputs), expected, rtol=0, atol=1e-10)
+        (cut,) = network.preprocessing.encode(["a"], ["a b c d e f"]).target_ids
+        assert (len(cut), cut[-1]) == (5, 2)
+
+
 def test_what_no_feature_depends_on_is_frozen(folder):
     frozen = [
         name for name, one in TextEncoderNetwork(str(folder("bert"))).module.named_parameters() if not one.requires_grad
     ]
     assert frozen == ["pooler.dense.weight", "pooler.dense.bias"]
+
+
+@pytest.mark.parametrize(
+    ("name", "network", "own"),
+    [
+        ("bart", Seq2SeqNetwork, {"activation_dropout": 0.5, "encoder_layerdrop": 0.5, "decoder_layerdrop": 0.5}),
+        ("falcon", CausalNetwork, {"hidden_dropout": 0.5, "attention_dropout": 0.5}),
+    ],
+)
+def test_no_dropout_at_all(name, network, own, folder):
+    made = network(str(folder(name, **own)), dropout=0.0)
+    inputs = texts(made)
+    with torch.no_grad():
+        expected = made.module(*inputs)
+        for part in made.module.modules():
+            part.train()
+        found = [made.module(*inputs) for _ in range(3)]
+    for one in found:
+        torch.testing.assert_close(one, expected, rtol=0, atol=1e-6)
 
 
 def test_dropout_and_recomputation(folder):
@@ -325,6 +422,18 @@ def test_quantised_weights(folder):
         f"{path}: expected floating-point weights, got quantised ones (quantization_config). Use the model that they "
         "were made from."
     )
+
+
+def test_positions_that_begin_after_the_padding(folder):
+    path = folder("xlm-roberta-xl")
+    own = tokenizer("encoder")
+    own.model_max_length = 10**12
+    own.save_pretrained(path)
+    network = TextEncoderNetwork(str(path))
+    assert network.preprocessing.max_length == 32
+    encoded = network.preprocessing.encode(["a " * 40])
+    with torch.no_grad():
+        assert network.module(*network.preprocessing.padded(encoded.input_ids)[0]).isfinite().all()
 
 
 @pytest.mark.parametrize(("name", "limit"), [("gpt2", 32), ("bert", 32)])
