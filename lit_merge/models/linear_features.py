@@ -26,7 +26,7 @@ from lit_merge.params import Params, check_same_structure, fingerprint
 __all__ = ["LinearFeatureCache", "LinearFeatures", "layout"]
 
 # Part of every cache key: raise it when the computation changes.
-_CACHE_VERSION = 1
+_CACHE_VERSION = 2
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from lit_merge.errors import ConfigurationError
 from lit_merge.functional.tokens import answers_first
 
-__all__ = ["CausalModule", "EncoderDecoderModule", "LanguageModule", "PooledEncoder"]
+__all__ = ["CausalModule", "EncoderDecoderModule", "LanguageModule", "PooledEncoder", "second_texts"]
 
 Pooling = Literal["mean", "cls", "last"]
 
@@ -74,16 +74,20 @@ class PooledEncoder(LanguageModule):
         model: an encoder.
         pooling: ``mean`` over the text's tokens, the first token's, ``cls``, or the ``last`` one's before the padding.
         normalize: whether the vectors are brought to length 1.
+        separator: the token after which the second text of a pair begins, of models that tell the two apart.
     """
 
-    def __init__(self, model: Any, pooling: Pooling = "mean", normalize: bool = False) -> None:
+    def __init__(
+        self, model: Any, pooling: Pooling = "mean", normalize: bool = False, separator: int | None = None
+    ) -> None:
         super().__init__(model)
-        self.pooling, self.normalize = pooling, normalize
+        self.pooling, self.normalize, self.separator = pooling, normalize, separator
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Token numbers and mask, int64 ``[B, L]``, to features ``[B, d]``."""
         mask = _some(attention_mask)
-        hidden = self.of_transformers(input_ids=input_ids, attention_mask=mask).last_hidden_state
+        types = {} if self.separator is None else {"token_type_ids": second_texts(input_ids, mask, self.separator)}
+        hidden = self.of_transformers(input_ids=input_ids, attention_mask=mask, **types).last_hidden_state
         if self.pooling == "cls":
             features = hidden[:, 0]
         elif self.pooling == "last":
@@ -160,6 +164,12 @@ class CausalModule(LanguageModule):
         hidden = model.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
         predicted: Tensor = model.get_output_embeddings()(_taken(hidden, places))
         return predicted
+
+
+def second_texts(ids: Tensor, mask: Tensor, separator: int) -> Tensor:
+    """1 for the tokens of a pair's second text, which follow the first separator, 0 for all others; ``[B, L]``."""
+    ends = (ids == separator).long()
+    return (ends.cumsum(1) > ends).long() * (mask > 0)
 
 
 def _taken(hidden: Tensor, places: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cached_property
+from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from lit_merge.checkpoints.opening import named_after
 from lit_merge.errors import ConfigurationError
+from lit_merge.files.text import read_json
 from lit_merge.functional.evaluation import evaluating
 from lit_merge.models.heads import build_head
 from lit_merge.models.language.classifiers import (
@@ -33,11 +35,20 @@ from lit_merge.models.language.modules import (
     LanguageModule,
     PooledEncoder,
     Pooling,
+    second_texts,
 )
 from lit_merge.models.language.tokenization import Kind, Tokenization
 from lit_merge.models.network import Network, TaskWords
 
 __all__ = ["CausalNetwork", "LanguageNetwork", "Seq2SeqNetwork", "TextEncoderNetwork"]
+
+_POOLINGS: Mapping[str, Pooling | None] = {
+    **{"cls": "cls", "mean": "mean", "lasttoken": "last"},
+    **{"pooling_mode_cls_token": "cls", "pooling_mode_mean_tokens": "mean", "pooling_mode_lasttoken": "last"},
+    **{"pooling_mode_max_tokens": None, "pooling_mode_mean_sqrt_len_tokens": None},
+    "pooling_mode_weightedmean_tokens": None,
+}
+"""How sentence-transformers calls a pooling, in newer and older folders; None of those that are not ours."""
 
 DType = Literal["float32", "bfloat16", "float16", "float64"]
 
@@ -117,7 +128,8 @@ class TextEncoderNetwork(LanguageNetwork):
 
     Args:
         path: a folder of transformers or ``hf://owner/name``.
-        pooling: ``mean`` over a text's tokens, ``cls``, the first one's, or ``last``, the last one's.
+        pooling: ``mean`` over a text's tokens, ``cls``, the first one's, or ``last``, the last one's; by default what a
+            folder of sentence-transformers says, of others ``mean``.
         normalize: whether features have length 1; heads of class names normalise by themselves.
         head: ``class_names``, ``classifier`` or ``two_layer``.
         heads: trained classifiers: a path with ``{task}`` in it, or task -> path, of files that runs wrote or of
@@ -141,7 +153,7 @@ class TextEncoderNetwork(LanguageNetwork):
     def __init__(
         self,
         path: str,
-        pooling: Pooling = "mean",
+        pooling: Pooling | None = None,
         normalize: bool = False,
         head: Head = "class_names",
         heads: str | dict[str, str] | None = None,
@@ -151,7 +163,7 @@ class TextEncoderNetwork(LanguageNetwork):
         attention: str = "sdpa",
         dropout: float | None = None,
     ) -> None:
-        for name, value, valid in (("pooling", pooling, get_args(Pooling)), ("head", head, get_args(Head))):
+        for name, value, valid in (("pooling", pooling or "mean", get_args(Pooling)), ("head", head, get_args(Head))):
             if value not in valid:
                 raise ConfigurationError(f"{name}: expected one of {', '.join(valid)}, got {value!r}.")
         if heads is not None and (head == "class_names" or (isinstance(heads, str) and "{task}" not in heads)):
@@ -170,7 +182,8 @@ class TextEncoderNetwork(LanguageNetwork):
         return self._head != "class_names" and self._heads is None
 
     def _module(self, model: nn.Module) -> LanguageModule:
-        module = PooledEncoder(model, self._pooling, self._normalize)
+        separator = _separator(model, self.preprocessing.tokenizer)
+        module = PooledEncoder(model, self._pooling or _pooling_of(self.folder), self._normalize, separator)
         for name, value in module.named_parameters():
             if name.startswith("pooler."):  # no feature depends on it: it stays as it is in the folder
                 value.requires_grad_(False)
@@ -220,6 +233,33 @@ class TextEncoderNetwork(LanguageNetwork):
             (TaskClassifier, TaskRegressor) if self._head == "classifier" else (TwoLayerClassifier, TwoLayerRegressor)
         )
         return (regressor if regression else classifier)(self.module.config.hidden_size, task.classes)
+
+
+def _pooling_of(folder: Path) -> Pooling:
+    """What the folder of a sentence encoder says; of another model the mean.
+
+    Raises:
+        ConfigurationError: it is none of ours.
+    """
+    path = folder / "1_Pooling" / "config.json"
+    if not path.is_file():
+        return "mean"
+    settings = read_json(path)
+    modes = settings.get("pooling_mode") or [name for name in _POOLINGS if settings.get(name)]
+    found = [_POOLINGS.get(name) for name in ([modes] if isinstance(modes, str) else modes)]
+    if len(found) != 1 or found[0] is None:
+        raise ConfigurationError(f"pooling: expected cls, mean or last in {path}, got {modes}. Set pooling.")
+    return found[0]
+
+
+def _separator(model: Any, tokenizer: Any) -> int | None:
+    """The token after which a BERT's second text begins; None of models that do not tell two texts apart."""
+    pair, separator = tokenizer("a", "b"), tokenizer.sep_token_id
+    types = torch.tensor([pair.get("token_type_ids") or [0]])
+    if getattr(model.config, "type_vocab_size", 0) < 2 or separator is None or not types.any():
+        return None
+    ids = torch.tensor([pair["input_ids"]])
+    return separator if torch.equal(second_texts(ids, torch.ones_like(ids), separator), types) else None
 
 
 class _TokenNetwork(LanguageNetwork):
