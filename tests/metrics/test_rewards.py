@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from builders.language_folders import tokenizer
@@ -58,9 +60,9 @@ def test_scores_do_not_depend_on_the_other_texts(pad, side, tmp_path):
     size = {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 32, "vocab_size": 60}
     model = hf.GPT2ForSequenceClassification(hf.GPT2Config(**size, pad_token_id=pad, num_labels=2)).eval()
     model.save_pretrained(tmp_path)
-    own = tokenizer("encoder")
-    own.padding_side = side
-    own.save_pretrained(tmp_path)
+    tokenizer("encoder").save_pretrained(tmp_path)
+    settings = tmp_path / "tokenizer_config.json"
+    settings.write_text(json.dumps({**json.loads(settings.read_text()), "padding_side": side}))
     texts = ["a b c d e f", "b"]
     apart = torch.cat([ClassifierReward(str(tmp_path))([""], [text]) for text in texts])
     torch.testing.assert_close(ClassifierReward(str(tmp_path))(["", ""], texts), apart)
