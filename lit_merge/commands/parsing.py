@@ -25,7 +25,10 @@ _SAID = re.compile(rf"(?:class_path '(?:\w+\.)*(\w+)':\s*)?{_DONE}([^{_DONE}]*){
 _SETTING = re.compile(r"(?:Group '([\w.]+)' does not accept option '|unrecognized arguments: --|[Oo]ption ')([\w.]+)")
 _CLASS = re.compile(r"(?:Expected a dot import path string: |class_path ')([\w.]+)(?:':\s+(?:module '|No module)|\n)")
 _TYPE = re.compile(r"Expected an? (?:<class '(?:\w+\.)*(\w+)'>|typing\.(\w+\[.*?\])(?=\.|\n|$))")
-_VALUE = re.compile(r"(?:Got|Given) value: (.+)", re.DOTALL)
+_VALUE = re.compile(r"(?:Got|Given) value: (.+?)(?=\n\s*(?:- Expected|Given value)|\Z)", re.DOTALL)
+_KIND = re.compile(r"<class '(lit_merge(?:\.\w+)+)\.\w+'>")
+"""Of the classes that fit: their module has the others of their kind."""
+_ON_HUB = re.compile(r"https?://(?:www\.)?(?:huggingface\.co|hf\.co)/(?!datasets/|spaces/)([\w.-]+/[\w.-]+)")
 _FEW = 8
 
 
@@ -79,13 +82,17 @@ class NearestNames:
             name = ".".join(filter(None, match.groups()))
             return f"expected a setting, got {name!r}, which there is not.{_hint(name, parser._keys())}"
         if match := _CLASS.search(message):
-            known = _classes(match[1], self.homes)
+            known = _classes(match[1], (*self.homes, *dict.fromkeys(_KIND.findall(message))))
             if match[1] in known:
                 return f"{where}expected a class that fits, got {match[1]!r}, which is of another kind."
             return f"{where}expected a class, got {match[1]!r}, which there is not.{_hint(match[1], known)}"
         types, value = dict.fromkeys(one or other for one, other in _TYPE.findall(message)), _VALUE.search(message)
         if types and value:
-            return f"{where}expected {', '.join(types)}, got {one_line(value[1], 300)!r}.".replace("NoneType", "null")
+            got, listed = one_line(value[1], 300), any(one.lower().startswith(("list", "sequence")) for one in types)
+            line = f"{where}expected {', '.join(types)}, got {got!r}.".replace("NoneType", "null")
+            choices = re.findall(r"'([^']+)'", " ".join(one for one in types if one.startswith("Literal")))
+            hint = did_you_mean(got, choices, "A list is written '[a, b]'." if listed else "")
+            return f"{line} {hint}".rstrip()
         return f"{where}{one_line(rest or message, 300)}."
 
     def _keys(self) -> list[str]:
@@ -103,10 +110,10 @@ class CommandParser(NearestNames, ArgumentParser):
 
 
 def configurations(arguments: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """The content of every ``--config``, a file or YAML itself; what cannot be read is for the parser to say.
+    """The content of every ``--config``, a file or YAML itself; what is wrong with the latter is for the parser to say.
 
     Raises:
-        ConfigurationError: one is a URL, or its aliases stand for too much.
+        ConfigurationError: one is a URL, its aliases stand for too much, or a file holds no settings.
     """
     yield from (content for content, _ in _configured(arguments))
 
@@ -138,9 +145,10 @@ def refuse_urls(settings: Mapping[str, Any], owner: str = "") -> None:
     for name, value in settings.items():
         values = value.values() if isinstance(value, dict) else value if isinstance(value, list) else [value]
         if urls := [one for one in values if isinstance(one, str) and re.fullmatch(r"https?://\S+", one)]:
+            on_hub = _ON_HUB.match(urls[0])
             raise ConfigurationError(
                 f"{owner}{name}: expected a path, or hf://owner/name/file on the Hugging Face Hub, got {urls[0]}: URLs "
-                "are not read. Download it first."
+                f"are not read. {f'Write hf://{on_hub[1]}' if on_hub else 'Download it first'}."
             )
 
 
@@ -152,15 +160,21 @@ def _configured(arguments: Sequence[str]) -> Iterator[tuple[dict[str, Any], Path
             continue
         value = value if equals else next(iter(arguments[position + 1 : position + 2]), "")
         refuse_urls({"config": value})
+        file = None
         try:
             file = Path(value) if Path(value).is_file() else None
             text = file.read_text(encoding="utf-8") if file is not None else value
             check_yaml(text, str(file or "config"))
             content = load_yaml(with_plain_keys(text))
-        except (OSError, ValueError, RecursionError, yaml.YAMLError):
-            continue
+        except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+            if file is None:
+                continue
+            raise ConfigurationError(f"{file}: expected YAML in UTF-8, got {one_line(error)}. Correct it.") from error
         if isinstance(content, dict):
             yield content, file
+        elif file is not None:
+            got = "nothing" if content is None else f"a {type(content).__name__}"
+            raise ConfigurationError(f"{file}: expected settings, a line each (output: runs/mine), got {got}.")
 
 
 def _hint(name: str, known: Iterable[str]) -> str:

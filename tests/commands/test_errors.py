@@ -88,6 +88,8 @@ MISSPELT = [
     ("fit --trainer.callbacks EarlyStoping", "", "Did you mean EarlyStopping?"),
     ("fit --trainer.callbacks+=ExtractTaskVector --trainer.callbacks.pth x", "", "Did you mean path?"),
     ("fit --trainer.logger CSVLoger", "", "Did you mean CSVLogger?"),
+    ("fit --model.trainable Atention", "", "Did you mean Attention?"),
+    ("fit --model.rates LinLr", "", "Did you mean LinLR?"),
     ("fit --model.encoder torch.nn.Linea", "", "encoder: expected a class, got 'torch.nn.Linea'"),
     ("merge --vectrs [a]", "", "Did you mean vectors?"),
     ("merge --vectors [a] --output m.safetensors --transform Meen", "", "Did you mean Mean?"),
@@ -159,11 +161,14 @@ def test_a_users_own_class_is_looked_for_in_its_own_module(refused) -> None:
         (["fit", "surplus"], "unrecognized arguments: surplus."),
         (["fit", "--config=none.yaml"], "none.yaml"),
         (["fit", "--config"], "expected one argument"),
+        (["merge", "--vectors=a", "--output=m"], "vectors: expected list, got 'a'. A list is written '[a, b]'."),
+        (["fit", "--output="], "output: expected a folder, got an empty name. Name one, or leave --output out."),
         (["merge", "--vectors=[a]"], "the following arguments are required: output."),
         (
             [*MERGE, "--recipe=negation", "--kind=weigths"],
-            "kind: expected Literal['weights', 'task_vector', 'lora'], got 'weigths'",
+            "kind: expected Literal['weights', 'task_vector', 'lora'], got 'weigths'. Did you mean weights?",
         ),
+        (["analyze", "--vectors=[a]", "--output=A", "--analyses=[cosin]"], "got 'cosin'. Did you mean cosine?"),
         (MERGE, "recipe, transform and parts: expected exactly one of them, got none."),
         (["suite"], "the following arguments are required: output."),
         (["fit"], "task, path and source: expected exactly one of them, got none."),
@@ -175,9 +180,19 @@ def test_wrong_values(arguments, expected, refused) -> None:
     assert expected in refused(arguments, 2)
 
 
-def test_a_damaged_configuration(refused) -> None:
+@pytest.mark.parametrize("command", ["fit", "merge"])
+def test_a_damaged_configuration(command, refused) -> None:
+    contents = {
+        b"model: [1, 2\n": "YAML in UTF-8, got while parsing a flow sequence",
+        b"output: caf\xe9\n": "YAML in UTF-8, got 'utf-8' codec can't decode byte 0xe9",
+        b"": "settings, a line each (output: runs/mine), got nothing.",
+        b"- a\n": "settings, a line each (output: runs/mine), got a list.",
+    }
+    for content, expected in contents.items():
+        Path("broken.yaml").write_bytes(content)
+        assert refused([command, "--config=broken.yaml"], 2).startswith(f"broken.yaml: expected {expected}")
     Path("broken.yaml").write_text("model: [1, 2\n")
-    assert "line 2" in refused(["fit", "--config=broken.yaml"], 2)
+    assert "line 2" in refused([command, "--config=broken.yaml"], 2)
 
 
 def test_aliases_that_stand_for_too_much_are_refused_at_once(refused) -> None:
@@ -224,6 +239,11 @@ def test_a_url_as_a_path(line, refused) -> None:
     said = refused([part.replace("\xa0", " ") for part in line.split(" ")], 2)
     assert "hf://owner/name/file on the Hugging Face Hub, got http" in said
     assert "URLs are not read. Download it first." in said
+
+
+def test_a_page_of_the_hub_as_an_address(refused) -> None:
+    said = refused([*MERGE[:2], "--base=https://huggingface.co/me/base/tree/main", "--output=m", "--recipe=ties"], 2)
+    assert said.endswith("URLs are not read. Write hf://me/base.")
 
 
 # The machine
@@ -339,6 +359,11 @@ def test_checkpoints_that_are_none(tiny, clip_weights, refused) -> None:
         assert line.startswith(f"{name}: expected a checkpoint of such a run, got")
     for name in ("no.ckpt", "best"):
         assert f"got {name}, which does not exist" in refused([*predict, f"--ckpt_path={name}"], 2)
+    for name in ("R", "R/checkpoints"):
+        said = refused([*predict, f"--ckpt_path={name}"], 2)
+        assert said == f"ckpt_path: expected a checkpoint, got {name}, a folder of them. Name one, e.g. {checkpoint}."
+    Path("empty").mkdir()
+    assert refused([*predict, "--ckpt_path=empty"], 1).startswith("empty: expected a checkpoint of such a run, got IsA")
 
 
 # Regimes

@@ -258,7 +258,7 @@ class LitMergeCLI(LightningCLI):
             if isinstance(request.__context__, KeyboardInterrupt):  # Lightning ends an interrupted run in this way
                 raise KeyboardInterrupt from request
             raise
-        except (pickle.UnpicklingError, KeyError, RuntimeError) as error:
+        except (pickle.UnpicklingError, KeyError, RuntimeError, IsADirectoryError) as error:
             checkpoint = self.config[subcommand].get("ckpt_path")
             if checkpoint and _RESTORING in [frame.name for frame in traceback.extract_tb(error.__traceback__)]:
                 raise _no_checkpoint(checkpoint, error) from error

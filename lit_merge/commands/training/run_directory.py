@@ -43,12 +43,14 @@ class RunDirectory:
         checkpoint: the checkpoint's path, or what Lightning makes of it.
 
     Raises:
-        ConfigurationError: it holds such a run, or cannot be created; or there is no such checkpoint.
+        ConfigurationError: it holds such a run, has no name or cannot be created; or there is no such checkpoint.
     """
 
     def __init__(
         self, command: str, output: str | None = None, overwrite: bool = False, checkpoint: str | None = None
     ) -> None:
+        if output == "":  # such as a shell's variable that is not set
+            raise ConfigurationError("output: expected a folder, got an empty name. Name one, or leave --output out.")
         self.command = command
         self.config = f"{command}.yaml"
         source = _checkpoint_file(checkpoint, output)
@@ -144,6 +146,11 @@ def _checkpoint_file(checkpoint: str | None, output: str | None) -> Path | None:
         path = _newest(folder)
     if not path.exists():
         raise ConfigurationError(f"ckpt_path: expected a checkpoint, got {path}, which does not exist. Check the path.")
+    inside = _newest(path / "checkpoints" if (path / "checkpoints").is_dir() else path)
+    if path.is_dir() and inside.is_file():  # others are checkpoints in shards
+        raise ConfigurationError(
+            f"ckpt_path: expected a checkpoint, got {path}, a folder of them. Name one, e.g. {inside}."
+        )
     return path
 
 
