@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -643,7 +644,9 @@ def check_call(what: str, function: Callable[..., object], fields: Mapping[str, 
     check_fields(what, fields, known)
     needed = [field for field, one in known.items() if one.default is one.empty and field not in fields]
     if needed:
-        raise ConfigurationError(f"{what}: expected a value for {', '.join(needed)}, got none.")
+        told = re.search(rf"^ *{needed[0]}: (.*(?:\n {{5,}}.*)*)", inspect.getdoc(function) or "", re.MULTILINE)
+        meaning = f" It is: {' '.join(told[1].replace('``', '').split())}" if told else ""
+        raise ConfigurationError(f"{what}: expected a value for {', '.join(needed)}, got none.{meaning}")
 
 
 def check_fields(what: str, fields: Mapping[str, Any], known: Iterable[str]) -> None:

@@ -153,7 +153,7 @@ class TaskVector(LazyMapping):
             advice = (
                 "Install the version of lit-merge that wrote it, or a newer one."
                 if found and found.startswith("lit-merge/task-vector/")
-                else "Use TaskVector.from_checkpoints for the weights of a model."
+                else "Whole weights are given as weights; TaskVector.from_checkpoints makes a task vector of them."
             )
             raise FileFormatError(f"{path}: expected format {FORMAT}, got {found or 'none'}. {advice}")
         if verify:

@@ -13,7 +13,7 @@ from builders.batch_recorder import SMALL, Recorder, quiet_trainer
 from PIL import Image
 
 from lit_merge.data import EMBEDDED_TASKS, ImageBatch, MultiTaskDataModule, TaskDataModule, contact_sheet, load_split
-from lit_merge.errors import ConfigurationError, DataError
+from lit_merge.errors import ConfigurationError, DataError, WriteError
 from lit_merge.models import Preprocessing
 
 ROOT = Path(__file__).parents[2]
@@ -369,6 +369,8 @@ def test_refused_contact_sheets(tmp_path):
     ):
         with pytest.raises(ConfigurationError, match=expected):
             contact_sheet(tmp_path / "sheet.png", **settings)
+    with pytest.raises(WriteError, match=f"^{tmp_path}: expected a path that can be written, got Is a directory"):
+        contact_sheet(tmp_path, tasks=["digits"])
     with pytest.raises(ConfigurationError, match="expected an existing folder to write into"):
         contact_sheet(tmp_path / "none" / "sheet.png")
     with pytest.raises(DataError, match="split of digits"):

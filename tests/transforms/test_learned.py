@@ -258,7 +258,7 @@ def test_a_header_that_is_no_json_is_refused(learned):
     refused(FileFormatError, line, adamerging, path)
     path = learned(**{"transform_config": json.dumps(Trim(0.5).to_config()).replace("0.5", "5")})
     refused(ConfigurationError, r"Trim\.density: expected", adamerging, path)
-    line = r"^recipe adamerging: expected a value for coefficients, got none\.$"
+    line = r"^recipe adamerging: expected a value for coefficients, got none\. It is: file of coefficients, from .*\.$"
     refused(ConfigurationError, line, recipe, "adamerging")
 
 

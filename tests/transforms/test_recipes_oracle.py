@@ -399,7 +399,8 @@ def test_every_chain_is_a_recipe():
     assert set(CHAINS) == set(RECIPES)
 
 
-@pytest.mark.parametrize("name", ["fisher", "regmean"])
-def test_a_recipe_says_what_it_needs(name):
-    with pytest.raises(ConfigurationError, match=rf"^recipe {name}: expected a value for statistics, got none\."):
+@pytest.mark.parametrize(("name", "kind"), [("fisher", "fisher"), ("regmean", "gram")])
+def test_a_recipe_says_what_it_needs(name, kind):
+    line = rf"^recipe {name}: expected a value for statistics, got none\. .*lit-merge statistics --kind {kind}\.$"
+    with pytest.raises(ConfigurationError, match=line):
         recipe(name)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import secrets
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,6 +12,7 @@ from torch import Tensor
 
 from lit_merge.data.embedded.tasks import EMBEDDED_TASKS, load_split
 from lit_merge.errors import ConfigurationError, first_few
+from lit_merge.files.writing import new_file
 
 __all__ = ["contact_sheet"]
 
@@ -42,6 +41,7 @@ def contact_sheet(
     Raises:
         ConfigurationError: an unknown task, no task, a number below 1, or no such folder.
         DataError: there is no such split.
+        WriteError: the PNG cannot be written.
     """
     names = list(EMBEDDED_TASKS) if tasks is None else list(tasks)
     unknown = [name for name in names if name not in EMBEDDED_TASKS]
@@ -67,7 +67,8 @@ def contact_sheet(
             row, column = divmod(number, columns)
             picture = Image.fromarray(images[index].permute(1, 2, 0).numpy())
             sheet.paste(picture, (_MARGIN + _TEXT + column * pitch, top + row * pitch))
-    _write(sheet, path)
+    with new_file(path) as file:
+        sheet.save(file, format="PNG")
     return path
 
 
@@ -78,14 +79,3 @@ def _class_after_class(labels: Tensor) -> list[int]:
         where = labels == label
         turn[where] = torch.arange(int(where.sum()))
     return sorted(range(len(labels)), key=lambda index: (int(turn[index]), int(labels[index])))
-
-
-def _write(sheet: Image.Image, path: Path) -> None:
-    temporary = path.with_name(f".{secrets.token_hex(8)}.temporary")
-    try:
-        sheet.save(temporary, format="PNG")
-        temporary.replace(path)
-    except BaseException:  # an interrupt included
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise
