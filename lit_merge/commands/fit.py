@@ -10,7 +10,7 @@ Settings that are changed most:
   --overwrite true            replace an earlier run in it
   --ckpt_path FILE            go on from a checkpoint of this run, or from its last one
   --data.task NAME            an embedded task or a published data set (lit-merge data list)
-  --data.path FOLDER          instead, a folder of images, one folder per class
+  --data.path PATH            instead, a folder of images, one folder per class, or a file of texts
   --data.batch_size NUMBER    images per step and device
   --model.model NAME          a CLIP: lit-tiny, ViT-B-32, ViT-L-14 …
   --model.pretrained TAG      its weights: a tag, a file, or random

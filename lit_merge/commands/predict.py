@@ -1,4 +1,4 @@
-"""Write class names and probabilities for images.
+"""Write class names and probabilities for images or texts.
 
 Examples:
   lit-merge predict --data.task digits --data.predict_path new_images
@@ -6,11 +6,11 @@ Examples:
   lit-merge predict --data.path my_images --data.predict_path a.png --model.task_vector task_vector.safetensors
 
 Settings that are changed most:
-  --data.predict_path PATH    an image or a folder of them
+  --data.predict_path PATH    an image, a folder of them, or a file of texts
   --output FOLDER             where predictions.csv is written, by default runs/predict/TIME
   --overwrite true            replace earlier ones
   --data.task NAME            an embedded task or a published data set (lit-merge data list)
-  --data.path FOLDER          instead, a folder of images, one folder per class
+  --data.path PATH            instead, a folder of images, one folder per class, or a file of texts
   --data.batch_size NUMBER    images per step and device
   --model.model NAME          a CLIP: lit-tiny, ViT-B-32, ViT-L-14 …
   --model.pretrained TAG      its weights: a tag, a file, or random

@@ -3,7 +3,7 @@
 Examples:
   lit-merge soup --vectors '[seed-0.safetensors, seed-1.safetensors]' --output soup.safetensors
   lit-merge soup --vectors '[a.safetensors, b.safetensors]' --kind task_vector --output soup.safetensors
-  lit-merge soup --config configs/soup/greedy.yaml --output soup.safetensors
+  lit-merge soup --config configs/soup/greedy.yaml --vectors '[a.safetensors, b.safetensors]' --output soup.safetensors
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ Settings that are changed most:
   --output FOLDER             where test_metrics.json is written, by default runs/test/TIME
   --overwrite true            replace earlier ones
   --data.task NAME            an embedded task or a published data set (lit-merge data list)
-  --data.path FOLDER          instead, a folder of images, one folder per class
+  --data.path PATH            instead, a folder of images, one folder per class, or a file of texts
   --data.batch_size NUMBER    images per step and device
   --model.model NAME          a CLIP: lit-tiny, ViT-B-32, ViT-L-14 …
   --model.pretrained TAG      its weights: a tag, a file, or random

@@ -112,7 +112,7 @@ class FineTuneModule(FineTuningProtocol):
             if self.head is None:
                 raise ConfigurationError(
                     "head: expected a data module with classes and templates, or head=…, got neither. "
-                    "Use TaskDataModule, or pass head=…."
+                    "Use TaskDataModule, MultiTaskModule for several tasks, or pass head=…."
                 )
         else:
             self.task, self.classes = data.name or "", tuple(data.classes)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from lit_merge.commands.main import main, process
 from lit_merge.commands.table import commands, groups
@@ -101,6 +102,21 @@ def test_the_table_is_the_folder(capsys) -> None:
         assert callable(getattr(command.load(), command.file.stem))
         assert command.takes_command_line == (name in ("fit", "validate", "test", "predict"))
         assert f"lit-merge {name.partition(' ')[0]} " in text
+
+
+def test_examples_of_the_help_have_all_that_is_required() -> None:
+    lacking = []
+    for name, command in commands().items():
+        assert command.definition is not None
+        arguments = command.definition.args
+        required = [one.arg for one in arguments.args[: len(arguments.args) - len(arguments.defaults)]]
+        for line in re.findall(r"^  lit-merge (.+)$", command.docstring, re.MULTILINE):
+            words = shlex.split(line)[len(name.split()) :]
+            files = [words[at + 1] for at, word in enumerate(words) if word == "--config"]
+            given = {word.removeprefix("--").partition(".")[0] for word in words if word.startswith("--")}
+            given |= {key for file in files for key in yaml.safe_load((ROOT / file).read_text(encoding="utf-8"))}
+            lacking += [f"{line}: {one}" for one in required if one not in (*given, *command.positional)]
+    assert lacking == []
 
 
 @pytest.mark.parametrize("name", ["fit", "validate", "test", "predict"])
