@@ -207,7 +207,15 @@ def _billions(found: dict[str, Any]) -> Iterator[Ratio]:
                 yield Ratio("billions", what, ours, said, ratio, 1.0, lower=False)
 
 
+def _timings(found: dict[str, Any]) -> Iterator[Ratio]:
+    for name, goal in (("quickstart (nothing cached)", 180), ("quickstart, started again", 3)):
+        if name in found["seconds"]:
+            took = found["seconds"][name]
+            yield Ratio("timings", f"the {name}", f"{took:.3g} s", f"{goal} s", took / goal, 1.0)
+
+
 READERS = {
+    "timings": _timings,
     "merge": _merge,
     "billions": _billions,
     "t5_large": _t5_large,

@@ -1,4 +1,4 @@
-"""How long the main job takes on this machine: drawing the suite, fine-tuning one task, the whole quickstart.
+"""How long the main job takes on this machine: drawing the suite, fine-tuning one task, the whole quickstart, twice.
 
 Each is a process of its own, started as a user would, imports included; run it with nothing else running.
 
@@ -47,6 +47,7 @@ def main() -> None:
         quickstart = ["-m", "lit_merge", "suite", "--config", str(ROOT / "configs/suite/quickstart.yaml")]
         measured = {
             "quickstart (nothing cached)": seconds(quickstart, folder),
+            "quickstart, started again": seconds(quickstart, folder),
             "quickstart by stage": json.loads(Path(folder, "runs/quickstart/timings.json").read_text(encoding="utf-8")),
             "fit, 120 steps, with imports": {
                 task: seconds(["-m", "lit_merge", "fit", "--config", *full, "--data.task", task], folder)
