@@ -137,8 +137,9 @@ class FineTuningProtocol(EncoderModule):
         self.rates = rates
         self._optimizer_wrapper = optimizer_wrapper
         self._wrapped: str | None = None
-        self._random: list[Tensor] | None = None  # of the last training step's end
-        self._within_step = False
+        self._random: list[Tensor] | None = (
+            None  # at the end of the last step; None within one
+        )
         if rates is not None:
             rates(self.initial_parameters)  # refuses a network without blocks before anything is loaded
         if activation_checkpointing:
@@ -162,7 +163,7 @@ class FineTuningProtocol(EncoderModule):
         super().setup(stage)
         if stage != "fit":
             return
-        self._random, self._within_step = None, False
+        self._random = None
         if self.as_loaded:
             self.encoder.train()
             self._keep_statistics()
@@ -225,17 +226,17 @@ class FineTuningProtocol(EncoderModule):
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Go on with the random numbers of the last step, whatever was drawn since, e.g. by a validation."""
         if self._random is not None:
-            _set_random_state(self._random)
-        self._within_step = True
+            _set_random_state(self._random, self.device)
+        self._random = None
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Keep the random numbers for the next step."""
-        self._random, self._within_step = _random_state(), False
+        self._random = _random_state(self.device)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """See :class:`EncoderModule`; dropout goes on as it would have, in one process (of several as in the first)."""
+        """See :class:`EncoderModule`; dropout goes on as it would have, of several processes as in the first."""
         super().on_save_checkpoint(checkpoint)
-        checkpoint["random_state"] = _random_state() if self._within_step else self._random
+        checkpoint["random_state"] = _random_state(self.device) if self._random is None else self._random
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """See :class:`EncoderModule`."""
@@ -271,17 +272,16 @@ class FineTuningProtocol(EncoderModule):
         self.clip_gradients(optimizer, value or None, gradient_clip_algorithm or "norm")
 
 
-def _random_state() -> list[Tensor]:
-    """Of the CPU's generator and those of the accelerators that are in use."""
-    used = torch.cuda.is_available() and torch.cuda.is_initialized()
-    return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if used else ())]
+def _random_state(device: torch.device) -> list[Tensor]:
+    """Of the CPU's generator, and of that of the GPU that a process computes on."""
+    return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
 
 
-def _set_random_state(state: list[Tensor]) -> None:
+def _set_random_state(state: list[Tensor], device: torch.device) -> None:
+    """Also of a run on another kind of device, of which the CPU's generator is taken over."""
     torch.set_rng_state(state[0].cpu())
-    for device, own in enumerate(state[1:]):
-        if torch.cuda.is_available() and device < torch.cuda.device_count():
-            torch.cuda.set_rng_state(own.cpu(), device)
+    if device.type == "cuda" and len(state) > 1:
+        torch.cuda.set_rng_state(state[1].cpu(), device)
 
 
 def check_range(name: str, value: float, low: float = 0.0, below: float = math.inf) -> None:

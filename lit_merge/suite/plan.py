@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -150,8 +151,8 @@ class SuitePlan(SuiteSettings):
         cache, key = Cache("models"), None
         if self.network is None and (weights := weights_path(self.model, self.pretrained)) is not None:
             config = self.ledger.digest(self.model) if Path(self.model).is_file() else self.model
-            key = cache.key([__version__, config, self.pretrained, self.ledger.tree_digest(weights)])
-            if (known := cache.value(key)) is not None and "shapes" in known:
+            key = cache.key(["with shapes", __version__, config, self.pretrained, self.ledger.tree_digest(weights)])
+            if (known := cache.value(key)) is not None:
                 return dict(known)
         network: Network = ClipNetwork(self.model, self.pretrained) if self.network is None else self._network()
         self._opened_with_heads = network.trains_heads
@@ -181,16 +182,12 @@ class SuitePlan(SuiteSettings):
         self._check_control()
         self._check_penalty()
         self.check_statistics()
-        assert self._opened
+        transforms = {}
         for name, recipe in self.recipes.items():
-            try:
-                transform = recipe.check(self.directory, self.seeds[0])
-                if transform is not None:
-                    self._check_transform(recipe, transform)
+            with _naming(name):
+                transforms[name] = recipe.check(self.directory, self.seeds[0])
                 if recipe.search:
                     self._check_search(recipe.search)
-            except LitMergeError as error:
-                raise type(error)(f"recipes.{name}: {error}") from error
             if (recipe.collected == "gram" or recipe.calibrate) and self.evaluated_linearized:
                 raise ConfigurationError(
                     "recipes: expected none by Gram matrices or calibration of linearised models, whose layers have "
@@ -199,6 +196,10 @@ class SuitePlan(SuiteSettings):
         check_configuration("test", self.test_config(self.all_data(), {}))  # before its data are opened from it
         assert self.data_module
         assert self.model_description
+        for name, transform in transforms.items():
+            if transform is not None:
+                with _naming(name):
+                    self._check_transform(self.recipes[name], transform)
         seed, task = self.seeds[0], self.tasks[0]
         check_configuration("fit", self.fit_config(seed, task))
         check_configuration("test", self.test_config(self.task_data(task, seed), {}))
@@ -499,6 +500,15 @@ def _tops(paths: Sequence[Path], root: Path) -> list[Path]:
 def _files_of(heads: str | None, tasks: Sequence[str]) -> tuple[Path, ...]:
     """The heads' files of some tasks."""
     return () if heads is None else tuple(Path(heads.replace("{task}", task)) for task in tasks)
+
+
+@contextmanager
+def _naming(recipe: str) -> Iterator[None]:
+    """Within it, what is refused is said of this recipe."""
+    try:
+        yield
+    except LitMergeError as error:
+        raise type(error)(f"recipes.{recipe}: {error}") from error
 
 
 class _ReadTooEarly(Exception):  # noqa: N818 - a request, not an error

@@ -146,11 +146,12 @@ def _checkpoint_file(checkpoint: str | None, output: str | None) -> Path | None:
         path = _newest(folder)
     if not path.exists():
         raise ConfigurationError(f"ckpt_path: expected a checkpoint, got {path}, which does not exist. Check the path.")
-    inside = _newest(path / "checkpoints" if (path / "checkpoints").is_dir() else path)
-    if path.is_dir() and inside.is_file():  # others are checkpoints in shards
-        raise ConfigurationError(
-            f"ckpt_path: expected a checkpoint, got {path}, a folder of them. Name one, e.g. {inside}."
-        )
+    if path.is_dir():  # without such files it may be a checkpoint in shards
+        inside = _newest(path / "checkpoints" if (path / "checkpoints").is_dir() else path)
+        if inside.is_file():
+            raise ConfigurationError(
+                f"ckpt_path: expected a checkpoint, got {path}, a folder of them. Name one, e.g. {inside}."
+            )
     return path
 
 
