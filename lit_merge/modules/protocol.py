@@ -137,9 +137,7 @@ class FineTuningProtocol(EncoderModule):
         self.rates = rates
         self._optimizer_wrapper = optimizer_wrapper
         self._wrapped: str | None = None
-        self._random: list[Tensor] | None = (
-            None  # at the end of the last step; None within one
-        )
+        self._random: list[Tensor] | None = None  # at the end of the last step; None within one
         if rates is not None:
             rates(self.initial_parameters)  # refuses a network without blocks before anything is loaded
         if activation_checkpointing:
