@@ -10,6 +10,9 @@ by itself; ``ties_tensor`` is ours with mergekit's scope. LiNeS is in neither of
 
     pip install -r benchmarks/requirements.txt
     python benchmarks/merge.py --output benchmarks/results/merge.json
+
+What one call measures replaces the rows of the same shapes, methods and tools; measure all of a shape at once, so that
+they stand side by side.
 """
 
 from __future__ import annotations
@@ -255,13 +258,10 @@ def table(result: dict[str, Any]) -> str:
                     f"{row['peak_mib'] / row['largest_stack_mib']:.1f}",
                 ]
                 lines.append(f"| {' | '.join(cells)} |")
-    peers = ", ".join(f"{name} {result['versions'][name]}" for name in ("mergekit", "fusion-bench"))
-    cores, cpu = result["hardware"]["cores"], result["hardware"]["processor"]
-    lines += [
-        "",
-        f"Side by side on {cores} cores ({cpu}), torch {result['versions']['torch']}, {peers}. From "
-        "`benchmarks/results/merge.json`, written by `benchmarks/merge.py`.",
-    ]
+        known, on = limit_row["versions"], limit_row["hardware"]
+        peers = ", ".join(f"{name} {known[name]}" for name in ("torch", "mergekit", "fusion-bench"))
+        lines += ["", f"Side by side on {on['cores']} cores ({on['processor']}), {peers}."]
+    lines += ["", "From `benchmarks/results/merge.json`, written by `benchmarks/merge.py`."]
     return "\n".join(lines)
 
 
@@ -295,7 +295,8 @@ def main() -> None:
     result: dict[str, Any] = {"rows": []}
     if options.output.exists():
         result |= json.loads(options.output.read_text())
-    result |= {"versions": {**versions(), **_peers()}, "hardware": hardware(), "tasks": TASKS}
+    result["tasks"] = TASKS
+    machine = {"versions": {**versions(), **_peers()}, "hardware": hardware()}
     for name in options.shapes:
         folder = options.folder.resolve() / name
         prepare(folder, name)
@@ -317,7 +318,7 @@ def main() -> None:
                         found.append(measure(tool, method, folder, options.memory))
                         print(name, method, tool, found[-1], flush=True)
         for (method, tool), found in rounds.items():
-            row: dict[str, Any] = {"shapes": name, "method": method, "tool": tool}
+            row: dict[str, Any] = {"shapes": name, "method": method, "tool": tool, **machine}
             row["largest_stack_mib"] = round(largest * 4 * TASKS / 2**20, 1)
             failed = [one for one in found if "failed" in one]
             if failed:

@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +58,7 @@ class Ratio:
         value: the ratio.
         goal: the bound; None for none.
         lower: whether less is better.
+        processor: of the machine that it was measured on; "" if the file has one for all its rows, or does not say.
     """
 
     source: str
@@ -67,6 +68,7 @@ class Ratio:
     value: float
     goal: float | None = None
     lower: bool = True
+    processor: str = ""
 
     @property
     def key(self) -> tuple[str, str, str]:
@@ -99,7 +101,8 @@ def ratios(folder: Path) -> list[Ratio]:
     for source, read in READERS.items():
         path = folder / f"{source}.json"
         if path.exists():
-            rows += read(json.loads(path.read_text(encoding="utf-8")))
+            found = json.loads(path.read_text(encoding="utf-8"))
+            rows += [row if row.processor else replace(row, processor=processor(found)) for row in read(found)]
     return rows
 
 
@@ -111,15 +114,16 @@ def _merge(found: dict[str, Any]) -> Iterator[Ratio]:
             continue
         what, ours = f"{NAMES[method]}, {found['tasks']} × {shapes}", seconds(row["seconds"], row["median"])
         ours += f", {row['peak_mib']:.0f} MiB"
+        on = row["hardware"]["processor"]
         goal = 1.3 if method in ("task_arithmetic", "dare", "lines") else None
         if shapes in limits:
             limit = f"reading and writing the files, {limits[shapes]:.3g} s"
-            yield Ratio("merge", what, ours, limit, row["median"] / limits[shapes], goal)
+            yield Ratio("merge", what, ours, limit, row["median"] / limits[shapes], goal, processor=on)
         for peer in ("mergekit", "fusion_bench"):
             other = by.get((shapes, method, peer), {})
             if other.get("median"):
                 said = f"{peer}, {other['median']:.3g} s, {other['peak_mib']:,.0f} MiB"
-                yield Ratio("merge", what, ours, said, other["median"] / row["median"], 1.0, lower=False)
+                yield Ratio("merge", what, ours, said, other["median"] / row["median"], 1.0, False, on)
 
 
 def _t5_large(found: dict[str, Any]) -> Iterator[Ratio]:
@@ -233,26 +237,25 @@ def table(rows: list[Ratio]) -> str:
     for row in rows:
         lines.append(f"| {row.what} | {row.ours} | {row.other} | {row.value:.2f} | {row.wanted} | {row.met} |")
     judged = [row.met for row in rows if row.met]
-    machines = sorted({processor(RESULTS / f"{source}.json") for source in READERS} - {""})
+    machines = sorted({row.processor for row in rows} - {""})
     met = f"{judged.count('yes')} of {len(judged)} goals are met."
     lines += ["", f"{met} Measured on {' and '.join(machines)}, 2 cores."]
     return "\n".join(lines)
 
 
-def processor(path: Path) -> str:
+def processor(found: dict[str, Any]) -> str:
     """Of the machine that a file was measured on; "" if it does not say."""
-    found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     parts = [found, *(one for one in found.values() if isinstance(one, dict)), *found.get("machines", {}).values()]
     parts += found.get("rows", [])
     return next((str(one["hardware"]["processor"]) for one in parts if "hardware" in one), "")
 
 
 def slower(committed: list[Ratio], measured: list[Ratio]) -> list[str]:
-    """What is worse by more than a quarter, in words."""
+    """What is worse by more than a quarter on the same kind of processor, in words."""
     known, found = {row.key: row for row in committed}, []
     for row in measured:
         before = known.get(row.key)
-        if before is None:
+        if before is None or before.processor != row.processor:
             continue
         worse = row.value / before.value if row.lower else before.value / row.value
         if worse > WORSE:
@@ -279,10 +282,7 @@ def main() -> None:
             assert folder is not None
             measure(folder)
         if folder is not None:
-            same = {
-                name for name in READERS if processor(folder / f"{name}.json") == processor(RESULTS / f"{name}.json")
-            }
-            rows = [row for row in ratios(folder) if row.source in same]
+            rows = ratios(folder)
             print(table(rows))
             if found := slower(ratios(RESULTS), rows):
                 sys.exit("slower than committed:\n" + "\n".join(found))
