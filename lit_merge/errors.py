@@ -63,14 +63,18 @@ class EndRequested(SystemExit):
 
     Lightning's own exception has no exit code, and would end a process as if all were done.
 
+    Args:
+        going_on: how to go on, for the line that is said at the end; empty if nothing is known.
+
     Attributes:
         status: the exit code, that of a process that a shell saw killed by SIGTERM.
     """
 
     status = 128 + signal.SIGTERM
 
-    def __init__(self) -> None:
+    def __init__(self, going_on: str = "") -> None:
         super().__init__(self.status)
+        self.going_on = going_on
 
 
 def first_few(items: Iterable[object], limit: int = 3) -> str:

@@ -52,13 +52,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.path.append(str(Path.cwd()))
     try:
         run(arguments)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as request:
         if _is_first():
-            sys.stderr.write(f"lit-merge: interrupted{_going_on(arguments)}\n")
+            said = str(request.args[0]) if request.args else ""
+            sys.stderr.write(f"lit-merge: interrupted{_going_on(arguments, said)}\n")
         return 130
-    except EndRequested:
+    except EndRequested as request:
         if _is_first():
-            sys.stderr.write(f"lit-merge: asked to end (SIGTERM){_going_on(arguments)}\n")
+            sys.stderr.write(f"lit-merge: asked to end (SIGTERM){_going_on(arguments, request.going_on)}\n")
         return EndRequested.status
     except SystemExit as request:  # from the argument parsers: --help, --print_config, a usage error
         return request.code if isinstance(request.code, int) else (0 if request.code is None else 1)
@@ -93,8 +94,10 @@ def run(arguments: Sequence[str]) -> Any:
     return run_command(arguments[0], arguments[1:])
 
 
-def _going_on(arguments: Sequence[str]) -> str:
-    return "; run the same command again to go on" if arguments[:1] in (["suite"], ["analyze"]) else ""
+def _going_on(arguments: Sequence[str], said: str) -> str:
+    if arguments[:1] in (["suite"], ["analyze"]):
+        said = "run the same command again to go on"
+    return f"; {said}" if said else ""
 
 
 def _is_first() -> bool:

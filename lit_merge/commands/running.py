@@ -80,7 +80,7 @@ def _requests_to_end() -> Iterator[None]:
     except SystemExit as request:
         raised = sys.modules.get("lightning.pytorch.utilities.exceptions")
         if raised is not None and isinstance(request, raised.SIGTERMException):
-            raise EndRequested from request
+            raise EndRequested(str(request.args[0]) if request.args else "") from request
         raise
 
 

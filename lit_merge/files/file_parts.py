@@ -15,7 +15,17 @@ from torch import Tensor
 from lit_merge.errors import FileFormatError
 from lit_merge.files.lazy import Slicer
 
-__all__ = ["COPY_AGAIN", "FileParts", "OpenFile", "Parts", "Slices", "bytes_of", "one_line", "printable"]
+__all__ = [
+    "COPY_AGAIN",
+    "FileParts",
+    "OpenFile",
+    "Parts",
+    "Slices",
+    "bytes_of",
+    "check_no_pointer",
+    "one_line",
+    "printable",
+]
 
 COPY_AGAIN = "Copy or write it again."
 
@@ -44,6 +54,16 @@ class Filling(Protocol):
 
     def fill(self, memory: memoryview, offset: int, what: str) -> None:
         """Read into memory from that byte on."""
+
+
+def check_no_pointer(parts: Parts, what: str) -> None:
+    """Refuse the text that Git LFS leaves in a large file's place.
+
+    Raises:
+        FileFormatError: the file begins as such a text does.
+    """
+    if parts.bytes(0, min(parts.size, 8)) == b"version ":
+        raise FileFormatError(f"{parts.path}: expected {what}, got a pointer of Git LFS. Run git lfs pull.")
 
 
 class FileParts:

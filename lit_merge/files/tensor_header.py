@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from lit_merge.errors import FileFormatError
-from lit_merge.files.file_parts import COPY_AGAIN, Parts, printable
+from lit_merge.files.file_parts import COPY_AGAIN, Parts, check_no_pointer, printable
 from lit_merge.files.text import unique_items
 
 __all__ = ["DTYPES", "LONGEST_HEADER", "TensorHeader", "read_header"]
@@ -42,6 +42,9 @@ _MOST_BRACKETS = 1_000_000  # three for each tensor, and those in names and meta
 _MOST_DIMENSIONS = 64
 
 
+_OF_TEXT = frozenset(b"\t\n\r") | frozenset(range(0x20, 0x7F))
+
+
 @dataclass(frozen=True)
 class TensorHeader:
     """What a header says.
@@ -65,7 +68,11 @@ def read_header(parts: Parts) -> TensorHeader:
             entry's dtype is not among ``DTYPES``, its shape and its offsets disagree; tensors overlap, leave bytes
             between them or do not end with the file; or the header is longer than 16 MiB.
     """
-    length = int.from_bytes(parts.bytes(0, 8), "little") if parts.size >= 8 else 0
+    check_no_pointer(parts, "a safetensors file")
+    first = parts.bytes(0, 8) if parts.size >= 8 else b""
+    length = int.from_bytes(first, "little")
+    if first and all(byte in _OF_TEXT for byte in first):  # such a length would be petabytes at least
+        raise FileFormatError(f"{parts.path}: expected a safetensors file, got text. Check the path.")
     if parts.size < 8 or length > min(parts.size - 8, LONGEST_HEADER):
         raise FileFormatError(
             f"{parts.path}: expected a safetensors file with its header inside, of at most {LONGEST_HEADER:,} bytes, "

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lit_merge.errors import FileFormatError
+from lit_merge.errors import FileFormatError, first_few
 from lit_merge.report.reader import Reader
 
 __all__ = [
@@ -185,6 +185,9 @@ class Results:
             FileFormatError: the schema is another one, a key is missing, or a value is not what it must be.
         """
         document = Reader(data, source)
+        if isinstance(data, dict) and "schema" not in data:
+            got = f"an object with {first_few(map(repr, data)) or 'nothing'}"
+            raise document.refusal("the results that a suite writes", got, "Check the path.")
         schema = document["schema"]
         if schema.value != SCHEMA or isinstance(schema.value, bool):
             raise schema.refusal(f"schema {SCHEMA}", repr(schema.value), "Read it with the version that wrote it.")

@@ -576,3 +576,9 @@ def test_paths_of_python_3_13(path):
     file = open_torch_file(path)
     assert list(file) == ["weight"]
     assert file.other == {"root": "<pathlib._local.PosixPath>"}
+
+
+def test_a_pointer_of_git_lfs(path):
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 3\n")
+    with pytest.raises(FileFormatError, match=r"or torch\.jit\.save, got a pointer of Git LFS\. Run git lfs pull\.$"):
+        TorchFile(path)

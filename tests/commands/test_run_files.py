@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import errno
+import os
 import resource
 import shutil
+import signal
 import sys
 from collections import namedtuple
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -102,6 +105,31 @@ def test_an_unfinished_run_names_both_ways_on(fit, capsys) -> None:
     line = error(capsys)
     assert "go on from it with --ckpt_path R/checkpoints/epoch=3-step=9.ckpt" in line
     assert "--overwrite true" in line
+
+
+@pytest.mark.parametrize(("how", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_run_that_is_ended_says_how_to_go_on(fit, capsys, monkeypatch, how, code) -> None:
+    handlers = {one: signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)}
+    original, steps = FineTuneModule.training_step, iter(range(10))
+
+    def asked(self: FineTuneModule, *arguments: Any) -> Any:
+        if next(steps) == 1:
+            os.kill(os.getpid(), how)
+        return original(self, *arguments)
+
+    every = "--trainer.callbacks+={class_path: ModelCheckpoint, init_args: {every_n_train_steps: 1}}"
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(FineTuneModule, "training_step", asked)
+            assert fit("R", every) == code
+    finally:
+        for one, handler in handlers.items():  # Lightning ignores SIGINT after an interruption
+            signal.signal(one, handler)
+    said = capsys.readouterr().err.splitlines()[-1]
+    (newest,) = Path("R/checkpoints").glob("*.ckpt")
+    assert said.endswith(f"; to go on, add --ckpt_path {newest}")
+    assert fit("R", every, "--ckpt_path", str(newest)) == 0
+    assert TaskVector.load("R/task_vector.safetensors").task == "digits"
 
 
 def test_a_checkpoint_of_slurm_that_is_damaged_is_named(fit, capsys) -> None:

@@ -298,9 +298,25 @@ def test_hostile_and_foreign_files_are_refused(tmp_path, content):
     file = tmp_path / "garbage.safetensors"
     file.write_bytes(content)
     with pytest.raises(
-        FileFormatError, match=r"garbage\.safetensors: expected .*(Copy or write it again|Convert that)"
+        FileFormatError, match=r"garbage\.safetensors: expected .*(Copy or write it again|Convert that|Check the path)"
     ):
         LazyTensors(file)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (
+            "version https://git-lfs.github.com/spec/v1\noid sha256:1\n",
+            r"got a pointer of Git LFS\. Run git lfs pull\.$",
+        ),
+        ("data: 1\nmodel: 2\n", r"got text\. Check the path\.$"),
+    ],
+)
+def test_text_is_no_tensors(content, message, tmp_path):
+    (tmp_path / "a.safetensors").write_text(content)
+    with pytest.raises(FileFormatError, match=message):
+        LazyTensors(tmp_path / "a.safetensors")
 
 
 def test_a_torch_checkpoint_is_not_executed(tmp_path):

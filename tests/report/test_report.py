@@ -143,6 +143,7 @@ SEED = ("seeds", "1")
 MERGED = (*SEED, "merged", "task_arithmetic")
 REFUSALS = [
     (without("tasks"), "r: expected the key 'tasks', got 'schema', 'name', 'model' and 7 more. Run the suite again."),
+    (without("schema"), "r: expected the results that a suite writes, got an object with 'name', 'model',"),
     (with_value(2, "schema"), "r: expected schema 1 at schema, got 2. Read it with the version that wrote it."),
     (with_value(True, "schema"), "r: expected schema 1 at schema, got True."),
     (with_value([], "tasks"), "r: expected one or more different tasks at tasks, got []."),

@@ -29,7 +29,7 @@ from lit_merge.checkpoints.pickles.module_names import (
 from lit_merge.checkpoints.pickles.stored_zip import StoredEntry, stored_entries
 from lit_merge.checkpoints.pickles.tensors import Storage, StoredTensor, Unsupported, rebuild_tensor, storage_of
 from lit_merge.errors import FileFormatError, first_few
-from lit_merge.files.file_parts import COPY_AGAIN, FileParts, printable
+from lit_merge.files.file_parts import COPY_AGAIN, FileParts, check_no_pointer, printable
 from lit_merge.files.lazy import LazyMapping, Slicer
 
 __all__ = ["TorchFile", "is_torch_file", "open_torch_file"]
@@ -72,6 +72,7 @@ class TorchFile(LazyMapping):
     def __init__(self, path: str | os.PathLike[str], section: str | None = None) -> None:
         self._parts = FileParts(path, _WHAT)
         self.path = self._parts.path
+        check_no_pointer(self._parts, _WHAT)
         archive = self._parts.bytes(0, min(self._parts.size, 4))[:2] == b"PK"
         content, spans, script = _read_zip(self._parts) if archive else _read_stream(self._parts)
         self.classes = content.names

@@ -19,7 +19,7 @@ from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities import rank_zero_info
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
 from lit_merge.callbacks import ExtractTaskVector, WriteHits, WriteMerge, WriteMetrics, WritePredictions
 from lit_merge.commands.parsing import NearestNames, configurations, refuse_saved_permissions, refuse_urls
@@ -255,8 +255,12 @@ class LitMergeCLI(LightningCLI):
         try:
             super()._run_subcommand(subcommand)
         except SystemExit as request:
+            assert self.run_directory is not None
+            going_on = self.run_directory.going_on()
             if isinstance(request.__context__, KeyboardInterrupt):  # Lightning ends an interrupted run in this way
-                raise KeyboardInterrupt from request
+                raise KeyboardInterrupt(going_on) from request
+            if isinstance(request, SIGTERMException):
+                request.args = (going_on,)
             raise
         except (pickle.UnpicklingError, KeyError, RuntimeError, IsADirectoryError) as error:
             checkpoint = self.config[subcommand].get("ckpt_path")

@@ -110,6 +110,11 @@ class RunDirectory:
         inside = [file for path in self._results() for file in (path, *path.rglob("*"))]
         return sum(file.stat().st_size for file in inside if file.is_file())
 
+    def going_on(self) -> str:
+        """How to go on with a run that has ended early; empty if it left no checkpoint."""
+        newest = _newest(self.path / "checkpoints")
+        return f"to go on, add --ckpt_path {newest}" if self.command == "fit" and newest.is_file() else ""
+
     def discard(self, begun: bool = False) -> None:
         """The run failed: leave the directory as it was found, unless the run had ``begun`` and left some results."""
         if not _is_first() or (begun and self._results()):

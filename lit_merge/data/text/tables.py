@@ -10,6 +10,7 @@ import codecs
 import csv
 import io
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -273,17 +274,7 @@ def _decoded(path: Path, encoding: str) -> str:
 
 
 def _separated(text: str, path: Path, sign: str) -> Table:
-    previous = csv.field_size_limit(_LONGEST_CELL)
-    try:
-        reader = csv.reader(io.StringIO(text, newline=""), delimiter=sign, strict=True)
-        lines = [line for line in reader if line]
-    except csv.Error as error:
-        raise DataError(
-            f"{path}: expected cells separated by {'commas' if sign == ',' else 'tabs'}, with quotes that are closed, "
-            f"got {one_line(error)} in line {reader.line_num}. Correct it."
-        ) from error
-    finally:
-        csv.field_size_limit(previous)
+    lines = _cells(text, path, sign)
     names, rows = [name.strip() for name in lines[0]], lines[1:]
     wrong = next((index for index, row in enumerate(rows) if len(row) != len(names)), None)
     twice = sorted({name for name in names if names.count(name) > 1})
@@ -298,3 +289,28 @@ def _separated(text: str, path: Path, sign: str) -> Table:
             f"{wrong + 1}. Put texts that contain the separator in quotes."
         )
     return Table({name: [row[place] for row in rows] for place, name in enumerate(names)}, str(path))
+
+
+def _cells(text: str, path: Path, sign: str) -> list[list[str]]:
+    """The lines that are not empty, cell by cell.
+
+    Two kinds of file have tabs: spreadsheets' and pandas', with quotes as in CSV, and those of GLUE and its like, in
+    which a quote is a character as any other. Of the second kind is one that can only be read so, or of whose lines
+    quotes would make fewer although all of them are whole by themselves.
+    """
+    previous = csv.field_size_limit(_LONGEST_CELL)
+    plain = [line.split("\t") for line in re.split(r"\r\n|\r|\n", text) if line] if sign == "\t" and '"' in text else []
+    whole = len(plain) > 1 and len(plain[0]) > 1 and all(len(line) == len(plain[0]) for line in plain)
+    try:
+        reader = csv.reader(io.StringIO(text, newline=""), delimiter=sign, strict=True)
+        lines = [line for line in reader if line]
+    except csv.Error as error:
+        if whole:
+            return plain
+        raise DataError(
+            f"{path}: expected cells separated by {'commas' if sign == ',' else 'tabs'}, with quotes that are closed, "
+            f"got {one_line(error)} in line {reader.line_num}. Correct it."
+        ) from error
+    finally:
+        csv.field_size_limit(previous)
+    return plain if whole and len(lines) < len(plain) else lines

@@ -21,6 +21,25 @@ def test_formats(tmp_path, suffix):
     assert is_table(tmp_path / f"rows{suffix}")
 
 
+@pytest.mark.parametrize(
+    ("raw", "texts"),
+    [
+        ('"so" it goes\t1\nb\t0\n', ['"so" it goes', "b"]),  # behind a quote comes neither tab nor end
+        ('"so it goes\t1\nb\t0\n', ['"so it goes', "b"]),  # never closed
+        ('"a\t1\nb"\t0\r\nc\t1\n', ['"a', 'b"', "c"]),  # one cell by quotes, although every line is whole
+        ('"a\tb"\t1\n"c\nd"\t0\n', ["a\tb", "c\nd"]),  # tabs and ends of lines within quotes
+        ('"he said ""so"""\t1\nb\t0\n', ['he said "so"', "b"]),
+    ],
+)
+def test_tabs_with_and_without_quotes(tmp_path, raw, texts):
+    path = tmp_path / "rows.tsv"
+    path.write_text(f"text\tlabel\n{raw}", newline="")
+    assert read_table(path).columns["text"] == texts
+    path.write_text('text\n"so" it goes\n', newline="")  # one column: nothing tells that all lines are whole
+    with pytest.raises(DataError, match=r"separated by tabs, with quotes that are closed, got '.' expected after"):
+        read_table(path)
+
+
 def test_what_datasets_saved_and_class_names_of_parquet(tmp_path):
     datasets = pytest.importorskip("datasets")
     features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["no", "yes"])})
