@@ -19,6 +19,7 @@ from torch import Tensor
 from lit_merge.checkpoints.layouts.towers import Recognised, image_tower, recognise, whole_clip
 from lit_merge.checkpoints.pickles.torch_files import TorchFile, is_torch_file, open_torch_file
 from lit_merge.errors import ConfigurationError, FileFormatError, StructureMismatchError, first_few
+from lit_merge.files.content_digest import CONTENT_KEY
 from lit_merge.files.hub import parse_address
 from lit_merge.files.lazy import LazyMapping, Selected, Slicer
 from lit_merge.files.remote import files_in, is_folder, is_remote, located
@@ -86,6 +87,11 @@ class OpenedCheckpoint(LazyMapping):
     def metadata(self) -> Mapping[str, str]:
         """The header entries of safetensors files; empty for others."""
         return self.tensors.metadata if isinstance(self.tensors, (LazyTensors, ShardedTensors)) else {}
+
+    @property
+    def content_key(self) -> str:
+        """The header entry in which the content digest is."""
+        return self.tensors.content_key if isinstance(self.tensors, (LazyTensors, ShardedTensors)) else CONTENT_KEY
 
     @property
     def content_digest(self) -> str | None:

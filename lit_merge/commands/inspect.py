@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from lit_merge.files.content_digest import CONTENT_KEYS
 from lit_merge.files.lazy import LazyMapping
-from lit_merge.files.store import CONTENT_KEY
 from lit_merge.naming import Depth
 from lit_merge.vectors.coefficient_files import FORMAT as COEFFICIENTS
 from lit_merge.vectors.coefficients import Coefficients
@@ -182,7 +182,7 @@ def _inspected(path: str | os.PathLike[str], verify: bool) -> Inspection:
     tensors = open_checkpoint(file)
     header = dict(tensors.metadata)
     if digest := tensors.content_digest:
-        header[CONTENT_KEY] = digest
+        header[tensors.content_key] = digest
     if header.get("format") == COEFFICIENTS:
         return _of_coefficients(str(path), file)
     if verify:
@@ -268,7 +268,7 @@ def _tables(found: Inspection) -> list[RenderableType]:
         if key == "warnings":  # below, whole
             continue
         text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-        text = text if len(text) <= _SHOWN or key == CONTENT_KEY else f"{text[:_SHOWN]}… ({len(text):,} characters)"
+        text = text if len(text) <= _SHOWN or key in CONTENT_KEYS else f"{text[:_SHOWN]}… ({len(text):,} characters)"
         head.add_row(Text(key, style="dim"), Text(text, overflow="fold"))
     parts: list[RenderableType] = [head]
     parts += [Text(f"warning: {line}", style="bold") for line in found.warnings]

@@ -18,6 +18,7 @@ from typing import Any
 from lit_merge._version import __version__
 from lit_merge.commands.repository_card import merged_card, split_card
 from lit_merge.errors import ConfigurationError, FileFormatError, first_few
+from lit_merge.files.content_digest import CONTENT_KEY
 from lit_merge.files.hub import Address, hub_api, needed_address, parse_address, refusals
 from lit_merge.files.lazy import LazyMapping
 from lit_merge.files.shards import HEAD_ENDING, INDEX_ENDING, ShardedTensors, open_tensors
@@ -76,6 +77,7 @@ class _Model:
     header: Mapping[str, str]
     files: Sequence[Path]
     tensors: LazyMapping | None  # None for coefficients
+    content_key: str
     content_digest: str | None
 
 
@@ -193,7 +195,9 @@ def _models(source: Path) -> list[_Model]:
 def _model(path: Path) -> _Model:
     if path.suffix == ".json" and not path.name.endswith(INDEX_ENDING):
         found = Coefficients.load(path)
-        return _Model(path, "coefficients", {**found.metadata, "tasks": ", ".join(found.tasks)}, [path], None, None)
+        return _Model(
+            path, "coefficients", {**found.metadata, "tasks": ", ".join(found.tasks)}, [path], None, CONTENT_KEY, None
+        )
     if path.suffix not in (".json", ".safetensors"):
         raise ConfigurationError(
             f"source: expected a .safetensors file, a file of coefficients, or a folder, got {path}. For others use "
@@ -210,7 +214,7 @@ def _model(path: Path) -> _Model:
     kind = _KINDS.get(form, "weights")
     files = tensors.files if isinstance(tensors, ShardedTensors) else (path,)
     shown = None if kind == "coefficients" else tensors
-    return _Model(path, kind, tensors.metadata, files, shown, tensors.content_digest)
+    return _Model(path, kind, tensors.metadata, files, shown, tensors.content_key, tensors.content_digest)
 
 
 def _companion(name: str, ending: str) -> str:
@@ -227,7 +231,7 @@ def _provenance(models: Sequence[_Model], target: _Target) -> bytes:
             {
                 "path": target.path(model.path),
                 "kind": model.kind,
-                "content_sha256": model.content_digest,
+                model.content_key: model.content_digest,
                 "header": dict(model.header),
                 "files": {
                     target.path(path): {"bytes": path.stat().st_size, "sha256": file_digest(path)}

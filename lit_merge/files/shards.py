@@ -6,7 +6,6 @@ which of the files each tensor is.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 
 from lit_merge.errors import ConfigurationError, FileFormatError, first_few
+from lit_merge.files.content_digest import new_digest
 from lit_merge.files.lazy import Computed, LazyMapping, Selected, Slicer
 from lit_merge.files.remote import files_in, is_folder, is_remote, located
 from lit_merge.files.staging import staged
@@ -53,7 +53,8 @@ class ShardedTensors(LazyMapping):
     Attributes:
         files: the index and the shards.
         metadata: the header entries on which all shards agree.
-        content_digest: SHA-256 of the shards' names and content digests; None if a shard has none.
+        content_key: the header entry of the shards' content digests, that of earlier versions if any has it.
+        content_digest: of the shards' names and content digests, by the same hash; None if a shard has none.
 
     Raises:
         FileFormatError: the index is missing, is none, or leads out of its folder; shards are missing, truncated or no
@@ -89,7 +90,10 @@ class ShardedTensors(LazyMapping):
         self.metadata = {key: value for key, value in first.items() if all(o.get(key) == value for o in others)}
         lines = [f"{name} {shard.content_digest}\n" for name, shard in shards.items() if shard.content_digest]
         whole = len(lines) == len(shards)
-        self.content_digest = hashlib.sha256("".join(lines).encode()).hexdigest() if whole else None
+        self.content_key = max(shard.content_key for shard in shards.values())  # an earlier version's, if any is
+        combined = new_digest(self.content_key)
+        combined.update("".join(lines).encode())
+        self.content_digest = combined.hexdigest() if whole else None
         self._shards = tuple(shards.values())
         if verify:
             self.verify()

@@ -14,12 +14,13 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import torch
 from torch import Tensor
 
 from lit_merge.errors import ConfigurationError, FileFormatError
+from lit_merge.files.content_digest import CONTENT_KEY, CONTENT_KEYS, Digest, new_digest
 from lit_merge.files.file_parts import bytes_of, printable
 from lit_merge.files.lazy import LazyMapping, Slicer, stream
 from lit_merge.files.remote import RemoteParts, parts_of
@@ -27,10 +28,7 @@ from lit_merge.files.tensor_header import DTYPES, LONGEST_HEADER, read_header
 from lit_merge.files.writing import new_file
 from lit_merge.params import dtype_of, shape_of
 
-__all__ = ["CONTENT_KEY", "Draft", "LazyTensors", "file_digest", "verify", "write_tensors"]
-
-CONTENT_KEY = "content_sha256"
-"""The metadata entry that holds the content digest: SHA-256 of names, dtypes, shapes, bytes and other metadata."""
+__all__ = ["Draft", "LazyTensors", "file_digest", "verify", "write_tensors"]
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _WHAT = "a safetensors file"
@@ -58,7 +56,7 @@ def write_tensors(
             ``metadata``, whose values must be at least as long (they reserve the space).
 
     Returns:
-        The content digest, 64 hexadecimal digits, also stored in the header as ``content_sha256``.
+        The content digest, 64 hexadecimal digits, also stored in the header as ``content_blake3``.
 
     Raises:
         ConfigurationError: the folder is missing, a name or metadata entry is not a string, or a dtype cannot be
@@ -89,12 +87,15 @@ class Draft:
     """
 
     def __init__(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-        self._tensors, self._header = tensors, {key: value for key, value in metadata.items() if key != CONTENT_KEY}
+        self._tensors, self._header = (
+            tensors,
+            {key: value for key, value in metadata.items() if key not in CONTENT_KEYS},
+        )
         _check_strings(self._header, tensors)
         self._layout = _layout(tensors)
         self._reserved = _header_bytes(self._layout, {**self._header, CONTENT_KEY: "0" * 64})
         self.size = len(self._reserved) + max((end for _, _, _, end in self._layout.values()), default=0)
-        self._digest = hashlib.sha256()
+        self._digest = new_digest()
 
     def write(self, file: BinaryIO) -> None:
         """Write the data, one tensor or chunk after the other, after a header that says nothing yet."""
@@ -122,6 +123,10 @@ class LazyTensors(LazyMapping):
         path: a safetensors file, or its address on the Hub (``hf://owner/name/file``).
         verify: also compare all bytes with the content digest in the header (reads the whole file once).
 
+    Attributes:
+        content_key: the header entry of the content digest; that of this version for a file without.
+        content_digest: 64 hexadecimal digits; None if the header states none.
+
     Raises:
         FileFormatError: the file is missing, truncated, or not a safetensors file; with ``verify``, also if its
             content is not what was written.
@@ -132,7 +137,9 @@ class LazyTensors(LazyMapping):
         self.path = self._parts.path
         header = read_header(self._parts)
         self.metadata: dict[str, str] = header.metadata
-        self.content_digest: str | None = self.metadata.pop(CONTENT_KEY, None)
+        stated = {key: self.metadata.pop(key) for key in CONTENT_KEYS if key in self.metadata}
+        self.content_key = next(iter(stated), CONTENT_KEY)
+        self.content_digest: str | None = stated.get(self.content_key)
         self._entries, self._starts = header.entries, header.starts
         if isinstance(self._parts, RemoteParts):
             self._parts.divide(self._starts.values())
@@ -187,7 +194,7 @@ class LazyTensors(LazyMapping):
                 f"{self.path}: expected a content digest in the header, got none. "
                 "Load without verify, or write the file with lit-merge."
             )
-        digest = hashlib.sha256()
+        digest = new_digest(self.content_key)
         for name in _file_order(self):
             digest.update(_entry_line(name, self.dtype(name), self.shape(name)))
             digest.update(_raw(self[name]))
@@ -279,7 +286,7 @@ class _Background:
     Leaving the context waits for the last one; what failed on the way is raised by the next call.
     """
 
-    def __init__(self, file: BinaryIO, digest: Any) -> None:
+    def __init__(self, file: BinaryIO, digest: Digest) -> None:
         self._file, self._digest = file, digest
         self._threads = ThreadPoolExecutor(max_workers=1)
         self._pending: deque[tuple[int, Future[None]]] = deque()
@@ -348,5 +355,5 @@ def _entry_line(name: str, dtype: torch.dtype, shape: torch.Size) -> bytes:
     return json.dumps([name, _NAMES[dtype], list(shape)]).encode()
 
 
-def _digest_metadata(digest: Any, metadata: Mapping[str, str]) -> None:
+def _digest_metadata(digest: Digest, metadata: Mapping[str, str]) -> None:
     digest.update(json.dumps(dict(sorted(metadata.items()))).encode())

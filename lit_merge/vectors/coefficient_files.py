@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from lit_merge.errors import ConfigurationError, FileFormatError
+from lit_merge.files.content_digest import CONTENT_KEYS
 from lit_merge.files.file_parts import printable
 from lit_merge.files.hub import local_path
-from lit_merge.files.store import CONTENT_KEY, LazyTensors, write_tensors
+from lit_merge.files.store import LazyTensors, write_tensors
 from lit_merge.files.text import read_json, write_text
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ FORMAT = "lit-merge/coefficients/1"
 MASKED_FORMAT = "lit-merge/coefficients/2"
 """With masks, which programs that know only the former must not pass over."""
 
-OWN_ENTRIES = frozenset({"format", "granularity", "members", "tasks", CONTENT_KEY})
+OWN_ENTRIES = frozenset({"format", "granularity", "members", "tasks", *CONTENT_KEYS})
 """Entries of the header that are not metadata."""
 
 _TENSOR = "coefficients"

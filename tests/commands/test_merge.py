@@ -176,7 +176,7 @@ def test_the_header_tells_where_it_comes_from(kind, files, model, clip, tmp_path
     steps = json.loads(header["transform_config"])["init_args"]["steps"]
     assert [step["class_path"] for step in steps] == ["lit_merge.transforms.Sum", "lit_merge.transforms.Scale"]
     assert json.loads(header["inputs"]) == [
-        {"tasks": task, "content_sha256": TaskVector.load(path).content_digest}
+        {"tasks": task, "content_blake3": TaskVector.load(path).content_digest}
         for task, path in zip(TASKS, files, strict=True)
     ]
     assert "search" not in header

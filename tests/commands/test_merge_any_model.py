@@ -472,11 +472,11 @@ def test_verification_reads_and_hashes(files, tmp_path):
         with safe_open(output, "pt") as file:
             header = file.metadata()
         inputs = json.loads(header["inputs"])
-        content = {"content_sha256": LazyTensors(vector).content_digest}
+        content = {"content_blake3": LazyTensors(vector).content_digest}
         assert inputs[2] == {"tasks": "v", **content}
-        assert inputs[0]["content_sha256"] == open_tensors(files["vectors"][0]).content_digest
+        assert inputs[0]["content_blake3"] == open_tensors(files["vectors"][0]).content_digest
         assert ("sha256" in inputs[1]) == verify  # written by another program, without a digest of its own
-        assert json.loads(header["base"]) == {"content_sha256": open_tensors(files["base"]).content_digest}
+        assert json.loads(header["base"]) == {"content_blake3": open_tensors(files["base"]).content_digest}
     vector.write_bytes(vector.read_bytes()[:-1] + b"\x01")
     merge(**settings, output=str(tmp_path / "unnoticed.safetensors"))
     line = "the file has changed since it was written"

@@ -254,7 +254,7 @@ def test_the_file_says_what_was_measured(analysed, inputs):
     _, files, _ = inputs
     assert (result["schema"], result["kind"], result["tasks"]) == (1, "analysis", TASKS)
     digests = [TaskVector.load(file).content_digest for file in files]
-    assert [result["vectors"][task]["sha256"] for task in TASKS] == digests
+    assert [result["vectors"][task]["digest"] for task in TASKS] == digests
     assert {one["images"] for one in result["images"].values()} == {40}
     assert result["seeds"] == {"images": 0}
     assert {"torch", "lit_merge"} <= set(result["versions"])

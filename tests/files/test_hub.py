@@ -431,7 +431,7 @@ def test_what_is_pushed_is_pulled_byte_by_byte(hub, tmp_path):
 
     provenance = json.loads(repository.files["mnist-provenance.json"])
     (model,) = provenance["models"]
-    assert model["content_sha256"] == LazyTensors(source).content_digest
+    assert model["content_blake3"] == LazyTensors(source).content_digest
     assert model["header"]["classes"] == '["0", "1"]'
     assert model["files"] == {"mnist.safetensors": {"bytes": source.stat().st_size, "sha256": file_digest(source)}}
 

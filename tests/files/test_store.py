@@ -15,11 +15,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from blake3 import blake3
 from safetensors.torch import load_file, save_file
 
 from lit_merge.errors import ConfigurationError, FileFormatError, LitMergeError
 from lit_merge.files import store
+from lit_merge.files.content_digest import new_digest
 from lit_merge.files.lazy import Computed, Selected
+from lit_merge.files.shards import open_tensors
 from lit_merge.vectors import LazyTensors, file_digest, verify, write_tensors
 
 TENSORS = {
@@ -93,11 +96,42 @@ def test_the_bytes_are_the_format(tmp_path):
     file = tmp_path / "one.safetensors"
     digest = write_tensors(file, {"b": torch.tensor([1.0]), "a": torch.tensor([2.0])}, {"y": "2", "x": "1"})
     header = (
-        f'{{"__metadata__":{{"content_sha256":"{digest}","x":"1","y":"2"}},'
+        f'{{"__metadata__":{{"content_blake3":"{digest}","x":"1","y":"2"}},'
         '"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"b":{"dtype":"F32","shape":[1],"data_offsets":[4,8]}}'
     ).encode()
     padded = header.ljust(-(-len(header) // 8) * 8)
     assert file.read_bytes() == len(padded).to_bytes(8, "little") + padded + bytes.fromhex("000000400000803f")
+
+
+@pytest.mark.parametrize(("key", "digest"), [("content_blake3", blake3), ("content_sha256", hashlib.sha256)])
+def test_what_the_digest_is_of_and_that_of_earlier_versions(tmp_path, key, digest):
+    content = digest(b'["a", "F32", [1]]' + bytes(4) + b'{"x": "1"}').hexdigest()
+    path = tmp_path / "one.safetensors"
+    path.write_bytes(framed({"__metadata__": {key: content, "x": "1"}, "a": ENTRY}, bytes(4)))
+    opened = LazyTensors(path, verify=True)
+    assert (opened.content_key, opened.content_digest, opened.metadata) == (key, content, {"x": "1"})
+    assert key != "content_blake3" or write_tensors(tmp_path / "b", {"a": torch.zeros(1)}, {"x": "1"}) == content
+    path.write_bytes(path.read_bytes()[:-1] + b"\1")
+    with pytest.raises(
+        FileFormatError, match=rf"expected content {content[:16]}…?, got [0-9a-f]{{16}}…: the file"
+    ):
+        verify(path)
+
+
+def test_shards_of_different_versions(tmp_path):
+    files = {"a": "content_blake3", "b": "content_sha256"}
+    for name, key in files.items():
+        content = new_digest(key)
+        content.update(f'["{name}", "F32", [1]]'.encode() + bytes(4) + b"{}")
+        header = {"__metadata__": {key: content.hexdigest()}, name: ENTRY}
+        (tmp_path / f"{name}.safetensors").write_bytes(framed(header, bytes(4)))
+    index = {"weight_map": {name: f"{name}.safetensors" for name in files}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    opened = open_tensors(tmp_path, verify=True)
+    lines = "".join(
+        f"{name}.safetensors {LazyTensors(tmp_path / f'{name}.safetensors').content_digest}\n" for name in "ab"
+    )
+    assert (opened.content_key, opened.content_digest) == ("content_sha256", hashlib.sha256(lines.encode()).hexdigest())
 
 
 def test_same_input_gives_the_same_bytes(path, tmp_path):
@@ -281,7 +315,7 @@ GARBAGE = {
     "entry without offsets": framed({"a": {"dtype": "F32", "shape": [1]}}, bytes(4)),
     "infinite offset": framed(b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,Infinity]}}'),
     "metadata is a list": framed({"__metadata__": [], "a": ENTRY}, bytes(4)),
-    "metadata is no string": framed({"__metadata__": {"content_sha256": 3}, "a": ENTRY}, bytes(4)),
+    "metadata is no string": framed({"__metadata__": {"content_blake3": 3}, "a": ENTRY}, bytes(4)),
     "negative shape": framed({"a": {**ENTRY, "shape": [-1]}}, bytes(4)),
     "text shape": framed({"a": {**ENTRY, "shape": ["1"]}}, bytes(4)),
     "huge shape": framed({"a": {**ENTRY, "shape": [2**40, 2**40]}}, bytes(4)),

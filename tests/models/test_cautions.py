@@ -124,7 +124,7 @@ def test_many_tensors_are_sampled_and_scaled_up():
 def test_the_same_vector_given_twice():
     one = {"w": gaussian((60, 60), 0)}
     other = {"w": one["w"] + 1e-6 * gaussian((60, 60), 1)}
-    by_digest = [given(one, "a", "a.st", content_sha256="12" * 32), given(other, "b", "b.st", content_sha256="12" * 32)]
+    by_digest = [given(one, "a", "a.st", content_blake3="12" * 32), given(other, "b", "b.st", content_blake3="12" * 32)]
     (line,) = cautions_of(by_digest, base_of(one)).lasting
     assert line == (
         "a and b are the same vector, their content has the digest 1212121212121212: it counts twice. "

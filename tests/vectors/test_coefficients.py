@@ -163,7 +163,11 @@ def test_depth():
         ),
         ({"members": dict.fromkeys(NAMES, "all")}, ConfigurationError, r"expected the 1 groups of the members"),
         ({"metadata": {"step": 500}}, ConfigurationError, r"^metadata: expected strings .*, got 'step'\. Use json"),
-        ({"metadata": {"tasks": "a"}}, ConfigurationError, r"other names than content_sha256, format, .*got 'tasks'"),
+        (
+            {"metadata": {"tasks": "a"}},
+            ConfigurationError,
+            r"other names than content_blake3, content_sha256, format, .*got 'tasks'",
+        ),
     ],
 )
 def test_what_does_not_fit_together_is_refused(changes, error, line):

@@ -171,7 +171,7 @@ def _head(vectors: TaskVectors, origin: Base, wanted: Sequence[str], seed: int) 
         "asked": list(wanted),
         "model": {"name": origin.name, "fingerprint": origin.fingerprint, "parameters": entries},
         "tasks": list(vectors.tasks),
-        "vectors": {row.task: {"sha256": row.content_digest or fingerprint(row)} for row in rows},
+        "vectors": {row.task: {"digest": row.content_digest or fingerprint(row)} for row in rows},
         "versions": versions(),
         "hardware": hardware(),
         "seeds": {"images": seed},

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from lit_merge.files.content_digest import content_entry
 from lit_merge.files.lazy import LazyMapping
 from lit_merge.files.shards import INDEX_ENDING
 from lit_merge.files.yaml_text import dump_yaml
@@ -86,9 +87,9 @@ def model_card(
         f"{kind}, made of {len(inputs)} model{'s' * (len(inputs) > 1)} of the base model `{base.name}` "
         "by [lit-merge](https://github.com/lit-merge/lit-merge).\n",
         "## Inputs\n",
-        "| task | file | kind | SHA-256 |\n| :-- | :-- | :-- | :-- |",
+        "| task | file | kind | digest |\n| :-- | :-- | :-- | :-- |",
         *rows,
-        "\nThe digest of a lit-merge file is that of its content, as its header states it (`content_sha256`).\n",
+        "\nThe digest of a lit-merge file is that of its content, as its header states it, of others their SHA-256.\n",
         *(["## Differences\n", *(f"- {_cell(note)}" for note in notes), ""] if notes else []),
         *(["## Warnings\n", *(f"- {_cell(line)}" for line in warnings), ""] if warnings else []),
         "## The chain\n",
@@ -253,8 +254,9 @@ def _snippet(file: str, task: str, base: Base, config: Mapping[str, Any], weight
 
 
 def _digest(digests: Mapping[str, Any]) -> str:
-    if "content_sha256" in digests:
-        return f"`{digests['content_sha256']}` (content)"
+    key, digest = content_entry(digests)
+    if digest:
+        return f"`{digest}` ({key.replace('_', ', ')})"
     return ", ".join(f"`{digest}`" for digest in digests.get("sha256", {}).values()) or "not taken"
 
 

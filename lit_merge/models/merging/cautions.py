@@ -19,6 +19,7 @@ from torch import Tensor
 from lit_merge.checkpoints.adapters.additions import model_settings
 from lit_merge.checkpoints.vocabulary import differing_tokens, vocabulary_of
 from lit_merge.errors import FileFormatError, StructureMismatchError, first_few, one_line
+from lit_merge.files.content_digest import content_entry
 from lit_merge.files.lazy import LazyMapping
 from lit_merge.files.store import LazyTensors
 from lit_merge.models.merging.inputs import Input
@@ -232,7 +233,7 @@ def _label(one: Input) -> str:
 
 def _repeated(inputs: Sequence[Input], samples: Sequence[_Sample]) -> Iterator[str]:
     for (first, own), (second, other) in combinations(zip(inputs, samples, strict=True), 2):
-        digests = [dict(one.digests).get("content_sha256") for one in (first, second)]
+        digests = [content_entry(one.digests)[1] for one in (first, second)]
         if digests[0] and digests[0] == digests[1]:
             how = f"their content has the digest {digests[0][:16]}"
         elif own.equals(other):

@@ -233,5 +233,5 @@ def known_digests(opened: OpenedCheckpoint, verify: bool) -> dict[str, Any]:
     if opened.content_digest:
         if verify:
             opened.verify()
-        return {"content_sha256": opened.content_digest}
+        return {opened.content_key: opened.content_digest}
     return {"sha256": {path.name: file_digest(path) for path in opened.files}} if verify else {}
