@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -115,7 +115,7 @@ class _Difference(Computed):
         """Differences part by part; whoever reads them checks that they are finite."""
         if name not in self._tuned:
             return zeros
-        return DifferenceSlicer(self._tuned.slicer(name), self._base.slicer(name), self._base, self._base.dtype(name))
+        return DifferenceSlicer(self._tuned.slicer(name), name, self._base)
 
     def stream(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
         """The flattened differences, each in chunks of four MiB at most."""
@@ -135,15 +135,18 @@ class DifferenceSlicer:
 
     Attributes:
         tuned: reads θ.
-        base: reads θ0.
+        name: of the parameter.
         origin: the mapping that θ0 belongs to.
-        dtype: of θ0.
     """
 
     tuned: Slicer
-    base: Slicer
+    name: str
     origin: LazyMapping
-    dtype: torch.dtype
+
+    @cached_property
+    def base(self) -> Slicer:
+        """Reads θ0; made when it is first needed, as of several vectors only the first one's is."""
+        return self.origin.slicer(self.name)
 
     def __call__(self, start: int, stop: int, out: Tensor) -> None:
         """Write those entries of the flattened difference into ``out``."""

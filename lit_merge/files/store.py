@@ -33,6 +33,7 @@ __all__ = ["Draft", "LazyTensors", "file_digest", "verify", "write_tensors"]
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _WHAT = "a safetensors file"
 _WAITING = 16 << 20  # bytes that are computed ahead of the disk
+_TO_DISK = 32 << 20  # bytes that are synchronised to disk at once, while the next ones are computed
 
 
 def write_tensors(
@@ -283,12 +284,15 @@ def _header_bytes(
 class _Background:
     """Writes and digests chunks in order while the next ones are computed; few MiB wait, or one larger chunk.
 
-    Leaving the context waits for the last one; what failed on the way is raised by the next call.
+    What is written is also synchronised to disk on the way, so that the file's owner need not wait for all of it at the
+    end. Leaving the context waits for the last one; what failed on the way is raised by the next call.
     """
 
     def __init__(self, file: BinaryIO, digest: Digest) -> None:
         self._file, self._digest = file, digest
-        self._threads = ThreadPoolExecutor(max_workers=1)
+        self._threads, self._disk = ThreadPoolExecutor(max_workers=1), ThreadPoolExecutor(max_workers=1)
+        self._synchronised: Future[None] | None = None
+        self._written = 0  # since the last synchronisation began
         self._pending: deque[tuple[int, Future[None]]] = deque()
         self._bytes = 0
 
@@ -299,8 +303,11 @@ class _Background:
         try:
             if kind is None:
                 self._wait(-1)  # a chunk without bytes has its line in the digest, too
+                if self._synchronised is not None:
+                    self._synchronised.result()  # the system tells of a failure once
         finally:
             self._threads.shutdown(cancel_futures=True)
+            self._disk.shutdown()
 
     def add(self, entry: bytes, data: memoryview) -> None:
         """Write the data; the digest takes the entry first."""
@@ -319,6 +326,16 @@ class _Background:
         self._digest.update(entry)
         self._digest.update(data)
         self._file.write(data)
+        self._written += data.nbytes
+        if self._written >= _TO_DISK and (self._synchronised is None or self._synchronised.done()):
+            if self._synchronised is not None:
+                self._synchronised.result()
+            self._synchronised, self._written = self._disk.submit(_synchronise, self._file), 0
+
+
+def _synchronise(file: BinaryIO) -> None:
+    if hasattr(os, "fdatasync"):  # elsewhere the owner's fsync does it
+        os.fdatasync(file.fileno())
 
 
 def _write_stream(

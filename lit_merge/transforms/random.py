@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections import Counter
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,6 +16,10 @@ __all__ = ["Uniform", "labels_of"]
 
 
 Label = tuple[str, int]
+
+_MIXING = ((16, 0x7FEB352D), (15, 0x846CA68B), (16, None))  # lowbias32: a shift, then a factor
+_BLOCK = 1 << 16  # elements, which stay in the processor's cache
+_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # as wide as an element
 
 
 def labels_of(vectors: TaskVectors) -> tuple[Label, ...]:
@@ -50,22 +55,49 @@ class Uniform:
     def drop(self, p: float, name: str, start: int, chunk: Tensor) -> Tensor:
         """Set elements of a chunk ``(T, n)`` to zero with probability p, to 32 bits, in place."""
         limit = round(p * 2**32) - 2**31  # the bits are signed
-        if limit > -(2**31):
+        if limit == -(2**31):
+            return chunk
+        if chunk.device.type == "cpu" and chunk.stride(1) == 1:
+            for row, label in zip(chunk, self.labels, strict=True):
+                _drop_in_cache(limit, *self._line(label, name), start, row)
+        else:
             positions = _positions(start, chunk[0])
             bits, shifted = torch.empty_like(positions), torch.empty_like(positions)
             for row, label in zip(chunk, self.labels, strict=True):
                 _zero_below(limit, self._bits(label, name, positions, bits, shifted), row)
         return chunk
 
-    def _bits(self, label: Label, name: str, positions: Tensor, bits: Tensor, shifted: Tensor) -> Tensor:
-        """Written into ``bits``; ``shifted`` is to work in."""
+    def _line(self, label: Label, name: str) -> tuple[int, int]:
+        """What the positions of a row are multiplied by, and what is added."""
         digest = hashlib.sha256(json.dumps([self.seed, *label, name]).encode()).digest()
         factor, offset = (int.from_bytes(part, "little", signed=True) for part in (digest[:4], digest[4:8]))
-        return _mix(torch.mul(positions, factor | 1, out=bits).add_(offset), shifted)
+        return factor | 1, offset
+
+    def _bits(self, label: Label, name: str, positions: Tensor, bits: Tensor, shifted: Tensor) -> Tensor:
+        """Written into ``bits``; ``shifted`` is to work in."""
+        factor, offset = self._line(label, name)
+        return _mix(torch.mul(positions, factor, out=bits).add_(offset), shifted)
 
 
 def _positions(start: int, row: Tensor) -> Tensor:
     return torch.arange(start, start + len(row), device=row.device).to(torch.int32)  # wraps at 2^32
+
+
+def _drop_in_cache(limit: int, factor: int, offset: int, start: int, row: Tensor) -> None:
+    """As :func:`_zero_below` of :func:`_mix`, with NumPy, which has unsigned integers and cheaper calls."""
+    whole = row.detach().view(_INTEGERS[row.element_size()]).numpy()
+    positions = np.multiply(np.arange(min(_BLOCK, len(whole)), dtype=np.uint32), np.uint32(factor & 0xFFFFFFFF))
+    bits, shifted = np.empty_like(positions), np.empty_like(positions)
+    for begin in range(0, len(whole), _BLOCK):
+        part = whole[begin : begin + _BLOCK]
+        mixed, work = bits[: len(part)], shifted[: len(part)]
+        np.add(positions[: len(part)], np.uint32((factor * (start + begin) + offset) & 0xFFFFFFFF), out=mixed)
+        for shift, mixing in _MIXING:
+            np.right_shift(mixed, np.uint32(shift), out=work)
+            np.bitwise_xor(mixed, work, out=mixed)
+            if mixing is not None:
+                np.multiply(mixed, np.uint32(mixing), out=mixed)
+        np.multiply(part, mixed.view(np.int32) >= limit, out=part)  # of integers: what is kept has all its bits
 
 
 def _zero_below(limit: int, bits: Tensor, row: Tensor) -> None:
@@ -81,9 +113,9 @@ def _zero_below(limit: int, bits: Tensor, row: Tensor) -> None:
 
 def _mix(bits: Tensor, shifted: Tensor) -> Tensor:
     """lowbias32, in place; ``>>`` keeps the sign, so that what it brings in from above is masked out."""
-    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B - (1 << 32)), (16, None)):
+    for shift, factor in _MIXING:
         torch.bitwise_right_shift(bits, shift, out=shifted).bitwise_and_((1 << (32 - shift)) - 1)
         bits.bitwise_xor_(shifted)
         if factor is not None:
-            bits.mul_(factor)
+            bits.mul_(factor - (1 << 32) if factor >> 31 else factor)
     return bits

@@ -112,9 +112,7 @@ def test_what_the_digest_is_of_and_that_of_earlier_versions(tmp_path, key, diges
     assert (opened.content_key, opened.content_digest, opened.metadata) == (key, content, {"x": "1"})
     assert key != "content_blake3" or write_tensors(tmp_path / "b", {"a": torch.zeros(1)}, {"x": "1"}) == content
     path.write_bytes(path.read_bytes()[:-1] + b"\1")
-    with pytest.raises(
-        FileFormatError, match=rf"expected content {content[:16]}…?, got [0-9a-f]{{16}}…: the file"
-    ):
+    with pytest.raises(FileFormatError, match=rf"expected content {content[:16]}…?, got [0-9a-f]{{16}}…: the file"):
         verify(path)
 
 

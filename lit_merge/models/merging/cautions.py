@@ -10,21 +10,26 @@ import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import combinations
 from pathlib import Path
+from typing import TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from lit_merge.checkpoints.adapters.additions import model_settings
+from lit_merge.checkpoints.difference import DifferenceSlicer
 from lit_merge.checkpoints.vocabulary import differing_tokens, vocabulary_of
 from lit_merge.errors import FileFormatError, StructureMismatchError, first_few, one_line
 from lit_merge.files.content_digest import content_entry
-from lit_merge.files.lazy import LazyMapping
+from lit_merge.files.lazy import LazyMapping, Slicer
 from lit_merge.files.store import LazyTensors
 from lit_merge.models.merging.inputs import Input
 from lit_merge.models.merging.rounding_loss import RoundingLoss, is_narrow, rounding_caution
 from lit_merge.models.network import Base, ClipNetwork
+from lit_merge.params import working_dtype
 from lit_merge.transforms import ESM, DCMerge, IsoCTS, OptMerge, Transform, TSVDirections, TSVMerge
 from lit_merge.transforms.fields import parts_of
 from lit_merge.vectors import TaskVector, TaskVectors
@@ -72,10 +77,11 @@ class _Sample:
     values: Mapping[str, Tensor]
     every: int  # elements of all tensors, sampled or not
 
-    @property
+    @cached_property
     def norm(self) -> float:
         """An estimate of ‖τ‖; exact if all elements were read."""
-        squares = {name: float(one.double().square().mean()) * self.sizes[name] for name, one in self.values.items()}
+        means = {name: float(np.square(one.numpy(), dtype=np.float64).mean()) for name, one in self.values.items()}
+        squares = {name: mean * self.sizes[name] for name, mean in means.items()}
         seen = sum(self.sizes.values())
         return math.sqrt(math.fsum(squares.values()) * self.every / seen) if seen else 0.0
 
@@ -101,7 +107,8 @@ def cautions_of(inputs: Sequence[Input], base: Base, stored: Callable[[str], tor
         stored: parameter -> dtype that θ0 + τ is to be stored in; None where τ itself is written.
     """
     names = _chosen([one.vector for one in inputs])
-    samples = [_sample(one.vector, names, _label(one)) for one in inputs]
+    origins: _Origins = {}
+    samples = [_sample(one.vector, names, _label(one), origins) for one in inputs]
     lasting = [*_repeated(inputs, samples), *_norms(samples), *_tokenizers(inputs, base)]
     lasting += _other_bases(inputs, base)
     lasting += [line for one in inputs for line in training_cautions(one.vector.metadata, _label(one))]
@@ -200,17 +207,30 @@ def _chosen(vectors: Sequence[TaskVector]) -> list[str]:
     return sorted(sorted(known, key=lambda name: hashlib.sha256(name.encode()).digest())[:_TENSORS])
 
 
-def _sample(tensors: LazyMapping, names: Sequence[str], label: str) -> _Sample:
-    present = [name for name in names if name in tensors and tensors.shape(name).numel()]
-    sizes = {name: tensors.shape(name).numel() for name in present}
-    every = sum(tensors.shape(name).numel() for name in tensors)
-    return _Sample(label, sizes, {name: _elements(tensors, name) for name in present}, every)
+_Origins: TypeAlias = dict[tuple[str, torch.dtype], tuple[LazyMapping, Tensor]]
+"""Elements of θ0 that the samples of several vectors start from."""
 
 
-def _elements(tensors: LazyMapping, name: str) -> Tensor:
-    """Elements at a few places of a flattened tensor; all of them if they are few."""
-    count, read = tensors.shape(name).numel(), tensors.slicer(name)
-    dtype = torch.float64 if tensors.dtype(name) == torch.float64 else torch.float32
+def _sample(tensors: LazyMapping, names: Sequence[str], label: str, origins: _Origins) -> _Sample:
+    sizes = {name: tensors.shape(name).numel() for name in tensors}
+    present = [name for name in names if sizes.get(name)]
+    values = {}
+    for name in present:
+        read = tensors.slicer(name)  # the one before goes when this one is there: the file stays open
+        dtype = torch.float64 if tensors.dtype(name) == torch.float64 else torch.float32
+        if not isinstance(read, DifferenceSlicer):
+            values[name] = _elements(read, sizes[name], dtype)
+            continue
+        origin, part = origins.get((name, dtype), (None, None))
+        if part is None or origin is not read.origin:
+            part = _elements(read.base, sizes[name], dtype)
+            origins[name, dtype] = read.origin, part
+        values[name] = _elements(read.tuned, sizes[name], dtype).sub_(part)
+    return _Sample(label, {name: sizes[name] for name in present}, values, sum(sizes.values()))
+
+
+def _elements(read: Slicer, count: int, dtype: torch.dtype) -> Tensor:
+    """Elements at a few places of so many; all of them if they are few."""
     out = torch.empty(min(count, _PLACES * _ELEMENTS), dtype=dtype)
     for begin, start, stop in _places(count):
         read(start, stop, out[begin : begin + stop - start])
@@ -334,7 +354,8 @@ def _estimated_losses(
             if not is_narrow(dtype):
                 continue
             if name not in theta:
-                theta[name] = _elements(origin, name)
+                wide = working_dtype(origin.dtype(name), torch.float32)
+                theta[name] = _elements(origin.slicer(name), origin.shape(name).numel(), wide)
             part = RoundingLoss.of(theta[name], update, (theta[name] + update).to(dtype))
             loss += part.scaled(sample.sizes[name] / update.numel())
             dtypes.add(dtype)
