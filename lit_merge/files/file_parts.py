@@ -239,8 +239,10 @@ def _scratch(count: int, dtype: torch.dtype) -> Tensor:
 
 
 def bytes_of(tensor: Tensor) -> memoryview:
-    """The memory of a contiguous tensor with elements; NumPy does not know every dtype."""
-    return tensor.reshape(-1).view(torch.uint8).numpy().data
+    """The memory of a contiguous tensor with elements."""
+    if tensor.dtype == torch.float32 and tensor.ndim == 1:  # of every chunk of a merge
+        return tensor.numpy().data.cast("B")
+    return tensor.reshape(-1).view(torch.uint8).numpy().data  # NumPy does not know every dtype
 
 
 def printable(text: object, limit: int = 120) -> str:

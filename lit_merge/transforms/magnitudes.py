@@ -9,7 +9,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import partial
+from functools import lru_cache, partial
 from itertools import accumulate, pairwise
 from typing import TypeAlias
 
@@ -169,6 +169,7 @@ def keep_largest(cuts: tuple[Cut, ...], name: str, start: int, chunk: Tensor) ->
     return chunk
 
 
+@lru_cache(maxsize=1 << 12)
 def _limit(threshold: float, equal_too: bool, dtype: torch.dtype) -> float:
     """The number of a dtype that what is above the threshold, or equals it too, is above, and nothing else is."""
     wanted = math.nextafter(threshold, -math.inf) if equal_too else threshold

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -75,9 +76,10 @@ def _votes(weighting: str, chunk: Tensor) -> Tensor:
         return sum_rows(chunk.sign()).sign_()
     # In float64 the sum of float32 values is exact, but for extreme ratios: neither the order of the tasks nor the
     # length of the chunk decides.
-    total = chunk[:1].to(torch.float64, copy=True)
-    for row in range(1, len(chunk)):
-        total.add_(chunk[row : row + 1].to(torch.float64))  # by itself: adding another dtype takes twice as long
+    if chunk.device.type == "cpu" and chunk.dtype in (torch.float32, torch.float64):  # NumPy takes half the time there
+        total = torch.from_numpy(np.add.reduce(chunk.detach().numpy(), axis=0, dtype=np.float64, keepdims=True))
+    else:
+        total = chunk.sum(0, keepdim=True, dtype=torch.float64)
     return total.sign_().to(chunk.dtype)
 
 
