@@ -108,7 +108,8 @@ def ratios(folder: Path) -> list[Ratio]:
 
 def _merge(found: dict[str, Any]) -> Iterator[Ratio]:
     by = {(row["shapes"], row["method"], row["tool"]): row for row in found["rows"]}
-    limits = {shapes: row["median"] for (shapes, _, tool), row in by.items() if tool == "limit"}
+    plain = [row for row in found["rows"] if row["tool"] == "limit"]
+    limits = {(row["shapes"], row["hardware"]["processor"]): row["median"] for row in plain}
     for (shapes, method, tool), row in by.items():
         if tool != "lit_merge" or not row.get("median"):
             continue
@@ -116,12 +117,13 @@ def _merge(found: dict[str, Any]) -> Iterator[Ratio]:
         ours += f", {row['peak_mib']:.0f} MiB"
         on = row["hardware"]["processor"]
         goal = 1.3 if method in ("task_arithmetic", "dare", "lines") else None
-        if shapes in limits:
-            limit = f"reading and writing the files, {limits[shapes]:.3g} s"
-            yield Ratio("merge", what, ours, limit, row["median"] / limits[shapes], goal, processor=on)
+        if (shapes, on) in limits:
+            least = limits[shapes, on]
+            limit = f"reading and writing the files, {least:.3g} s"
+            yield Ratio("merge", what, ours, limit, row["median"] / least, goal, processor=on)
         for peer in ("mergekit", "fusion_bench"):
             other = by.get((shapes, method, peer), {})
-            if other.get("median"):
+            if other.get("median") and other["hardware"]["processor"] == on:
                 said = f"{peer}, {other['median']:.3g} s, {other['peak_mib']:,.0f} MiB"
                 yield Ratio("merge", what, ours, said, other["median"] / row["median"], 1.0, False, on)
 

@@ -18,7 +18,7 @@ import torch
 from blake3 import blake3
 from safetensors.torch import load_file, save_file
 
-from lit_merge.errors import ConfigurationError, FileFormatError, LitMergeError
+from lit_merge.errors import ConfigurationError, FileFormatError, LitMergeError, WriteError
 from lit_merge.files import store
 from lit_merge.files.content_digest import new_digest
 from lit_merge.files.lazy import Computed, Selected
@@ -218,6 +218,27 @@ def test_a_full_disk_changes_nothing(path, monkeypatch, where):
     monkeypatch.setattr(store._Background if where == "_write" else os, where.removeprefix("os."), full)
     with pytest.raises(OSError, match="No space left on device"):
         write_tensors(path, {"a": torch.zeros(100)}, {})
+    assert path.read_bytes() == before
+    assert list(path.parent.iterdir()) == [path]
+
+
+@pytest.mark.skipif(not hasattr(os, "fdatasync"), reason="the system has no fdatasync")
+@pytest.mark.parametrize("call", [0, 1])
+def test_what_fails_on_the_way_to_the_disk_is_not_lost(path, monkeypatch, call):
+    """The system says once that a page could not be written: the owner's fsync would succeed after that."""
+    calls = []
+
+    def refuse(descriptor):
+        calls.append(descriptor)
+        if len(calls) == call + 1:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    before = path.read_bytes()
+    monkeypatch.setattr(store, "_TO_DISK", 4000)
+    monkeypatch.setattr(os, "fdatasync", refuse)
+    with pytest.raises(WriteError, match="Input/output error"):
+        write_tensors(path, {name: torch.zeros(1000) for name in "abcdef"}, {})
+    assert len(calls) > call
     assert path.read_bytes() == before
     assert list(path.parent.iterdir()) == [path]
 

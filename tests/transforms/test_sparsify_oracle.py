@@ -300,6 +300,18 @@ def test_positions_wrap_after_32_bits(start):
     assert (found == 0).tolist() == [bits(1, "t", 0, "n", position) < 2**31 for position in range(start, start + 6)]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize(("p", "start"), [(0.9, 0), (0.5, 2**32 - 70_000), (2.0**-32, 7), (1 - 1e-12, 2**33 + 1)])
+def test_processors_and_accelerators_drop_the_same(dtype, p, start):
+    """Blocks of NumPy's unsigned integers there, the whole chunk of torch's signed ones here."""
+    chunk = torch.randn(2, 150_001, generator=torch.Generator().manual_seed(0)).to(dtype)
+    uniform = Uniform(3, (("a", 0), ("b", 0)))
+    found = uniform.drop(p, "n", start, chunk.clone())
+    elsewhere = uniform.drop(p, "n", start, chunk.t().contiguous().t())  # not by rows, as on other devices
+    assert torch.equal(found, elsewhere)
+    assert not found[found == 0].signbit().any()
+
+
 @pytest.mark.parametrize(
     ("transform", "task", "name", "kept"),
     [
