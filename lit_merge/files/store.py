@@ -88,10 +88,8 @@ class Draft:
     """
 
     def __init__(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-        self._tensors, self._header = (
-            tensors,
-            {key: value for key, value in metadata.items() if key not in CONTENT_KEYS},
-        )
+        self._tensors = tensors
+        self._header = {key: value for key, value in metadata.items() if key not in CONTENT_KEYS}
         _check_strings(self._header, tensors)
         self._layout = _layout(tensors)
         self._reserved = _header_bytes(self._layout, {**self._header, CONTENT_KEY: "0" * 64})

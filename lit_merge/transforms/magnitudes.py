@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache, partial
-from itertools import accumulate, pairwise
+from itertools import accumulate, groupby, pairwise
+from operator import itemgetter
 from typing import TypeAlias
 
 import numpy as np
@@ -46,6 +47,7 @@ Walk = Callable[[], Iterator[tuple[str, int, Tensor]]]
 _FEWEST = 1 << 18  # elements, from which on a sample of them pays
 _SAMPLE = 1 << 21  # elements of a sample, at most
 _BLOCK, _CHUNK = 1 << 6, 1 << 10  # that lie side by side, at least and at most
+_EQUAL = 1 << 20  # magnitudes within a bracket, at least: differences of bfloat16 have few values, and many of each
 _LENGTH = 1 << 18  # elements per row and chunk: a histogram of 2^16 counters should cost little beside them
 _DIGITS: dict[torch.dtype, tuple[torch.dtype, list[tuple[int, int]]]] = {  # shift and number of bits, the highest first
     torch.float32: (torch.int32, [(15, 16), (0, 15)]),
@@ -330,7 +332,7 @@ def _cuts_between(
     """
     if min(low for low, _ in brackets) == 0:
         return None
-    most = _sample_size(size) + size // 32
+    most = max(_sample_size(size) + size // 32, min(size, _EQUAL))
     magnitudes = _room(len(brackets), most, dtype)
     chunks: list[tuple[str, int, int]] = []
     ends: list[list[int]] = [[0] for _ in brackets]  # where each chunk's part ends
@@ -344,7 +346,7 @@ def _cuts_between(
                 return None
             magnitudes[row, begin:end] = values
             ends[row].append(end)
-    cuts = []
+    cuts, placed = [], list[tuple[int, int, int]]()
     for row, counted in enumerate(above):
         values, missing = magnitudes[row, : ends[row][-1]], kept - counted
         if not 1 <= missing <= len(values):
@@ -354,8 +356,36 @@ def _cuts_between(
         threshold = float(ordered[len(ordered) - missing])
         left = missing - count_nonzero(torch.hardshrink(values, threshold))
         equal = [int((values[begin:end] == threshold).sum()) for begin, end in pairwise(ends[row])]
-        cuts.append(Cut(threshold) if left == sum(equal) else _cut_at(again, chunks, row, threshold, equal, left))
+        cuts.append(Cut(threshold))
+        if left != sum(equal):
+            before = list(accumulate(equal, initial=0))
+            place = bisect_left(before, left) - 1  # the chunk of the last one that is kept
+            placed.append((place, row, left - before[place]))
+    _place(cuts, placed, chunks, again)
     return tuple(cuts)
+
+
+def _place(
+    cuts: list[Cut],
+    placed: Sequence[tuple[int, int, int]],
+    chunks: Sequence[tuple[str, int, int]],
+    again: Callable[[str, int, int], Tensor],
+) -> None:
+    """Cuts with the place up to which elements that equal the threshold are kept.
+
+    Args:
+        cuts: by row; those with a place are replaced.
+        placed: in which chunk the last such element is, of which row, and how many of the chunk's are kept.
+        chunks: the chunks, each of which is read once for all rows.
+        again: reads one.
+    """
+    for index, rows in groupby(sorted(placed), key=itemgetter(0)):
+        name, start, stop = chunks[index]
+        chunk = again(name, start, stop)
+        for _, row, most in rows:
+            threshold = cuts[row].threshold
+            positions = (chunk[row].abs() == threshold).nonzero().flatten()
+            cuts[row] = Cut(threshold, name, start + int(positions[most - 1]))
 
 
 def _limits(brackets: Sequence[tuple[float, float]], dtype: torch.dtype) -> list[tuple[float, float]]:
@@ -366,22 +396,6 @@ def _limits(brackets: Sequence[tuple[float, float]], dtype: torch.dtype) -> list
 def _room(rows: int, length: int, dtype: torch.dtype) -> Tensor:
     """Memory that is there when it is written to, and goes back to the system at once, unlike that of chunks."""
     return torch.frombuffer(mmap.mmap(-1, rows * length * dtype.itemsize), dtype=dtype).view(rows, length)
-
-
-def _cut_at(
-    again: Callable[[str, int, int], Tensor],
-    chunks: Sequence[tuple[str, int, int]],
-    row: int,
-    threshold: float,
-    equal: list[int],
-    most: int,
-) -> Cut:
-    """The cut that keeps so many of the elements that equal the threshold, of which each chunk has its number."""
-    before = list(accumulate(equal, initial=0))
-    place = bisect_left(before, most) - 1  # the chunk of the last one
-    name, start, stop = chunks[place]
-    positions = (again(name, start, stop)[row].abs() == threshold).nonzero().flatten()
-    return Cut(threshold, name, start + int(positions[most - before[place] - 1]))
 
 
 _Compared: TypeAlias = tuple[tuple[str, int, int], list[tuple[int, Tensor]]]

@@ -19,7 +19,7 @@ Label = tuple[str, int]
 
 _MIXING = ((16, 0x7FEB352D), (15, 0x846CA68B), (16, None))  # lowbias32: a shift, then a factor
 _BLOCK = 1 << 16  # elements, which stay in the processor's cache
-_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # as wide as an element
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # as wide as an element
 
 
 def labels_of(vectors: TaskVectors) -> tuple[Label, ...]:

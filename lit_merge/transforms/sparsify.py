@@ -193,7 +193,7 @@ def _by_tensor(transform: Transform, vectors: TaskVectors, wanted: Sequence[part
         view, name = vectors.restrict(large), type(transform).__name__
         found = [cuts_by_parameter(f"{name}: thresholds of large tensors", view, kept) for kept in wanted]
         function = partial(_windowed_by_tensor, tuple(found))
-        views.append(view.map_elements(function, note=note, statistics=found))
+        views.append(view.map_elements(function, note=note, statistics=found, before=partial(_find, tuple(found))))
     return views[0] if len(views) == 1 else vectors.united(views, note=transform)
 
 
@@ -238,6 +238,12 @@ def _window_of_tensor(wanted: Sequence[partial[int]], name: str, stack: Tensor) 
 
 def _windowed_by_tensor(found: tuple[Statistic[CutsByParameter], ...], name: str, start: int, chunk: Tensor) -> Tensor:
     return _between([statistic()(name) for statistic in found], name, start, chunk)
+
+
+def _find(found: tuple[Statistic[CutsByParameter], ...], name: str) -> None:
+    """Find a parameter's cuts before its chunks ask for them, each of which would be computed twice."""
+    for statistic in found:
+        statistic()(name)
 
 
 def _unchanged(name: str, start: int, chunk: Tensor) -> Tensor:

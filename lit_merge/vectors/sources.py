@@ -17,7 +17,7 @@ from lit_merge.checkpoints.difference import DifferenceSlicer, check_base_part
 from lit_merge.errors import NonFiniteError, StructureMismatchError
 from lit_merge.files.lazy import LazyMapping, Slicer, Structure
 from lit_merge.params import is_finite
-from lit_merge.vectors.threads import ordered_map
+from lit_merge.vectors.threads import in_worker, ordered_map
 
 if TYPE_CHECKING:
     from lit_merge.vectors.task_vector import TaskVector
@@ -184,9 +184,10 @@ class _Computed(Source):
         count: int,
         note: str,
         work: WorkOf | None = None,
+        before: Callable[[str], object] | None = None,
     ) -> None:
         self.source, self.others, self.function, self.count, self.note = source, others, function, count, note
-        self._work = work
+        self._work, self._before = work, before
         self.reads = source.walk + sum(view.walk for view in others)
 
     def chunk_length(self, name: str) -> int:
@@ -242,6 +243,8 @@ class Elements(_Computed):
     def reader(self, name: str) -> Reader:
         readers = [view.reader(name) for view in (self.source, *self.others)]
         dtype = self.source.dtype(name)
+        if self._before is not None and not in_worker():
+            self._before(name)
 
         def read(start: int, stop: int) -> Tensor:
             result = self.function(name, start, *(part(start, stop) for part in readers))

@@ -314,6 +314,7 @@ class TaskVectors(LazyMapping):
         note: object = "",
         others: Sequence[TaskVectors] = (),
         statistics: Sequence[Statistic[Any]] = (),
+        before: Callable[[str], object] | None = None,
     ) -> TaskVectors:
         """A new lazy view for what treats every element by itself: computed chunk by chunk, fast and in little memory.
 
@@ -325,12 +326,14 @@ class TaskVectors(LazyMapping):
             note: added to the provenance as a string; a transform passes itself.
             others: more views of the same parameters, read side by side.
             statistics: what the function calls to know about all parameters.
+            before: called with a parameter's name before its chunks are computed, while those of the one before still
+                are; what the function needs to know about a parameter is found there without holding threads up.
 
         Returns:
             The view. ``StructureMismatchError`` is raised on access if the function returns another shape or dtype.
         """
         names = _row_tasks(self, tasks)
-        source = Elements(self, tuple(others), function, len(names), str(note) or "function")
+        source = Elements(self, tuple(others), function, len(names), str(note) or "function", before=before)
         return self._view(source, names, str(note), _needed(others, statistics))
 
     def reduce_elements(

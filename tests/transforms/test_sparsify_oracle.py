@@ -27,7 +27,7 @@ from lit_merge.transforms import (
     sparsify,
 )
 from lit_merge.transforms.random import Uniform
-from lit_merge.vectors import TaskVector, TaskVectors, sources
+from lit_merge.vectors import TaskVector, TaskVectors, global_value, sources
 from lit_merge.vectors.threads import NeededInMainThread
 
 
@@ -188,25 +188,30 @@ def test_a_large_tensor_is_never_a_stack_in_memory(in_files, monkeypatch):
     assert {name for name, _ in read} == set(held)
 
 
-def test_what_waits_for_a_threshold_is_not_held(in_files, monkeypatch):
-    """A chunk whose computation needs a value that there is not yet is let go, without the garbage collector."""
+@pytest.mark.parametrize("scope", ["global", "tensor"])
+def test_what_waits_for_a_threshold_is_not_held(in_files, monkeypatch, scope):
+    """A chunk whose computation needs a value that there is not yet is let go, without the garbage collector.
+
+    Thresholds of single tensors are found before their chunks are computed, so that none has to wait.
+    """
     vectors = in_files(big_vectors("random")[0], cached=1 << 15, streamed=1 << 12)
     asked = []
-    monkeypatch.setattr(
-        magnitudes, "NeededInMainThread", lambda compute: asked.append(1) or NeededInMainThread(compute)
-    )
+    for module in (magnitudes, global_value):
+        monkeypatch.setattr(
+            module, "NeededInMainThread", lambda compute: asked.append(1) or NeededInMainThread(compute)
+        )
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     gc.collect()
     gc.disable()
     try:
-        for _ in chain(Trim(0.2, "tensor"), Sum())(vectors).vector(0).stream(["a", "c", "d"]):
+        for _ in chain(Trim(0.2, scope), Sum())(vectors).vector(0).stream(["a", "c", "d"]):
             pass
         assert not [one for one in gc.get_objects() if isinstance(one, NeededInMainThread)]
     finally:
         gc.enable()
         torch.set_num_threads(before)
-    assert asked
+    assert bool(asked) == (scope == "global")
 
 
 def counted(reader, read):
