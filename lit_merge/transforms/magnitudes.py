@@ -47,7 +47,7 @@ Walk = Callable[[], Iterator[tuple[str, int, Tensor]]]
 _FEWEST = 1 << 18  # elements, from which on a sample of them pays
 _SAMPLE = 1 << 21  # elements of a sample, at most
 _BLOCK, _CHUNK = 1 << 6, 1 << 10  # that lie side by side, at least and at most
-_EQUAL = 1 << 20  # magnitudes within a bracket, at least: differences of bfloat16 have few values, and many of each
+_EQUAL = 1 << 20  # of one parameter that may be in a bracket: differences of bfloat16 have few values, many of each
 _LENGTH = 1 << 18  # elements per row and chunk: a histogram of 2^16 counters should cost little beside them
 _DIGITS: dict[torch.dtype, tuple[torch.dtype, list[tuple[int, int]]]] = {  # shift and number of bits, the highest first
     torch.float32: (torch.int32, [(15, 16), (0, 15)]),
@@ -181,16 +181,22 @@ def _limit(threshold: float, equal_too: bool, dtype: torch.dtype) -> float:
     return float(limit)
 
 
-def find_global_cuts(vectors: TaskVectors, kept: int) -> tuple[Cut, ...]:
+def find_global_cuts(vectors: TaskVectors, kept: int, room: int = 0) -> tuple[Cut, ...]:
     """The cuts that keep exactly ``kept`` elements of every row, of all parameters together.
 
     For large models a sample tells between which two magnitudes the threshold lies; one pass counts what is above and
     collects what is between, well below one percent. Should the sample have misled, the digits decide.
+
+    Args:
+        vectors: what is cut.
+        kept: how many, from 1 to the number of elements.
+        room: for how many elements between them there is memory, at least.
     """
     if not sampled(vectors):
         return find_cuts(partial(walk_all, vectors), kept, common_dtype(vectors))
     brackets = _brackets(vectors, kept)
-    return _cuts_within(vectors, kept, brackets) or find_cuts(partial(walk_all, vectors), kept, common_dtype(vectors))
+    found = _cuts_within(vectors, kept, brackets, room)
+    return found or find_cuts(partial(walk_all, vectors), kept, common_dtype(vectors))
 
 
 def cuts_over_all(what: str, vectors: TaskVectors, kept: int) -> Statistic[tuple[Cut, ...]]:
@@ -226,7 +232,7 @@ class CutsByParameter:
             if in_worker():
                 raise NeededInMainThread(partial(self, name))
             one = self._vectors.restrict([name])
-            self._found[name] = find_global_cuts(one, self._kept(size_of(one)))
+            self._found[name] = find_global_cuts(one, self._kept(size_of(one)), _EQUAL)
         return self._found[name]
 
 
@@ -294,7 +300,9 @@ def _brackets_of(sample: Tensor, fraction: float) -> list[tuple[float, float]]:
     return [(float(row[low]), float(row[high])) for row in values]
 
 
-def _cuts_within(vectors: TaskVectors, kept: int, brackets: Sequence[tuple[float, float]]) -> tuple[Cut, ...] | None:
+def _cuts_within(
+    vectors: TaskVectors, kept: int, brackets: Sequence[tuple[float, float]], room: int = 0
+) -> tuple[Cut, ...] | None:
     """As :func:`_cuts_between`, of all parameters together."""
     dtype = common_dtype(vectors)
     compared = vectors.over_chunks(partial(_compared, _limits(brackets, dtype), dtype), sorted(vectors), _LENGTH)
@@ -302,7 +310,7 @@ def _cuts_within(vectors: TaskVectors, kept: int, brackets: Sequence[tuple[float
     def again(name: str, start: int, stop: int) -> Tensor:
         return vectors.reader(name)(start, stop)
 
-    return _cuts_between(brackets, compared, again, size_of(vectors), kept, dtype)
+    return _cuts_between(brackets, compared, again, size_of(vectors), kept, dtype, room)
 
 
 def _cuts_within_stack(name: str, flat: Tensor, kept: int) -> tuple[Cut, ...] | None:
@@ -314,7 +322,7 @@ def _cuts_within_stack(name: str, flat: Tensor, kept: int) -> tuple[Cut, ...] | 
     def again(name: str, start: int, stop: int) -> Tensor:
         return flat[:, start:stop]
 
-    return _cuts_between(brackets, compared, again, size, kept, flat.dtype)
+    return _cuts_between(brackets, compared, again, size, kept, flat.dtype, _EQUAL)
 
 
 def _cuts_between(
@@ -324,6 +332,7 @@ def _cuts_between(
     size: int,
     kept: int,
     dtype: torch.dtype,
+    room: int,
 ) -> tuple[Cut, ...] | None:
     """The cuts, if every row's threshold is within its bracket; None if one is not, is 0, or is too wide.
 
@@ -332,7 +341,7 @@ def _cuts_between(
     """
     if min(low for low, _ in brackets) == 0:
         return None
-    most = max(_sample_size(size) + size // 32, min(size, _EQUAL))
+    most = max(_sample_size(size) + size // 32, min(size, room))
     magnitudes = _room(len(brackets), most, dtype)
     chunks: list[tuple[str, int, int]] = []
     ends: list[list[int]] = [[0] for _ in brackets]  # where each chunk's part ends
