@@ -245,6 +245,20 @@ def test_equal_magnitudes_without_end_are_not_collected(monkeypatch):
     assert magnitudes._cuts_within(constant, kept, [(1.0, 1.0)] * 2) is None
 
 
+@pytest.mark.parametrize("streamed", [1 << 12, 1 << 24])
+def test_few_values_of_a_parameter_are_no_reason_to_read_it_again(in_files, monkeypatch, streamed):
+    """As differences of bfloat16 have: a tenth of all elements equals the threshold."""
+    draw = torch.Generator().manual_seed(0)
+    rows = [torch.randn(600_000, generator=draw).mul_(3).round_() for _ in range(2)]
+    held = TaskVectors([TaskVector({"w": row}, name) for row, name in zip(rows, "ab", strict=True)])
+    vectors = in_files(held, 1 << 15, streamed)
+    monkeypatch.setattr(magnitudes, "find_cuts", None)  # the digits, by two more passes
+    found = Trim(0.2, "tensor")(vectors)["w"]
+    for row, kept in zip(rows, found, strict=True):
+        order = row.abs().argsort(descending=True, stable=True)[:120_000]
+        assert torch.equal(kept, torch.zeros_like(row).index_copy_(0, order, row[order]))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("kind", ["random", "narrow"])
 def test_between_the_brackets_one_pass_finds_what_the_digits_find(kind, dtype, monkeypatch):
