@@ -31,7 +31,7 @@ CONTENT_KEY = "content_blake3"
 _NEW: dict[str, Callable[[], Digest]] = {CONTENT_KEY: blake3, "content_sha256": hashlib.sha256}
 
 CONTENT_KEYS = tuple(_NEW)
-"""The entries that are read: that of this version, and of earlier ones."""
+"""The entries that are read: that of this version, then of earlier ones."""
 
 
 def content_entry(entries: Mapping[str, Any]) -> tuple[str, str]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lit_merge.errors import ConfigurationError, FileFormatError, first_few
-from lit_merge.files.content_digest import new_digest
+from lit_merge.files.content_digest import CONTENT_KEYS, new_digest
 from lit_merge.files.lazy import Computed, LazyMapping, Selected, Slicer
 from lit_merge.files.remote import files_in, is_folder, is_remote, located
 from lit_merge.files.staging import staged
@@ -90,7 +90,7 @@ class ShardedTensors(LazyMapping):
         self.metadata = {key: value for key, value in first.items() if all(o.get(key) == value for o in others)}
         lines = [f"{name} {shard.content_digest}\n" for name, shard in shards.items() if shard.content_digest]
         whole = len(lines) == len(shards)
-        self.content_key = max(shard.content_key for shard in shards.values())  # an earlier version's, if any is
+        self.content_key = max((shard.content_key for shard in shards.values()), key=CONTENT_KEYS.index)
         combined = new_digest(self.content_key)
         combined.update("".join(lines).encode())
         self.content_digest = combined.hexdigest() if whole else None

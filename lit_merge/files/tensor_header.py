@@ -40,9 +40,7 @@ LONGEST_HEADER = 16 << 20
 
 _MOST_BRACKETS = 1_000_000  # three for each tensor, and those in names and metadata
 _MOST_DIMENSIONS = 64
-
-
-_OF_TEXT = frozenset(b"\t\n\r") | frozenset(range(0x20, 0x7F))
+_OF_TEXT = frozenset(b"\t\n\r") | frozenset(range(0x20, 0x7F))  # bytes of ASCII
 
 
 @dataclass(frozen=True)
@@ -64,9 +62,9 @@ def read_header(parts: Parts) -> TensorHeader:
     """Read the header of a safetensors file.
 
     Raises:
-        FileFormatError: the file is truncated or no safetensors file; a name is there twice or is not printable; an
-            entry's dtype is not among ``DTYPES``, its shape and its offsets disagree; tensors overlap, leave bytes
-            between them or do not end with the file; or the header is longer than 16 MiB.
+        FileFormatError: the file is truncated, text, or no safetensors file; a name is there twice or is not
+            printable; an entry's dtype is not among ``DTYPES``, its shape and its offsets disagree; tensors overlap,
+            leave bytes between them or do not end with the file; or the header is longer than 16 MiB.
     """
     check_no_pointer(parts, "a safetensors file")
     first = parts.bytes(0, 8) if parts.size >= 8 else b""
