@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -74,10 +74,10 @@ class LearnedScale(Transform):
         except StructureMismatchError as error:
             raise StructureMismatchError(f"{self.path}: {error}") from error
         rows = coefficients.for_tasks(vectors.tasks)
-        factors = {name: rows.of(name).unsqueeze(1) for name in vectors}
+        factors = {name: rows.of(name).tolist() for name in vectors}
         if rows.masks:
             vectors = vectors.map(partial(_masked, rows.masks), work=partial(_masking_work, frozenset(rows.masks)))
-        return vectors.map_elements(partial(_scaled_by_parameter, factors), note=self)
+        return vectors.map_rows(partial(_scaled_by_parameter, factors), note=self)
 
 
 def transform_before(path: str) -> Transform | None:
@@ -149,5 +149,7 @@ def _masking_work(masked: frozenset[str], name: str, shape: torch.Size, itemsize
     return Work(one.memory * shape[0], one.operations * shape[0])
 
 
-def _scaled_by_parameter(factors: Mapping[str, Tensor], name: str, start: int, chunk: Tensor) -> Tensor:
-    return chunk.mul_(factors[name].to(chunk.device, chunk.dtype))
+def _scaled_by_parameter(
+    factors: Mapping[str, Sequence[float]], row: int, name: str, start: int, values: Tensor
+) -> None:
+    values.mul_(factors[name][row])

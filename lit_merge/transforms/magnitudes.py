@@ -35,6 +35,7 @@ __all__ = [
     "find_cuts_of_stack",
     "find_global_cuts",
     "keep_largest",
+    "keep_largest_of_row",
     "sampled",
     "size_of",
     "walk_all",
@@ -161,14 +162,20 @@ def find_cuts_of_stack(name: str, stack: Tensor, kept: int) -> tuple[Cut, ...]:
 def keep_largest(cuts: tuple[Cut, ...], name: str, start: int, chunk: Tensor) -> Tensor:
     """What the cuts keep of a chunk ``(T, n)`` that begins at a position; the rest is 0. The chunk is written into."""
     for row, cut in zip(chunk, cuts, strict=True):
-        # Up to the place what equals the threshold is kept, behind it is not: hardshrink keeps what is above a number.
-        place = len(row) if cut.name is None or name < cut.name else 0
-        if name == cut.name:
-            place = min(max(cut.position + 1 - start, 0), len(row))
-        for part, equal_too in ((row[:place], True), (row[place:], False)):
-            if len(part):
-                torch.hardshrink(part, _limit(cut.threshold, equal_too, row.dtype), out=part)
+        keep_largest_of_row(cut, name, start, row)
     return chunk
+
+
+def keep_largest_of_row(cut: Cut, name: str, start: int, values: Tensor) -> Tensor:
+    """What a row's cut keeps of elements ``(n,)`` that begin at a position; the rest is 0. They are written into."""
+    # Up to the place what equals the threshold is kept, behind it is not: hardshrink keeps what is above a number.
+    place = len(values) if cut.name is None or name < cut.name else 0
+    if name == cut.name:
+        place = min(max(cut.position + 1 - start, 0), len(values))
+    for part, equal_too in ((values[:place], True), (values[place:], False)):
+        if len(part):
+            torch.hardshrink(part, _limit(cut.threshold, equal_too, values.dtype), out=part)
+    return values
 
 
 @lru_cache(maxsize=1 << 12)

@@ -52,20 +52,18 @@ class Uniform:
         bits = self._bits(self.labels[row], name, positions, torch.empty_like(positions), torch.empty_like(positions))
         return ((bits >> 8) & 0xFFFFFF).float().mul_(2.0**-24)
 
-    def drop(self, p: float, name: str, start: int, chunk: Tensor) -> Tensor:
-        """Set elements of a chunk ``(T, n)`` to zero with probability p, to 32 bits, in place."""
+    def drop(self, p: float, row: int, name: str, start: int, values: Tensor) -> None:
+        """Set elements ``(n,)`` of a row that begin at a position to zero with probability p, to 32 bits, in place."""
         limit = round(p * 2**32) - 2**31  # the bits are signed
         if limit == -(2**31):
-            return chunk
-        if chunk.device.type == "cpu" and chunk.stride(1) == 1:
-            for row, label in zip(chunk, self.labels, strict=True):
-                _drop_in_cache(limit, *self._line(label, name), start, row)
+            return
+        label = self.labels[row]
+        if values.device.type == "cpu" and values.is_contiguous():
+            _drop_in_cache(limit, *self._line(label, name), start, values)
         else:
-            positions = _positions(start, chunk[0])
+            positions = _positions(start, values)
             bits, shifted = torch.empty_like(positions), torch.empty_like(positions)
-            for row, label in zip(chunk, self.labels, strict=True):
-                _zero_below(limit, self._bits(label, name, positions, bits, shifted), row)
-        return chunk
+            _zero_below(limit, self._bits(label, name, positions, bits, shifted), values)
 
     def _line(self, label: Label, name: str) -> tuple[int, int]:
         """What the positions of a row are multiplied by, and what is added."""

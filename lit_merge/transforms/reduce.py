@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, NoReturn
 
-import torch
 from torch import Tensor
 
 from lit_merge.errors import ConfigurationError, did_you_mean
@@ -41,7 +40,7 @@ class Negate(Transform):
 
     def __call__(self, vectors: TaskVectors) -> TaskVectors:
         """Negate every stack ``(T, *shape)``."""
-        return vectors.map_elements(_negated, note=self)
+        return vectors.map_rows(_negated, note=self)
 
 
 class _PerTask(dict[str, float]):
@@ -80,7 +79,7 @@ class Scale(Transform):
     def __call__(self, vectors: TaskVectors) -> TaskVectors:
         """Scale every stack ``(T, *shape)``."""
         if isinstance(self.coefficient, float):
-            return vectors.map_elements(partial(_scaled, self.coefficient), note=self)
+            return vectors.map_rows(partial(_scaled, self.coefficient), note=self)
         if len(vectors.tasks) == 1 < len(self.coefficient):
             raise ConfigurationError(
                 f"Scale.coefficient: expected one number for the merged vector {vectors.tasks[0]}, got "
@@ -88,7 +87,7 @@ class Scale(Transform):
                 "[1, -1]}, Sum]."
             )
         coefficients = per_task_values("Scale.coefficient", self.coefficient, vectors.tasks)
-        return vectors.map_elements(partial(_scaled_by_task, coefficients), note=self)
+        return vectors.map_rows(partial(_scaled_by_task, coefficients), note=self)
 
 
 @dataclass(frozen=True)
@@ -175,16 +174,16 @@ def _divided(count: int, name: str, start: int, chunk: Tensor) -> Tensor:
     return chunk.div_(count)
 
 
-def _negated(name: str, start: int, chunk: Tensor) -> Tensor:
-    return chunk.neg_()
+def _negated(row: int, name: str, start: int, values: Tensor) -> None:
+    values.neg_()
 
 
-def _scaled(coefficient: float, name: str, start: int, chunk: Tensor) -> Tensor:
-    return chunk.mul_(coefficient)
+def _scaled(coefficient: float, row: int, name: str, start: int, values: Tensor) -> None:
+    values.mul_(coefficient)
 
 
-def _scaled_by_task(coefficients: tuple[float, ...], name: str, start: int, chunk: Tensor) -> Tensor:
-    return chunk.mul_(torch.tensor(coefficients, dtype=chunk.dtype, device=chunk.device).unsqueeze(1))
+def _scaled_by_task(coefficients: tuple[float, ...], row: int, name: str, start: int, values: Tensor) -> None:
+    values.mul_(coefficients[row])
 
 
 def _interpolated(fraction: float, name: str, start: int, chunk: Tensor) -> Tensor:

@@ -54,7 +54,7 @@ class Rescale(Transform):
             return vectors.map(partial(_rescaled_stack, self.norm), note=self, others=[inputs])
         compute = partial(_global_factors, self.norm, inputs, vectors)
         factors = Statistic("Rescale: norms", inputs.walk + vectors.walk, compute)
-        return vectors.map_elements(partial(_rescaled, factors), note=self, statistics=[factors])
+        return vectors.map_rows(partial(_rescaled, factors), note=self, statistics=[factors])
 
 
 _ORDERS = {"l1": 1.0, "l2": 2.0, "linf": math.inf}
@@ -80,8 +80,9 @@ def _global_factors(kind: str, inputs: TaskVectors, vectors: TaskVectors) -> tup
     return _factors(_norms(kind, _all_pieces(inputs)), _norms(kind, _all_pieces(vectors)))
 
 
-def _rescaled(factors: Statistic[tuple[float, ...]], name: str, start: int, chunk: Tensor) -> Tensor:
-    return _scaled_rows(factors(), chunk) if chunk.numel() else chunk
+def _rescaled(factors: Statistic[tuple[float, ...]], row: int, name: str, start: int, values: Tensor) -> None:
+    if len(values):
+        values.mul_(factors()[row])
 
 
 def _rescaled_stack(kind: str, name: str, stack: Tensor, before: Tensor) -> Tensor:

@@ -76,11 +76,16 @@ def _votes(weighting: str, chunk: Tensor) -> Tensor:
         return sum_rows(chunk.sign()).sign_()
     # In float64 the sum of float32 values is exact, but for extreme ratios: neither the order of the tasks nor the
     # length of the chunk decides.
-    if chunk.device.type == "cpu" and chunk.dtype in (torch.float32, torch.float64):  # NumPy takes half the time there
+    if _is_for_numpy(chunk):
         total = torch.from_numpy(np.add.reduce(chunk.detach().numpy(), axis=0, dtype=np.float64, keepdims=True))
     else:
         total = chunk.sum(0, keepdim=True, dtype=torch.float64)
     return total.sign_().to(chunk.dtype)
+
+
+def _is_for_numpy(chunk: Tensor) -> bool:
+    """Whether NumPy's reductions can be used, which take half the time of torch's or less."""
+    return chunk.device.type == "cpu" and chunk.dtype in (torch.float32, torch.float64)
 
 
 def _blocks(chunk: Tensor) -> Iterable[Tensor]:
@@ -97,30 +102,40 @@ def _sum_of_votes(weighting: str, name: str, start: int, chunk: Tensor) -> int:
     return sum(int(_votes(weighting, block).sum(dtype=torch.float64)) for block in _blocks(chunk))
 
 
-# In floating point throughout: operators on masks take several times as long as these.
+# In floating point where it can be: operators on masks take several times as long.
 
 
 def _elected(weighting: str, majority: Statistic[float], name: str, start: int, chunk: Tensor) -> Tensor:
+    largest = torch.finfo(chunk.dtype).max
     for block in _blocks(chunk):
         sign = _votes(weighting, block)
         undecided = _largest(block).sign_().relu_().mul_(1 - sign.abs())  # votes are even, and some element is positive
         if float(undecided.sum()):
             sign.add_(undecided, alpha=majority())
-        block.mul_(sign).relu_().mul_(sign)  # ±1 · ±1: what agrees comes back as it was
+        torch.clamp(block, sign.clamp(max=0).mul_(largest), sign.clamp(min=0).mul_(largest), out=block)
     return chunk
 
 
 def _largest(chunk: Tensor) -> Tensor:
-    """The largest of every column, ``(1, n)``, one row after the other."""
-    largest = chunk[:1].clone()
-    for row in range(1, len(chunk)):
-        torch.maximum(largest, chunk[row : row + 1], out=largest)
-    return largest
+    """The largest of every column, ``(1, n)``."""
+    if _is_for_numpy(chunk):
+        return torch.from_numpy(np.maximum.reduce(chunk.detach().numpy(), axis=0, keepdims=True))
+    return chunk.amax(0, keepdim=True)
 
 
 def _disjoint_mean(name: str, start: int, chunk: Tensor) -> Tensor:
-    count = sum_rows(chunk.sign().abs_()).clamp_(min=1)
-    return sum_rows(chunk).div_(count)
+    counts = torch.cat([_counts(block) for block in _blocks(chunk)], dim=1)
+    return sum_rows(chunk).div_(counts)
+
+
+def _counts(chunk: Tensor) -> Tensor:
+    """How many elements of every column are not zero, ``(1, n)``, at least 1."""
+    if _is_for_numpy(chunk):
+        marks = np.not_equal(chunk.detach().numpy(), 0).view(np.int8)
+        counts = torch.from_numpy(np.add.reduce(marks, axis=0, dtype=np.int32, keepdims=True))
+    else:
+        counts = torch.count_nonzero(chunk, dim=0).unsqueeze(0)
+    return counts.clamp_(min=1)
 
 
 def _disjoint_sum(name: str, start: int, chunk: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from lit_merge.transforms.magnitudes import (
     cuts_by_parameter,
     cuts_over_all,
     find_cuts_of_stack,
-    keep_largest,
+    keep_largest_of_row,
     size_of,
 )
 from lit_merge.transforms.random import Uniform, labels_of
@@ -126,7 +126,7 @@ class Drop(Transform):
     def __call__(self, vectors: TaskVectors) -> TaskVectors:
         """Drop elements of every row of the stacks ``(T, *shape)``."""
         uniform = Uniform(self.seed, labels_of(vectors))
-        return vectors.map_elements(partial(_dropped, self.p, self.rescale, uniform), note=self)
+        return vectors.map_rows(partial(_dropped, self.p, self.rescale, uniform), note=self)
 
 
 @dataclass(frozen=True)
@@ -171,14 +171,14 @@ class DropByRank(Transform):
 
 def _window(transform: Transform, vectors: TaskVectors, density: float, outliers: float, scope: Scope) -> TaskVectors:
     if density == 1.0:
-        return vectors.map_elements(_unchanged, note=transform)
+        return vectors.map_rows(_unchanged, note=transform)
     wanted = _counts(density, outliers)
     if scope == "tensor":
         return _by_tensor(transform, vectors, wanted)
     size, name = size_of(vectors), type(transform).__name__
     whats = [f"{name}: threshold", f"{name}: threshold of outliers"]
     found = [cuts_over_all(what, vectors, kept(size)) for what, kept in zip(whats, wanted, strict=False) if kept(size)]
-    return vectors.map_elements(partial(_windowed, tuple(found)), note=transform, statistics=found)
+    return vectors.map_rows(partial(_windowed, tuple(found)), note=transform, statistics=found)
 
 
 def _by_tensor(transform: Transform, vectors: TaskVectors, wanted: Sequence[partial[int]]) -> TaskVectors:
@@ -193,7 +193,7 @@ def _by_tensor(transform: Transform, vectors: TaskVectors, wanted: Sequence[part
         view, name = vectors.restrict(large), type(transform).__name__
         found = [cuts_by_parameter(f"{name}: thresholds of large tensors", view, kept) for kept in wanted]
         function = partial(_windowed_by_tensor, tuple(found))
-        views.append(view.map_elements(function, note=note, statistics=found, before=partial(_find, tuple(found))))
+        views.append(view.map_rows(function, note=note, statistics=found, before=partial(_find, tuple(found))))
     return views[0] if len(views) == 1 else vectors.united(views, note=transform)
 
 
@@ -216,15 +216,17 @@ def _kept(density: float, size: int) -> int:
     return max(count_of(density, size), 1)
 
 
-def _windowed(found: tuple[Statistic[tuple[Cut, ...]], ...], name: str, start: int, chunk: Tensor) -> Tensor:
-    return _between([statistic() for statistic in found], name, start, chunk) if chunk.numel() else chunk
+def _windowed(found: tuple[Statistic[tuple[Cut, ...]], ...], row: int, name: str, start: int, values: Tensor) -> None:
+    if len(values):
+        _between([statistic()[row] for statistic in found], name, start, values)
 
 
-def _between(cuts: Sequence[tuple[Cut, ...]], name: str, start: int, chunk: Tensor) -> Tensor:
-    """What the first cuts keep and the second ones, if there are any, do not."""
-    largest = keep_largest(cuts[1], name, start, chunk.clone()) if len(cuts) > 1 else None
-    kept = keep_largest(cuts[0], name, start, chunk)
-    return kept if largest is None else kept.sub_(largest)
+def _between(cuts: Sequence[Cut], name: str, start: int, values: Tensor) -> None:
+    """Leave what the first cut keeps and the second one, if there is any, does not."""
+    largest = keep_largest_of_row(cuts[1], name, start, values.clone()) if len(cuts) > 1 else None
+    keep_largest_of_row(cuts[0], name, start, values)
+    if largest is not None:
+        values.sub_(largest)
 
 
 def _window_of_tensor(wanted: Sequence[partial[int]], name: str, stack: Tensor) -> Tensor:
@@ -233,11 +235,15 @@ def _window_of_tensor(wanted: Sequence[partial[int]], name: str, stack: Tensor) 
         return stack
     flat = stack.view(len(stack), -1)
     cuts = [find_cuts_of_stack(name, flat, kept(size)) for kept in wanted if kept(size)]
-    return _between(cuts, name, 0, flat).view_as(stack)
+    for values, of_row in zip(flat, zip(*cuts, strict=True), strict=True):
+        _between(of_row, name, 0, values)
+    return stack
 
 
-def _windowed_by_tensor(found: tuple[Statistic[CutsByParameter], ...], name: str, start: int, chunk: Tensor) -> Tensor:
-    return _between([statistic()(name) for statistic in found], name, start, chunk)
+def _windowed_by_tensor(
+    found: tuple[Statistic[CutsByParameter], ...], row: int, name: str, start: int, values: Tensor
+) -> None:
+    _between([statistic()(name)[row] for statistic in found], name, start, values)
 
 
 def _find(found: tuple[Statistic[CutsByParameter], ...], name: str) -> None:
@@ -246,13 +252,14 @@ def _find(found: tuple[Statistic[CutsByParameter], ...], name: str) -> None:
         statistic()(name)
 
 
-def _unchanged(name: str, start: int, chunk: Tensor) -> Tensor:
-    return chunk
+def _unchanged(row: int, name: str, start: int, values: Tensor) -> None:
+    pass
 
 
-def _dropped(p: float, rescale: bool, uniform: Uniform, name: str, start: int, chunk: Tensor) -> Tensor:
-    uniform.drop(p, name, start, chunk)
-    return chunk.div_(1 - p) if rescale and p else chunk
+def _dropped(p: float, rescale: bool, uniform: Uniform, row: int, name: str, start: int, values: Tensor) -> None:
+    uniform.drop(p, row, name, start, values)
+    if rescale and p:
+        values.div_(1 - p)
 
 
 def _dropped_by_rank(transform: DropByRank, uniform: Uniform, name: str, stack: Tensor) -> Tensor:

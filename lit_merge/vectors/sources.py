@@ -6,8 +6,9 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, TypeAlias
 
 import torch
@@ -23,7 +24,20 @@ if TYPE_CHECKING:
     from lit_merge.vectors.task_vector import TaskVector
     from lit_merge.vectors.task_vectors import TaskVectors
 
-__all__ = ["Elements", "Reader", "Rows", "Source", "Stacks", "Subset", "Sums", "Union", "Work", "sum_rows"]
+__all__ = [
+    "ByRow",
+    "Elements",
+    "Reader",
+    "RowReader",
+    "Rows",
+    "Source",
+    "Stacks",
+    "Subset",
+    "Sums",
+    "Union",
+    "Work",
+    "sum_rows",
+]
 
 _ELEMENTS_IN_CACHE = 1 << 21  # eight MiB of float32: larger ones leave the processor's cache, smaller ones cost calls
 _ELEMENTS_OF_A_SUM = 1 << 19  # of one vector at a time; fewer calls, that several threads wait for each other in
@@ -32,6 +46,10 @@ _FEWEST_ELEMENTS = 1 << 12  # below, the cost of calling an operator is no longe
 
 Reader = Callable[[int, int], Tensor]
 """``(start, stop)`` -> those elements of a flattened stack, a new chunk ``(T, stop - start)``."""
+
+RowReader = Callable[[int, int], Iterator[Tensor]]
+"""``(start, stop)`` -> those elements of every row in turn, ``(stop - start,)``: the caller's to write into until the
+next row is asked for."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +82,8 @@ class Source(ABC):
     """How often going through all parameters reads every input."""
     by_chunks = True
     """Whether chunks are computed one by one."""
+    by_rows = False
+    """Whether rows are computed one by one, so that a sum of them needs no chunk of all."""
 
     @abstractmethod
     def stack(self, name: str) -> Tensor:
@@ -73,10 +93,15 @@ class Source(ABC):
     def reader(self, name: str) -> Reader:
         """Reads any chunk of the flattened stack; what several chunks need is done once."""
 
+    def rows(self, name: str) -> RowReader:
+        """Reads any chunk row by row."""
+        read = self.reader(name)
+        return lambda start, stop: iter(read(start, stop))
+
     def summed(self, name: str) -> Reader:
         """Reads Σ_t τ_t of any chunk, ``(1, stop - start)``."""
-        read = self.reader(name)
-        return lambda start, stop: sum_rows(read(start, stop))
+        rows = self.rows(name)
+        return lambda start, stop: _sum_of(rows(start, stop))
 
     def chunk_length(self, name: str) -> int:
         """How many elements a chunk should have."""
@@ -90,32 +115,52 @@ class Source(ABC):
 class Rows(Source):
     """The stacks of task vectors: one row each, brought to a common dtype, and to a device if one is given."""
 
-    def __init__(self, rows: tuple[TaskVector, ...], structure: Structure, device: torch.device | None) -> None:
-        self.rows, self.structure, self.device = rows, structure, device
+    by_rows = True
+
+    def __init__(self, vectors: tuple[TaskVector, ...], structure: Structure, device: torch.device | None) -> None:
+        self.vectors, self.structure, self.device = vectors, structure, device
 
     def stack(self, name: str) -> Tensor:
         shape = self.structure[name][0]
-        return self.reader(name)(0, shape.numel()).view(len(self.rows), *shape)
+        return self.reader(name)(0, shape.numel()).view(len(self.vectors), *shape)
 
     def reader(self, name: str) -> Reader:
         dtype = self.structure[name][1]
-        device = self.device or self.rows[0].device(name)
-        slicers = [row.slicer(name) for row in self.rows]
+        device = self.device or self.vectors[0].device(name)
+        slicers = [row.slicer(name) for row in self.vectors]
 
         def read(start: int, stop: int) -> Tensor:
             chunk = torch.empty((len(slicers), stop - start), dtype=dtype, device=device)
             shared: _Shared = None
             for row, fill in zip(chunk, slicers, strict=True):
                 shared = _fill(row, fill, start, stop, shared)
-            return self._finite(chunk, name, start, slicers)
+            if not is_finite(chunk):
+                for index, values in enumerate(chunk):
+                    self._check_finite(index, name, start, values, slicers)
+            return chunk
+
+        return read
+
+    def rows(self, name: str) -> RowReader:
+        dtype = self.structure[name][1]
+        device = self.device or self.vectors[0].device(name)
+        slicers = [row.slicer(name) for row in self.vectors]
+
+        def read(start: int, stop: int) -> Iterator[Tensor]:
+            values = torch.empty(stop - start, dtype=dtype, device=device)
+            shared: _Shared = None
+            for index, fill in enumerate(slicers):
+                shared = _fill(values, fill, start, stop, shared)
+                self._check_finite(index, name, start, values, slicers)
+                yield values
 
         return read
 
     def summed(self, name: str) -> Reader:
-        """Row by row, so that all of it stays in the cache, whatever T is."""
+        """As of any rows, but whether all is finite is told from the sum."""
         dtype = self.structure[name][1]
-        device = self.device or self.rows[0].device(name)
-        slicers = [row.slicer(name) for row in self.rows]
+        device = self.device or self.vectors[0].device(name)
+        slicers = [row.slicer(name) for row in self.vectors]
 
         def summed(start: int, stop: int) -> Tensor:
             total = torch.empty((1, stop - start), dtype=dtype, device=device)
@@ -132,22 +177,18 @@ class Rows(Source):
         on_accelerator = self.device is not None and self.device.type != "cpu"
         if on_accelerator:  # nothing is gained by small chunks there
             return max(self.structure[name][0].numel(), 1)
-        return max(_ELEMENTS_IN_CACHE // len(self.rows), _FEWEST_ELEMENTS)
+        return max(_ELEMENTS_IN_CACHE // len(self.vectors), _FEWEST_ELEMENTS)
 
-    def _finite(self, chunk: Tensor, name: str, start: int, slicers: Sequence[Slicer]) -> Tensor:
-        if is_finite(chunk):
-            return chunk
-        for index, values in enumerate(chunk):
-            if not is_finite(values):
-                fill = slicers[index]
-                if isinstance(fill, DifferenceSlicer):
-                    check_base_part(fill.base_part(start, start + len(values), values), name)
-                task = self.rows[index].task
-                raise NonFiniteError(
-                    f"task vector {repr(task) if task else f'number {index}'}: expected finite values, got NaN or "
-                    f"infinity in {name}. Train again with a lower learning rate, or remove this input."
-                )
-        return chunk
+    def _check_finite(self, index: int, name: str, start: int, values: Tensor, slicers: Sequence[Slicer]) -> None:
+        if is_finite(values):
+            return
+        fill, task = slicers[index], self.vectors[index].task
+        if isinstance(fill, DifferenceSlicer):
+            check_base_part(fill.base_part(start, start + len(values), values), name)
+        raise NonFiniteError(
+            f"task vector {repr(task) if task else f'number {index}'}: expected finite values, got NaN or "
+            f"infinity in {name}. Train again with a lower learning rate, or remove this input."
+        )
 
 
 _Shared: TypeAlias = "tuple[LazyMapping, Tensor] | None"
@@ -163,6 +204,14 @@ def _fill(row: Tensor, fill: Slicer, start: int, stop: int, shared: _Shared) -> 
         shared = fill.origin, fill.base_part(start, stop, row)
     row.sub_(shared[1])
     return shared
+
+
+def _sum_of(rows: Iterator[Tensor]) -> Tensor:
+    """Of at least one row, ``(1, n)``, one after the other."""
+    total = next(rows).clone()
+    for row in rows:
+        total.add_(row)
+    return total.unsqueeze(0)
 
 
 def sum_rows(chunk: Tensor) -> Tensor:
@@ -243,12 +292,44 @@ class Elements(_Computed):
     def reader(self, name: str) -> Reader:
         readers = [view.reader(name) for view in (self.source, *self.others)]
         dtype = self.source.dtype(name)
-        if self._before is not None and not in_worker():
-            self._before(name)
+        self._prepare(name)
 
         def read(start: int, stop: int) -> Tensor:
             result = self.function(name, start, *(part(start, stop) for part in readers))
             return _checked(result, (self.count, stop - start), dtype, self.note, name)
+
+        return read
+
+    def _prepare(self, name: str) -> None:
+        if self._before is not None and not in_worker():
+            self._before(name)
+
+
+class ByRow(Elements):
+    """A function of single elements that treats every row by itself: ``function(row, name, start, values)``."""
+
+    def __init__(
+        self,
+        source: TaskVectors,
+        function: Callable[[int, str, int, Tensor], object],
+        note: str,
+        before: Callable[[str], object] | None = None,
+    ) -> None:
+        super().__init__(source, (), partial(_row_by_row, function), len(source.tasks), note, before=before)
+        self._of_row = function
+
+    @property
+    def by_rows(self) -> bool:  # type: ignore[override]
+        return self.source.by_rows
+
+    def rows(self, name: str) -> RowReader:
+        rows = self.source.rows(name)
+        self._prepare(name)
+
+        def read(start: int, stop: int) -> Iterator[Tensor]:
+            for index, values in enumerate(rows(start, stop)):
+                self._of_row(index, name, start, values)
+                yield values
 
         return read
 
@@ -258,7 +339,7 @@ class Sums(Elements):
 
     def chunk_length(self, name: str) -> int:
         length = self.source.chunk_length(name)
-        return max(length, _ELEMENTS_OF_A_SUM) if isinstance(self.source._source, Rows) else length
+        return max(length, _ELEMENTS_OF_A_SUM) if self.source.by_rows else length
 
     def reader(self, name: str) -> Reader:
         read, dtype = self.source.summed(name), self.source.dtype(name)
@@ -275,13 +356,16 @@ class Subset(Source):
 
     def __init__(self, source: TaskVectors) -> None:
         self.source = source
-        self.reads, self.by_chunks = source.walk, source.by_chunks
+        self.reads, self.by_chunks, self.by_rows = source.walk, source.by_chunks, source.by_rows
 
     def stack(self, name: str) -> Tensor:
         return self.source[name]
 
     def reader(self, name: str) -> Reader:
         return self.source.reader(name)
+
+    def rows(self, name: str) -> RowReader:
+        return self.source.rows(name)
 
     def summed(self, name: str) -> Reader:
         return self.source.summed(name)
@@ -300,6 +384,7 @@ class Union(Source):
         self.views = dict(views)
         self.reads = max(view.walk for view in self.views.values())
         self.by_chunks = all(view.by_chunks for view in self.views.values())
+        self.by_rows = all(view.by_rows for view in self.views.values())
 
     def stack(self, name: str) -> Tensor:
         return self.views[name][name]
@@ -310,11 +395,20 @@ class Union(Source):
     def reader(self, name: str) -> Reader:
         return self.views[name].reader(name)
 
+    def rows(self, name: str) -> RowReader:
+        return self.views[name].rows(name)
+
     def summed(self, name: str) -> Reader:
         return self.views[name].summed(name)
 
     def work(self, name: str) -> Work:
         return self.views[name].work(name)
+
+
+def _row_by_row(function: Callable[[int, str, int, Tensor], object], name: str, start: int, chunk: Tensor) -> Tensor:
+    for index, values in enumerate(chunk):
+        function(index, name, start, values)
+    return chunk
 
 
 def _checked(stack: Tensor, shape: tuple[int, ...], dtype: torch.dtype, note: str, name: str) -> Tensor:

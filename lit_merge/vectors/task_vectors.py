@@ -14,13 +14,26 @@ from lit_merge.errors import ConfigurationError, did_you_mean, first_few
 from lit_merge.files.lazy import Computed, LazyMapping, Structure
 from lit_merge.params import check_same_structure, working_dtype
 from lit_merge.vectors.global_value import Statistic
-from lit_merge.vectors.sources import Elements, Reader, Rows, Source, Stacks, Subset, Sums, Union, Work, WorkOf
+from lit_merge.vectors.sources import (
+    ByRow,
+    Elements,
+    Reader,
+    RowReader,
+    Rows,
+    Source,
+    Stacks,
+    Subset,
+    Sums,
+    Union,
+    Work,
+    WorkOf,
+)
 from lit_merge.vectors.task_vector import TaskVector, joined_task, same_base
 from lit_merge.vectors.threads import ordered_map
 
 _Result = TypeVar("_Result")
 
-__all__ = ["ElementFunction", "StackFunction", "TaskVectors"]
+__all__ = ["ElementFunction", "RowFunction", "StackFunction", "TaskVectors"]
 
 StackFunction = Callable[..., Tensor]
 """``function(name, stack, *others)``: from a parameter's stack ``(T, *shape)``, and those of other views, to its new
@@ -29,6 +42,9 @@ stack ``(T', *shape)``."""
 ElementFunction = Callable[..., Tensor]
 """``function(name, start, chunk, *others)``: from the elements ``start … start + n`` of a parameter's flattened stack,
 ``(T, n)``, and of those of other views, to ``(T', n)``."""
+
+RowFunction = Callable[[int, str, int, Tensor], object]
+"""``function(row, name, start, values)``: writes into the elements ``start … start + n`` of one row, ``(n,)``."""
 
 
 class TaskVectors(LazyMapping):
@@ -184,6 +200,11 @@ class TaskVectors(LazyMapping):
         """Whether a stack can be computed chunk by chunk, so that it need not be in memory as a whole."""
         return self._source.by_chunks
 
+    @property
+    def by_rows(self) -> bool:
+        """Whether rows are computed one by one, so that a sum of them needs no chunk of all."""
+        return self._source.by_rows
+
     def __getitem__(self, name: str) -> Tensor:
         if name not in self._structure:
             raise KeyError(name)
@@ -231,6 +252,12 @@ class TaskVectors(LazyMapping):
         if name not in self._structure:
             raise KeyError(name)
         return self._source.reader(name)
+
+    def rows(self, name: str) -> RowReader:
+        """Reads any chunk of one parameter row by row: each is the caller's own until the next one is asked for."""
+        if name not in self._structure:
+            raise KeyError(name)
+        return self._source.rows(name)
 
     def summed(self, name: str) -> Reader:
         """Reads Σ_t τ_t of any chunk of one parameter: ``(start, stop)`` -> a new ``(1, stop - start)``."""
@@ -335,6 +362,25 @@ class TaskVectors(LazyMapping):
         names = _row_tasks(self, tasks)
         source = Elements(self, tuple(others), function, len(names), str(note) or "function", before=before)
         return self._view(source, names, str(note), _needed(others, statistics))
+
+    def map_rows(
+        self,
+        function: RowFunction,
+        note: object = "",
+        statistics: Sequence[Statistic[Any]] = (),
+        before: Callable[[str], object] | None = None,
+    ) -> TaskVectors:
+        """As :meth:`map_elements`, for what treats every row by itself too: the sum of rows takes one at a time.
+
+        Args:
+            function: called with the row's position, the parameter's name, the position of the chunk in the flattened
+                parameter, and the row's elements ``(n,)``, which it changes in place.
+            note: added to the provenance as a string; a transform passes itself.
+            statistics: what the function calls to know about all parameters.
+            before: as of :meth:`map_elements`.
+        """
+        source = ByRow(self, function, str(note) or "function", before)
+        return self._view(source, self._row_tasks, str(note), statistics)
 
     def reduce_elements(
         self,

@@ -200,6 +200,45 @@ def test_the_length_of_pieces_changes_no_bit(transform, dtype, monkeypatch):
             assert torch.equal(whole, expected[name].reshape(len(whole), -1))
 
 
+ROW_BY_ROW = [
+    (chain(Drop(0.5), Scale([1.0, -0.5, 2.0]), Negate()), True),
+    (chain(Trim(0.5), Rescale()), True),
+    (chain(MagnitudeWindow(0.5, 0.2, "global"), Drop(0.3)), True),
+    (chain(Trim(0.5), LiNeS(0.3)), False),
+    (chain(ElectSign(), Scale(2.0)), False),
+]
+
+
+@pytest.mark.parametrize(("transform", "by_rows"), ROW_BY_ROW, ids=str)
+def test_a_sum_of_rows_is_that_of_their_stack(transform, by_rows):
+    vectors = transform(random_vectors())
+    assert vectors.by_rows == by_rows == vectors.restrict(["proj"]).by_rows
+    summed = Sum()(vectors)
+    for name in vectors:
+        stack = vectors[name]
+        expected = stack[0] + stack[1] + stack[2]
+        assert torch.equal(summed[name][0], expected)
+        parts = [list(map(torch.clone, vectors.rows(name)(start, start + 1))) for start in range(stack[0].numel())]
+        if parts:
+            assert torch.equal(torch.stack([torch.cat(row) for row in zip(*parts, strict=True)]), stack.view(3, -1))
+    with pytest.raises(KeyError, match="nothing"):
+        vectors.rows("nothing")
+
+
+def test_summing_rows_makes_no_chunk_of_all(monkeypatch):
+    vectors = Scale(2.0)(random_vectors())
+    monkeypatch.setattr(sources.Rows, "reader", None)
+    assert torch.equal(Sum()(vectors)["proj"][0], 2 * sum(random_tensors(seed)["proj"] for seed in range(3)))
+
+
+def test_what_is_not_finite_is_named_though_it_is_dropped():
+    values = torch.ones(1000)
+    values[::2] = float("nan")
+    broken = TaskVectors([TaskVector({"weight": torch.ones(1000)}, "a"), TaskVector({"weight": values}, "b")])
+    with pytest.raises(NonFiniteError, match=r"task vector 'b'.*weight"):
+        Sum()(Drop(1 - 1e-9)(broken))["weight"]
+
+
 def test_pieces_are_the_callers_own():
     for transform in (chain(), Sum(), Trim(0.5, "tensor"), TallMask()):
         result = transform(random_vectors())
