@@ -7,12 +7,12 @@ import mmap
 import random
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache, partial
-from itertools import accumulate, groupby, pairwise
-from operator import itemgetter
-from typing import TypeAlias
+from itertools import accumulate, pairwise
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from torch import Tensor
 from lit_merge.params import count_nonzero
 from lit_merge.vectors import TaskVectors
 from lit_merge.vectors.global_value import Statistic
-from lit_merge.vectors.threads import NeededInMainThread, in_worker, ordered_map
+from lit_merge.vectors.threads import NeededInMainThread, begin, chunk_threads, in_worker, ordered_map
 
 __all__ = [
     "Cut",
@@ -49,6 +49,7 @@ _FEWEST = 1 << 18  # elements, from which on a sample of them pays
 _SAMPLE = 1 << 21  # elements of a sample, at most
 _BLOCK, _CHUNK = 1 << 6, 1 << 10  # that lie side by side, at least and at most
 _EQUAL = 1 << 20  # of one parameter that may be in a bracket: differences of bfloat16 have few values, many of each
+_HELD = 1 << 23  # elements of a stack, up to which reading all costs less than reading a sample piece by piece
 _LENGTH = 1 << 18  # elements per row and chunk: a histogram of 2^16 counters should cost little beside them
 _DIGITS: dict[torch.dtype, tuple[torch.dtype, list[tuple[int, int]]]] = {  # shift and number of bits, the highest first
     torch.float32: (torch.int32, [(15, 16), (0, 15)]),
@@ -221,8 +222,9 @@ def _reads(vectors: TaskVectors, sampled: bool) -> int:
 class CutsByParameter:
     """The cuts that keep so many elements of every parameter by itself, each found when it is first needed.
 
-    In memory that does not depend on the parameters' sizes; a parameter is read once, besides a sample of it, and more
-    often should that mislead.
+    In memory that does not depend on the parameters' sizes. Small stacks are read once and held while their cuts are
+    found, each by one of the threads that compute chunks, ahead of these; large ones are read once, besides a sample,
+    by all threads together, and more often should that mislead.
 
     Args:
         vectors: what is cut.
@@ -232,15 +234,47 @@ class CutsByParameter:
     def __init__(self, vectors: TaskVectors, kept: Callable[[int], int]) -> None:
         self._vectors, self._kept = vectors, kept
         self._found: dict[str, tuple[Cut, ...]] = {}
+        self._begun: dict[str, Future[tuple[Cut, ...] | NeededInMainThread]] = {}
 
     def __call__(self, name: str) -> tuple[Cut, ...]:
-        """Of one parameter; in a thread that computes chunks they are asked of the main one."""
+        """Of one parameter; in a thread that computes chunks what is not begun is asked of the main one."""
         if name not in self._found:
-            if in_worker():
-                raise NeededInMainThread(partial(self, name))
-            one = self._vectors.restrict([name])
-            self._found[name] = find_global_cuts(one, self._kept(size_of(one)), _EQUAL)
+            begun = self._begun.get(name)
+            found = begun.result() if begun else None
+            if not isinstance(found, tuple):
+                self._begun.pop(name, None)
+                if in_worker():
+                    raise NeededInMainThread(partial(self, name))
+                found = self._of_held(name) if self._is_held(name) else self._of_large(name)
+            self._found[name] = found
         return self._found[name]
+
+    def prepare(self, name: str) -> None:
+        """Find the cuts of a parameter, or begin to, and begin with those that come next."""
+        if not self._is_held(name):
+            self(name)
+        names = self._vectors.names
+        place = names.index(name)
+        for one in names[place : place + 1 + chunk_threads()]:
+            if one not in self._found and one not in self._begun and self._is_held(one):
+                begun = begin(self._of_held, one)
+                if begun is None:
+                    break
+                self._begun[one] = begun
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_begun": {}}  # what runs stays here
+
+    def _is_held(self, name: str) -> bool:
+        return self._vectors.shape(name).numel() <= _HELD
+
+    def _of_held(self, name: str) -> tuple[Cut, ...]:
+        size = self._vectors.shape(name)[1:].numel()
+        return find_cuts_of_stack(name, self._vectors.reader(name)(0, size), self._kept(size))
+
+    def _of_large(self, name: str) -> tuple[Cut, ...]:
+        one = self._vectors.restrict([name])
+        return find_global_cuts(one, self._kept(size_of(one)), _EQUAL)
 
 
 def cuts_by_parameter(what: str, vectors: TaskVectors, kept: Callable[[int], int]) -> Statistic[CutsByParameter]:
@@ -314,8 +348,8 @@ def _cuts_within(
     dtype = common_dtype(vectors)
     compared = vectors.over_chunks(partial(_compared, _limits(brackets, dtype), dtype), sorted(vectors), _LENGTH)
 
-    def again(name: str, start: int, stop: int) -> Tensor:
-        return vectors.reader(name)(start, stop)
+    def again(name: str, start: int, stop: int, row: int) -> Tensor:
+        return next(vectors.rows(name, [row])(start, stop))
 
     return _cuts_between(brackets, compared, again, size_of(vectors), kept, dtype, room)
 
@@ -326,8 +360,8 @@ def _cuts_within_stack(name: str, flat: Tensor, kept: int) -> tuple[Cut, ...] | 
     brackets = _brackets_of(_sample_of_stack(flat), kept / size)
     compared = ordered_map(partial(_compared, _limits(brackets, flat.dtype), flat.dtype), walk_stack(name, flat))
 
-    def again(name: str, start: int, stop: int) -> Tensor:
-        return flat[:, start:stop]
+    def again(name: str, start: int, stop: int, row: int) -> Tensor:
+        return flat[row, start:stop]
 
     return _cuts_between(brackets, compared, again, size, kept, flat.dtype, _EQUAL)
 
@@ -335,7 +369,7 @@ def _cuts_within_stack(name: str, flat: Tensor, kept: int) -> tuple[Cut, ...] | 
 def _cuts_between(
     brackets: Sequence[tuple[float, float]],
     compared: Iterator[_Compared],
-    again: Callable[[str, int, int], Tensor],
+    again: Callable[[str, int, int, int], Tensor],
     size: int,
     kept: int,
     dtype: torch.dtype,
@@ -344,7 +378,7 @@ def _cuts_between(
     """The cuts, if every row's threshold is within its bracket; None if one is not, is 0, or is too wide.
 
     Magnitudes between the brackets are kept, and not where they are: differences of bfloat16 equal the threshold so
-    often that this was most of it. The chunk with the last of those that are kept is read again instead.
+    often that this was most of it. The part with the last of those that are kept is read again instead.
     """
     if min(low for low, _ in brackets) == 0:
         return None
@@ -362,7 +396,7 @@ def _cuts_between(
                 return None
             magnitudes[row, begin:end] = values
             ends[row].append(end)
-    cuts, placed = [], list[tuple[int, int, int]]()
+    cuts = []
     for row, counted in enumerate(above):
         values, missing = magnitudes[row, : ends[row][-1]], kept - counted
         if not 1 <= missing <= len(values):
@@ -376,32 +410,10 @@ def _cuts_between(
         if left != sum(equal):
             before = list(accumulate(equal, initial=0))
             place = bisect_left(before, left) - 1  # the chunk of the last one that is kept
-            placed.append((place, row, left - before[place]))
-    _place(cuts, placed, chunks, again)
+            name, start, stop = chunks[place]
+            positions = (again(name, start, stop, row).abs() == threshold).nonzero().flatten()
+            cuts[row] = Cut(threshold, name, start + int(positions[left - before[place] - 1]))
     return tuple(cuts)
-
-
-def _place(
-    cuts: list[Cut],
-    placed: Sequence[tuple[int, int, int]],
-    chunks: Sequence[tuple[str, int, int]],
-    again: Callable[[str, int, int], Tensor],
-) -> None:
-    """Cuts with the place up to which elements that equal the threshold are kept.
-
-    Args:
-        cuts: by row; those with a place are replaced.
-        placed: in which chunk the last such element is, of which row, and how many of the chunk's are kept.
-        chunks: the chunks, each of which is read once for all rows.
-        again: reads one.
-    """
-    for index, rows in groupby(sorted(placed), key=itemgetter(0)):
-        name, start, stop = chunks[index]
-        chunk = again(name, start, stop)
-        for _, row, most in rows:
-            threshold = cuts[row].threshold
-            positions = (chunk[row].abs() == threshold).nonzero().flatten()
-            cuts[row] = Cut(threshold, name, start + int(positions[most - 1]))
 
 
 def _limits(brackets: Sequence[tuple[float, float]], dtype: torch.dtype) -> list[tuple[float, float]]:

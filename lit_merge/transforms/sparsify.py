@@ -249,7 +249,7 @@ def _windowed_by_tensor(
 def _find(found: tuple[Statistic[CutsByParameter], ...], name: str) -> None:
     """Find a parameter's cuts before its chunks ask for them, each of which would be computed twice."""
     for statistic in found:
-        statistic()(name)
+        statistic().prepare(name)
 
 
 def _unchanged(row: int, name: str, start: int, values: Tensor) -> None:

@@ -93,10 +93,12 @@ class Source(ABC):
     def reader(self, name: str) -> Reader:
         """Reads any chunk of the flattened stack; what several chunks need is done once."""
 
-    def rows(self, name: str) -> RowReader:
-        """Reads any chunk row by row."""
+    def rows(self, name: str, which: Sequence[int] | None = None) -> RowReader:
+        """Reads any chunk row by row, of all rows or those at some positions."""
         read = self.reader(name)
-        return lambda start, stop: iter(read(start, stop))
+        if which is None:
+            return lambda start, stop: iter(read(start, stop))
+        return lambda start, stop: iter(read(start, stop)[list(which)])
 
     def summed(self, name: str) -> Reader:
         """Reads Σ_t τ_t of any chunk, ``(1, stop - start)``."""
@@ -136,22 +138,22 @@ class Rows(Source):
                 shared = _fill(row, fill, start, stop, shared)
             if not is_finite(chunk):
                 for index, values in enumerate(chunk):
-                    self._check_finite(index, name, start, values, slicers)
+                    self._check_finite(index, name, start, values, slicers[index])
             return chunk
 
         return read
 
-    def rows(self, name: str) -> RowReader:
+    def rows(self, name: str, which: Sequence[int] | None = None) -> RowReader:
         dtype = self.structure[name][1]
         device = self.device or self.vectors[0].device(name)
-        slicers = [row.slicer(name) for row in self.vectors]
+        slicers = {index: self.vectors[index].slicer(name) for index in _positions(self.vectors, which)}
 
         def read(start: int, stop: int) -> Iterator[Tensor]:
             values = torch.empty(stop - start, dtype=dtype, device=device)
             shared: _Shared = None
-            for index, fill in enumerate(slicers):
+            for index, fill in slicers.items():
                 shared = _fill(values, fill, start, stop, shared)
-                self._check_finite(index, name, start, values, slicers)
+                self._check_finite(index, name, start, values, fill)
                 yield values
 
         return read
@@ -179,10 +181,10 @@ class Rows(Source):
             return max(self.structure[name][0].numel(), 1)
         return max(_ELEMENTS_IN_CACHE // len(self.vectors), _FEWEST_ELEMENTS)
 
-    def _check_finite(self, index: int, name: str, start: int, values: Tensor, slicers: Sequence[Slicer]) -> None:
+    def _check_finite(self, index: int, name: str, start: int, values: Tensor, fill: Slicer) -> None:
         if is_finite(values):
             return
-        fill, task = slicers[index], self.vectors[index].task
+        task = self.vectors[index].task
         if isinstance(fill, DifferenceSlicer):
             check_base_part(fill.base_part(start, start + len(values), values), name)
         raise NonFiniteError(
@@ -322,12 +324,12 @@ class ByRow(Elements):
     def by_rows(self) -> bool:  # type: ignore[override]
         return self.source.by_rows
 
-    def rows(self, name: str) -> RowReader:
-        rows = self.source.rows(name)
+    def rows(self, name: str, which: Sequence[int] | None = None) -> RowReader:
+        rows, positions = self.source.rows(name, which), _positions(self.source.tasks, which)
         self._prepare(name)
 
         def read(start: int, stop: int) -> Iterator[Tensor]:
-            for index, values in enumerate(rows(start, stop)):
+            for index, values in zip(positions, rows(start, stop), strict=True):
                 self._of_row(index, name, start, values)
                 yield values
 
@@ -364,8 +366,8 @@ class Subset(Source):
     def reader(self, name: str) -> Reader:
         return self.source.reader(name)
 
-    def rows(self, name: str) -> RowReader:
-        return self.source.rows(name)
+    def rows(self, name: str, which: Sequence[int] | None = None) -> RowReader:
+        return self.source.rows(name, which)
 
     def summed(self, name: str) -> Reader:
         return self.source.summed(name)
@@ -395,14 +397,18 @@ class Union(Source):
     def reader(self, name: str) -> Reader:
         return self.views[name].reader(name)
 
-    def rows(self, name: str) -> RowReader:
-        return self.views[name].rows(name)
+    def rows(self, name: str, which: Sequence[int] | None = None) -> RowReader:
+        return self.views[name].rows(name, which)
 
     def summed(self, name: str) -> Reader:
         return self.views[name].summed(name)
 
     def work(self, name: str) -> Work:
         return self.views[name].work(name)
+
+
+def _positions(rows: Sequence[object], which: Sequence[int] | None) -> Sequence[int]:
+    return range(len(rows)) if which is None else which
 
 
 def _row_by_row(function: Callable[[int, str, int, Tensor], object], name: str, start: int, chunk: Tensor) -> Tensor:

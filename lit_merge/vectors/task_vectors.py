@@ -253,11 +253,16 @@ class TaskVectors(LazyMapping):
             raise KeyError(name)
         return self._source.reader(name)
 
-    def rows(self, name: str) -> RowReader:
-        """Reads any chunk of one parameter row by row: each is the caller's own until the next one is asked for."""
+    def rows(self, name: str, which: Sequence[int] | None = None) -> RowReader:
+        """Reads any chunk of one parameter row by row: each is the caller's own until the next one is asked for.
+
+        Args:
+            name: a parameter.
+            which: positions of the rows that are wanted; all by default.
+        """
         if name not in self._structure:
             raise KeyError(name)
-        return self._source.rows(name)
+        return self._source.rows(name, which)
 
     def summed(self, name: str) -> Reader:
         """Reads Σ_t τ_t of any chunk of one parameter: ``(start, stop)`` -> a new ``(1, stop - start)``."""

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 import torch
 
-__all__ = ["NeededInMainThread", "chunk_threads", "in_worker", "ordered_map"]
+__all__ = ["NeededInMainThread", "begin", "chunk_threads", "in_worker", "ordered_map"]
 
 _MOST_THREADS = 16  # each has some 30 MiB of chunks, and one thread digests and writes what all compute
 _Result = TypeVar("_Result")
@@ -69,6 +69,18 @@ def ordered_map(function: Callable[..., _Result], jobs: Iterable[tuple[Any, ...]
     finally:
         for _, future in pending:
             future.cancel()
+
+
+def begin(function: Callable[..., _Result], *arguments: Any) -> Future[_Result | NeededInMainThread] | None:
+    """Start ``function(*arguments)`` on one of the threads that compute chunks, before those that are given out later.
+
+    Returns:
+        What it will be; None, and nothing is started, in a worker and where torch uses one thread.
+    """
+    threads = chunk_threads()
+    if threads < 2 or in_worker():
+        return None
+    return _executor(threads).submit(_run, function, arguments, torch.is_inference_mode_enabled())
 
 
 def _result(

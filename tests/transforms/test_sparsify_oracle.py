@@ -7,6 +7,7 @@ import hashlib
 import itertools
 import json
 import math
+import pickle
 from decimal import Decimal
 
 import numpy as np
@@ -14,6 +15,7 @@ import pytest
 import torch
 from builders.oracle_arrays import arrays, random_vectors, window
 
+from lit_merge.errors import NonFiniteError
 from lit_merge.transforms import (
     Chain,
     Drop,
@@ -28,7 +30,7 @@ from lit_merge.transforms import (
 )
 from lit_merge.transforms.random import Uniform
 from lit_merge.vectors import TaskVector, TaskVectors, global_value, sources
-from lit_merge.vectors.threads import NeededInMainThread
+from lit_merge.vectors.threads import NeededInMainThread, in_worker
 
 
 def check(transform: Transform, vectors: TaskVectors, density: float, outliers: float, scope: str) -> None:
@@ -136,10 +138,11 @@ def test_large_vectors_are_ranked_exactly(kind, dtype, chunks, monkeypatch):
 
 @pytest.fixture
 def in_files(tmp_path, monkeypatch):
-    """``in_files(vectors, cached, streamed)``: the same in files, read in chunks; large stacks are streamed."""
+    """``in_files(vectors, cached, streamed, held)``: the same in files, read in chunks; large stacks are streamed."""
 
-    def write(vectors: TaskVectors, cached: int, streamed: int) -> TaskVectors:
+    def write(vectors: TaskVectors, cached: int, streamed: int, held: int = 0) -> TaskVectors:
         monkeypatch.setattr(magnitudes, "_LENGTH", 1 << 14)
+        monkeypatch.setattr(magnitudes, "_HELD", held)
         monkeypatch.setattr(sources, "_ELEMENTS_IN_CACHE", cached)
         monkeypatch.setattr(sparsify, "_STREAMED", streamed)
         paths = [tmp_path / f"{task}.safetensors" for task in vectors.tasks]
@@ -152,13 +155,13 @@ def in_files(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("kind", ["random", "equal", "constant", "narrow"])
-@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize(("streamed", "in_memory"), [(False, 0), (True, 0), (True, 1 << 18)])
 @pytest.mark.parametrize(("density", "outliers"), [(0.2, 0.0), (0.3, 0.1), (0.3, 1e-5)])
-def test_tensors_are_ranked_by_themselves(kind, dtype, streamed, density, outliers, in_files, monkeypatch):
-    """In memory, with a sample for the largest; and chunk by chunk, without a stack in memory."""
+def test_tensors_are_ranked_by_themselves(kind, dtype, streamed, in_memory, density, outliers, in_files, monkeypatch):
+    """In memory, with a sample for the largest; chunk by chunk, without a stack in memory; and some either way."""
     monkeypatch.setattr(magnitudes, "_FEWEST", 1 << 15)
     held = big_vectors(kind, dtype)[0]
-    vectors = in_files(held, cached=1 << 13, streamed=1 << (12 if streamed else 30))
+    vectors = in_files(held, cached=1 << 13, streamed=1 << (12 if streamed else 30), held=in_memory)
     found = MagnitudeWindow(density, outliers, "tensor")(vectors)
     assert any("large tensors" in one.what for one in found.statistics) == streamed
     for name in held:
@@ -186,6 +189,53 @@ def test_a_large_tensor_is_never_a_stack_in_memory(in_files, monkeypatch):
         pass
     assert {name for name, length in read if length > 1 << 15} == {"a", "d"}  # the small ones, as a whole
     assert {name for name, _ in read} == set(held)
+
+
+@pytest.fixture
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_thresholds_of_small_tensors_are_found_ahead(in_files, monkeypatch, two_threads):
+    """On the threads that compute chunks, each once; also if they wait for what the main thread has to find first."""
+    held = big_vectors("random")[0]
+    expected = Sum()(Trim(0.2, "tensor")(Trim(0.5)(held)))
+    vectors = in_files(held, cached=1 << 13, streamed=1 << 12, held=1 << 30)
+    found: list[tuple[str, bool]] = []
+    original = magnitudes.find_cuts_of_stack
+
+    def find(name: str, stack: torch.Tensor, kept: int) -> tuple[magnitudes.Cut, ...]:
+        found.append((name, in_worker()))
+        return original(name, stack, kept)
+
+    monkeypatch.setattr(magnitudes, "find_cuts_of_stack", find)
+    trimmed = Trim(0.2, "tensor")(vectors)
+    for name, values in Sum()(trimmed).vector(0).stream(list(held)):
+        assert values.isfinite().all(), name
+    large = sorted(name for name in held if held[name].numel() >= 1 << 12 and held[name][0].numel() > 1 << 12)
+    assert sorted(found) == [(name, True) for name in large]
+    copied = pickle.loads(pickle.dumps(trimmed))
+    assert torch.equal(copied["d"], trimmed["d"])
+
+    twice = Sum()(Trim(0.2, "tensor")(Trim(0.5)(vectors))).vector(0)
+    pieces: dict[str, list[torch.Tensor]] = {}
+    for name, values in twice.stream(list(held)):
+        pieces.setdefault(name, []).append(values)
+    for name in held:
+        assert torch.equal(torch.cat(pieces[name]), expected[name].flatten()), name
+
+
+def test_what_is_not_finite_is_named_by_what_is_found_ahead(monkeypatch, two_threads):
+    monkeypatch.setattr(sparsify, "_STREAMED", 1 << 12)
+    monkeypatch.setattr(sources, "_ELEMENTS_IN_CACHE", 1 << 13)
+    values = {"a": torch.randn(1 << 15), "b": torch.randn(1 << 15)}
+    values["b"][7] = float("inf")
+    vectors = TaskVectors([TaskVector(values, "t")])
+    with pytest.raises(NonFiniteError, match=r"task vector 't'.*in b"):
+        list(Sum()(Trim(0.2, "tensor")(vectors)).vector(0).stream(["a", "b"]))
 
 
 @pytest.mark.parametrize("scope", ["global", "tensor"])
