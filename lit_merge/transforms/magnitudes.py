@@ -308,7 +308,8 @@ def _brackets(vectors: TaskVectors, kept: int) -> list[tuple[float, float]]:
             parts.append(read(start, min(start + block, size)).abs_().cpu())
             wanted = wanted // stride * stride + stride + generator.randrange(stride)
         before += size
-    return _brackets_of(torch.cat([part.to(common_dtype(vectors)) for part in parts], dim=1), kept / before)
+    sample = torch.cat([part.to(common_dtype(vectors)) for part in parts], dim=1)
+    return _brackets_of(sample, [part.shape[1] for part in parts], kept / before)
 
 
 def _sample_size(size: int) -> int:
@@ -316,29 +317,38 @@ def _sample_size(size: int) -> int:
 
 
 def _block_size(size: int) -> int:
-    """Several hundred blocks at least, as neighbours are alike; not many more, as each is read by itself."""
-    return max(min(_sample_size(size) >> 9, _CHUNK), _BLOCK)
+    """A hundred blocks at least, as neighbours are alike; not many more, as each is read by itself."""
+    return max(min(_sample_size(size) >> 7, _CHUNK), _BLOCK)
 
 
-def _sample_of_stack(flat: Tensor) -> Tensor:
-    """Magnitudes of blocks at random places, ``(T, n)``."""
+def _sample_of_stack(flat: Tensor) -> tuple[Tensor, list[int]]:
+    """Magnitudes of blocks at random places, ``(T, n)``, and the blocks' lengths."""
     size = flat.shape[1]
     block = _block_size(size)
-    starts = torch.randint(
-        size - block + 1, (_sample_size(size) // block, 1), generator=torch.Generator().manual_seed(0)
-    )
-    return flat[:, (starts + torch.arange(block)).flatten()].abs_()
+    count = _sample_size(size) // block
+    starts = torch.randint(size - block + 1, (count, 1), generator=torch.Generator().manual_seed(0))
+    return flat[:, (starts + torch.arange(block)).flatten()].abs_(), [block] * count
 
 
-def _brackets_of(sample: Tensor, fraction: float) -> list[tuple[float, float]]:
-    """From magnitudes of a sample ``(T, n)``, which is written into, where the threshold of this fraction is."""
-    values = sample.numpy()
-    count = values.shape[1]
-    margin = 9 * math.sqrt(count * fraction * (1 - fraction)) + 1  # neighbours are alike: wider than chance asks for
-    low = max(math.floor(count * (1 - fraction) - margin), 0)
-    high = min(math.ceil(count * (1 - fraction) + margin), count - 1)
-    values.partition([low, high], axis=1)
-    return [(float(row[low]), float(row[high])) for row in values]
+def _brackets_of(sample: Tensor, lengths: Sequence[int], fraction: float) -> list[tuple[float, float]]:
+    """From magnitudes of blocks ``(T, n)``, whose lengths add up to n, where the threshold of this fraction is.
+
+    As wide as chance asks for among single elements and then some; wider where blocks differ by more than that, as rows
+    of a matrix may.
+    """
+    found = []
+    for values in sample.numpy():
+        count = len(values)
+        place = min(max(math.floor(count * (1 - fraction)), 0), count - 1)
+        ordered = np.partition(values, place)
+        above = np.add.reduceat(values > ordered[place], [0, *accumulate(lengths[:-1])], dtype=np.int64)
+        by_block = math.sqrt(np.square(above - above.sum() / count * np.asarray(lengths)).sum())
+        margin = max(9 * math.sqrt(count * fraction * (1 - fraction)), 6 * by_block) + 1
+        low = max(math.floor(count * (1 - fraction) - margin), 0)
+        high = min(math.ceil(count * (1 - fraction) + margin), count - 1)
+        ordered.partition([low, high])
+        found.append((float(ordered[low]), float(ordered[high])))
+    return found
 
 
 def _cuts_within(
@@ -357,7 +367,7 @@ def _cuts_within(
 def _cuts_within_stack(name: str, flat: Tensor, kept: int) -> tuple[Cut, ...] | None:
     """As :func:`_cuts_between`, of a stack ``(T, n)`` in memory."""
     size = flat.shape[1]
-    brackets = _brackets_of(_sample_of_stack(flat), kept / size)
+    brackets = _brackets_of(*_sample_of_stack(flat), kept / size)
     compared = ordered_map(partial(_compared, _limits(brackets, flat.dtype), flat.dtype), walk_stack(name, flat))
 
     def again(name: str, start: int, stop: int, row: int) -> Tensor:

@@ -174,10 +174,22 @@ def test_tensors_are_ranked_by_themselves(kind, dtype, streamed, in_memory, dens
 @pytest.mark.parametrize("brackets", [(5.0, 6.0), (0.1, 0.2), (0.0, 9.0), (0.5, 9.0)])
 def test_a_sample_of_a_stack_that_misleads_is_noticed(brackets, monkeypatch):
     monkeypatch.setattr(magnitudes, "_LENGTH", 1 << 15)
-    monkeypatch.setattr(magnitudes, "_brackets_of", lambda sample, fraction: [brackets, brackets])
+    monkeypatch.setattr(magnitudes, "_brackets_of", lambda sample, lengths, fraction: [brackets, brackets])
     vectors, _ = big_vectors("random")
     flat = vectors["c"].flatten(1)
     assert torch.equal(Trim(0.2, "tensor")(vectors)["c"].flatten(1), largest(flat, flat.shape[1] // 5))
+
+
+def test_a_sample_of_rows_that_differ_seldom_misleads():
+    """Rows of a matrix are 1024 elements that are alike; a sample has a hundred blocks."""
+    generator = torch.Generator().manual_seed(1)
+    for scale in (0.0, 0.5, 1.5):
+        rows = torch.randn(12, 512, 1, generator=generator).mul_(scale).exp_()
+        flat = (torch.randn(12, 512, 1024, generator=generator) * rows).flatten(1)
+        kept = flat.shape[1] // 5
+        cuts = magnitudes._cuts_within_stack("w", flat, kept)
+        assert cuts is not None, scale
+        assert cuts == magnitudes.find_cuts(lambda flat=flat: magnitudes.walk_stack("w", flat), kept, torch.float32)
 
 
 def test_a_large_tensor_is_never_a_stack_in_memory(in_files, monkeypatch):
